@@ -1,0 +1,33 @@
+"""RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
+
+from .errors import ConfigError, DataError, FusionError, RepVGGError, UnknownModelError, WeightsError
+from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
+from .model import RepVGG, create_model
+from .predictor import make_predictor
+from .preprocess import Preprocessing
+from .variants import Variant, list_models
+from .version import __version__
+from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "FusionError",
+    "Preprocessing",
+    "RepVGG",
+    "RepVGGError",
+    "UnknownModelError",
+    "Variant",
+    "WeightsError",
+    "WeightsInfo",
+    "__version__",
+    "create_model",
+    "equivalent_kernel_bias",
+    "fuse_variables",
+    "inspect_weights",
+    "list_models",
+    "load_weights",
+    "make_predictor",
+    "save_weights",
+    "to_deploy",
+]

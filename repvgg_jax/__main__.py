@@ -1,0 +1,85 @@
+"""What an installed package offers on the command line: `python -m repvgg_jax {summary,predict} …`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from .cli import run_command
+from .errors import DataError
+from .predictor import make_predictor
+from .preprocess import decode_image, eval_transform, normalize
+from .summary import summary_table
+from .variants import VARIANTS, get_variant
+from .weights import inspect_weights, load_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Print parameters, FLOPs and Winograd multiplications beside the published figures."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Variants; all if none is given."""
+    image_size: Annotated[int, tyro.conf.arg(aliases=["-r"])] = 224
+    num_classes: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Print the most likely classes of images."""
+
+    weights: tyro.conf.Positional[str]
+    """Weight file, training or deploy form."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files."""
+    top: int = 5
+    """How many classes to print for each."""
+
+
+def summary(arguments: Summary) -> None:
+    """Raises UnknownModelError for a name that is no variant."""
+    variants = [get_variant(name) for name in arguments.names] or list(VARIANTS.values())
+    print(summary_table(variants, image_size=arguments.image_size, num_classes=arguments.num_classes))
+
+
+def predict(arguments: Predict) -> None:
+    """Raises WeightsError or DataError for a file that cannot be read, before anything is printed."""
+    info = inspect_weights(arguments.weights)
+    pixels = []
+    for name in arguments.images:
+        try:
+            encoded = Path(name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror or error}") from error
+        pixels.append(eval_transform(decode_image(encoded, name, info.in_channels), info.preprocessing))
+    if not pixels:
+        raise DataError("no image given")
+    model, variables = load_weights(arguments.weights)
+    batch_size = min(len(pixels), 16)
+    classify = make_predictor(model, variables, batch_size, info.preprocessing.image_size)
+    logits = classify(normalize(np.stack(pixels), info.preprocessing))
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    for name, row in zip(arguments.images, probabilities, strict=True):
+        best = np.argsort(-row)[: max(arguments.top, 1)]
+        classes = [info.class_names[i] if info.class_names else f"class {i}" for i in best]
+        ranked = ", ".join(f"{label} {100 * row[i]:.1f} %" for label, i in zip(classes, best, strict=True))
+        print(f"{name}: {ranked}")
+
+
+def main() -> None:
+    """The command."""
+    arguments = tyro.extras.subcommand_cli_from_dict(
+        {"summary": Summary, "predict": Predict}, prog="python -m repvgg_jax", args=sys.argv[1:]
+    )
+    if isinstance(arguments, Summary):
+        summary(arguments)
+    else:
+        predict(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""Writing files so that a reader never meets half of one."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import RepVGGError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
+
+    The temporary name keeps the suffix, since some writers choose their format by it.
+
+    Raises:
+      RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise RepVGGError(f"cannot write {target}: it is a folder")
+    if not target.parent.is_dir():
+        raise RepVGGError(f"cannot write {target}: there is no folder {target.parent}")
+    temporary = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _adopt_mode(temporary, target)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _adopt_mode(temporary: Path, target: Path) -> None:
+    """Permissions as an ordinary `open` would give them: mkstemp's 0600 would shut colleagues out."""
+    if target.exists():
+        mode = target.stat().st_mode & 0o777
+    else:
+        umask = os.umask(0)
+        os.umask(umask)
+        mode = 0o666 & ~umask
+    temporary.chmod(mode)

@@ -1,0 +1,165 @@
+"""RepVGG as a Flax linen module: stages, head, features."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
+from .variants import AUX_HEADS, Variant, get_variant
+
+
+class Linear(nn.Module):
+    """Fully connected layer with PyTorch's default initialisation (`torch.nn.Linear`): `[N, C] -> [N, features]`."""
+
+    features: int
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = nn.Dense(
+            self.features,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(x.shape[-1]),
+            dtype=self.param_dtype,
+            param_dtype=self.param_dtype,
+        )
+        nn.share_scope(self, dense)  # leaves are `linear/kernel`, not `linear/Dense_0/kernel`
+        return dense(x)
+
+
+def global_average_pool(x: Array, dtype: Dtype) -> Array:
+    """`[N, H, W, C] -> [N, C]` in `dtype`, so that logits keep float32 in a bfloat16 net."""
+    return x.astype(dtype).mean((1, 2))
+
+
+class AuxiliaryHead(nn.Module):
+    """RepVGGplus's classifier on an inner stage: 3x3 stride-2 conv+BN, ReLU, global average pool, linear."""
+
+    num_classes: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        conv_bn = ConvBN(x.shape[-1], 3, stride=2, dtype=self.dtype, param_dtype=self.param_dtype)
+        nn.share_scope(self, conv_bn)  # leaves are `stage1_aux/{conv,bn,linear}`
+        x = nn.relu(conv_bn(x, train))
+        return Linear(self.num_classes, self.param_dtype, name="linear")(global_average_pool(x, self.param_dtype))
+
+
+class RepVGG(nn.Module):
+    """RepVGG (paper section 3), training form or, with `deploy=True`, the plain stack of 3x3 convolutions.
+
+    Attributes:
+      variant: the architecture's numbers.
+      num_classes: width of the classifier.
+      deploy: fused form; its parameters come from `to_deploy` or a deploy-form file.
+      dtype: computation dtype of the body; head and logits use `param_dtype`.
+      param_dtype: dtype of parameters and BN statistics (float32; float64 for numerical checks).
+      remat: recompute each block's activations in the backward pass (`jax.checkpoint`; the authors'
+        `use_checkpoint`): less memory, about a third more compute.
+    """
+
+    variant: Variant
+    num_classes: int = 1000
+    deploy: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        variant = self.variant
+        block_class: Any = DeployBlock if self.deploy else RepVGGBlock
+        if self.remat:
+            block_class = nn.remat(block_class, static_argnums=(2,))
+        for spec in variant.blocks():
+            block = block_class(
+                features=spec.out_channels,
+                stride=spec.stride,
+                groups=spec.groups,
+                squeeze_excite=variant.squeeze_excite,
+                squeeze_width=variant.squeeze_width(spec.out_channels),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )
+            setattr(self, spec.name, block)
+        self.linear = Linear(self.num_classes, self.param_dtype)
+        if self.has_auxiliary_heads:
+            for name in AUX_HEADS:
+                setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype))
+
+    @property
+    def has_auxiliary_heads(self) -> bool:
+        """Whether training returns auxiliary logits: RepVGGplus, training form."""
+        return self.variant.auxiliary_heads and not self.deploy
+
+    def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
+        if images.ndim != 4:
+            raise ValueError(f"images must have shape [N, H, W, C], not {list(images.shape)}")
+        x = images.astype(self.dtype)
+        outputs = {}
+        for spec in self.variant.blocks():
+            x = getattr(self, spec.name)(x, train)
+            outputs[spec.stage] = x  # the stage's last block wins
+        return outputs
+
+    def features(self, images: Array, train: bool = False) -> dict[str, Array]:
+        """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
+
+        Sizes round up. Call it with `model.apply(variables, images, method="features")`.
+        """
+        outputs = self._stage_outputs(images, train)
+        if "stage3_second" in outputs:
+            outputs["stage3"] = outputs.pop("stage3_second")
+            del outputs["stage3_first"]
+        return {f"stage{i}": outputs[f"stage{i}"] for i in range(5)}
+
+    def __call__(self, images: Array, train: bool = False) -> Array | dict[str, Array]:
+        """Logits of normalised images.
+
+        Args:
+          images: `[N, H, W, C]` float, normalised.
+          train: use and update batch statistics (pass `mutable=["batch_stats"]`).
+
+        Returns:
+          `[N, num_classes]`; RepVGGplus with `train=True`: a dict of such arrays, `main` and one for each
+          auxiliary head.
+        """
+        outputs = self._stage_outputs(images, train)
+        logits = self.linear(global_average_pool(outputs["stage4"], self.param_dtype))
+        if not self.has_auxiliary_heads or not (train or self.is_initializing()):
+            return logits
+        auxiliary = {name: getattr(self, name)(outputs[name.removesuffix("_aux")], train) for name in AUX_HEADS}
+        return {"main": logits} | auxiliary if train else logits
+
+
+def create_model(
+    variant: str | Variant,
+    num_classes: int = 1000,
+    deploy: bool = False,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    remat: bool = False,
+) -> RepVGG:
+    """A RepVGG by published name or by its numbers.
+
+    Args:
+      variant: a name from `list_models()`, or a `Variant`.
+      num_classes: width of the classifier, at least 1.
+      deploy: the fused form.
+      dtype: computation dtype, float32 or bfloat16 (float64 with `jax_enable_x64`).
+      param_dtype: dtype of parameters and BN statistics.
+      remat: recompute activations in the backward pass to save memory.
+
+    Raises:
+      UnknownModelError: no published variant has that name.
+      ValueError: `num_classes` is not positive.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if isinstance(variant, str):
+        variant = get_variant(variant)
+    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat)

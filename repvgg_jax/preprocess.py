@@ -1,0 +1,201 @@
+"""From image files to network input: decoding, the evaluation transform, normalisation.
+
+The geometry is torchvision's (`Resize`, `CenterCrop`), to the pixel, because the published accuracies were
+measured with it. Images stay uint8 until `normalize`, which is meant to run on the device.
+"""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from PIL import Image
+
+from repvgg_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import jax
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into network input; stored in the header of weight files.
+
+    Attributes:
+        image_size: height and width of the network's input.
+        crop_fraction: share of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
+            1.0: the shorter side becomes `image_size` itself).
+        mean, std: one number per channel, for pixel values in 0..1. Their count is the number of channels.
+
+    Raises:
+        ValueError: a field is out of range, or `mean` and `std` differ in length.
+    """
+
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must lie in (0, 1], got {self.crop_fraction}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std need one number per channel (1 or 3), got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        return len(self.mean)
+
+    @property
+    def resize_size(self) -> int:
+        """Length of the shorter side before the central crop."""
+        return round(self.image_size / self.crop_fraction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """Inverse of `to_dict`; absent fields take their defaults, unknown ones are ignored.
+
+        Raises:
+            ValueError: a value does not fit its field.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in fields.items() if name in known}
+        try:
+            for name in {"mean", "std"} & values.keys():
+                values[name] = tuple(float(number) for number in values[name])
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"not a preprocessing description: {dict(fields)}") from error
+
+
+def decode_image(data: bytes, name: str, channels: int = 3) -> Image.Image:
+    """Decode an image file as torchvision's `ImageFolder` does: alpha is dropped, EXIF rotation ignored.
+
+    Unlike torchvision, which clips 16-bit grey images to white, keeps their high byte (as PIL itself does
+    for 16-bit colour).
+
+    Args:
+        data: the file's bytes, in any format that PIL reads.
+        name: what to call the image in an error.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        A loaded PIL image of mode "RGB" or "L".
+
+    Raises:
+        DataError: the bytes are no image, are cut short, or unpack to a decompression bomb.
+    """
+    mode = _pil_mode(channels)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_mode(image, mode)
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: refused as a decompression bomb ({error})") from error
+    # On damaged bytes PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, …
+    except Exception as error:
+        raise DataError(f"{name}: cannot be read as an image ({_reason(data, error)})") from error
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    if not data:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no known image format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _pil_mode(channels: int) -> str:
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, got {channels}")
+    return "L" if channels == 1 else "RGB"
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image.convert(mode)` for mode "RGB" or "L", except that wide grey values lose their low byte."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        # The same colours as P -> RGB, without PIL's warning about transparency given as bytes.
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize the shorter side and crop the centre: torchvision's `Resize` + `CenterCrop`, bilinear, antialiased.
+
+    Args:
+        image: PIL image of mode "RGB" or "L".
+        preprocessing: gives `image_size` and `resize_size`.
+
+    Returns:
+        uint8 [image_size, image_size, C], C as the image's mode has it.
+
+    Raises:
+        DataError: the image is so elongated that resizing it would fill the memory.
+    """
+    width, height = image.size
+    resized = _resized(width, height, preprocessing.resize_size)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and resized[0] * resized[1] > limit:
+        raise DataError(f"an image of {width}x{height} pixels is too elongated to resize to {resized}")
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+    # crop_fraction <= 1 makes both sides at least image_size: torchvision's padding never comes into play.
+    size = preprocessing.image_size
+    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
+    return to_array(image.crop((left, top, left + size, top + size)))
+
+
+def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """(width, height) once the shorter side is `shorter`; the longer one truncates, as torchvision's does."""
+    if width <= height:
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C] of a PIL image of mode "RGB" or "L"."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+@overload
+def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray: ...
+@overload
+def normalize(images: "jax.Array", preprocessing: Preprocessing) -> "jax.Array": ...
+def normalize(images: Any, preprocessing: Preprocessing) -> Any:
+    """`(images / 255 - mean) / std`, in float32.
+
+    Args:
+        images: uint8 [..., C]; a NumPy or a JAX array, also under `jit`.
+        preprocessing: gives mean and std, C numbers each.
+
+    Returns:
+        float32 [..., C], of the same kind of array.
+
+    Raises:
+        ValueError: the last axis is not C.
+    """
+    if images.shape[-1] != preprocessing.channels:
+        raise ValueError(f"images have {images.shape[-1]} channels, preprocessing {preprocessing.channels}")
+    mean = np.asarray(preprocessing.mean, np.float32)
+    std = np.asarray(preprocessing.std, np.float32)
+    return (images.astype(np.float32) / np.float32(255) - mean) / std

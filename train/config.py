@@ -1,0 +1,242 @@
+"""Everything a training run can be told, as one frozen tree; presets are values of it.
+
+Recipes: paper section 4.1 and the authors' repository (`imagenet_120`, `imagenet_200`, `plus_300`).
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+
+from repvgg_jax.errors import ConfigError
+from repvgg_jax.files import atomic_path
+from repvgg_jax.variants import get_variant
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = "RepVGG-A0"
+    """Variant, one of `rv.list_models()`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more compute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """What it is trained on."""
+
+    data: str = "digits"
+    """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    data_dir: str | None = None
+    """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
+    image_size: int = 224
+    """Side of the training crops, pixels."""
+    test_image_size: int = 224
+    """Side of the evaluation crops, pixels."""
+    workers: int = 0
+    """Threads that decode images; 0 means one for each core. Results do not depend on it."""
+    strict: bool = False
+    """Stop at an unreadable image instead of skipping and counting it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How it is trained: SGD on a cosine schedule, per step."""
+
+    epochs: int = 120
+    """Passes over the training split."""
+    batch_size: int = 256
+    """Global batch, over all devices."""
+    learning_rate: float = 0.1
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    """On convolution and linear kernels and on rbr_identity's BN weight, nothing else."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0 before the cosine."""
+    label_smoothing: float = 0.0
+    auxiliary_weight: float = 0.1
+    """Weight of each auxiliary head's loss (RepVGGplus)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where it goes and how often it is looked at."""
+
+    workdir: str = ""
+    """Folder of the run; runs/PRESET-MODEL if not given. The same command again resumes it."""
+    seed: int = 0
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+    evaluate_every: int = 1
+    """Epochs between evaluations."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one more is written at every evaluation."""
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = ModelConfig()
+    input: InputConfig = InputConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+
+_IMAGENET = InputConfig(data="imagenet2012")
+
+PRESETS: dict[str, Config] = {
+    # Real 8x8 scans, minutes on a laptop: the demo.
+    "digits": Config(
+        model=ModelConfig("RepVGG-A0"),
+        input=InputConfig(data="digits", image_size=32, test_image_size=32),
+        optimizer=OptimizerConfig(
+            epochs=30, batch_size=64, learning_rate=0.2, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
+        ),
+        run=RunConfig(log_every=22, evaluate_every=5, checkpoint_every=110),
+    ),
+    # Paper, section 4.1: A0 to B2.
+    "imagenet_120": Config(model=ModelConfig("RepVGG-A0"), input=_IMAGENET),
+    # Paper, section 4.1: B2g4, B3g4, B3.
+    "imagenet_200": Config(
+        model=ModelConfig("RepVGG-B3"),
+        input=_IMAGENET,
+        optimizer=OptimizerConfig(epochs=200, label_smoothing=0.1),
+    ),
+    # The authors' RepVGGplus recipe.
+    "plus_300": Config(
+        model=ModelConfig("RepVGGplus-L2pse", dtype="bfloat16"),
+        input=dataclasses.replace(_IMAGENET, image_size=256, test_image_size=320),
+        optimizer=OptimizerConfig(epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1),
+    ),
+}
+
+
+PresetName = Literal["digits", "imagenet_120", "imagenet_200", "plus_300"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CommandLine:
+    preset: PresetName
+    """Recipe to start from; every option below changes one number of it."""
+    config: Config
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration that command-line `arguments` (`sys.argv[1:]` if None) ask for.
+
+    Exits with status 2 and a message on stderr when they cannot be understood.
+
+    Raises:
+      ConfigError: they are understood but make no sense.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    preset = _preset_name(arguments)
+    chosen = tyro.cli(
+        _CommandLine,
+        prog="python -m train.main",
+        description="Train a RepVGG, evaluate it in both forms, write final.safetensors and deploy.safetensors.",
+        default=_CommandLine(preset, PRESETS[preset]),  # the preset decides every other option's default
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    config = chosen.config
+    if not config.run.workdir:
+        workdir = str(Path("runs") / f"{chosen.preset}-{config.model.model}")
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, workdir=workdir))
+    check(config)
+    return config
+
+
+def _preset_name(arguments: Sequence[str]) -> PresetName:
+    """The value of `--preset`; an unknown or missing one is left to the full parser to explain."""
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--preset":
+            value = value or next(iter(arguments[position + 1 :]), "")
+            for name in get_args(PresetName):
+                if name == value:
+                    return name
+    return "digits"
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that no run can use.
+
+    Raises:
+      ConfigError: names the option, its value and what it must be.
+      UnknownModelError: no such variant.
+    """
+    get_variant(config.model.model)
+    at_least = {
+        "--image-size": (config.input.image_size, 1),
+        "--test-image-size": (config.input.test_image_size, 1),
+        "--workers": (config.input.workers, 0),
+        "--epochs": (config.optimizer.epochs, 1),
+        "--batch-size": (config.optimizer.batch_size, 1),
+        "--learning-rate": (config.optimizer.learning_rate, 0),
+        "--momentum": (config.optimizer.momentum, 0),
+        "--weight-decay": (config.optimizer.weight_decay, 0),
+        "--warmup-epochs": (config.optimizer.warmup_epochs, 0),
+        "--label-smoothing": (config.optimizer.label_smoothing, 0),
+        "--seed": (config.run.seed, 0),
+        "--log-every": (config.run.log_every, 1),
+        "--evaluate-every": (config.run.evaluate_every, 1),
+        "--checkpoint-every": (config.run.checkpoint_every, 1),
+        "--keep-checkpoints": (config.run.keep_checkpoints, 1),
+    }
+    for option, (value, least) in at_least.items():
+        if not value >= least:
+            raise ConfigError(f"{option} must be at least {least}, not {value}")
+    for option, value in (
+        ("--momentum", config.optimizer.momentum),
+        ("--label-smoothing", config.optimizer.label_smoothing),
+    ):
+        if value >= 1:
+            raise ConfigError(f"{option} must be below 1, not {value}")
+    if config.optimizer.warmup_epochs >= config.optimizer.epochs:
+        raise ConfigError(
+            f"--warmup-epochs {config.optimizer.warmup_epochs:g} leaves nothing of {config.optimizer.epochs} --epochs"
+        )
+
+
+# Options that may change between the start of a run and its resumption: none of them moves the weights.
+_FREE = {("input", "workers"), ("input", "data_dir"), ("run", "workdir"), ("run", "keep_checkpoints")}
+
+
+def save_or_compare(config: Config, workdir: Path) -> None:
+    """Write `workdir/config.json`, or hold `config` to the one a run there was started with.
+
+    Raises:
+      ConfigError: an option that moves the weights has changed, or the file is damaged.
+    """
+    path, current = workdir / "config.json", dataclasses.asdict(config)
+    if path.exists():
+        try:
+            earlier: Any = json.loads(path.read_text())
+            changes = [
+                f"{name} {earlier[group].get(name)} -> {value}"
+                for group, values in current.items()
+                for name, value in values.items()
+                if (group, name) not in _FREE and earlier[group].get(name) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
+        if changes:
+            raise ConfigError(
+                f"{workdir} holds a run with other options ({'; '.join(changes)}); "
+                "choose another --workdir, or remove that one to start again"
+            )
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(current, indent=2) + "\n")

@@ -1,0 +1,137 @@
+"""scikit-learn's digits (1797 real 8x8 scans of handwritten digits) as a TFDS data set on disk.
+
+They are written once and then read like any other TFDS data set, so that the small demo exercises the very
+path that ImageNet takes.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from repvgg_jax.errors import DataError
+
+NAME, VERSION = "sklearn_digits", "1.0.0"
+TEST_IMAGES = 360
+# Of the training images' pixels, in 0..1.
+MEAN, STD = 0.306, 0.376
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Not `tfds.dataset_builders.store_as_tfds_dataset`: that one imports TensorFlow."""
+
+    name = NAME
+    VERSION = tfds.core.Version(VERSION)
+    # There are no download checksums beside this file, and TFDS's search for them needs importlib_resources,
+    # which it does not declare.
+    code_path = None
+
+    def _info(self) -> Any:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="The digits of scikit-learn (UCI optdigits, test part), values 0..16 scaled to 0..255.",
+            homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+                    "id": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        images, labels = _scans()
+        test = held_out(labels)
+        train = np.setdiff1d(np.arange(len(labels)), test)
+        splits = {"train": train, "test": test}
+        return {name: self._generate_examples(images, labels, indices) for name, indices in splits.items()}
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in indices.tolist():
+            file = io.BytesIO()
+            Image.fromarray(images[index]).save(file, "PNG")
+            yield index, {"image": file.getvalue(), "label": int(labels[index]), "id": f"digit {index}"}
+
+
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [1797, 8, 8] in 0..255 and int [1797]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits data set needs scikit-learn: pip install scikit-learn") from error
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return pixels, labels
+
+
+def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
+    """A stratified random choice of `count` examples, the same for ever.
+
+    Args:
+        labels: int [N].
+        count: how many to choose; every class gives its share, rounded by largest remainder.
+
+    Returns:
+        int [count], ascending.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    shares = sizes * count / len(labels)
+    chosen = np.floor(shares).astype(int)
+    chosen[np.argsort(chosen - shares, kind="stable")[: count - chosen.sum()]] += 1
+    # RandomState, since its streams never change (NEP 19), while those of a Generator may.
+    random = np.random.RandomState(0)
+    picks = [random.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, chosen, strict=True)]
+    return np.sort(np.concatenate(picks))
+
+
+def prepare(data_dir: Path) -> Path:
+    """Write the data set under `data_dir` unless it is there, and return its folder.
+
+    It is written beside its place and renamed into it: a killed process leaves no half data set, and of two
+    processes that write at once one wins and both succeed.
+
+    Raises:
+        DataError: `data_dir` cannot be written.
+    """
+    directory = data_dir / NAME / VERSION
+    if directory.is_dir():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".digits-", dir=data_dir) as scratch:
+            _move_into_place(_write(Path(scratch)), directory)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the digits data set under {data_dir} ({error.strerror or error}); "
+            "name a writable folder with --data-dir or TFDS_DATA_DIR"
+        ) from error
+    return directory
+
+
+def _write(data_dir: Path) -> Path:
+    builder = _Builder(data_dir=data_dir, file_format="array_record")
+    # TFDS prints its progress; 1797 tiny images need none, and a command's output is not TFDS's to write to.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def _move_into_place(written: Path, directory: Path) -> None:
+    try:
+        os.rename(written, directory)
+    except OSError:
+        # A folder with content is never overwritten: another process was faster, with the same images.
+        if not directory.is_dir():
+            raise

@@ -1,0 +1,148 @@
+"""Random-access sources of labelled images: an image folder and a synthetic one (TFDS: `tfds_source.py`).
+
+A source knows nothing of order, augmentation or devices. It can be read from many threads at once and pickled.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from repvgg_jax.errors import DataError
+
+# torchvision's IMG_EXTENSIONS, so that a folder holds the same images for both.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One labelled image.
+
+    Attributes:
+        image: an encoded image file, or uint8 pixels [H, W] or [H, W, C].
+        label: index into the source's `class_names`.
+        name: what to call the image in a message; unique within its source.
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """A sequence of examples with random access. `source[i]` raises DataError where example i is unreadable."""
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class FolderSource:
+    """The images `ROOT/CLASS/FILE`: classes and files in sorted order, as in torchvision's `ImageFolder`.
+
+    This is our own listing because `tfds.ImageFolder` lists folders through `tf.io.gfile` and offers
+    `as_dataset` only: it does not work without TensorFlow, nor by random access.
+
+    Args:
+        root: the folder of one split.
+
+    Raises:
+        DataError: no such folder, no class folders in it, or a class folder without images.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._class_names = _class_folders(self.root)
+        files = [_image_files(self.root / name) for name in self._class_names]
+        self._files = [file for names in files for file in names]
+        self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int, /) -> Example:
+        label = int(self._labels[index])
+        path = self.root / self._class_names[label] / self._files[index]
+        try:
+            return Example(path.read_bytes(), label, str(path))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _class_folders(root: Path) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot list the folder {root} ({error.strerror})") from error
+    if not names:
+        raise DataError(f"{root} holds no class folders; expected {root / 'CLASS' / 'IMAGE.jpg'}")
+    return names
+
+
+def _image_files(folder: Path) -> list[str]:
+    try:
+        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder} ({error.strerror})") from error
+    if not names:
+        raise DataError(f"class folder {folder} holds no images; add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+    return names
+
+
+class SyntheticSource:
+    """Random pixels for benchmarks: nothing to read or decode, and the same for the same arguments.
+
+    Args:
+        length: number of examples; they share a small pool of distinct images.
+        image_size: height and width.
+        channels: 1 or 3.
+        num_classes: labels are uniform over them.
+        seed: two splits take two seeds.
+    """
+
+    _POOL = 64
+
+    def __init__(self, length: int, image_size: int, channels: int = 3, num_classes: int = 1000, seed: int = 0):
+        rng = np.random.Generator(np.random.Philox(seed))
+        shape = (min(self._POOL, length), image_size, image_size, channels)
+        self._images = rng.integers(0, 256, shape, dtype=np.uint8)
+        self._labels = rng.integers(0, num_classes, length, dtype=np.int32)
+        self._class_names = [f"class {label}" for label in range(num_classes)]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return Example(self._images[index % len(self._images)], int(self._labels[index]), f"synthetic[{index}]")
+
+
+class EmptySource:
+    """A source without examples: stands for the training split where only evaluation is asked for."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._class_names = list(class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int, /) -> Example:
+        raise IndexError(index)

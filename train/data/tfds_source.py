@@ -1,0 +1,168 @@
+"""Data sets prepared by TensorFlow Datasets, read at random and without TensorFlow.
+
+ArrayRecord files are read by TFDS's own data source, TFRecord files by our offset index (`tfrecord.py`). Either
+way a record is parsed by TFDS's features, and its image stays encoded until a worker decodes it.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.read_only_builder import builder_from_files
+from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+from repvgg_jax.errors import DataError
+from train.data.sources import Example
+from train.data.tfrecord import Shard, TFRecordFiles
+
+TRAIN_SPLITS = ("train",)
+TEST_SPLITS = ("validation", "test")
+# Features that name an image, as TFDS's classification data sets call them.
+_NAME_FEATURES = ("file_name", "image/filename", "filename", "id")
+
+
+class _Records(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> bytes: ...
+
+
+class TfdsSource:
+    """One split of a prepared TFDS image classification data set; thread safe, picklable.
+
+    Args:
+        directory: the folder of the prepared data set, `DATA_DIR/NAME[/CONFIG]/VERSION`.
+        split: a split's name, or a slice of one (`train[:10%]`).
+
+    Raises:
+        DataError: no such data set or split, or not one of labelled uint8 images.
+    """
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self._directory, self._split = directory, split
+        builder = _open_builder(directory)
+        self._name = f"{builder.info.full_name}/{split}"
+        self._keys, self._features = _features(builder.info)
+        self._class_names = list(self._features[self._keys[1]].names)
+        self._records = _records(builder, split)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TfdsSource, (self._directory, self._split)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Example:
+        position = f"{self._name}[{index}]"
+        image, label, name = self._parse(self._records[index], position)
+        if not 0 <= label < len(self._class_names):
+            raise DataError(f"{position}: label {label} is none of the {len(self._class_names)} classes")
+        return Example(image, label, f"{position} {name}" if name else position)
+
+    def _parse(self, record: bytes, position: str) -> tuple[bytes, int, str]:
+        image_key, label_key, name_key = self._keys
+        try:
+            fields = self._features.deserialize_example_np(record, decoders={image_key: tfds.decode.SkipDecoding()})
+        # A damaged record fails in protobuf (DecodeError) or anywhere in TFDS's parser after it.
+        except Exception as error:
+            raise DataError(f"{position}: damaged record ({type(error).__name__})") from error
+        name = fields[name_key] if name_key else ""
+        return fields[image_key], int(fields[label_key]), name.decode() if isinstance(name, bytes) else str(name)
+
+
+def find_dataset(name: str, data_dir: Path) -> Path:
+    """The folder of the prepared TFDS data set `NAME[/CONFIG][:VERSION]` under `data_dir`.
+
+    Raises:
+        DataError: not prepared there (the text says how to), or no data set of that name (it suggests some).
+    """
+    try:
+        # From the files rather than from the registered code, which would insist on its own newest version.
+        return Path(builder_from_files(name, data_dir=data_dir).data_dir)
+    except DatasetNotFoundError as error:
+        raise _not_found(name, data_dir) from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot open the TFDS data set {name!r} under {data_dir} ({_line(error)})") from error
+
+
+def find_split(directory: Path, candidates: Sequence[str]) -> str:
+    """The first of `candidates` that the data set in `directory` has.
+
+    Raises:
+        DataError: it has none of them.
+    """
+    info = _open_builder(directory).info
+    for split in candidates:
+        if split in info.splits:
+            return split
+    raise DataError(f"{info.full_name} has no {' or '.join(candidates)} split, only {', '.join(info.splits)}")
+
+
+def _not_found(name: str, data_dir: Path) -> DataError:
+    base = name.split(":")[0].split("/")[0]
+    known = set(tfds.list_builders(with_community_datasets=False))
+    if base in known:
+        # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some need a manual download.
+        return DataError(
+            f"TFDS data set {name!r} is not prepared under {data_dir}; prepare it with "
+            f"`tfds build {name} --file_format=array_record --data_dir={data_dir}` (needs tensorflow installed), "
+            "or say where it is with --data-dir or TFDS_DATA_DIR"
+        )
+    prepared = {p.name for p in data_dir.iterdir() if p.is_dir()} if data_dir.is_dir() else set()
+    near = difflib.get_close_matches(base, sorted(known | prepared | {"digits", "synthetic"}), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give a folder, a TFDS name, digits or synthetic"
+    return DataError(f"no folder and no TFDS data set is called {name!r}; {hint}")
+
+
+def _open_builder(directory: Path) -> Any:
+    try:
+        return tfds.builder_from_directory(directory)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} holds no readable TFDS data set ({_line(error)})") from error
+
+
+def _features(info: Any) -> tuple[tuple[str, str, str | None], Any]:
+    """The names of the image, label and name features, and a parser of these alone.
+
+    Other features (a segmentation mask, say) would only cost time.
+    """
+    keys = info.supervised_keys
+    image, label = keys if keys and len(keys) == 2 else ("image", "label")
+    available = dict(info.features.items())
+    if not isinstance(available.get(label), tfds.features.ClassLabel) or not available[label].names:
+        raise DataError(f"{info.full_name} has no class labels: not an image classification data set")
+    feature = available.get(image)
+    if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
+        raise DataError(f"{info.full_name} has no 8-bit images: not an image classification data set")
+    name = next((key for key in _NAME_FEATURES if isinstance(available.get(key), tfds.features.Text)), None)
+    chosen = {key: available[key] for key in (image, label, name) if key}
+    return (image, label, name), tfds.features.FeaturesDict(chosen)
+
+
+def _records(builder: Any, split: str) -> _Records:
+    formats = builder.info.available_file_formats()
+    try:
+        if FileFormat.ARRAY_RECORD in formats:
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            return builder.as_data_source(split, deserialize_method=raw, file_format=FileFormat.ARRAY_RECORD)
+        if FileFormat.TFRECORD in formats:
+            files = builder.info.splits[split].file_instructions
+            return TFRecordFiles([Shard(Path(file.filename), file.skip, file.take) for file in files])
+    except (KeyError, ValueError) as error:
+        splits = ", ".join(builder.info.splits)
+        raise DataError(f"{builder.info.full_name} has no split {split!r}, only {splits}") from error
+    names = ", ".join(sorted(fmt.value for fmt in formats)) or "no known record files"
+    raise DataError(f"{builder.data_dir} holds {names}; prepare it again with --file_format=array_record")
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,102 @@
+"""Random access to TFRecord files without TensorFlow.
+
+A TFRecord file is a chain of records: length (uint64, little endian), CRC of the length (4 bytes), the bytes,
+CRC of the bytes (4 bytes). Hopping from length to length yields the offset of every record.
+"""
+
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from repvgg_jax.errors import DataError
+
+_HEADER = struct.Struct("<Q4x")
+_FOOTER_BYTES = 4
+
+
+def record_spans(path: str | os.PathLike[str]) -> np.ndarray:
+    """Offset and length of every complete record of a TFRecord file.
+
+    Args:
+        path: the file. Its checksums are not verified: a damaged image shows when it is decoded.
+
+    Returns:
+        int64 [records, 2]; of a file that is cut short, the records before the cut.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size, position, spans = os.path.getsize(path), 0, []
+    with open(path, "rb") as file:
+        while position + _HEADER.size <= size:
+            file.seek(position)
+            (length,) = _HEADER.unpack(file.read(_HEADER.size))
+            start = position + _HEADER.size
+            position = start + length + _FOOTER_BYTES
+            if position <= size:
+                spans.append((start, length))
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`take` records of the file `path`, from its record number `skip` on."""
+
+    path: Path
+    skip: int
+    take: int
+
+
+class TFRecordFiles:
+    """The records of several TFRecord files as one sequence of bytes; thread safe, picklable.
+
+    A file is indexed when a record of it is first asked for: ImageNet's 1024 shards need not all be scanned
+    before the first batch. Files are opened per read, so that a thousand descriptors need not be held.
+
+    Args:
+        shards: the files, in order, and which of their records count.
+
+    Raises:
+        DataError: on construction, a file is missing; on access, the record is missing or unreadable.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            if not shard.path.is_file():
+                raise DataError(f"record file {shard.path} is missing; prepare the data set again")
+        self._shards = list(shards)
+        self._ends = list(accumulate(shard.take for shard in shards))
+        self._spans: list[np.ndarray | None] = [None] * len(shards)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int, /) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        shard = self._shards[number]
+        row = shard.skip + index - (self._ends[number] - shard.take)
+        try:
+            return self._read(number, row)
+        except OSError as error:
+            raise DataError(f"{shard.path}: cannot be read ({error.strerror})") from error
+
+    def _read(self, number: int, row: int) -> bytes:
+        shard, spans = self._shards[number], self._spans[number]
+        if spans is None:
+            # Not locked: two threads may scan the same file at the same time, and find the same spans.
+            spans = self._spans[number] = record_spans(shard.path)
+        if row >= len(spans):
+            expected = shard.skip + shard.take
+            raise DataError(f"{shard.path}: cut short, {len(spans)} records of {expected}; prepare it again")
+        offset, length = (int(number) for number in spans[row])
+        with open(shard.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length)

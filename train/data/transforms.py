@@ -1,0 +1,154 @@
+"""Training augmentations: pure functions (image, rng, size) -> uint8 [size, size, C].
+
+All randomness comes from `rng`, so that an image's augmentation is a function of the seed and its place in the
+epoch alone. To add one, write the function and enter it in `TRANSFORMS`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from repvgg_jax.errors import ConfigError
+from repvgg_jax.preprocess import to_array
+
+Transform = Callable[[Image.Image, np.random.Generator, int], np.ndarray]
+
+# random_affine: enough to blur the difference between two writers, too little to turn a digit into another.
+MAX_ROTATION: Final = math.radians(15)
+SCALE: Final = (0.85, 1.15)
+MAX_SHEAR: Final = math.radians(10)
+MAX_TRANSLATION: Final = 0.1
+
+
+def random_resized_crop_flip(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+    """torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
+
+    Args:
+        image: PIL image of mode "RGB" or "L".
+        rng: where the crop and the flip come from.
+        size: height and width of the result.
+
+    Returns:
+        uint8 [size, size, C].
+    """
+    left, top, width, height = random_crop_box(image.width, image.height, rng)
+    # Cropped first, as torchvision does: `resize(box=...)` would filter across the box's edges and mix in
+    # pixels from outside the crop.
+    crop = image.crop((left, top, left + width, top + height))
+    pixels = to_array(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """The crop of torchvision's `RandomResizedCrop`, which needs the image's size but not its pixels.
+
+    Args:
+        width, height: the image's.
+        rng: the source of randomness.
+        area: range of the crop's share of the image's area.
+        aspect: range of the crop's width over its height.
+
+    Returns:
+        (left, top, width, height) of a crop inside the image. After ten crops that do not fit: the largest
+        central one whose aspect lies in the range.
+    """
+    log_aspect = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(10):
+        target = width * height * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(*log_aspect))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, w, h
+    w, h = width, height
+    if width / height < aspect[0]:
+        h = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        w = round(height * aspect[1])
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_affine(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+    """A small random rotation, scaling, shear and shift; never mirrors. For small images such as digits.
+
+    The image is sampled once, bilinearly, from its own pixels straight to the result, without antialiasing: it
+    should not be much larger than `size`. What comes from outside the image is black.
+
+    Args:
+        image: PIL image of mode "RGB" or "L".
+        rng: where the parameters come from.
+        size: height and width of the result.
+
+    Returns:
+        uint8 [size, size, C].
+    """
+    rotation = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
+    scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
+    shear = rng.uniform(-MAX_SHEAR, MAX_SHEAR)
+    shift_x, shift_y = rng.uniform(-MAX_TRANSLATION, MAX_TRANSLATION, size=2)
+    return affine(image, size, rotation=rotation, scale=scale, shear=shear, shift=(shift_x, shift_y))
+
+
+def affine(
+    image: Image.Image,
+    size: int,
+    *,
+    rotation: float = 0.0,
+    scale: float = 1.0,
+    shear: float = 0.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+) -> np.ndarray:
+    """Rotate (clockwise, radians), scale, shear (radians) about the centre, then shift (in image sides).
+
+    With the default parameters it is `eval_transform` at crop fraction 1: pixel centres fall on the same places
+    and values agree to one grey level (PIL truncates here and rounds there).
+
+    Returns:
+        uint8 [size, size, C].
+    """
+    # PIL wants the way back: from a place in the result to one in the image.
+    unit = min(image.size) / size / scale
+    cos, sin, skew = math.cos(rotation), math.sin(rotation), math.tan(shear)
+    a, b = unit * (cos + skew * sin), unit * (sin - skew * cos)
+    c, d = -unit * sin, unit * cos
+    x0, y0 = size * (0.5 + shift[0]), size * (0.5 + shift[1])
+    matrix = (a, b, image.width / 2 - a * x0 - b * y0, c, d, image.height / 2 - c * x0 - d * y0)
+    transformed = image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return to_array(transformed)
+
+
+def as_is(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+    """No augmentation: the image, resized to a square unless it is one of that size. For benchmarks.
+
+    Returns:
+        uint8 [size, size, C].
+    """
+    del rng
+    return to_array(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "random_resized_crop_flip": random_resized_crop_flip,
+    "random_affine": random_affine,
+    "as_is": as_is,
+}
+
+
+def get_transform(name: str) -> Transform:
+    """The training augmentation called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TRANSFORMS:
+        raise ConfigError(f"unknown augmentation {name!r}; there are {', '.join(TRANSFORMS)}")
+    return TRANSFORMS[name]

@@ -1,0 +1,169 @@
+"""Evaluation: `python -m train.evaluate DATA {train,deploy} WEIGHTS -a NAME`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+import repvgg_jax as rv
+from repvgg_jax.cli import run_command
+from repvgg_jax.errors import WeightsError
+from repvgg_jax.preprocess import Preprocessing
+from repvgg_jax.weights import inspect_weights
+
+from . import data
+from .data.pipeline import eval_batches
+from .data.sources import Source
+from .parallel import AXIS, parallel, replicate
+from .step import make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Accuracy over a data set: `top1` and `top5` as shares, `loss` the mean cross-entropy.
+
+    `predictions` holds the predicted class of each image counted, in the source's order; `skipped` counts
+    images that could not be read.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    skipped: int
+    predictions: np.ndarray
+
+
+class Evaluator:
+    """Compiles one model's evaluation over a source once, to be called with variables as they train.
+
+    Args:
+      model: training or deploy form.
+      source: what to evaluate on.
+      preprocessing: how its images are prepared.
+      batch_size: images in a batch over all local devices; rounded up to their multiple.
+      workers: decoding threads, 0 for one each core.
+      strict: raise on unreadable images instead of skipping them.
+    """
+
+    def __init__(
+        self,
+        model: rv.RepVGG,
+        source: Source,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        strict: bool = False,
+    ):
+        devices = jax.local_device_count()
+        self._step = parallel(make_eval_step(model, preprocessing, axis_name=AXIS))
+        self._source = source
+        self._options: dict[str, Any] = dict(
+            batch_size=-(-batch_size // devices) * devices,
+            local_device_count=devices,
+            preprocessing=preprocessing,
+            num_workers=workers,
+            strict=strict,
+        )
+
+    def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
+        """Evaluate variables with a leading axis of devices.
+
+        Raises:
+          DataError: no image of the source can be read, or with `strict` any cannot.
+        """
+        totals = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
+        predictions = []
+        batches = eval_batches(self._source, **self._options)
+        for batch in batches:
+            sums = dict(self._step(replicated_variables, batch))
+            predicted = np.asarray(sums.pop("prediction"))
+            predictions.append(predicted[batch["mask"] > 0])
+            for name, value in sums.items():
+                totals[name] += float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
+        images = round(totals.pop("images"))
+        return Evaluation(
+            **{name: total / images for name, total in totals.items()},
+            images=images,
+            skipped=batches.skipped,
+            predictions=np.concatenate(predictions),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Evaluate a weight file on a data set's evaluation split."""
+
+    data: tyro.conf.Positional[str]
+    """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    form: tyro.conf.Positional[Literal["train", "deploy"]]
+    """Form to evaluate; a training-form file is fused for `deploy`."""
+    weights: tyro.conf.Positional[str]
+    """The weight file."""
+    arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
+    """Variant the file must hold."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
+    resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
+    """Side of the evaluation crops, pixels; the weight file's own if not given."""
+    data_dir: str | None = None
+    """Where TFDS keeps its data sets."""
+    workers: int = 0
+    """Decoding threads; 0 means one for each core."""
+    strict: bool = False
+    """Stop at an unreadable image instead of skipping it."""
+
+
+def evaluate_file(arguments: Arguments) -> Evaluation:
+    """Load, fuse if asked to, and evaluate.
+
+    Raises:
+      WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
+      DataError: unreadable data, or data of another number of classes.
+    """
+    info = inspect_weights(arguments.weights)
+    model, variables = rv.load_weights(arguments.weights, arguments.arch)
+    if arguments.form == "train" and model.deploy:
+        raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
+    if arguments.form == "deploy" and not model.deploy:
+        model, variables = rv.to_deploy(model, variables)
+    preprocessing = info.preprocessing
+    if arguments.resolution is not None:
+        preprocessing = dataclasses.replace(preprocessing, image_size=arguments.resolution)
+    dataset = data.load(
+        arguments.data,
+        image_size=preprocessing.image_size,
+        data_dir=arguments.data_dir,
+        num_classes=model.num_classes,
+    )
+    if dataset.num_classes != model.num_classes:
+        raise WeightsError(
+            f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
+        )
+    evaluator = Evaluator(
+        model,
+        dataset.test,
+        preprocessing,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        strict=arguments.strict,
+    )
+    return evaluator(replicate(variables))
+
+
+def main() -> None:
+    """The command; its last line on stdout is one JSON object."""
+    arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
+    result = evaluate_file(arguments)
+    if result.skipped:
+        print(f"{result.skipped} images could not be read and were skipped", file=sys.stderr)
+    print(json.dumps({"top1": result.top1, "top5": result.top5, "images": result.images}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,71 @@
+"""What a person watching the run sees: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """A context manager that shows step, loss, accuracy, images/s and time left.
+
+    Args:
+      start_step: where the run starts or resumes.
+      total_steps: where it ends.
+      steps_per_epoch: to name the epoch.
+    """
+
+    def __init__(self, start_step: int, total_steps: int, steps_per_epoch: int):
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._live = self._console.is_terminal
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._start_step, self._start_time = start_step, time.monotonic()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, epoch=0, text="compiling …")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        epoch = (step - 1) // self._steps_per_epoch + 1
+        self._bar.update(self._task, completed=step, epoch=epoch)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a row of training metrics."""
+        text = (
+            f"loss {row['loss']:.4f}  top-1 {100 * row['top1']:5.1f} %  "
+            f"lr {row['learning_rate']:.4f}  {row['images_per_second']:.0f} images/s"
+        )
+        self._bar.update(self._task, text=text)
+        if not self._live:
+            done = row["step"] - self._start_step
+            left = (time.monotonic() - self._start_time) / max(done, 1) * (self._total - row["step"])
+            self.note(f"epoch {row['epoch']:.1f}  step {row['step']}/{self._total}  {text}  {duration(left)} left")
+
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+        self._console.print(line, markup=False)
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1:35`, `3700` -> `1:01:40`."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
