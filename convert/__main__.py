@@ -1,11 +1,14 @@
 """Conversion: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
 
-Suffixes choose the formats.
+Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `--to` choose the format written.
+`python -m convert --inspect FILE` says what a file is.
 """
 
 import dataclasses
 import sys
-from typing import Annotated
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,8 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
-from repvgg_jax.errors import FusionError, WeightsError
-from repvgg_jax.weights import inspect_weights, save_weights
+from repvgg_jax.errors import ConfigError, FusionError, WeightsError
+from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
@@ -22,26 +25,37 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Fuse a training-form weight file into a deploy-form one."""
+    """Convert a weight file: any known format in, any writable out, fused into the deploy form on the way."""
 
-    input: tyro.conf.Positional[str]
-    """Weight file to read."""
-    output: tyro.conf.Positional[str]
-    """Weight file to write."""
+    input: tyro.conf.Positional[str | None] = None
+    """Weight file to read, or hf://OWNER/REPOSITORY."""
+    output: tyro.conf.Positional[str | None] = None
+    """Weight file to write: .safetensors (native), or .pth, .pt, .bin, .tar (PyTorch, the authors' names)."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Variant the file must hold."""
     keep_training_form: bool = False
     """Rewrite the weights in another format without fusing them."""
+    to: Literal["native", "authors", "timm", "mmpretrain"] | None = None
+    """Whose names to write."""
+    num_classes: int | None = None
+    """Write a fresh classifier of this many classes if the file has another."""
+    ema: bool = False
+    """Take the moving average of the weights, where a training checkpoint has one."""
+    tensors_only: bool = False
+    """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
+    inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Say what this file is, and convert nothing."""
 
 
-def relative_difference(model: rv.RepVGG, variables, other: rv.RepVGG, other_variables) -> float:
+def relative_difference(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
     """`||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net."""
     channels = jax.tree.leaves(variables["params"]["stage0"]["rbr_dense"]["conv"])[0].shape[2]
     images = jax.random.normal(jax.random.key(0), (2, 64, 64, channels))
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(model.apply)(variables, images)
         found = jax.jit(other.apply)(other_variables, images)
-    assert isinstance(expected, jax.Array) and isinstance(found, jax.Array)
+    assert isinstance(expected, jax.Array)
+    assert isinstance(found, jax.Array)
     return float(jnp.linalg.norm(expected - found) / jnp.maximum(jnp.linalg.norm(expected), 1e-30))
 
 
@@ -49,15 +63,24 @@ def convert(arguments: Arguments) -> str:
     """Do what `arguments` ask for, and say in one line what was done.
 
     Raises:
-      WeightsError: unreadable input, or a fused net that differs from the training form.
-      FusionError: the input is in deploy form already.
+      WeightsError: unreadable input, an output that cannot be written, or a fused net that differs from the
+        training form.
+      FusionError: `keep_training_form` for an input in deploy form.
+      ConfigError: no input or no output.
     """
-    info = inspect_weights(arguments.input)
-    model, variables = rv.load_weights(arguments.input, arguments.arch)
-    done = "training form kept"
-    if not arguments.keep_training_form:
-        if model.deploy:
-            raise FusionError(f"{arguments.input} is in deploy form already")
+    if arguments.input is None or arguments.output is None:
+        raise ConfigError("expected IN and OUT, or --inspect FILE")
+    if arguments.num_classes is not None and arguments.num_classes < 1:
+        raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
+    if not Path(arguments.output).parent.is_dir():
+        raise WeightsError(f"cannot write {arguments.output}: there is no folder {Path(arguments.output).parent}")
+    options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
+    info = inspect_weights(arguments.input, arguments.arch, **options)
+    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
+    if arguments.keep_training_form and model.deploy:
+        raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
+    done = "deploy form, as it was" if model.deploy else "training form kept"
+    if not arguments.keep_training_form and not model.deploy:
         fused_model, fused = rv.to_deploy(model, variables)
         difference = relative_difference(model, variables, fused_model, fused)
         if not difference <= TOLERANCE:
@@ -66,13 +89,44 @@ def convert(arguments: Arguments) -> str:
                 "Float32 cannot hold these weights: are they those of a finished training?"
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
-    save_weights(arguments.output, model, variables, preprocessing=info.preprocessing, class_names=info.class_names)
-    return f"{arguments.output}: {info.variant.name}, {info.num_classes} classes, {done}"
+    save_weights(
+        arguments.output,
+        model,
+        variables,
+        family=arguments.to,
+        preprocessing=info.preprocessing,
+        class_names=info.class_names if model.num_classes == info.num_classes else None,
+        num_batches_tracked=info.num_batches_tracked,
+    )
+    return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
+
+
+def describe(path: str, info: WeightsInfo) -> str:
+    """One line on what a file is."""
+    form = "deploy" if info.deploy else "training"
+    classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
+    variant = info.variant.name
+    if variant == "custom":
+        variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
+    return (
+        f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
+        f"{info.dtype}, {info.num_parameters:,} parameters"
+    )
 
 
 def main() -> None:
     """The command."""
-    print(convert(tyro.cli(Arguments, prog="python -m convert")), file=sys.stdout)
+    arguments = tyro.cli(Arguments, prog="python -m convert")
+    if arguments.inspect is not None:
+        options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
+        print(describe(arguments.inspect, inspect_weights(arguments.inspect, arguments.arch, **options)))
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        done = convert(arguments)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print(done)
 
 
 if __name__ == "__main__":

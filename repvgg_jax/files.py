@@ -30,9 +30,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _adopt_mode(temporary, target)
-        with open(temporary, "rb") as written:
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
     finally:

@@ -1,20 +1,87 @@
-"""What a RepVGG's parameter tree must contain, and the check that a loaded one does."""
+"""What a RepVGG's parameter tree contains, from the architecture's numbers alone, and the check that one fits."""
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from ..errors import WeightsError
-from ..model import RepVGG
-from ..variants import Variant
+from ..variants import AUX_HEADS, BlockSpec, Variant
 
 FlatArrays = Mapping[str, Any]
 """`{"params/stage0/rbr_dense/conv/kernel": array, …}`: a variables tree with `/`-joined names."""
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One convolution, BN or linear layer of the tree.
+
+    Attributes:
+      path: where it is, such as `stage1_0/rbr_dense/conv`.
+      kind: what its leaves are.
+      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), or `[channels]` for a BN.
+      has_bias: whether a convolution has one; linear layers and BNs always do.
+    """
+
+    path: str
+    kind: Literal["conv", "bn", "linear"]
+    shape: Shape
+    has_bias: bool = True
+
+    def leaves(self) -> Iterator[tuple[str, Shape]]:
+        """`(name in the flat tree, shape)` of the layer's leaves."""
+        if self.kind == "bn":
+            for collection, leaf in (("params", "scale"), ("params", "bias")):
+                yield f"{collection}/{self.path}/{leaf}", self.shape
+            for leaf in ("mean", "var"):
+                yield f"batch_stats/{self.path}/{leaf}", self.shape
+            return
+        yield f"params/{self.path}/kernel", self.shape
+        if self.has_bias:
+            yield f"params/{self.path}/bias", self.shape[-1:]
+
+
+def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer]:
+    """The layers of one block of the body."""
+    inputs, outputs = block.in_channels // block.groups, block.out_channels
+    layers = []
+    if deploy:
+        layers.append(Layer(f"{block.name}/rbr_reparam", "conv", (3, 3, inputs, outputs)))
+    else:
+        for branch, size in (("rbr_dense", 3), ("rbr_1x1", 1)):
+            layers.append(Layer(f"{block.name}/{branch}/conv", "conv", (size, size, inputs, outputs), has_bias=False))
+            layers.append(Layer(f"{block.name}/{branch}/bn", "bn", (outputs,)))
+        if block.has_identity:
+            layers.append(Layer(f"{block.name}/rbr_identity", "bn", (outputs,)))
+    if variant.squeeze_excite:
+        gate = "se" if variant.squeeze_excite == "before_relu" else "post_se"
+        hidden = variant.squeeze_width(outputs)
+        layers.append(Layer(f"{block.name}/{gate}/down", "conv", (1, 1, outputs, hidden)))
+        layers.append(Layer(f"{block.name}/{gate}/up", "conv", (1, 1, hidden, outputs)))
+    return layers
+
+
+def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]:
+    """The classifier and, in RepVGGplus's training form, the auxiliary heads."""
+    layers = [Layer("linear", "linear", (variant.widths[-1], num_classes))]
+    if variant.auxiliary_heads and not deploy:
+        for name, width in zip(AUX_HEADS, variant.widths[1:4], strict=True):
+            layers.append(Layer(f"{name}/conv", "conv", (3, 3, width, width), has_bias=False))
+            layers.append(Layer(f"{name}/bn", "bn", (width,)))
+            layers.append(Layer(f"{name}/linear", "linear", (width, num_classes)))
+    return layers
+
+
+@functools.lru_cache(maxsize=32)
+def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> Mapping[str, Shape]:
+    """Name and shape of every leaf of that model's variables (what tracing `model.init` would find, at once)."""
+    layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
+    return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,42 +94,51 @@ def unflatten(arrays: FlatArrays) -> dict[str, Any]:
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-@functools.lru_cache(maxsize=32)
-def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every leaf of that model's variables."""
-    model = RepVGG(variant, num_classes, deploy)
-    images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), jnp.float32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), images)
-    return {name: leaf.shape for name, leaf in flatten(tree).items()}
-
-
-def check_arrays(arrays: FlatArrays, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Hold `arrays` to the names and shapes of `expected`; nothing is ever partly loaded in silence.
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
+    """Hold names and shapes to what a model expects; nothing is ever partly loaded in silence.
 
     Raises:
-      WeightsError: lists missing, unexpected and mis-shaped entries (the first ten of each kind, then a count),
-        or names an entry with NaN or infinite values.
+      WeightsError: lists missing, unexpected and mis-shaped entries (the first ten of each kind, then a count).
     """
-    problems = []
-    missing = [name for name in expected if name not in arrays]
-    unexpected = [name for name in arrays if name not in expected]
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
     wrong = [
-        f"{name} is {list(arrays[name].shape)}, not {list(shape)}"
+        f"{name} is {list(found[name])}, not {list(shape)}"
         for name, shape in expected.items()
-        if name in arrays and tuple(arrays[name].shape) != tuple(shape)
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
-        if names:
-            problems.append(f"{what}: {first_ten(names)}")
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+    problems = [f"{what}: {first_ten(names)}" for what, names in kinds if names]
     if problems:
         raise WeightsError(f"{where} does not fit the model; {'; '.join(problems)}")
+
+
+def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) -> None:
+    """`check_shapes` for arrays, and that every number in them is finite.
+
+    Raises:
+      WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
+    """
+    check_shapes({name: tuple(array.shape) for name, array in arrays.items()}, expected, where)
     for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise WeightsError(f"{where}: {name} has NaN or infinite values")
+        check_finite(np.asarray(array), name, where)
 
 
-def first_ten(names: Iterable[str]) -> str:
-    """The first ten names and how many follow."""
+def check_finite(array: np.ndarray, name: str, where: str) -> None:
+    """Raises WeightsError, naming the array, if it has NaN or infinite values."""
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{where}: {name} has NaN or infinite values")
+
+
+def first_ten(names: Iterable[object]) -> str:
+    """The first ten names and how many follow, on one line whatever the names hold."""
     names = list(names)
     more = f", and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return ", ".join(shown(name) for name in names[:10]) + more
+
+
+def shown(name: object) -> str:
+    """A name from a file of unknown origin, fit for an error message: printable and of bounded length."""
+    text = name if isinstance(name, str) else f"a {type(name).__name__}"
+    text = text if text.isprintable() else ascii(text[:200])
+    return text if len(text) <= 200 else text[:197] + "…"

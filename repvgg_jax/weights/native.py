@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import WeightsError
@@ -20,7 +19,8 @@ from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant, get_variant
 from .info import WeightsInfo
-from .layout import FlatArrays, flatten
+from .layout import flatten, shown
+from .tensor_file import Tensor, TensorFile
 
 HEADER = "repvgg_jax"
 FORMAT_VERSION = 1
@@ -32,6 +32,7 @@ def write(
     variables: Mapping[str, Any],
     preprocessing: Preprocessing,
     class_names: tuple[str, ...] | None,
+    num_batches_tracked: int | None = None,
 ) -> None:
     """Write `variables` to `path`, atomically.
 
@@ -47,52 +48,52 @@ def write(
         "preprocessing": preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
     }
+    if num_batches_tracked is not None:
+        header["num_batches_tracked"] = num_batches_tracked
     with atomic_path(path) as temporary:
         save_file(arrays, temporary, metadata={HEADER: json.dumps(header)})
 
 
-def read(path: str | os.PathLike) -> tuple[WeightsInfo, dict[str, np.ndarray]] | None:
-    """What the file says of itself and its arrays; None if it is a safetensors file of another family.
+def describe(file: TensorFile) -> WeightsInfo | None:
+    """What a native file says of itself; None if it is a safetensors file of another family.
 
     Raises:
-      WeightsError: not a safetensors file, truncated, or with a damaged header.
+      WeightsError: a damaged header, or one of a later release.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if HEADER not in metadata:
-                return None
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"cannot read {path}: not a sound safetensors file ({error})") from error
-    return _parse_header(metadata[HEADER], arrays, path), arrays
-
-
-def _parse_header(text: str, arrays: FlatArrays, path: str | os.PathLike) -> WeightsInfo:
+    text = file.metadata.get(HEADER)
+    if text is None:
+        return None
     try:
         header = json.loads(text)
         if header["version"] > FORMAT_VERSION:
-            raise WeightsError(f"{path} has format version {header['version']}; this release reads {FORMAT_VERSION}")
-        class_names = header["class_names"]
-        return WeightsInfo(
+            raise WeightsError(
+                f"{file.path} has format version {header['version']}; this release reads {FORMAT_VERSION}"
+            )
+        class_names, kernel = header["class_names"], _first_kernel(file)
+        info = WeightsInfo(
             family="native",
-            variant=_variant_from_json(header["variant"]),
+            variant=_variant_from_json(header["variant"], len(file.tensors)),
             deploy={"training": False, "deploy": True}[header["form"]],
-            num_classes=int(header["num_classes"]),
-            in_channels=int(_first_kernel(arrays).shape[2]),
-            dtype=str(_first_kernel(arrays).dtype),
-            num_parameters=sum(a.size for name, a in arrays.items() if name.startswith("params/")),
+            num_classes=_integer(header["num_classes"]),
+            in_channels=kernel.shape[2],
+            dtype=kernel.dtype.name,
+            num_parameters=sum(t.size for name, t in file.tensors.items() if name.startswith("params/")),
             preprocessing=Preprocessing.from_dict(header["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
+            num_batches_tracked=header.get("num_batches_tracked"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"cannot read {path}: damaged header ({type(error).__name__}: {error})") from error
+        if info.class_names is not None and len(info.class_names) != info.num_classes:
+            raise ValueError(f"{len(info.class_names)} class names for {info.num_classes} classes")
+        return info
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
 
 
-def _first_kernel(arrays: FlatArrays) -> np.ndarray:
+def _first_kernel(file: TensorFile) -> Tensor:
     for name in ("params/stage0/rbr_dense/conv/kernel", "params/stage0/rbr_reparam/kernel"):
-        if name in arrays and arrays[name].ndim == 4:
-            return arrays[name]
+        if name in file.tensors and len(file.tensors[name].shape) == 4:
+            return file.tensors[name]
     raise KeyError("stage0's kernel")
 
 
@@ -106,7 +107,22 @@ def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
         return fields
 
 
-def _variant_from_json(value: str | dict[str, Any]) -> Variant:
+def _variant_from_json(value: str | dict[str, Any], num_tensors: int) -> Variant:
     if isinstance(value, str):
         return get_variant(value)
-    return Variant(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    fields: dict[str, Any] = {name: tuple(map(_integer, v)) if isinstance(v, list) else v for name, v in value.items()}
+    if sum(fields["num_blocks"]) > num_tensors:
+        raise ValueError("more blocks than tensors")
+    if fields.get("squeeze_excite") not in (None, "before_relu", "after_relu"):
+        raise ValueError("an unknown place for the squeeze-and-excite gate")
+    for name in {"groups", "squeeze_excite_ratio", "image_size"} & fields.keys():
+        if _integer(fields[name]) < 1:
+            raise ValueError(f"{name} must be at least 1")
+    fields["name"] = str(fields.get("name", "custom"))
+    return Variant(**fields)
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or abs(value) > 2**31:
+        raise ValueError("a number that is no sensible integer")
+    return value

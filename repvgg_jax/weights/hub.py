@@ -1,0 +1,111 @@
+"""Weights on the Hugging Face hub: `hf://OWNER/REPOSITORY[@REVISION][/FILE]`.
+
+Download, cache (`HF_HOME`, `HF_HUB_CACHE`) and offline mode (`HF_HUB_OFFLINE=1`) are huggingface_hub's own.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+from ..preprocess import Preprocessing
+from .info import WeightsInfo
+from .layout import shown
+
+SCHEME = "hf://"
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""What timm's repositories hold, the first preferred."""
+
+MAX_CONFIG_BYTES = 16 << 20
+
+_ADDRESS = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+))?")
+
+
+def is_hub_address(path: object) -> bool:
+    """Whether `path` names something on the hub."""
+    return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
+    """The local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
+
+    Raises:
+      WeightsError: huggingface_hub is not installed, no such file, or neither network nor cached copy.
+    """
+    found = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
+    if found is None:
+        raise WeightsError(f"{shown(address)} is no hub address; expected hf://OWNER/REPOSITORY[@REVISION][/FILE]")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise WeightsError(f"{address} needs huggingface_hub: pip install 'repvgg-jax[hub]'") from error
+
+    no_network = False
+
+    def download(name: str) -> Path:
+        repository, revision = found["repository"], found["revision"]
+        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=no_network))
+
+    names = (found["file"],) if found["file"] else FILES
+    first_error: Exception | None = None
+    for name in names:
+        try:
+            weights = download(name)
+            break
+        except EntryNotFoundError as error:  # also: neither network nor a cached copy
+            first_error = first_error or error
+            no_network = isinstance(error, LocalEntryNotFoundError)  # do not wait for it a second time
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise WeightsError(f"cannot fetch {address}: {_one_line(error)}") from error
+    else:
+        assert first_error is not None
+        raise WeightsError(f"cannot fetch {address} ({' or '.join(names)}): {_one_line(first_error)}") from first_error
+    try:
+        return weights, HubConfig.read(download("config.json"), address)
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return weights, None
+
+
+def _one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()) or type(error).__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """What timm's `config.json` says beyond the weights: preprocessing (None if absent) and class names."""
+
+    preprocessing: dict[str, Any] | None
+    class_names: tuple[str, ...] | None
+
+    @classmethod
+    def read(cls, path: Path, address: str) -> "HubConfig":
+        """Raises WeightsError if the file is no JSON object of the expected kind."""
+        try:
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ValueError("absurdly long")
+            config = json.loads(path.read_text("utf-8"))
+            fields = {}
+            described = config.get("pretrained_cfg", {})
+            if "input_size" in described:
+                fields["image_size"] = int(described["input_size"][-1])
+            for ours, theirs in (("crop_fraction", "crop_pct"), ("mean", "mean"), ("std", "std")):
+                if theirs in described:
+                    fields[ours] = described[theirs]
+            if fields:
+                Preprocessing.from_dict(fields)
+            names = config.get("label_names", described.get("label_names"))
+            return cls(fields or None, None if names is None else tuple(map(str, names)))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
+            raise WeightsError(f"{address} has a damaged config.json: {_one_line(error)}") from error
+
+    def apply(self, info: WeightsInfo) -> WeightsInfo:
+        """`info` with what the config adds to it."""
+        if self.preprocessing:
+            preprocessing = Preprocessing.from_dict(info.preprocessing.to_dict() | self.preprocessing)
+            info = dataclasses.replace(info, preprocessing=preprocessing)
+        if self.class_names is not None and len(self.class_names) == info.num_classes:
+            info = dataclasses.replace(info, class_names=self.class_names)
+        return info

@@ -1,0 +1,144 @@
+"""What a file of tensors is, from its keys and shapes alone: whose naming, which form, which architecture."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from ..errors import WeightsError
+from ..variants import VARIANTS, Variant
+from .key_maps import FAMILIES, WRAPPER_ENTRIES, WRAPPER_PREFIXES, Family
+from .layout import Shape, first_ten
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What the keys and shapes tell.
+
+    Attributes:
+      family: whose naming it is.
+      variant: the architecture; None if the keys show none that can be built.
+      deploy: fused form.
+      num_classes: rows of the classifier, 0 without one.
+      in_channels: input channels of the first convolution.
+      gaps: what speaks against a whole RepVGG, in words.
+    """
+
+    family: Family
+    variant: Variant | None
+    deploy: bool
+    num_classes: int
+    in_channels: int
+    gaps: str
+
+
+def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
+    """Key without the prefixes that every key has -> key. Scalars that wrappers add are left out."""
+    plain = {key: key for key in keys if key not in WRAPPER_ENTRIES}
+    prefix: str | None = ""
+    while prefix is not None:
+        plain = {key.removeprefix(prefix): original for key, original in plain.items()}
+        prefix = next((p for p in WRAPPER_PREFIXES if plain and all(key.startswith(p) for key in plain)), None)
+    return plain
+
+
+def identify(shapes: Mapping[str, Shape], where: str) -> Identity:
+    """What a state dict with these keys and shapes is.
+
+    Raises:
+      WeightsError: no known family has such keys.
+    """
+    parsed_by_family = [(family, _parse(family, shapes)) for family in FAMILIES.values()]
+    family, parsed = max(parsed_by_family, key=lambda pair: len(pair[1]))
+    if not any(stage for stage, *_ in parsed):
+        known = ", ".join(FAMILIES)
+        found = first_ten(shapes) or "none"
+        raise WeightsError(f"{where} holds no RepVGG of a known naming ({known}); its keys: {found}")
+    layers = {layer for _, _, layer, _ in parsed}
+    deploy = "rbr_reparam" in layers and "rbr_dense/conv" not in layers
+    body = _Body(parsed, "rbr_reparam" if deploy else "rbr_dense/conv")
+    head = parsed.get(("", 0, "linear", "weight"), ())
+    absent = [stage for stage in family.stages if stage not in body.counts]
+    strangers = [key for key in shapes if family.parse(key) is None]
+    gaps = (("nothing of", absent), ("unexpected:", strangers))
+    return Identity(
+        family=family,
+        variant=body.variant(),
+        deploy=deploy,
+        num_classes=head[0] if len(head) == 2 else 0,
+        in_channels=body.kernel("stage0", 0)[1],
+        gaps="; ".join(f"{what} {first_ten(names)}" for what, names in gaps if names),
+    )
+
+
+_Parsed = Mapping[tuple[str, int, str, str], Shape]
+
+
+def _parse(family: Family, shapes: Mapping[str, Shape]) -> _Parsed:
+    found = {family.parse(key): shape for key, shape in shapes.items()}
+    return {key: shape for key, shape in found.items() if key is not None}
+
+
+class _Body:
+    """The blocks that a file has, and the architecture that they add up to."""
+
+    def __init__(self, parsed: _Parsed, main_layer: str):
+        self.parsed = parsed
+        self.main_layer = main_layer
+        self.counts: dict[str, int] = {}
+        for stage, position, _, _ in parsed:
+            # A gap is reported as missing keys later; a position beyond the number of keys is no architecture.
+            if stage and position < len(parsed):
+                self.counts[stage] = max(self.counts.get(stage, 0), position + 1)
+
+    def kernel(self, stage: str, position: int) -> Shape:
+        """`[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
+        shape = self.parsed.get((stage, position, self.main_layer, "weight"), ())
+        return shape if len(shape) == 4 else (0, 0, 0, 0)
+
+    def width(self, stage: str) -> int:
+        """Output channels of a stage."""
+        return max((self.kernel(stage, position)[0] for position in range(self.counts.get(stage, 0))), default=0)
+
+    def variant(self) -> Variant | None:
+        """The published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
+        split = "stage3_first" in self.counts
+        third = ("stage3_first", "stage3_second") if split else ("stage3",)
+        counts = [sum(self.counts.get(s, 0) for s in stage) for stage in (("stage1",), ("stage2",), third, ("stage4",))]
+        widths = [self.width(stage) for stage in ("stage0", "stage1", "stage2", third[0], "stage4")]
+        gates = {layer.partition("/")[0]: shape for (_, _, layer, leaf), shape in self._downs() if leaf == "weight"}
+        place = "before_relu" if "se" in gates else "after_relu" if "post_se" in gates else None
+        hidden = next(iter(gates.values()))[0] if gates and all(next(iter(gates.values()))) else 0
+        one, two, three, four = counts
+        zero, first, second, middle, last = widths
+        try:
+            variant = Variant(
+                num_blocks=(one, two, three, four),
+                widths=(zero, first, second, middle, last),
+                groups=self._groups(),
+                squeeze_excite=place,
+                squeeze_excite_ratio=last // hidden if hidden else 16,
+                auxiliary_heads=split,
+            )
+        except ValueError:
+            return None
+        return next((known for known in VARIANTS.values() if _same_network(known, variant)), variant)
+
+    def _downs(self) -> list[tuple[tuple[str, int, str, str], Shape]]:
+        """The last block's squeeze convolutions."""
+        last = ("stage4", self.counts.get("stage4", 0) - 1)
+        return [(key, shape) for key, shape in self.parsed.items() if key[:2] == last and key[2].endswith("/down")]
+
+    def _groups(self) -> int:
+        """Of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
+        stage, before = ("stage1", "stage1") if self.counts.get("stage1", 0) > 1 else ("stage2", "stage1")
+        inputs = self.kernel(stage, 1 if stage == before else 0)[1]
+        return self.width(before) // inputs if inputs else 1
+
+
+def _same_network(known: Variant, found: Variant) -> bool:
+    """Whether two variants have the same layers, whatever their names and image sizes."""
+    if not known.squeeze_excite:
+        found = dataclasses.replace(found, squeeze_excite_ratio=known.squeeze_excite_ratio)
+    same = {f.name: getattr(found, f.name) for f in dataclasses.fields(Variant)} | {
+        name: getattr(known, name) for name in ("name", "image_size", "crop_fraction", "published")
+    }
+    return Variant(**same) == known

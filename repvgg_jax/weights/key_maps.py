@@ -1,0 +1,183 @@
+"""Whose file calls which weight what: one table per family, and nothing else to add for a new one.
+
+The parameter tree's own names (`layout.Layer.path`) are the common language. A family says where it keeps a
+block of each stage, what it calls the layers inside a block and the heads, in the order of its modules' state
+dict. Below the layers all families are PyTorch's: `weight`, `bias`, `running_mean`, `running_var`,
+`num_batches_tracked`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import cached_property
+
+# The leaves of a layer, by kind: PyTorch's name -> collection and name in the tree, in state-dict order.
+LEAVES: Mapping[str, Mapping[str, str]] = {
+    "conv": {"weight": "params/{}/kernel", "bias": "params/{}/bias"},
+    "linear": {"weight": "params/{}/kernel", "bias": "params/{}/bias"},
+    "bn": {
+        "weight": "params/{}/scale",
+        "bias": "params/{}/bias",
+        "running_mean": "batch_stats/{}/mean",
+        "running_var": "batch_stats/{}/var",
+    },
+}
+COUNTER = "num_batches_tracked"
+"""PyTorch's BN step counter, an int64 scalar after `running_var`, which the tree does not have."""
+
+MODEL_KEYS = ("state_dict", "model")
+EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
+"""Entries of a checkpoint that hold a state dict: the trained weights, and their moving average."""
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel (and EMA wrappers) and `torch.compile` put before every key."""
+
+WRAPPER_ENTRIES = ("n_averaged", "steps")
+"""Scalars that EMA wrappers keep beside the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One naming of RepVGG's weights.
+
+    Attributes:
+      name: what users call it.
+      stages: for each stage of the tree, the path of its blocks; `{}` stands for the block's position.
+      branches: layers inside a block -> path inside the block, in state-dict order.
+      heads: layers outside the blocks -> path, in state-dict order.
+    """
+
+    name: str
+    stages: Mapping[str, str]
+    branches: Mapping[str, str]
+    heads: Mapping[str, str]
+
+    def block_path(self, stage: str, position: int) -> str | None:
+        """Where the family keeps that block; None if it has no such stage."""
+        template = self.stages.get(stage)
+        return None if template is None else template.format(position)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        def pattern(path: str) -> str:
+            return re.escape(path).replace(r"\{\}", r"(?P<position>\d{1,4})")
+
+        return [(stage, re.compile(pattern(path) + r"\.(?P<layer>.+)")) for stage, path in self.stages.items()]
+
+    @cached_property
+    def _inside_block(self) -> dict[str, str]:
+        return {path: layer for layer, path in self.branches.items()}
+
+    @cached_property
+    def _heads(self) -> dict[str, str]:
+        return {path: layer for layer, path in self.heads.items()}
+
+    def parse(self, key: str) -> tuple[str, int, str, str] | None:
+        """`(stage, position, layer, leaf)` of a key of this family, stage `""` for heads; None for any other key."""
+        path, _, leaf = key.rpartition(".")
+        if path in self._heads:
+            return "", 0, self._heads[path], leaf
+        for stage, pattern in self._patterns:
+            found = pattern.fullmatch(path)
+            if found and found["layer"] in self._inside_block:
+                position = int(found.groupdict().get("position", 0))
+                return stage, position, self._inside_block[found["layer"]], leaf
+        return None
+
+
+_AUTHORS_BLOCK = {
+    "se/down": "se.down",
+    "se/up": "se.up",
+    "post_se/down": "post_se.down",
+    "post_se/up": "post_se.up",
+    "rbr_reparam": "rbr_reparam",
+    "rbr_identity": "rbr_identity",
+    "rbr_dense/conv": "rbr_dense.conv",
+    "rbr_dense/bn": "rbr_dense.bn",
+    "rbr_1x1/conv": "rbr_1x1.conv",
+    "rbr_1x1/bn": "rbr_1x1.bn",
+}
+
+AUTHORS = Family(
+    name="authors",
+    stages={
+        "stage0": "stage0",
+        "stage1": "stage1.{}",
+        "stage2": "stage2.{}",
+        "stage3": "stage3.{}",
+        "stage4": "stage4.{}",
+    },
+    branches=_AUTHORS_BLOCK,
+    heads={"linear": "linear"},
+)
+
+AUTHORS_PLUS = Family(
+    name="authors-plus",
+    stages={
+        "stage0": "stage0",
+        "stage1": "stage1.blocks.{}",
+        "stage2": "stage2.blocks.{}",
+        "stage3_first": "stage3_first.blocks.{}",
+        "stage3_second": "stage3_second.blocks.{}",
+        "stage4": "stage4.blocks.{}",
+    },
+    branches=_AUTHORS_BLOCK,
+    heads={
+        "linear": "linear",
+        "stage1_aux/conv": "stage1_aux.0.conv",
+        "stage1_aux/bn": "stage1_aux.0.bn",
+        "stage1_aux/linear": "stage1_aux.3",
+        "stage2_aux/conv": "stage2_aux.0.conv",
+        "stage2_aux/bn": "stage2_aux.0.bn",
+        "stage2_aux/linear": "stage2_aux.3",
+        "stage3_first_aux/conv": "stage3_first_aux.0.conv",
+        "stage3_first_aux/bn": "stage3_first_aux.0.bn",
+        "stage3_first_aux/linear": "stage3_first_aux.3",
+    },
+)
+
+TIMM = Family(
+    name="timm",
+    stages={
+        "stage0": "stem",
+        "stage1": "stages.0.{}",
+        "stage2": "stages.1.{}",
+        "stage3": "stages.2.{}",
+        "stage4": "stages.3.{}",
+    },
+    branches={
+        "rbr_reparam": "reparam_conv",
+        "rbr_identity": "identity",
+        "rbr_dense/conv": "conv_kxk.conv",
+        "rbr_dense/bn": "conv_kxk.bn",
+        "rbr_1x1/conv": "conv_1x1.conv",
+        "rbr_1x1/bn": "conv_1x1.bn",
+        "se/down": "attn.fc1",
+        "se/up": "attn.fc2",
+    },
+    heads={"linear": "head.fc"},
+)
+
+MMPRETRAIN = Family(
+    name="mmpretrain",
+    stages={
+        "stage0": "backbone.stem",
+        "stage1": "backbone.stage_1.{}",
+        "stage2": "backbone.stage_2.{}",
+        "stage3": "backbone.stage_3.{}",
+        "stage4": "backbone.stage_4.{}",
+    },
+    branches={
+        "rbr_reparam": "branch_reparam",
+        "rbr_identity": "branch_norm",
+        "rbr_dense/conv": "branch_3x3.conv",
+        "rbr_dense/bn": "branch_3x3.norm",
+        "rbr_1x1/conv": "branch_1x1.conv",
+        "rbr_1x1/bn": "branch_1x1.norm",
+        "se/down": "se_layer.conv1.conv",
+        "se/up": "se_layer.conv2.conv",
+    },
+    heads={"linear": "head.fc"},
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (AUTHORS, AUTHORS_PLUS, TIMM, MMPRETRAIN)}

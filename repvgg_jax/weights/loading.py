@@ -1,0 +1,257 @@
+"""From a weight file, or its place on the Hugging Face hub, to a model and its variables."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..errors import WeightsError
+from ..model import RepVGG
+from ..variants import AUX_HEADS, Variant, get_variant
+from . import native
+from .hub import fetch, is_hub_address
+from .identify import Identity, identify, without_wrappers
+from .info import WeightsInfo, WeightsWarning, default_preprocessing
+from .layout import check_finite, check_shapes, head_layers, shown, unflatten
+from .safetensors_file import read_safetensors
+from .state_dict import Item, items, to_leaf
+from .tensor_file import TensorFile
+from .torch_file import ZIP_MAGIC, read_torch_file
+
+HEAD_SEED = 0
+"""A fresh classifier is the same one every time."""
+
+HEADS = ("linear", *(f"{name}/linear" for name in AUX_HEADS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """A weight file, identified: what it is, what it holds, and which entries of a model are in it.
+
+    Attributes:
+      file: the open file, its keys without wrappers' prefixes.
+      info: what it is.
+      items: all entries that the whole model has.
+    """
+
+    file: TensorFile
+    info: WeightsInfo
+    items: list[Item]
+
+
+def load_weights(
+    path: str | os.PathLike,
+    name: str | None = None,
+    num_classes: int | None = None,
+    *,
+    ema: bool = False,
+    tensors_only: bool = False,
+) -> tuple[RepVGG, dict[str, Any]]:
+    """The model and the variables that a weight file holds, whoever wrote it.
+
+    Reads native files and those of the authors, timm and MMPretrain, training or deploy form, as safetensors or
+    as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
+
+    Args:
+      path: a weight file, or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
+      name: variant the caller expects; needed only where the file cannot tell, checked where it can.
+      num_classes: class count wanted. If the file has another, the classifier is a fresh one (a `WeightsWarning`
+        says so); everything else is loaded.
+      ema: take the moving average of the weights, where a training checkpoint has one.
+      tensors_only: pass over pickled objects of unknown classes beside the weights, which are refused otherwise.
+
+    Returns:
+      `model, variables`, in the form (training or deploy) that the file has; float32.
+
+    Raises:
+      UnknownModelError: no variant is called `name`.
+      WeightsError: the file is unreadable, unsafe, of another variant, or not exactly one whole RepVGG.
+      ValueError: `num_classes` is not positive.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
+        info, file = contents.info, contents.file
+        wanted = num_classes or info.num_classes
+        fresh = wanted != info.num_classes
+        leaves = {}
+        for item in contents.items:
+            if item.leaf is not None and not (fresh and _is_head(item.leaf)):
+                leaf = to_leaf(file.read(file.tensors[item.key]), item)
+                check_finite(leaf, item.key, f"{path}")
+                leaves[item.leaf] = jax.device_put(leaf)
+        for note in file.notes:
+            warnings.warn(note, WeightsWarning, stacklevel=2)
+    if fresh:
+        leaves |= _fresh_heads(info.variant, info.deploy, wanted)
+        had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
+        message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
+        warnings.warn(message, WeightsWarning, stacklevel=2)
+    return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves)
+
+
+def inspect_weights(
+    path: str | os.PathLike, name: str | None = None, *, ema: bool = False, tensors_only: bool = False
+) -> WeightsInfo:
+    """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
+
+    Arguments as for `load_weights`.
+
+    Raises:
+      UnknownModelError: no variant is called `name`.
+      WeightsError: no sound weight file, or not exactly one whole RepVGG.
+    """
+    with open_weights(path, name, ema=ema, tensors_only=tensors_only, headless=True) as contents:
+        return contents.info
+
+
+@contextmanager
+def open_weights(
+    path: str | os.PathLike,
+    name: str | None = None,
+    num_classes: int | None = None,
+    *,
+    ema: bool = False,
+    tensors_only: bool = False,
+    headless: bool = False,
+) -> Iterator[Contents]:
+    """The file, open, once its keys and shapes are known to be exactly those of one model.
+
+    Args:
+      headless: accept a file without classifier though no `num_classes` is given.
+
+    Raises:
+      UnknownModelError, WeightsError: as `load_weights`.
+    """
+    expected = None if name is None else get_variant(name)
+    address, config = os.fspath(path), None
+    if is_hub_address(address):
+        local, config = fetch(address)
+    else:
+        local = Path(path)
+    if not local.is_file():
+        what = "is a folder, not a weight file" if local.is_dir() else "does not exist"
+        raise WeightsError(f"{path} {what}")
+    try:
+        handle = local.open("rb", buffering=0)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    with handle:
+        file = _read_container(handle, local, ema, tensors_only)
+        info = native.describe(file)
+        if info is None:
+            contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}")
+        else:
+            _check_expected(info.variant, expected, f"{path}")
+            contents = _native_contents(file, info, f"{path}")
+        if config is not None:
+            contents = dataclasses.replace(contents, info=config.apply(contents.info))
+        yield contents
+
+
+def _read_container(handle: Any, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
+    """By what the file's first bytes say, whatever its suffix."""
+    try:
+        start = handle.read(512)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        if ema:
+            raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
+        return read_safetensors(handle, path)
+    if start[:4] == ZIP_MAGIC or start[:1] == b"\x80":
+        return read_torch_file(handle, path, ema, tensors_only)
+    if not start:
+        reason = "the file is empty"
+    elif start.lstrip()[:1] == b"<":
+        reason = "a web page, not weights; did the download ask for a confirmation?"
+    elif start.startswith(b"version https://git-lfs"):
+        reason = "a git-lfs pointer, not the weights themselves; run git lfs pull"
+    elif start[257:262] == b"ustar":
+        reason = "a tar archive; unpack it first"
+    else:
+        reason = "neither a safetensors nor a PyTorch file"
+    raise WeightsError(f"cannot read {path}: {reason}")
+
+
+def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
+    entries = items(None, info.variant, info.deploy, info.num_classes, info.in_channels)
+    _check_entries(file, entries, where)
+    return Contents(file, info, entries)
+
+
+def _foreign_contents(file: TensorFile, expected: Variant | None, headless: bool, where: str) -> Contents:
+    keys = without_wrappers(file.tensors)
+    file = dataclasses.replace(file, tensors={key: file.tensors[original] for key, original in keys.items()})
+    found = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
+    if found.variant is not None and found.variant.name != "custom":
+        _check_expected(found.variant, expected, where)
+    variant = expected or found.variant
+    if variant is None:
+        raise WeightsError(
+            f"{where} has {found.family.name} keys, but not those of a whole RepVGG"
+            + (f": {found.gaps}" if found.gaps else "; with a variant's name, what is wrong with them is listed")
+        )
+    if variant.name == "custom":
+        blocks, widths = (", ".join(map(str, numbers)) for numbers in (variant.num_blocks, variant.widths))
+        file.notes.append(f"{where} is no published variant: blocks {blocks}; widths {widths}; groups {variant.groups}")
+    entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)
+    if not found.num_classes and headless:
+        entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
+    _check_entries(file, entries, where)
+    return Contents(file, _describe(file, entries, found, variant, where), entries)
+
+
+def _check_expected(found: Variant, expected: Variant | None, where: str) -> None:
+    if expected is not None and expected != found:
+        raise WeightsError(f"{where} holds {found.name}, not {expected.name}")
+
+
+def _check_entries(file: TensorFile, entries: list[Item], where: str) -> None:
+    """All of a model's entries and nothing else, but for BN counters, which may be absent."""
+    expected = {item.key: item.file_shape for item in entries if item.leaf is not None or item.key in file.tensors}
+    check_shapes({key: tensor.shape for key, tensor in file.tensors.items()}, expected, where)
+    for item in entries:
+        kinds, what = ("iu", "integers") if item.leaf is None else ("fV", "floats")  # V: bfloat16, to numpy
+        tensor = file.tensors.get(item.key)
+        if tensor is not None and tensor.dtype.kind not in kinds:
+            raise WeightsError(f"{where}: {shown(item.key)} has {tensor.dtype} numbers, not {what}")
+
+
+def _describe(file: TensorFile, entries: list[Item], found: Identity, variant: Variant, where: str) -> WeightsInfo:
+    counters = [int(file.read(file.tensors[i.key])) for i in entries if i.leaf is None and i.key in file.tensors]
+    learned = [item for item in entries if item.leaf is not None and item.leaf.startswith("params/")]
+    return WeightsInfo(
+        family=found.family.name,
+        variant=variant,
+        deploy=found.deploy,
+        num_classes=found.num_classes,
+        in_channels=found.in_channels,
+        dtype=file.tensors[learned[0].key].dtype.name,
+        num_parameters=sum(int(np.prod(item.shape)) for item in learned),
+        preprocessing=default_preprocessing(variant, found.in_channels),
+        num_batches_tracked=max(counters, default=None),
+    )
+
+
+def _is_head(leaf: str) -> bool:
+    return leaf.removeprefix("params/").rpartition("/")[0] in HEADS
+
+
+def _fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
+    """Classifier (and auxiliary classifiers) with PyTorch's default initialisation, the same ones every time."""
+    leaves = {}
+    for layer in head_layers(variant, deploy, num_classes):
+        if layer.kind != "linear":
+            continue
+        bound = layer.shape[0] ** -0.5
+        for leaf, shape in layer.leaves():
+            key = jax.random.fold_in(jax.random.key(HEAD_SEED), len(leaves))
+            leaves[leaf] = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return leaves

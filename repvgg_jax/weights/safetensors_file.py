@@ -1,0 +1,76 @@
+"""Reading safetensors files: an 8-byte length, a JSON header, numbers.
+
+The safetensors library judges the file first; the header is then read once more here, for the tensors' places, so
+that they come from the file one by one like those of every other format.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..errors import WeightsError
+from .layout import shown
+from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
+
+MAX_HEADER_BYTES = 16 << 20
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": BFLOAT16,
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"),
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+
+
+def read_safetensors(handle: BinaryIO, path: Path) -> TensorFile:
+    """The tensors and the metadata of an open safetensors file.
+
+    Raises:
+      WeightsError: damaged, cut short, or a header that lies about the file.
+    """
+    try:
+        length = handle.seek(0, 2)
+        handle.seek(0)
+        (count,) = struct.unpack("<Q", handle.read(8))
+        if count > min(MAX_HEADER_BYTES, length - 8):
+            raise ValueError(f"its header claims {count} bytes in a file of {length}")
+        header = json.loads(handle.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
+        with safe_open(path, framework="numpy"):
+            pass
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _locate(entry, 8 + count, length) for name, entry in header.items()}
+    except (SafetensorError, struct.error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"cannot read {path}: not a sound safetensors file ({shown(reason)})") from error
+    except RecursionError as error:
+        raise WeightsError(f"cannot read {path}: not a sound safetensors file (nested header)") from error
+    check_disjoint(tensors, path)
+    return TensorFile(path, handle, tensors, metadata)
+
+
+def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:
+    shape, dtype = sizes(entry["shape"]), DTYPES.get(entry["dtype"])
+    begin, end = sizes(entry["data_offsets"])
+    if dtype is None:
+        raise ValueError(f"tensors of type {shown(entry['dtype'])} are no weights")
+    tensor = Tensor(shape, dtype, start + begin, contiguous_strides(shape))
+    if end - begin != tensor.size * dtype.itemsize or start + end > length:
+        raise ValueError("a tensor's shape and place do not agree")
+    return tensor
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice in its header")
+    return found

@@ -1,0 +1,106 @@
+"""From a model and its variables to a weight file, in our own format or under other people's names."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..errors import WeightsError
+from ..files import atomic_path
+from ..model import RepVGG
+from ..preprocess import Preprocessing
+from . import native
+from .info import default_preprocessing
+from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
+from .layout import check_arrays, expected_shapes, flatten
+from .state_dict import state_dict
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+WRITABLE = (".safetensors", *TORCH_SUFFIXES)
+
+
+def save_weights(
+    path: str | os.PathLike,
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    family: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+    num_batches_tracked: int | None = None,
+) -> None:
+    """Write a weight file, atomically; the suffix chooses the format.
+
+    `.safetensors` is native and self-describing. `.pth`, `.pt`, `.bin` and `.tar` are PyTorch's, with the authors'
+    keys, order, shapes and dtypes, for `load_state_dict(torch.load(path), strict=True)`.
+
+    Args:
+      path: where to write.
+      model: the model that `variables` belong to, training or deploy form.
+      variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
+      family: whose names to use: `authors`, `timm` or `mmpretrain`, in either format, or `native`.
+      preprocessing: how its images are prepared; the variant's published evaluation if None. Native files only.
+      class_names: names by class index. Native files only.
+      num_batches_tracked: training steps behind the BN statistics; PyTorch files say 0 if None.
+
+    Raises:
+      WeightsError: unknown suffix or family, no torch for a PyTorch file, `variables` do not belong to `model`, the
+        family has no names for it, or NaN in the weights.
+      RepVGGError: the file cannot be written.
+    """
+    suffix = Path(path).suffix
+    if suffix not in WRITABLE:
+        raise WeightsError(f"cannot write {path}: unknown suffix {suffix!r}, expected {' or '.join(WRITABLE)}")
+    names = choose_family(path, model, family)
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
+    arrays = flatten(variables)
+    stem = "rbr_reparam/kernel" if model.deploy else "rbr_dense/conv/kernel"
+    kernel = arrays.get(f"params/stage0/{stem}")
+    in_channels = 3 if kernel is None else kernel.shape[2]
+    check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
+    if names is None:
+        preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
+        native.write(path, model, variables, preprocessing, class_names, num_batches_tracked)
+        return
+    numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
+    shape = (model.variant, model.deploy, model.num_classes, in_channels)
+    state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
+    if suffix == ".safetensors":
+        with atomic_path(path) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+    else:
+        _write_torch(path, state)
+
+
+def choose_family(path: str | os.PathLike, model: RepVGG, family: str | None) -> Family | None:
+    """The naming that a file gets, None for the native one.
+
+    Raises:
+      WeightsError: no such family, or native names in a PyTorch file.
+    """
+    is_torch = Path(path).suffix in TORCH_SUFFIXES
+    if family is None:
+        family = "authors" if is_torch else "native"
+    if family == "native":
+        if is_torch:
+            raise WeightsError(f"cannot write {path}: native weights are .safetensors files")
+        return None
+    if family in (AUTHORS.name, AUTHORS_PLUS.name):
+        return AUTHORS_PLUS if model.variant.auxiliary_heads else AUTHORS
+    if family not in FAMILIES:
+        raise WeightsError(f"unknown naming {family!r}; known: native, {', '.join(FAMILIES)}")
+    return FAMILIES[family]
+
+
+def _write_torch(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(f"writing {path} needs PyTorch: pip install 'repvgg-jax[torch]'") from error
+    tensors = {key: torch.from_numpy(array) for key, array in state.items()}
+    with atomic_path(path) as temporary:
+        torch.save(tensors, temporary)

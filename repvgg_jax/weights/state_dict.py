@@ -1,0 +1,130 @@
+"""A model's weights as a list of file entries: which key belongs to which leaf, in which layout, in which order."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..errors import WeightsError
+from ..variants import Variant
+from .key_maps import COUNTER, LEAVES, Family
+from .layout import Layer, Shape, block_layers, expected_shapes, head_layers
+
+BLOCK_OUTPUTS = 64
+"""Output channels transposed at a time: such a slice of any RepVGG kernel stays in the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One entry of a weight file.
+
+    Attributes:
+      key: its name in the file.
+      leaf: its name in the flat tree; None for a BN's step counter, which the tree does not have.
+      shape: in the tree.
+      axes: the tree's axes in the order of the file's; None if they agree.
+    """
+
+    key: str
+    leaf: str | None
+    shape: Shape
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def file_shape(self) -> Shape:
+        """Shape in the file."""
+        return self.shape if self.axes is None else tuple(self.shape[axis] for axis in self.axes)
+
+
+OIHW, OUT_IN = (3, 2, 0, 1), (1, 0)
+
+
+def items(family: Family | None, variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> list[Item]:
+    """Every entry of that model's file, in the order of the family's state dict; `family` None: the native one.
+
+    Raises:
+      WeightsError: the family has no name for a part of the model.
+    """
+    if family is None:
+        shapes = expected_shapes(variant, deploy, num_classes, in_channels)
+        return [Item(leaf, leaf, shape) for leaf, shape in shapes.items()]
+    found = []
+    counts: dict[str, int] = {}
+    for block in variant.blocks(in_channels):
+        position = counts[block.stage] = counts.get(block.stage, -1) + 1
+        path = family.block_path(block.stage, position)
+        layers = {layer.path.partition("/")[2]: layer for layer in block_layers(variant, block, deploy)}
+        nameless = [layer for layer in layers if layer not in family.branches]
+        if path is None or nameless:
+            what = block.stage if path is None else nameless[0].replace("/", ".")
+            raise WeightsError(f"{family.name} files have no name for the {what} of {variant.name}")
+        for layer, name in family.branches.items():
+            if layer in layers:
+                found += _layer_items(layers[layer], f"{path}.{name}")
+    heads = {layer.path: layer for layer in head_layers(variant, deploy, num_classes)}
+    for layer, name in family.heads.items():
+        if layer in heads:
+            found += _layer_items(heads[layer], name)
+    return found
+
+
+def _layer_items(layer: Layer, path: str) -> list[Item]:
+    shapes = dict(layer.leaves())
+    axes = {"conv": OIHW, "linear": OUT_IN, "bn": None}[layer.kind]
+    found = []
+    for name, template in LEAVES[layer.kind].items():
+        leaf = template.format(layer.path)
+        if leaf in shapes:
+            found.append(Item(f"{path}.{name}", leaf, shapes[leaf], axes if name == "weight" else None))
+    if layer.kind == "bn":
+        found.append(Item(f"{path}.{COUNTER}", None, ()))
+    return found
+
+
+def to_leaf(values: np.ndarray, item: Item) -> np.ndarray:
+    """A file's values as the tree has them: float32, row-major, in memory of their own that JAX can take over."""
+    leaf = _aligned_empty(item.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if item.axes is None:
+            leaf[...] = values
+        else:  # [O, I, h, w] -> [h, w, I, O], or [O, I] -> [I, O]: both are a transposed matrix at each of h * w points
+            outputs, inputs = values.shape[:2]
+            source = values.reshape(outputs, inputs, -1)
+            target = leaf.reshape(-1, inputs, outputs)
+            for start in range(0, outputs, BLOCK_OUTPUTS):
+                stop = start + BLOCK_OUTPUTS
+                target[:, :, start:stop] = source[start:stop].transpose(2, 1, 0)
+    return leaf
+
+
+def from_leaf(leaf: np.ndarray, item: Item) -> np.ndarray:
+    """The inverse: float32, row-major, in memory of its own."""
+    return np.array(leaf if item.axes is None else leaf.transpose(item.axes), np.float32, order="C")
+
+
+def _aligned_empty(shape: Shape) -> np.ndarray:
+    """Uninitialised float32 at a 64-byte boundary, where JAX on a CPU uses it without another copy."""
+    count = int(np.prod(shape)) * 4
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(np.float32).reshape(shape)
+
+
+def state_dict(
+    family: Family,
+    arrays: Mapping[str, np.ndarray],
+    variant: Variant,
+    deploy: bool,
+    num_classes: int,
+    in_channels: int,
+    num_batches_tracked: int = 0,
+) -> dict[str, np.ndarray]:
+    """`arrays` (a flat tree) under the family's keys, in its layout, order and dtypes.
+
+    Raises:
+      WeightsError: the family has no name for a part of the model.
+    """
+    return {
+        item.key: np.array(num_batches_tracked, np.int64) if item.leaf is None else from_leaf(arrays[item.leaf], item)
+        for item in items(family, variant, deploy, num_classes, in_channels)
+    }

@@ -1,0 +1,115 @@
+"""The tensors in a file, described before any of them is read: every reader's common result."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import WeightsError
+from .layout import Shape, shown
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_DIMENSIONS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in its file.
+
+    Attributes:
+      shape: sizes.
+      dtype: of its elements, as numpy has it.
+      offset: of its first element, in bytes from the start of the file.
+      strides: in elements.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    offset: int
+    strides: Shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last in the file, both included."""
+        steps = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        return 1 + steps if self.size else 0
+
+
+@dataclasses.dataclass
+class TensorFile:
+    """An open weight file. Tensors are read one by one, into one buffer that the next read overwrites.
+
+    Attributes:
+      path: its name, for messages.
+      handle: the open file, unbuffered.
+      tensors: what it holds, by key.
+      metadata: text entries of a safetensors header.
+      notes: what a user should hear about the file.
+    """
+
+    path: Path
+    handle: BinaryIO
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    _buffer: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The tensor's values; valid until the next `read`.
+
+        Raises:
+          WeightsError: the file ends before the tensor does.
+        """
+        count = tensor.span * tensor.dtype.itemsize
+        if self._buffer.size < count:
+            self._buffer = np.empty(count, np.uint8)
+        view = self._buffer.data[:count]
+        self.handle.seek(tensor.offset)
+        while len(view):
+            got = self.handle.readinto(view)  # type: ignore[attr-defined]  # raw files have it
+            if not got:
+                raise WeightsError(f"{self.path} was cut short while it was read")
+            view = view[got:]
+        values = self._buffer[:count].view(tensor.dtype)
+        strides = [step * tensor.dtype.itemsize for step in tensor.strides]
+        return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
+
+
+def contiguous_strides(shape: Shape) -> Shape:
+    """Row-major strides, in elements."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def sizes(value: Any) -> Shape:
+    """`value` as a tuple of non-negative integers.
+
+    Raises:
+      ValueError: it is none, or longer than any weight's.
+    """
+    if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
+        raise ValueError("a tensor's shape is no list of sizes")
+    if not all(type(n) is int and 0 <= n < 2**40 for n in value):
+        raise ValueError("a tensor has absurd sizes")
+    return tuple(value)
+
+
+def check_disjoint(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Every tensor has bytes of its own.
+
+    Raises:
+      WeightsError: two tensors share or overlap storage.
+    """
+    ordered = sorted((t.offset, t.offset + t.span * t.dtype.itemsize, name) for name, t in tensors.items() if t.size)
+    for (_, end, name), (start, _, other) in itertools.pairwise(ordered):
+        if start < end:
+            raise WeightsError(f"cannot read {path}: {shown(name)} and {shown(other)} share or overlap storage")

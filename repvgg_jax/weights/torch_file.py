@@ -1,0 +1,204 @@
+"""PyTorch's files: where their pickles and their numbers lie. Reads zip archives (torch 1.6 on) and the older form.
+
+The pickles go through `safe_pickle`, which runs nothing; each declared size is held against the file's before
+anything of that size is allocated; and tensors are read one by one from their place in the file. So a hostile file
+costs no more memory than its own size, and torch itself is not needed. The tests hold this reader to
+`torch.load(weights_only=True)`: the same tensors from every sound file, and nothing that it refuses as unsafe.
+"""
+
+import io
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import WeightsError
+from .key_maps import EMA_KEYS, MODEL_KEYS
+from .layout import first_ten, shown
+from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
+from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+MAX_PICKLE_BYTES = 64 << 20
+MAX_DIRECTORY_BYTES = 16 << 20
+
+Places = Mapping[str, tuple[int, int]]
+"""Storage key -> byte offset and length in the file."""
+
+
+def read_torch_file(handle: BinaryIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
+    """The state dict of a PyTorch file.
+
+    Args:
+      handle: the open file.
+      path: its name, for messages.
+      ema: take the moving average instead of the trained weights.
+      tensors_only: pass over objects of unknown classes beside the weights instead of refusing the file.
+
+    Raises:
+      WeightsError: damaged, hostile, or without a state dict.
+    """
+    handle.seek(0)
+    is_zip = handle.read(4) == ZIP_MAGIC
+    try:
+        root, places = (_read_zip if is_zip else _read_legacy)(handle, Reader(tensors_only))
+    except RefusedError as error:
+        raise WeightsError(
+            f"refused to read {path}: beside tensors it holds a pickled {shown(error.args[0])}, which only running "
+            "code that the file names could restore. To take the tensors alone, running nothing: "
+            "tensors_only=True (on the command line, --tensors-only)"
+        ) from error
+    except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason)})") from error
+    state, notes = _state_dict(root, path, ema)
+    strangers = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, TensorRecord)]
+    if strangers:
+        raise WeightsError(f"cannot read {path}: entries that are no tensors: {first_ten(strangers)}")
+    tensors = {key: _locate(record, places, key, path) for key, record in state.items()}
+    check_disjoint(tensors, path)
+    return TensorFile(path, handle, tensors, notes=notes)
+
+
+def _read_zip(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
+    length = handle.seek(0, io.SEEK_END)
+    if _directory_bytes(handle, length) > MAX_DIRECTORY_BYTES:
+        raise PickleError("its zip directory is absurdly long")
+    with zipfile.ZipFile(handle) as archive:
+        records = archive.infolist()
+    names = {record.filename: record for record in records}
+    pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(names) != len(records) or len(pickles) != 1:
+        raise PickleError("a zip file, but not one of PyTorch")
+    folder = pickles[0].removesuffix("data.pkl")
+    if any(name.startswith(f"{folder}code/") for name in names):
+        raise PickleError("a TorchScript program; save its state_dict() instead")
+    places = {}
+    for name, record in names.items():
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise PickleError("compressed zip records, which PyTorch never writes")
+        start = _record_start(handle, record)
+        if start + record.file_size > length:
+            raise PickleError(f"{shown(name)} declares more bytes than the file has")
+        places[name.removeprefix(folder)] = start, record.file_size
+    if "byteorder" in places and _bytes_at(handle, *places["byteorder"], limit=16) != b"little":
+        raise PickleError("big-endian numbers")
+    data = _bytes_at(handle, *places["data.pkl"], limit=MAX_PICKLE_BYTES)
+    root = reader.load(io.BytesIO(data))
+    return root, {key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")}
+
+
+def _directory_bytes(handle: BinaryIO, length: int) -> int:
+    """Declared length of the zip directory, whose entries `zipfile` would all turn into objects."""
+    handle.seek(max(0, length - 70_000))
+    tail = handle.read(70_000)
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) < end + 22:
+        raise PickleError("no zip directory at its end: cut short?")
+    size, offset = struct.unpack_from("<II", tail, end + 12)
+    wide = tail.rfind(b"PK\x06\x06", 0, end)
+    if wide >= 0 and len(tail) >= wide + 56:
+        size, offset = struct.unpack_from("<QQ", tail, wide + 40)
+        end = wide
+    if offset + size != length - len(tail) + end:
+        raise PickleError("its zip directory is not where it says")
+    return size
+
+
+def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
+    handle.seek(record.header_offset)
+    header = handle.read(30)
+    if header[:4] != ZIP_MAGIC:
+        raise PickleError("a damaged zip record")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    return record.header_offset + 30 + name_length + extra_length
+
+
+def _bytes_at(handle: BinaryIO, offset: int, count: int, limit: int) -> bytes:
+    if count > limit:
+        raise PickleError(f"a part of {count} bytes where at most {limit} make sense")
+    handle.seek(offset)
+    return handle.read(count)
+
+
+def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
+    """Pickles of magic number, protocol, system, object and storage keys; then a count and numbers for each storage."""
+    length = handle.seek(0, io.SEEK_END)
+    handle.seek(0)
+    head = io.BytesIO(handle.read(MAX_PICKLE_BYTES))
+    if reader.load(head) != LEGACY_MAGIC:
+        raise PickleError("a pickle, but not one of PyTorch")
+    if reader.load(head) != LEGACY_PROTOCOL:
+        raise PickleError("an unknown format version")
+    system = reader.load(head)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise PickleError("big-endian numbers")
+    root = reader.load(head)
+    item_sizes = {storage.key: np.dtype(_numpy_name(storage.dtype)).itemsize for storage in reader.storages}
+    keys = reader.load(head)
+    if not isinstance(keys, list) or set(map(str, keys)) != set(item_sizes) or len(keys) != len(item_sizes):
+        raise PickleError("its list of storages does not match its tensors")
+    places, position = {}, head.tell()
+    for key in keys:
+        handle.seek(position)
+        (count,) = struct.unpack("<q", handle.read(8))
+        size = count * item_sizes[key]
+        if count < 0 or position + 8 + size > length:
+            raise PickleError(f"storage {shown(key)} declares more numbers than the file has")
+        places[key] = position + 8, size
+        position += 8 + size
+    return root, places
+
+
+def _numpy_name(dtype: str) -> Any:
+    return BFLOAT16 if dtype == "bfloat16" else dtype
+
+
+def _state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[Any, Any], list[str]]:
+    """The dict of tensors in a checkpoint, and what to tell the user about the choice."""
+    if not isinstance(root, dict):
+        raise WeightsError(f"cannot read {path}: it holds no dict of weights, but something else")
+    models = [root[key] for key in MODEL_KEYS if _has_tensors(root.get(key))]
+    averages = [root[key] for key in EMA_KEYS if _has_tensors(root.get(key))]
+    if not models and not averages and _has_tensors(root):
+        models = [root]  # last: trainers keep tensors such as the best accuracy beside the weights
+    if ema and not averages:
+        raise WeightsError(f"{path} has no moving average (EMA) of the weights beside them")
+    if not models and not averages:
+        raise WeightsError(f"cannot read {path}: no weights in it, only {first_ten(root) or 'an empty dict'}")
+    if ema or models:
+        return (averages if ema else models)[0], []
+    return averages[0], [f"{path} has only a moving average (EMA) of the weights; loaded that"]
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, TensorRecord) for item in value.values())
+
+
+def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tensor:
+    """The tensor's place, once its claims are held against the bytes that are there."""
+    dtype = np.dtype(_numpy_name(record.storage.dtype))
+    try:
+        shape, strides = sizes(record.size), sizes(record.stride)
+        if type(record.offset) is not int or record.offset < 0 or len(shape) != len(strides):
+            raise ValueError("it has no sound place")
+        if record.storage.key not in places:
+            raise ValueError("its numbers are missing")
+        start, available = places[record.storage.key]
+        if record.storage.count * dtype.itemsize > available:
+            raise ValueError(f"it declares {record.storage.count} numbers, the file has {available // dtype.itemsize}")
+        tensor = Tensor(shape, dtype, start + record.offset * dtype.itemsize, strides)
+        if record.offset + tensor.span > record.storage.count:
+            raise ValueError("it reaches beyond its storage")
+        if tensor.size > max(tensor.span, 0):
+            raise ValueError("its elements share storage")
+    except ValueError as error:
+        raise WeightsError(f"cannot read {path}: {shown(key)} is unsound: {error}") from error
+    if tensor.size == 1 or strides == contiguous_strides(shape):
+        return Tensor(shape, dtype, tensor.offset, contiguous_strides(shape))
+    return tensor
