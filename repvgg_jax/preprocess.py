@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.errors import DataError
+from .errors import DataError
 
 if TYPE_CHECKING:
     import jax
@@ -27,13 +27,13 @@ class Preprocessing:
     """What turns an image into network input; stored in the header of weight files.
 
     Attributes:
-        image_size: height and width of the network's input.
-        crop_fraction: share of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
-            1.0: the shorter side becomes `image_size` itself).
-        mean, std: one number per channel, for pixel values in 0..1. Their count is the number of channels.
+      image_size: height and width of the network's input.
+      crop_fraction: share of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
+        1.0: the shorter side becomes `image_size` itself).
+      mean, std: one number per channel, for pixel values in 0..1. Their count is the number of channels.
 
     Raises:
-        ValueError: a field is out of range, or `mean` and `std` differ in length.
+      ValueError: a field is out of range, or `mean` and `std` differ in length.
     """
 
     image_size: int = 224
@@ -70,7 +70,7 @@ class Preprocessing:
         """Inverse of `to_dict`; absent fields take their defaults, unknown ones are ignored.
 
         Raises:
-            ValueError: a value does not fit its field.
+          ValueError: a value does not fit its field.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in fields.items() if name in known}
@@ -89,15 +89,15 @@ def decode_image(data: bytes, name: str, channels: int = 3) -> Image.Image:
     for 16-bit colour).
 
     Args:
-        data: the file's bytes, in any format that PIL reads.
-        name: what to call the image in an error.
-        channels: 3 for RGB, 1 for grey.
+      data: the file's bytes, in any format that PIL reads.
+      name: what to call the image in an error.
+      channels: 3 for RGB, 1 for grey.
 
     Returns:
-        A loaded PIL image of mode "RGB" or "L".
+      A loaded PIL image of mode "RGB" or "L".
 
     Raises:
-        DataError: the bytes are no image, are cut short, or unpack to a decompression bomb.
+      DataError: the bytes are no image, are cut short, or unpack to a decompression bomb.
     """
     mode = _pil_mode(channels)
     try:
@@ -139,17 +139,17 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize the shorter side and crop the centre: torchvision's `Resize` + `CenterCrop`, bilinear, antialiased.
+    """torchvision's `Resize` of the shorter side (bilinear, antialiased) and `CenterCrop`.
 
     Args:
-        image: PIL image of mode "RGB" or "L".
-        preprocessing: gives `image_size` and `resize_size`.
+      image: PIL image of mode "RGB" or "L".
+      preprocessing: gives `image_size` and `resize_size`.
 
     Returns:
-        uint8 [image_size, image_size, C], C as the image's mode has it.
+      uint8 [image_size, image_size, C], C as the image's mode has it.
 
     Raises:
-        DataError: the image is so elongated that resizing it would fill the memory.
+      DataError: the image is so elongated that resizing it would fill the memory.
     """
     width, height = image.size
     resized = _resized(width, height, preprocessing.resize_size)
@@ -158,7 +158,7 @@ def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarr
         raise DataError(f"an image of {width}x{height} pixels is too elongated to resize to {resized}")
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BILINEAR)
-    # crop_fraction <= 1 makes both sides at least image_size: torchvision's padding never comes into play.
+    # crop_fraction <= 1 leaves both sides at least image_size: torchvision's padding never comes into play.
     size = preprocessing.image_size
     left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
     return to_array(image.crop((left, top, left + size, top + size)))
@@ -185,14 +185,14 @@ def normalize(images: Any, preprocessing: Preprocessing) -> Any:
     """`(images / 255 - mean) / std`, in float32.
 
     Args:
-        images: uint8 [..., C]; a NumPy or a JAX array, also under `jit`.
-        preprocessing: gives mean and std, C numbers each.
+      images: uint8 [..., C]; a NumPy or a JAX array, also under `jit`.
+      preprocessing: gives mean and std, C numbers each.
 
     Returns:
-        float32 [..., C], of the same kind of array.
+      float32 [..., C], of the same kind of array.
 
     Raises:
-        ValueError: the last axis is not C.
+      ValueError: the last axis is not C.
     """
     if images.shape[-1] != preprocessing.channels:
         raise ValueError(f"images have {images.shape[-1]} channels, preprocessing {preprocessing.channels}")

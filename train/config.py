@@ -41,8 +41,8 @@ class InputConfig:
     """Side of the training crops, pixels."""
     test_image_size: int = 224
     """Side of the evaluation crops, pixels."""
-    workers: int = 0
-    """Threads that decode images; 0 means one for each core. Results do not depend on it."""
+    workers: int | None = None
+    """Threads that decode images; one for each core if not given. Results do not depend on it."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping and counting it."""
 
@@ -182,7 +182,7 @@ def check(config: Config) -> None:
     at_least = {
         "--image-size": (config.input.image_size, 1),
         "--test-image-size": (config.input.test_image_size, 1),
-        "--workers": (config.input.workers, 0),
+        "--workers": (config.input.workers or 1, 1),
         "--epochs": (config.optimizer.epochs, 1),
         "--batch-size": (config.optimizer.batch_size, 1),
         "--learning-rate": (config.optimizer.learning_rate, 0),

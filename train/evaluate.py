@@ -17,8 +17,7 @@ from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 
 from . import data
-from .data.pipeline import eval_batches
-from .data.sources import Source
+from .data import BadImages, Source, eval_batches
 from .parallel import AXIS, parallel, replicate
 from .step import make_eval_step
 
@@ -42,12 +41,14 @@ class Evaluation:
 class Evaluator:
     """Compiles one model's evaluation over a source once, to be called with variables as they train.
 
+    Unreadable images are named once, however often the source is evaluated.
+
     Args:
       model: training or deploy form.
       source: what to evaluate on.
       preprocessing: how its images are prepared.
       batch_size: images in a batch over all local devices; rounded up to their multiple.
-      workers: decoding threads, 0 for one each core.
+      workers: decoding threads, None for one each core.
       strict: raise on unreadable images instead of skipping them.
     """
 
@@ -58,7 +59,7 @@ class Evaluator:
         preprocessing: Preprocessing,
         *,
         batch_size: int,
-        workers: int = 0,
+        workers: int | None = None,
         strict: bool = False,
     ):
         devices = jax.local_device_count()
@@ -70,6 +71,7 @@ class Evaluator:
             preprocessing=preprocessing,
             num_workers=workers,
             strict=strict,
+            bad_images=BadImages(),
         )
 
     def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
@@ -80,13 +82,13 @@ class Evaluator:
         """
         totals = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
         predictions = []
-        batches = eval_batches(self._source, **self._options)
-        for batch in batches:
-            sums = dict(self._step(replicated_variables, batch))
-            predicted = np.asarray(sums.pop("prediction"))
-            predictions.append(predicted[batch["mask"] > 0])
-            for name, value in sums.items():
-                totals[name] += float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
+        with eval_batches(self._source, **self._options) as batches:
+            for batch in batches:
+                sums = dict(self._step(replicated_variables, batch))
+                predicted = np.asarray(sums.pop("prediction"))
+                predictions.append(predicted[batch["mask"] > 0])
+                for name, value in sums.items():
+                    totals[name] += float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
         images = round(totals.pop("images"))
         return Evaluation(
             **{name: total / images for name, total in totals.items()},
@@ -113,8 +115,8 @@ class Arguments:
     """Side of the evaluation crops, pixels; the weight file's own if not given."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
-    workers: int = 0
-    """Decoding threads; 0 means one for each core."""
+    workers: int | None = None
+    """Decoding threads; one for each core if not given."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping it."""
 
@@ -139,7 +141,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         arguments.data,
         image_size=preprocessing.image_size,
         data_dir=arguments.data_dir,
-        num_classes=model.num_classes,
+        evaluation_only=True,
     )
     if dataset.num_classes != model.num_classes:
         raise WeightsError(

@@ -20,7 +20,6 @@ from repvgg_jax.weights import save_weights
 from . import data
 from .checkpoint import Checkpoints
 from .config import Config, parse, save_or_compare
-from .data.pipeline import train_batches
 from .evaluate import Evaluation, Evaluator
 from .metrics import MetricsLog
 from .optimizer import learning_rate_schedule, make_optimizer
@@ -50,12 +49,7 @@ def train(config: Config) -> Result:
     options = config.optimizer
     per_device_batch(options.batch_size)
     dataset = data.load(config.input.data, image_size=config.input.test_image_size, data_dir=config.input.data_dir)
-    steps_per_epoch = len(dataset.train) // options.batch_size
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"--batch-size {options.batch_size} is more than the {len(dataset.train)} training images of "
-            f"{config.input.data}"
-        )
+    steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
     total_steps = options.epochs * steps_per_epoch
     workdir = make_workdir(config)
 
@@ -85,11 +79,11 @@ def train(config: Config) -> Result:
     del fresh, restored
 
     log = MetricsLog(workdir, start_step)
-    batches = train_batches(
+    batches = data.train_batches(
         dataset.train,
         batch_size=options.batch_size,
         local_device_count=jax.local_device_count(),
-        transform=dataset.train_transform,
+        transform=data.get_transform(dataset.train_transform),
         preprocessing=dataclasses.replace(dataset.preprocessing, image_size=size),
         seed=config.run.seed,
         start_step=start_step,

@@ -49,7 +49,7 @@ class MetricsLog:
         rows = [row for row in read_rows(path) if row["step"] <= start_step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
 
     def write(self, row: Row, prefix: str) -> None:

@@ -1,0 +1,184 @@
+"""Data: sources of labelled images, and batches of them shaped for the devices.
+
+`load` opens a data set, `train_batches` and `eval_batches` read its splits.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from repvgg_jax.errors import DataError
+from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+from .batches import BadImages, Batches
+from .pipeline import eval_batches, steps_per_epoch, train_batches
+from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource
+from .transforms import TRANSFORMS, Transform, get_transform
+
+__all__ = [
+    "TRANSFORMS",
+    "BadImages",
+    "Batches",
+    "DataSet",
+    "Example",
+    "Source",
+    "Transform",
+    "eval_batches",
+    "get_transform",
+    "load",
+    "steps_per_epoch",
+    "train_batches",
+]
+
+# timm's numbers for grey input: the means over the colours.
+_GREY_MEAN, _GREY_STD = (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
+_SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as training and evaluation need it.
+
+    Attributes:
+      name: the specification it was loaded by.
+      train, test: the two splits. `train` is empty if only evaluation was asked for.
+      preprocessing: how its images become network input.
+      train_transform: name of the augmentation that suits it.
+    """
+
+    name: str
+    train: Source
+    test: Source
+    preprocessing: Preprocessing
+    train_transform: str
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes; a label is an index into them."""
+        return self.test.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.test.class_names)
+
+
+def load(
+    spec: str,
+    *,
+    image_size: int,
+    data_dir: str | os.PathLike[str] | None = None,
+    channels: int = 3,
+    crop_fraction: float = 0.875,
+    evaluation_only: bool = False,
+) -> DataSet:
+    """Open a data set; images are read later.
+
+    Args:
+      spec: "digits" (scikit-learn's, written to `data_dir` the first time), "synthetic" (random pixels, for
+        benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*`, or a TFDS name
+        `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An existing folder wins over a
+        TFDS name.
+      image_size: height and width of the network's input.
+      data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      channels: 3 for RGB, 1 for grey.
+      crop_fraction: of the evaluation transform, for photographs (the others are never cropped).
+      evaluation_only: do without a training split.
+
+    Returns:
+      The data set.
+
+    Raises:
+      DataError: one line that says what is missing or wrong, where, and what to do.
+      ValueError: `image_size`, `channels` or `crop_fraction` is out of range.
+    """
+    preprocessing = _preprocessing(image_size, channels, crop_fraction)
+    if spec == "digits":
+        return _digits(_data_dir(data_dir), preprocessing)
+    if spec == "synthetic":
+        return _synthetic(dataclasses.replace(preprocessing, crop_fraction=1.0))
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return _folder(folder, preprocessing, evaluation_only)
+    if folder.exists() or spec.startswith((".", "~", os.sep)):
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{spec} {problem}; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only)
+
+
+def _preprocessing(image_size: int, channels: int, crop_fraction: float) -> Preprocessing:
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, got {channels}")
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (_GREY_MEAN, _GREY_STD)
+    return Preprocessing(image_size, crop_fraction, mean, std)
+
+
+def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
+    needed = ("val",) if evaluation_only else ("train", "val")
+    missing = [f"{name}/" for name in needed if not (root / name).is_dir()]
+    if missing:
+        wanted = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in needed)
+        raise DataError(f"{root} holds no {' and no '.join(missing)}; expected {wanted}")
+    test = FolderSource(root / "val")
+    train = EmptySource(test.class_names) if evaluation_only else FolderSource(root / "train")
+    if train.class_names != test.class_names:
+        raise _classes_differ(root, set(train.class_names), set(test.class_names))
+    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip")
+
+
+def _classes_differ(root: Path, train: set[str], test: set[str]) -> DataError:
+    sides = (("train/", train - test), ("val/", test - train))
+    texts = [f"only in {side}: {_some(names)}" for side, names in sides if names]
+    return DataError(f"{root / 'train'} and {root / 'val'} hold different classes ({'; '.join(texts)})")
+
+
+def _some(names: set[str], limit: int = 5) -> str:
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _tfds(name: str, data_dir: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
+    try:
+        from . import tfds_source
+    except ImportError as error:
+        raise _missing_extra(name, error) from error
+    directory = tfds_source.find_dataset(name, data_dir)
+    test_split = tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
+    test = tfds_source.TfdsSource(directory, test_split)
+    if evaluation_only:
+        train: Source = EmptySource(test.class_names)
+    else:
+        train = tfds_source.TfdsSource(directory, tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS))
+    return DataSet(name, train, test, preprocessing, "random_resized_crop_flip")
+
+
+def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
+    try:
+        from . import digits, tfds_source
+    except ImportError as error:
+        raise _missing_extra("digits", error) from error
+    directory = digits.prepare(data_dir)
+    mean, std = (digits.MEAN,) * preprocessing.channels, (digits.STD,) * preprocessing.channels
+    return DataSet(
+        "digits",
+        tfds_source.TfdsSource(directory, "train"),
+        tfds_source.TfdsSource(directory, "test"),
+        Preprocessing(preprocessing.image_size, 1.0, mean, std),
+        "random_affine",
+    )
+
+
+def _synthetic(preprocessing: Preprocessing) -> DataSet:
+    size, channels = preprocessing.image_size, preprocessing.channels
+    train = SyntheticSource(_SYNTHETIC_IMAGES, size, channels, seed=0)
+    test = SyntheticSource(_SYNTHETIC_TEST_IMAGES, size, channels, seed=1)
+    return DataSet("synthetic", train, test, preprocessing, "as_is")
+
+
+def _missing_extra(spec: str, error: ImportError) -> DataError:
+    return DataError(f"the data set {spec!r} needs {error.name}; install it with: pip install 'repvgg-jax[train]'")

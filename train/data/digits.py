@@ -6,7 +6,6 @@ path that ImageNet takes.
 
 import contextlib
 import io
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> Any:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="The digits of scikit-learn (UCI optdigits, test part), values 0..16 scaled to 0..255.",
+            description="The digits of scikit-learn (UCI optdigits, test part), 0..16 scaled to 0..255.",
             homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
             features=tfds.features.FeaturesDict(
                 {
@@ -80,11 +79,11 @@ def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
     """A stratified random choice of `count` examples, the same for ever.
 
     Args:
-        labels: int [N].
-        count: how many to choose; every class gives its share, rounded by largest remainder.
+      labels: int [N].
+      count: how many to choose; every class gives its share, rounded by largest remainder.
 
     Returns:
-        int [count], ascending.
+      int [count], ascending.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * count / len(labels)
@@ -103,7 +102,7 @@ def prepare(data_dir: Path) -> Path:
     processes that write at once one wins and both succeed.
 
     Raises:
-        DataError: `data_dir` cannot be written.
+      DataError: `data_dir` cannot be written.
     """
     directory = data_dir / NAME / VERSION
     if directory.is_dir():
@@ -130,7 +129,7 @@ def _write(data_dir: Path) -> Path:
 
 def _move_into_place(written: Path, directory: Path) -> None:
     try:
-        os.rename(written, directory)
+        written.rename(directory)
     except OSError:
         # A folder with content is never overwritten: another process was faster, with the same images.
         if not directory.is_dir():

@@ -1,6 +1,6 @@
 """Random-access sources of labelled images: an image folder and a synthetic one (TFDS: `tfds_source.py`).
 
-A source knows nothing of order, augmentation or devices. It can be read from many threads at once and pickled.
+A source knows nothing of order, augmentation or devices. Many threads may read it at once; it can be pickled.
 """
 
 import os
@@ -22,9 +22,9 @@ class Example:
     """One labelled image.
 
     Attributes:
-        image: an encoded image file, or uint8 pixels [H, W] or [H, W, C].
-        label: index into the source's `class_names`.
-        name: what to call the image in a message; unique within its source.
+      image: an encoded image file, or uint8 pixels [H, W] or [H, W, C].
+      label: index into the source's `class_names`.
+      name: what to call the image in a message; unique within its source.
     """
 
     image: bytes | np.ndarray
@@ -33,7 +33,7 @@ class Example:
 
 
 class Source(Protocol):
-    """A sequence of examples with random access. `source[i]` raises DataError where example i is unreadable."""
+    """A sequence of examples with random access. `source[i]` raises DataError if example i is unreadable."""
 
     @property
     def class_names(self) -> list[str]: ...
@@ -50,10 +50,10 @@ class FolderSource:
     `as_dataset` only: it does not work without TensorFlow, nor by random access.
 
     Args:
-        root: the folder of one split.
+      root: the folder of one split.
 
     Raises:
-        DataError: no such folder, no class folders in it, or a class folder without images.
+      DataError: no such folder, no class folders in it, or a class folder without images.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -92,7 +92,8 @@ def _class_folders(root: Path) -> list[str]:
 
 def _image_files(folder: Path) -> list[str]:
     try:
-        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if _is_image(e.name))
     except OSError as error:
         raise DataError(f"cannot list the folder {folder} ({error.strerror})") from error
     if not names:
@@ -100,15 +101,19 @@ def _image_files(folder: Path) -> list[str]:
     return names
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 class SyntheticSource:
     """Random pixels for benchmarks: nothing to read or decode, and the same for the same arguments.
 
     Args:
-        length: number of examples; they share a small pool of distinct images.
-        image_size: height and width.
-        channels: 1 or 3.
-        num_classes: labels are uniform over them.
-        seed: two splits take two seeds.
+      length: number of examples; they share a small pool of distinct images.
+      image_size: height and width.
+      channels: 1 or 3.
+      num_classes: labels are uniform over them.
+      seed: two splits take two seeds.
     """
 
     _POOL = 64

@@ -1,7 +1,7 @@
 """Data sets prepared by TensorFlow Datasets, read at random and without TensorFlow.
 
-ArrayRecord files are read by TFDS's own data source, TFRecord files by our offset index (`tfrecord.py`). Either
-way a record is parsed by TFDS's features, and its image stays encoded until a worker decodes it.
+ArrayRecord files are read by TFDS's own data source, TFRecord files by our offset index (`tfrecord.py`). In
+both cases TFDS's features parse the record, and the image stays encoded until a worker decodes it.
 """
 
 import difflib
@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from repvgg_jax.errors import DataError
-from train.data.sources import Example
-from train.data.tfrecord import Shard, TFRecordFiles
+
+from .sources import Example
+from .tfrecord import Shard, TFRecordFiles
 
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("validation", "test")
@@ -35,11 +37,11 @@ class TfdsSource:
     """One split of a prepared TFDS image classification data set; thread safe, picklable.
 
     Args:
-        directory: the folder of the prepared data set, `DATA_DIR/NAME[/CONFIG]/VERSION`.
-        split: a split's name, or a slice of one (`train[:10%]`).
+      directory: the folder of the prepared data set, `DATA_DIR/NAME[/CONFIG]/VERSION`.
+      split: a split's name, or a slice of one (`train[:10%]`).
 
     Raises:
-        DataError: no such data set or split, or not one of labelled uint8 images.
+      DataError: no such data set or split, or not one of labelled uint8 images.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
@@ -62,34 +64,41 @@ class TfdsSource:
 
     def __getitem__(self, index: int, /) -> Example:
         position = f"{self._name}[{index}]"
-        image, label, name = self._parse(self._records[index], position)
+        image, label, name = self._parse(self._read(index, position), position)
         if not 0 <= label < len(self._class_names):
             raise DataError(f"{position}: label {label} is none of the {len(self._class_names)} classes")
         return Example(image, label, f"{position} {name}" if name else position)
 
+    def _read(self, index: int, position: str) -> bytes:
+        try:
+            return self._records[index]
+        except RuntimeError as error:  # what array_record raises for a damaged file
+            raise DataError(f"{position}: damaged record ({_line(error)})") from error
+
     def _parse(self, record: bytes, position: str) -> tuple[bytes, int, str]:
         image_key, label_key, name_key = self._keys
+        encoded = {image_key: tfds.decode.SkipDecoding()}
         try:
-            fields = self._features.deserialize_example_np(record, decoders={image_key: tfds.decode.SkipDecoding()})
+            fields = self._features.deserialize_example_np(record, decoders=encoded)
         # A damaged record fails in protobuf (DecodeError) or anywhere in TFDS's parser after it.
         except Exception as error:
             raise DataError(f"{position}: damaged record ({type(error).__name__})") from error
-        name = fields[name_key] if name_key else ""
-        return fields[image_key], int(fields[label_key]), name.decode() if isinstance(name, bytes) else str(name)
+        name = fields[name_key].decode(errors="replace") if name_key else ""
+        return fields[image_key], int(fields[label_key]), name
 
 
 def find_dataset(name: str, data_dir: Path) -> Path:
     """The folder of the prepared TFDS data set `NAME[/CONFIG][:VERSION]` under `data_dir`.
 
     Raises:
-        DataError: not prepared there (the text says how to), or no data set of that name (it suggests some).
+      DataError: not prepared there (the text says how to), or no data set of that name (it suggests some).
     """
     try:
         # From the files rather than from the registered code, which would insist on its own newest version.
         return Path(builder_from_files(name, data_dir=data_dir).data_dir)
     except DatasetNotFoundError as error:
         raise _not_found(name, data_dir) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ParseError) as error:
         raise DataError(f"cannot open the TFDS data set {name!r} under {data_dir} ({_line(error)})") from error
 
 
@@ -97,7 +106,7 @@ def find_split(directory: Path, candidates: Sequence[str]) -> str:
     """The first of `candidates` that the data set in `directory` has.
 
     Raises:
-        DataError: it has none of them.
+      DataError: it has none of them.
     """
     info = _open_builder(directory).info
     for split in candidates:
@@ -110,11 +119,11 @@ def _not_found(name: str, data_dir: Path) -> DataError:
     base = name.split(":")[0].split("/")[0]
     known = set(tfds.list_builders(with_community_datasets=False))
     if base in known:
-        # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some need a manual download.
+        # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some a manual download.
         return DataError(
-            f"TFDS data set {name!r} is not prepared under {data_dir}; prepare it with "
-            f"`tfds build {name} --file_format=array_record --data_dir={data_dir}` (needs tensorflow installed), "
-            "or say where it is with --data-dir or TFDS_DATA_DIR"
+            f"TFDS data set {name!r} is not prepared under {data_dir}; prepare it where tensorflow is installed "
+            f"with `tfds build {name} --file_format=array_record --data_dir={data_dir}`, or say "
+            "where it is with --data-dir or TFDS_DATA_DIR"
         )
     prepared = {p.name for p in data_dir.iterdir() if p.is_dir()} if data_dir.is_dir() else set()
     near = difflib.get_close_matches(base, sorted(known | prepared | {"digits", "synthetic"}), n=3)
@@ -125,7 +134,7 @@ def _not_found(name: str, data_dir: Path) -> DataError:
 def _open_builder(directory: Path) -> Any:
     try:
         return tfds.builder_from_directory(directory)
-    except (OSError, ValueError) as error:
+    except (ValueError, OSError, ParseError) as error:
         raise DataError(f"{directory} holds no readable TFDS data set ({_line(error)})") from error
 
 
@@ -152,15 +161,25 @@ def _records(builder: Any, split: str) -> _Records:
     try:
         if FileFormat.ARRAY_RECORD in formats:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            return builder.as_data_source(split, deserialize_method=raw, file_format=FileFormat.ARRAY_RECORD)
+            source = builder.as_data_source(split, deserialize_method=raw, file_format=FileFormat.ARRAY_RECORD)
+            _shards(builder, split)
+            return source
         if FileFormat.TFRECORD in formats:
-            files = builder.info.splits[split].file_instructions
-            return TFRecordFiles([Shard(Path(file.filename), file.skip, file.take) for file in files])
+            return TFRecordFiles(_shards(builder, split))
     except (KeyError, ValueError) as error:
         splits = ", ".join(builder.info.splits)
         raise DataError(f"{builder.info.full_name} has no split {split!r}, only {splits}") from error
     names = ", ".join(sorted(fmt.value for fmt in formats)) or "no known record files"
     raise DataError(f"{builder.data_dir} holds {names}; prepare it again with --file_format=array_record")
+
+
+def _shards(builder: Any, split: str) -> list[Shard]:
+    files = builder.info.splits[split].file_instructions
+    shards = [Shard(Path(file.filename), file.skip, file.take) for file in files]
+    for shard in shards:
+        if not shard.path.is_file():
+            raise DataError(f"record file {shard.path} is missing; prepare the data set again")
+    return shards
 
 
 def _line(error: Exception) -> str:

@@ -4,7 +4,6 @@ A TFRecord file is a chain of records: length (uint64, little endian), CRC of th
 CRC of the bytes (4 bytes). Hopping from length to length yields the offset of every record.
 """
 
-import os
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -20,20 +19,20 @@ _HEADER = struct.Struct("<Q4x")
 _FOOTER_BYTES = 4
 
 
-def record_spans(path: str | os.PathLike[str]) -> np.ndarray:
+def record_spans(path: Path) -> np.ndarray:
     """Offset and length of every complete record of a TFRecord file.
 
     Args:
-        path: the file. Its checksums are not verified: a damaged image shows when it is decoded.
+      path: the file. Its checksums are not verified: a damaged image shows when it is decoded.
 
     Returns:
-        int64 [records, 2]; of a file that is cut short, the records before the cut.
+      int64 [records, 2]; of a file that is cut short, the records before the cut.
 
     Raises:
-        OSError: the file cannot be read.
+      OSError: the file cannot be read.
     """
-    size, position, spans = os.path.getsize(path), 0, []
-    with open(path, "rb") as file:
+    size, position, spans = path.stat().st_size, 0, []
+    with path.open("rb") as file:
         while position + _HEADER.size <= size:
             file.seek(position)
             (length,) = _HEADER.unpack(file.read(_HEADER.size))
@@ -60,16 +59,13 @@ class TFRecordFiles:
     before the first batch. Files are opened per read, so that a thousand descriptors need not be held.
 
     Args:
-        shards: the files, in order, and which of their records count.
+      shards: the files, in order, and which of their records count.
 
     Raises:
-        DataError: on construction, a file is missing; on access, the record is missing or unreadable.
+      DataError: on access: the record is missing or unreadable.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        for shard in shards:
-            if not shard.path.is_file():
-                raise DataError(f"record file {shard.path} is missing; prepare the data set again")
         self._shards = list(shards)
         self._ends = list(accumulate(shard.take for shard in shards))
         self._spans: list[np.ndarray | None] = [None] * len(shards)
@@ -97,6 +93,6 @@ class TFRecordFiles:
             expected = shard.skip + shard.take
             raise DataError(f"{shard.path}: cut short, {len(spans)} records of {expected}; prepare it again")
         offset, length = (int(number) for number in spans[row])
-        with open(shard.path, "rb", buffering=0) as file:
+        with shard.path.open("rb", buffering=0) as file:
             file.seek(offset)
             return file.read(length)

@@ -1,6 +1,6 @@
 """Training augmentations: pure functions (image, rng, size) -> uint8 [size, size, C].
 
-All randomness comes from `rng`, so that an image's augmentation is a function of the seed and its place in the
+All randomness comes from `rng`, so that an image's augmentation depends on the seed and on its place in the
 epoch alone. To add one, write the function and enter it in `TRANSFORMS`.
 """
 
@@ -27,12 +27,12 @@ def random_resized_crop_flip(image: Image.Image, rng: np.random.Generator, size:
     """torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
 
     Args:
-        image: PIL image of mode "RGB" or "L".
-        rng: where the crop and the flip come from.
-        size: height and width of the result.
+      image: PIL image of mode "RGB" or "L".
+      rng: where the crop and the flip come from.
+      size: height and width of the result.
 
     Returns:
-        uint8 [size, size, C].
+      uint8 [size, size, C].
     """
     left, top, width, height = random_crop_box(image.width, image.height, rng)
     # Cropped first, as torchvision does: `resize(box=...)` would filter across the box's edges and mix in
@@ -52,14 +52,14 @@ def random_crop_box(
     """The crop of torchvision's `RandomResizedCrop`, which needs the image's size but not its pixels.
 
     Args:
-        width, height: the image's.
-        rng: the source of randomness.
-        area: range of the crop's share of the image's area.
-        aspect: range of the crop's width over its height.
+      width, height: the image's.
+      rng: the source of randomness.
+      area: range of the crop's share of the image's area.
+      aspect: range of the crop's width over its height.
 
     Returns:
-        (left, top, width, height) of a crop inside the image. After ten crops that do not fit: the largest
-        central one whose aspect lies in the range.
+      (left, top, width, height) of a crop inside the image. After ten crops that do not fit: the largest
+      central one whose aspect lies in the range.
     """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
@@ -80,16 +80,16 @@ def random_crop_box(
 def random_affine(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
     """A small random rotation, scaling, shear and shift; never mirrors. For small images such as digits.
 
-    The image is sampled once, bilinearly, from its own pixels straight to the result, without antialiasing: it
-    should not be much larger than `size`. What comes from outside the image is black.
+    The image is sampled once, bilinearly, from its own pixels straight to the result. There is no antialiasing,
+    so it should not be much larger than `size`. What comes from outside the image is black.
 
     Args:
-        image: PIL image of mode "RGB" or "L".
-        rng: where the parameters come from.
-        size: height and width of the result.
+      image: PIL image of mode "RGB" or "L".
+      rng: where the parameters come from.
+      size: height and width of the result.
 
     Returns:
-        uint8 [size, size, C].
+      uint8 [size, size, C].
     """
     rotation = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
     scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
@@ -109,11 +109,11 @@ def affine(
 ) -> np.ndarray:
     """Rotate (clockwise, radians), scale, shear (radians) about the centre, then shift (in image sides).
 
-    With the default parameters it is `eval_transform` at crop fraction 1: pixel centres fall on the same places
-    and values agree to one grey level (PIL truncates here and rounds there).
+    With the default parameters it is `eval_transform` at crop fraction 1: pixel centres fall on the same places,
+    and values agree to two grey levels (PIL truncates here, and rounds twice in `resize`).
 
     Returns:
-        uint8 [size, size, C].
+      uint8 [size, size, C].
     """
     # PIL wants the way back: from a place in the result to one in the image.
     unit = min(image.size) / size / scale
@@ -130,10 +130,12 @@ def as_is(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray
     """No augmentation: the image, resized to a square unless it is one of that size. For benchmarks.
 
     Returns:
-        uint8 [size, size, C].
+      uint8 [size, size, C].
     """
     del rng
-    return to_array(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return to_array(image)
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -147,7 +149,7 @@ def get_transform(name: str) -> Transform:
     """The training augmentation called `name`.
 
     Raises:
-        ConfigError: there is none.
+      ConfigError: there is none.
     """
     if name not in TRANSFORMS:
         raise ConfigError(f"unknown augmentation {name!r}; there are {', '.join(TRANSFORMS)}")
