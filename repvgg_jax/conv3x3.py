@@ -1,12 +1,35 @@
-"""How a deploy-form 3x3 convolution is computed."""
+"""How a deploy-form 3x3 convolution is computed: four algorithms behind one signature.
 
+Costs a layer with `P` output pixels (over the batch), in multiplications and in float32 numbers that pass through
+memory besides input, kernel and output:
+
+| algorithm | strides | multiplications | numbers written and read again |
+|---|---|---|---|
+| direct | 1, 2 | 9 `P` `C_in` `C_out` / groups | none (XLA's own convolution packs as it goes) |
+| im2col | 1, 2 | the same, as one matrix product | 9 `P` `C_in` |
+| winograd2 | 1 | 4 `P` `C_in` `C_out` / groups | 4 `P` (`C_in` + `C_out`), see `winograd` |
+| winograd4 | 1 | 2.25 `P` `C_in` `C_out` / groups | about 4 `P` (`C_in` + `C_out`) |
+
+Which is fastest depends on layer, batch and machine: `planner` chooses.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
 from jax import Array, lax
+from jax import numpy as jnp
+
+from .winograd import transform_kernel, winograd
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
+Algorithm = Literal["direct", "im2col", "winograd2", "winograd4"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+_TILE: dict[Algorithm, int] = {"winograd2": 2, "winograd4": 4}
+
 
 def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: int = 1) -> Array:
-    """3x3 convolution with one pixel of zero padding on every side, plus bias.
+    """3x3 convolution with one pixel of zero padding on every side, plus bias; XLA's own convolution.
 
     PyTorch's `Conv2d(kernel_size=3, padding=1)`: with stride 2 it pads before *and* after, which Flax's
     `"SAME"` does not.
@@ -30,3 +53,84 @@ def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: in
         feature_group_count=groups,
     )
     return out + bias
+
+
+def supports(algorithm: Algorithm, stride: int) -> bool:
+    """Whether `algorithm` can compute a convolution of that stride."""
+    return algorithm not in _TILE or stride == 1
+
+
+def prepare_kernel(kernel: np.ndarray, algorithm: Algorithm, *, groups: int = 1) -> np.ndarray:
+    """The kernel as `convolve` wants it for `algorithm`; done once, ahead of time.
+
+    Args:
+      kernel: `[3, 3, C_in // groups, C_out]`.
+      algorithm: one of `ALGORITHMS`.
+      groups: groups of the convolution.
+
+    Returns:
+      direct: the kernel; im2col: `[groups, 9 * C_in // groups, C_out // groups]`; Winograd with tile m:
+      `[groups, (m + 2)^2, C_in // groups, C_out // groups]`.
+    """
+    if algorithm == "direct":
+        return kernel
+    parts = np.split(kernel, groups, axis=3)
+    if algorithm == "im2col":
+        return np.stack([part.reshape(-1, part.shape[3]) for part in parts])
+    return np.stack([transform_kernel(part, _TILE[algorithm]) for part in parts])
+
+
+def convolve(
+    x: Array,
+    prepared: Array,
+    bias: Array,
+    *,
+    algorithm: Algorithm = "direct",
+    stride: int = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Array:
+    """`conv3x3` by a chosen algorithm, on a kernel from `prepare_kernel`, followed by ReLU if asked for.
+
+    Args:
+      x: `[N, H, W, C_in]`, any height and width.
+      prepared: the kernel, prepared for this algorithm and these groups.
+      bias: `[C_out]`.
+      algorithm: one of `ALGORITHMS`; the Winograd ones need stride 1.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+      relu: whether ReLU follows.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
+
+    Raises:
+      ValueError: the algorithm cannot do that stride.
+    """
+    if not supports(algorithm, stride):
+        raise ValueError(f"{algorithm} needs stride 1, not {stride}")
+    if algorithm in _TILE:
+        return winograd(x, prepared, bias, tile=_TILE[algorithm], groups=groups, relu=relu)
+    if algorithm == "im2col":
+        y = _im2col(x, prepared, stride) + bias
+    else:
+        y = conv3x3(x, prepared, bias, stride=stride, groups=groups)
+    return jnp.maximum(y, 0) if relu else y
+
+
+def _im2col(x: Array, kernel: Array, stride: int) -> Array:
+    """One matrix product a group: `[N * H' * W', 9 * C_in / groups] @ [9 * C_in / groups, C_out / groups]`."""
+    n, height, width, channels = x.shape
+    rows, columns = -(-height // stride), -(-width // stride)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+    inner = channels // kernel.shape[0]
+    parts = []
+    for group, matrix in enumerate(kernel):
+        own = [tap[..., group * inner : (group + 1) * inner] for tap in taps]
+        parts.append(jnp.concatenate(own, axis=3).reshape(n * rows * columns, -1) @ matrix)
+    return jnp.concatenate(parts, axis=1).reshape(n, rows, columns, -1)

@@ -143,6 +143,7 @@ def create_model(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     remat: bool = False,
+    name: str | None = None,
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
 
@@ -153,6 +154,7 @@ def create_model(
       dtype: computation dtype, float32 or bfloat16 (float64 with `jax_enable_x64`).
       param_dtype: dtype of parameters and BN statistics.
       remat: recompute activations in the backward pass to save memory.
+      name: the Flax submodule name, where the model is built inside another module's compact method.
 
     Raises:
       UnknownModelError: no published variant has that name.
@@ -162,4 +164,4 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     if isinstance(variant, str):
         variant = get_variant(variant)
-    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat)
+    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, name=name)

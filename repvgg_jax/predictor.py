@@ -1,14 +1,87 @@
-"""Deploy inference: fused, compiled ahead of time, called with arrays."""
+"""Deploy inference: fused, planned, compiled ahead of time, called with arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import plan_cache
 from .fusion import to_deploy
 from .model import RepVGG
+from .planned_net import compile_for, planned_forward, prepare_params
+from .planner import Plan, default_plan, xla_plan
+from .preprocess import Preprocessing, normalize
+
+
+class Predictor:
+    """A compiled net: call it with images, get logits. Safe to call from several threads at once.
+
+    Attributes:
+      plan: which algorithm computes each layer; `print(predict.plan)` shows a table.
+      batch_size: images a compiled call takes.
+      image_shape: `(height, width, channels)`.
+      image_dtype: uint8 where normalisation is folded in, else float32.
+    """
+
+    def __init__(self, model: RepVGG, params: Mapping[str, Any], plan: Plan, preprocessing: Preprocessing | None):
+        stem = plan.stages[0].layers[0].shape
+        self.plan = plan
+        self.batch_size = plan.batch_size
+        self.image_shape = (stem.height, stem.width, stem.in_channels)
+        self.image_dtype = np.dtype(np.float32 if preprocessing is None else np.uint8)
+        self._params = prepare_params(params, plan, model.dtype)
+        forward = planned_forward(model, plan)
+
+        def run(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+            if preprocessing is not None:
+                images = normalize(images, preprocessing)
+            return forward(params, images).astype(jnp.float32)
+
+        batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
+        self._compiled = compile_for(jax.default_backend(), run, self._params, batch)
+
+    def __call__(self, images: Any) -> np.ndarray:
+        """Logits.
+
+        Args:
+          images: `[N, H, W, C]` for any N >= 1, NumPy or JAX: float and normalised, or uint8 in 0..255 if the
+            predictor was made with `preprocessing`. Fewer than `batch_size` are padded with blank images, more
+            run in pieces; neither compiles again.
+
+        Returns:
+          `[N, num_classes]` float32.
+
+        Raises:
+          ValueError: another shape, or the other kind of numbers.
+        """
+        if not isinstance(images, jax.Array):
+            images = np.asarray(images)
+        self._check(images)
+        if images.dtype != self.image_dtype:
+            images = images.astype(self.image_dtype)
+        pieces = [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
+        # All pieces are on their way before the first result is waited for.
+        logits = [np.asarray(result)[:count] for result, count in pieces]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _piece(self, images: Any) -> tuple[jax.Array, int]:
+        count = len(images)
+        if count < self.batch_size:
+            full = np.zeros((self.batch_size, *self.image_shape), self.image_dtype)
+            full[:count] = images
+            images = full
+        return self._compiled(self._params, images), count
+
+    def _check(self, images: Any) -> None:
+        height, width, channels = self.image_shape
+        if images.ndim != 4 or images.shape[1:] != self.image_shape or not len(images):
+            raise ValueError(f"images must have shape [N, {height}, {width}, {channels}], not {list(images.shape)}")
+        if self.image_dtype == np.uint8 and images.dtype != np.uint8:
+            raise ValueError(f"this predictor normalises uint8 images itself; these are {images.dtype}")
+        if self.image_dtype != np.uint8 and images.dtype == np.uint8:
+            raise ValueError("images are uint8: normalise them, or make the predictor with preprocessing")
 
 
 def make_predictor(
@@ -16,20 +89,30 @@ def make_predictor(
     variables: Mapping[str, Any],
     batch_size: int = 1,
     image_size: int | tuple[int, int] | None = None,
-) -> Callable[[Any], np.ndarray]:
-    """A function from normalised images to logits: the fused net, compiled once for one shape.
+    *,
+    dtype: Any = None,
+    tune: bool = False,
+    preprocessing: Preprocessing | None = None,
+) -> Predictor:
+    """A function from images to logits: the net fused, its layers planned, compiled once for one shape.
+
+    Compilation goes through JAX's persistent cache where one is configured (`jax_compilation_cache_dir`).
 
     Args:
       model: training form (fused here) or deploy form.
       variables: its variables.
       batch_size: the compiled batch; smaller ones are padded, larger ones run in pieces.
       image_size: pixels, one number or (height, width); the variant's published size if None.
+      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's own if None.
+      tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of asking the cost model.
+        The result is kept in the user's cache folder and used again without measuring.
+      preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
 
     Returns:
-      `predict(images)`, `[N, H, W, C]` float -> `[N, num_classes]` float32, for any N >= 1.
+      A `Predictor`: `predict(images)`, `[N, H, W, C] -> [N, num_classes]` float32, for any N >= 1.
 
     Raises:
-      ValueError: a non-positive size; later, from `predict`, images of another shape.
+      ValueError: a non-positive size, or a preprocessing for another number of channels.
     """
     if image_size is None:
         image_size = model.variant.image_size
@@ -38,25 +121,30 @@ def make_predictor(
         raise ValueError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
     if not model.deploy:
         model, variables = to_deploy(model, variables)
-    variables = jax.tree.map(jnp.asarray, {"params": variables["params"]})
-    channels = variables["params"]["stage0"]["rbr_reparam"]["kernel"].shape[2]
-    shape = (height, width, channels)
+    if dtype is not None:
+        model = model.clone(dtype=dtype)
+    params = variables["params"]
+    channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
+    if preprocessing is not None and preprocessing.channels != channels:
+        raise ValueError(f"the net takes {channels} channels, the preprocessing gives {preprocessing.channels}")
+    plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
+    return Predictor(model, params, plan, preprocessing)
 
-    def forward(variables, images):
-        return model.apply(variables, images)
 
-    batch = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
-    compiled = jax.jit(forward).lower(variables, batch).compile()
+def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:
+    """XLA's convolutions on accelerators and in 16 bits; else the cost model's plan, or the measured one."""
+    platform, name = jax.default_backend(), jnp.dtype(model.dtype).name
+    if platform != "cpu" or name not in ("float32", "float64"):
+        source = f"platform ({platform}, {name})"
+        return xla_plan(model.variant, batch_size, image_size, channels, source)
+    plan = default_plan(model.variant, batch_size, image_size, channels)
+    if not tune or name != "float32":
+        return plan
+    cached = plan_cache.load_plan(plan, name)
+    if cached is not None:
+        return cached
+    from .tuning import measured_plan
 
-    def predict(images: Any) -> np.ndarray:
-        images = np.asarray(images, np.float32)
-        if images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise ValueError(f"images must have shape [N, {height}, {width}, {channels}], not {list(images.shape)}")
-        pieces = []
-        for start in range(0, len(images), batch_size):
-            piece = images[start : start + batch_size]
-            padded = np.pad(piece, ((0, batch_size - len(piece)), (0, 0), (0, 0), (0, 0)))
-            pieces.append(np.asarray(compiled(variables, padded))[: len(piece)])
-        return np.concatenate(pieces)
-
-    return predict
+    plan = measured_plan(plan)
+    plan_cache.save_plan(plan, name)
+    return plan

@@ -89,8 +89,8 @@ def summary_table(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = (
-        f"Deploy form, one {size}x{size} image, {num_classes} classes, multiply-adds. [published, at 224x224 with 1000 "
-        "classes; top-1 of D2se and RepVGGplus at 320x320]. Parameters are cut, not rounded, after two decimals, as in the paper."
+        f"Deploy form, one {size}x{size} image, {num_classes} classes, multiply-adds; parameters cut, not rounded,\n"
+        "after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and RepVGGplus at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 

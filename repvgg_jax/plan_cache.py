@@ -1,0 +1,117 @@
+"""Measured plans, kept on disk between processes.
+
+One JSON file a plan, named by a digest of everything the measurement depends on; a file that cannot be read, or that
+is not what it claims to be, counts as absent.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform as host
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+from .conv3x3 import ALGORITHMS
+from .errors import RepVGGError
+from .files import atomic_path
+from .planner import Plan, StagePlan, candidates, divisors
+from .version import __version__
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/repvgg_jax/plans`, or under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "repvgg_jax" / "plans"
+
+
+def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
+    """What a measurement belongs to: device, versions, dtype, batch and every layer's shape."""
+    return {
+        "format": FORMAT,
+        "repvgg_jax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "device": device_name(),
+        "dtype": dtype,
+        "batch_size": plan.batch_size,
+        "outer": plan.outer,
+        "stages": [
+            [[layer.name, *dataclasses.astuple(layer.shape)] for layer in stage.layers] for stage in plan.stages
+        ],
+    }
+
+
+def load_plan(plan: Plan, dtype: str) -> Plan | None:
+    """The cached measurement for the net, batch and machine that `plan` is for; None if there is none."""
+    key = cache_key(plan, dtype)
+    try:
+        stored = json.loads(_path(key).read_text())
+        if stored["key"] != key:
+            return None
+        return _with_choices(plan, stored["portions"], stored["algorithms"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def save_plan(plan: Plan, dtype: str) -> bool:
+    """Keep a measured plan; False, and no harm done, where the folder cannot be written to."""
+    key = cache_key(plan, dtype)
+    stored = {"key": key, "portions": [stage.portion for stage in plan.stages], "algorithms": plan.algorithms()}
+    try:
+        path = _path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(stored, indent=1))
+    except (OSError, RepVGGError):
+        return False
+    return True
+
+
+def device_name() -> str:
+    """Device kind; on a CPU also its model, and the number of cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_model()}, {cores} cores"
+
+
+def _cpu_model() -> str:
+    """Model name, and a digest of the instruction sets: virtual machines share names."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return host.processor() or host.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    sets = sorted({line for line in lines if line.startswith(("flags", "Features"))})
+    digest = hashlib.sha256("\n".join(sets).encode()).hexdigest()[:12]
+    return f"{names[0] if names else host.machine()} {digest}"
+
+
+def _path(key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / f"{digest}.json"
+
+
+def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:
+    """`plan` with stored choices, or None where one is impossible."""
+    if len(portions) != len(plan.stages):
+        return None
+    stages = []
+    for stage, portion in zip(plan.stages, portions, strict=True):
+        layers = []
+        for layer in stage.layers:
+            algorithm = algorithms[layer.name]
+            if algorithm not in ALGORITHMS or algorithm not in candidates(layer.shape):
+                return None
+            layers.append(dataclasses.replace(layer, algorithm=algorithm))
+        if type(portion) is not int or portion not in divisors(plan.outer):
+            return None
+        stages.append(StagePlan(portion, tuple(layers)))
+    return dataclasses.replace(plan, stages=tuple(stages), source="cached measurement")
