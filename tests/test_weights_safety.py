@@ -1,0 +1,354 @@
+"""Claim: no file runs code, none costs more memory than it is long, and every bad one is refused in one line."""
+
+import importlib
+import io
+import json
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from weights_helpers import TINY, assert_same_bits, random_arrays, random_model, refused, torch_state
+
+import repvgg_jax as rv
+from repvgg_jax.weights.layout import unflatten
+
+pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
+
+
+class Attack:
+    """Unpickles to a call that leaves a file behind."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def rewrite_pickle(source: Path, target: Path, change) -> None:
+    """Copy a PyTorch zip file with another `data.pkl`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
+
+
+@pytest.fixture
+def config_module(monkeypatch):
+    """A module like yacs, which the authors' trainer pickles its config with, and which remembers being used."""
+    module = types.ModuleType("yacs_config")
+
+    class CfgNode(dict):
+        used = False
+
+        def __setstate__(self, state):
+            CfgNode.used = True
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs_config", "CfgNode"
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs_config", module)
+    return module
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_trainers_checkpoint_is_refused_with_a_reason_and_its_tensors_come_out_safely(
+    legacy, config_module, tmp_path, monkeypatch
+):
+    config = config_module.CfgNode(model=config_module.CfgNode(name="tiny"), lr=0.1)
+    config.marked = True
+    checkpoint = {
+        "model": OrderedDict(torch_state(TINY)),
+        "ema": OrderedDict(torch_state(TINY, seed=1)),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": np.float64(0.1)}]},
+        "config": config,
+        "epoch": 119,
+        "seen": {1, 2},
+        "range": range(3),
+    }
+    torch.save(checkpoint, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "w.pth", weights_only=True)
+    message = refused(tmp_path / "w.pth")
+    assert "only running code" in message
+    assert "tensors_only=True" in message
+
+    monkeypatch.setattr(importlib, "import_module", None)
+    monkeypatch.delitem(sys.modules, "yacs_config")
+    for ema, seed in ((False, 0), (True, 1)):
+        _, variables = rv.load_weights(tmp_path / "w.pth", tensors_only=True, ema=ema)
+        assert_same_bits(unflatten(random_arrays(TINY, seed=seed)), variables)
+    assert not config_module.CfgNode.used
+
+
+@pytest.mark.parametrize("tensors_only", [False, True])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_file_never_runs(legacy, tensors_only, tmp_path):
+    for place in ("beside", "instead", "key"):
+        mark = tmp_path / "ran"
+        state: dict = dict(torch_state(TINY))
+        checkpoint = {
+            "beside": {"state_dict": state, "extra": Attack(mark)},
+            "instead": {**state, "linear.bias": Attack(mark)},
+            "key": {**state, Attack(mark): torch.zeros(1)},
+        }[place]
+        torch.save(checkpoint, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        if place == "instead" or not tensors_only:
+            refused(tmp_path / "w.pth", tensors_only=tensors_only)
+        else:
+            rv.load_weights(tmp_path / "w.pth", tensors_only=tensors_only)
+        assert not mark.exists()
+        torch.load(tmp_path / "w.pth", weights_only=False)
+        assert mark.exists(), "the attack itself is no attack"
+        mark.unlink()
+
+
+def attacks():
+    """Raw pickles that name, build or call something."""
+    return {
+        "eval": b"\x80\x02c__builtin__\neval\nX\x04\x00\x00\x001+1\x85R.",
+        "bytearray of 100 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x19\x85R.",
+        "extension registry": b"\x80\x02\x82\x01.",
+        "instance": b"(ios\nsystem\n.",
+        "object": b"(cos\nsystem\nX\x04\x00\x00\x00true\x6f.",
+        "newobj": b"\x80\x02cos\npopen\nX\x04\x00\x00\x00true\x85\x81.",
+        "out-of-band buffer": b"\x80\x05\x97.",
+        "getattr": b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n\x86R.",
+    }
+
+
+@pytest.mark.parametrize("which", attacks())
+@pytest.mark.parametrize("tensors_only", [False, True])
+def test_raw_pickle_attacks_are_refused(which, tensors_only, tmp_path):
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    rewrite_pickle(tmp_path / "w.pth", tmp_path / "bad.pth", lambda _: attacks()[which])
+    refused(tmp_path / "bad.pth", tensors_only=tensors_only)
+    (tmp_path / "raw.pth").write_bytes(attacks()[which])
+    refused(tmp_path / "raw.pth", tensors_only=tensors_only)
+
+
+def test_keys_that_take_for_ever_to_hash_do_not(tmp_path):
+    nested = b"\x80\x02}(" + b")q\x00" + b"h\x00h\x00\x86q\x00" * 90 + b"K\x01u."
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    rewrite_pickle(tmp_path / "w.pth", tmp_path / "bad.pth", lambda _: nested)
+    assert "no weights in it" in refused(tmp_path / "bad.pth")
+
+
+def test_a_pickle_of_a_million_steps_is_cut_off(tmp_path):
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    rewrite_pickle(tmp_path / "w.pth", tmp_path / "bad.pth", lambda _: b"\x80\x02" + b"N0" * 1_600_000 + b"N.")
+    assert "pickle instructions" in refused(tmp_path / "bad.pth")
+
+
+def test_declared_sizes_beyond_the_file_are_refused_before_memory_is_taken(tmp_path):
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+        data = archive.read(name)
+    first = data.index(b"K\xd8")  # 216 = 8 x 3 x 3 x 3 numbers of the first kernel
+    changes = {
+        "declares": data[:first] + b"\x8a\x05\x00\x00\x00\x00\x19" + data[first + 2 :],
+        "beyond its storage": data.replace(b"(K\x08K\x03K\x03K\x03t", b"(M\xff\xffK\x03K\x03K\x03t", 1),
+        "absurd sizes": data.replace(
+            b"(K\x08K\x03K\x03K\x03t", b"(\x8a\x06\xff\xff\xff\xff\xff\x7fK\x03K\x03K\x03t", 1
+        ),
+        "share storage": data.replace(b"(K\x1bK\tK\x03K\x01t", b"(K\x01K\x01K\x01K\x01t", 1),
+    }
+    for reason, changed in changes.items():
+        assert changed != data, reason
+        rewrite_pickle(tmp_path / "w.pth", tmp_path / "bad.pth", lambda _, changed=changed: changed)
+        assert reason in refused(tmp_path / "bad.pth")
+
+
+def test_legacy_files_are_held_to_their_size(tmp_path):
+    torch.save(torch_state(TINY), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(data[:-100])
+    assert "declares more numbers than the file has" in refused(tmp_path / "short.pth")
+    (tmp_path / "other.pth").write_bytes(pickle.dumps({"linear.weight": [1.0]}))
+    assert "not one of PyTorch" in refused(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_zip_bombs_are_refused(compression, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x00" * 100_000_000)
+    assert "compressed zip records" in refused(tmp_path / "bomb.pth")
+
+
+def test_other_zip_files_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "any.pth", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    assert "not one of PyTorch" in refused(tmp_path / "any.pth")
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    data = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(data[: len(data) // 2])
+    assert "cut short?" in refused(tmp_path / "short.pth")
+    scripted = torch.jit.script(torch.nn.ReLU())
+    torch.jit.save(scripted, tmp_path / "script.pt")
+    assert "TorchScript" in refused(tmp_path / "script.pt")
+
+
+def test_tensors_that_share_storage_are_refused(tmp_path):
+    state = torch_state(TINY)
+    state["stage1.1.rbr_dense.bn.weight"] = state["stage1.1.rbr_dense.bn.bias"]
+    torch.save(state, tmp_path / "same.pth")
+    assert "share or overlap storage" in refused(tmp_path / "same.pth")
+    one = torch.zeros(12)
+    state["stage1.1.rbr_dense.bn.weight"], state["stage1.1.rbr_dense.bn.bias"] = one[:8], one[4:]
+    torch.save(state, tmp_path / "overlapping.pth")
+    assert "share or overlap storage" in refused(tmp_path / "overlapping.pth")
+    state["stage1.1.rbr_dense.bn.weight"] = torch.zeros(1).expand(8)
+    torch.save(state, tmp_path / "expanded.pth")
+    assert "share" in refused(tmp_path / "expanded.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(suffix, value, tmp_path):
+    from safetensors.torch import save_file
+
+    state = torch_state(TINY)
+    state["stage2.1.rbr_1x1.conv.weight"][3, 2] = value
+    (torch.save if suffix == ".pth" else save_file)(state, tmp_path / f"w{suffix}")
+    assert "stage2.1.rbr_1x1.conv.weight has NaN or infinite values" in refused(tmp_path / f"w{suffix}")
+
+
+def test_tensors_of_the_wrong_type_are_refused(tmp_path):
+    for key, value, words in (
+        ("linear.bias", torch.zeros(5, dtype=torch.int64), "int64 numbers, not floats"),
+        ("linear.bias", torch.zeros(5, dtype=torch.complex64), "no weights"),
+        ("linear.bias", torch.zeros(5).to_sparse(), "pickled"),
+        ("linear.bias", "text", "entries that are no tensors: linear.bias"),
+        ("stage0.rbr_dense.bn.num_batches_tracked", torch.tensor(1.0), "float32 numbers, not integers"),
+    ):
+        torch.save({**torch_state(TINY), key: value}, tmp_path / "w.pth")
+        assert words in refused(tmp_path / "w.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    assert "pickled torch.nn.modules.linear.Linear" in refused(tmp_path / "module.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "no dict of weights" in refused(tmp_path / "list.pth")
+
+
+def safetensors_bytes(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_bytes({}, length=10 * 2**30),
+        safetensors_bytes({"a": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}),
+        safetensors_bytes({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"\0" * 4),
+        safetensors_bytes({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        safetensors_bytes({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"\0" * 4),
+        safetensors_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        safetensors_bytes(b'{"a":{},"a":{}}'),
+        safetensors_bytes({"a": [1, 2]}),
+        safetensors_bytes({"__metadata__": {"repvgg_jax": "{}"}}),
+        safetensors_bytes(b"{not json"),
+        b"\x05\0\0\0\0\0\0\0{",
+    ],
+    ids=["header", "tensor", "shape", "negative", "overlap", "nested", "repeat", "list", "empty", "text", "short"],
+)
+def test_safetensors_headers_that_lie_are_refused(content, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    assert refused(tmp_path / "w.safetensors").startswith(f"cannot read {tmp_path / 'w.safetensors'}")
+
+
+def test_native_headers_that_lie_are_refused(tmp_path):
+    rv.save_weights(tmp_path / "w.safetensors", *random_model(TINY))
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    lies = (
+        ("variant", {"num_blocks": [10**9, 1, 1, 1], "widths": [8, 8, 8, 8, 8]}, "more blocks than tensors"),
+        ("variant", {"num_blocks": [1, 1, 1, 1], "widths": [8, 8]}, "five positive numbers"),
+        ("variant", "RepVGG-Z9", "unknown model"),
+        ("variant", "RepVGG-A0", "does not fit the model; missing"),
+        ("num_classes", 7, "does not fit the model; wrong shape: params/linear/kernel is [20, 5], not [20, 7]"),
+        ("num_classes", "many", "sensible integer"),
+        ("version", 99, "format version 99"),
+        ("class_names", ["one"], "1 class names for 5 classes"),
+        ("form", "liquid", "KeyError"),
+    )
+    for field, value, words in lies:
+        native = json.loads(header["__metadata__"]["repvgg_jax"]) | {field: value}
+        lying = {**header, "__metadata__": {"repvgg_jax": json.dumps(native)}}
+        (tmp_path / "bad.safetensors").write_bytes(safetensors_bytes(lying, data))
+        assert words in refused(tmp_path / "bad.safetensors")
+
+
+def test_files_that_are_something_else_are_named(tmp_path):
+    for content, words in (
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (b"\xff\xd8\xff\xe0 a picture", "neither a safetensors nor a PyTorch file"),
+        (b"x" * 257 + b"ustar" + b"\0" * 250, "a tar archive"),
+    ):
+        (tmp_path / "w.pth").write_bytes(content)
+        assert words in refused(tmp_path / "w.pth")
+    assert "does not exist" in refused(tmp_path / "none.pth")
+    assert "is a folder" in refused(tmp_path)
+
+
+def test_a_hostile_file_costs_little_memory(tmp_path):
+    """A process with 3 GB of address space to spare survives claims of 10 GB and more, and says so in one line."""
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    claims = (("100 GB", b"\x80\x02\x8e\x00\x00\x00\x00\x19\x00\x00\x00."), ("memo", b"\x80\x02Nr\xff\xff\xff\x7f."))
+    for name, content in claims:
+        rewrite_pickle(tmp_path / "w.pth", tmp_path / f"{name}.pth", lambda _, content=content: content)
+    tensor = {"a": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}
+    (tmp_path / "big.safetensors").write_bytes(safetensors_bytes(tensor))
+    program = """
+import resource, sys
+import repvgg_jax as rv
+import numpy, jax
+jax.device_put(numpy.zeros(1)).block_until_ready()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)
+for path in sys.argv[1:]:
+    try:
+        rv.load_weights(path)
+    except rv.RepVGGError as error:
+        print("refused", error)
+"""
+    if not Path("/proc/self/statm").exists() or not hasattr(resource, "RLIMIT_AS"):
+        pytest.skip("needs Linux")
+    files = [str(tmp_path / name) for name in ("100 GB.pth", "memo.pth", "big.safetensors")]
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["refused"] * 3
+
+
+def test_reading_needs_neither_torch_nor_the_hub(tmp_path):
+    """Importing the library, and loading a PyTorch file, import none of torch, tensorflow, huggingface_hub."""
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    program = f"""
+import sys
+import repvgg_jax as rv
+rv.load_weights({str(tmp_path / "w.pth")!r})
+print([name for name in ("torch", "tensorflow", "huggingface_hub") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path):
+    from repvgg_jax.weights.torch_file import read_torch_file
+
+    torch.save(torch_state(TINY), tmp_path / "w.pth")
+    with (tmp_path / "w.pth").open("rb+", buffering=0) as handle:
+        file = read_torch_file(io.FileIO(handle.fileno(), closefd=False), tmp_path / "w.pth")  # type: ignore[arg-type]
+        handle.truncate(1000)
+        with pytest.raises(rv.WeightsError, match="was cut short while it was read"):
+            file.read(file.tensors["linear.weight"])
