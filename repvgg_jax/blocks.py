@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .conv3x3 import conv3x3
+from .training_conv import plain_conv, training_conv
 from .variants import SqueezeExcitePlace
 
 Dtype = Any
@@ -62,6 +63,24 @@ class BatchNorm(nn.Module):
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
 
+class Conv(nn.Module):
+    """Convolution without bias, padded as PyTorch pads: leaf `kernel [k, k, C_in / groups, C_out]`."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
+        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
+        return compute(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+
+
 class ConvBN(nn.Module):
     """Convolution without bias, padded as PyTorch pads, then BatchNorm (the authors' `conv_bn`)."""
 
@@ -74,19 +93,8 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        pad = self.kernel_size // 2
-        x = nn.Conv(
-            self.features,
-            (self.kernel_size, self.kernel_size),
-            strides=self.stride,
-            padding=((pad, pad), (pad, pad)),
-            feature_group_count=self.groups,
-            use_bias=False,
-            kernel_init=torch_kernel_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="conv",
-        )(x)
+        conv = Conv(self.features, self.kernel_size, self.stride, self.groups, self.dtype, self.param_dtype, name="conv")
+        x = conv(x, train)
         return BatchNorm(self.dtype, self.param_dtype, name="bn")(x, train)
 
 

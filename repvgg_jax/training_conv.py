@@ -1,0 +1,153 @@
+"""The training form's convolutions, with a gradient that does not stall on CPUs.
+
+On GPU and TPU everything here is XLA's own convolution and XLA's own gradient. XLA's CPU backend has a good forward
+convolution for large images, but its kernel gradient takes 2 to 7 times the time of the same sum as matrix products,
+and images of a few pixels fall into a path 20 times slower than one product. So on CPUs
+
+* a 1x1 convolution is a matrix product;
+* the gradient to a kernel is one product for each of its positions (taps): `input^T [C_in, P] @ output gradient [P, C_out]`;
+* the gradient to the input of strided layers and small images is one product, its columns added where they came from;
+* the forward pass of small images is one product over gathered columns (im2col).
+
+`benchmarks/train_step.py` shows what that gives for whole training steps.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .conv3x3 import DIMENSION_NUMBERS
+
+# Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
+SMALL_FORWARD = {1: 9, 2: 64}
+SMALL_BACKWARD = {1: 196, 2: 1 << 30}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    """Convolution without bias, padded by `k // 2` on every side (`torch.nn.Conv2d(…, padding=k // 2, bias=False)`).
+
+    Reverse-mode differentiable any number of times; not forward-mode.
+
+    Args:
+      x: `[N, H, W, C_in]`.
+      kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
+    """
+    return plain_conv(x, kernel, stride, groups)
+
+
+def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    """The same function, differentiable in every mode, with XLA's own gradient."""
+    xla = functools.partial(_xla_conv, stride=stride, groups=groups)
+    if kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]:
+        return xla(x, kernel)
+    return _on_cpu(lambda x, kernel: _by_group(_product_conv, stride, groups, x, kernel), xla, x, kernel)
+
+
+def _forward(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
+    return plain_conv(x, kernel, stride, groups), (x, kernel)
+
+
+def _backward(stride: int, groups: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    xla = functools.partial(_xla_conv, stride=stride, groups=groups)
+
+    def products(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        to_kernel = _by_group(_kernel_gradient, stride, groups, x, gradient, kernel.shape[0])
+        if _out_pixels(x, stride) <= SMALL_BACKWARD[stride] or kernel.shape[0] == 1:
+            return _input_gradients(x, kernel, gradient, stride, groups), to_kernel
+        return jax.vjp(lambda x: xla(x, kernel), x)[1](gradient)[0], to_kernel
+
+    def own(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        return jax.vjp(xla, x, kernel)[1](gradient)
+
+    return _on_cpu(products, own, x, kernel, gradient)
+
+
+training_conv.defvjp(_forward, _backward)
+
+
+def _on_cpu(cpu: Callable, default: Callable, *arguments: Array):
+    return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+def _out_pixels(x: Array, stride: int) -> int:
+    return -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+
+
+def _xla_conv(x: Array, kernel: Array, *, stride: int, groups: int) -> Array:
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=DIMENSION_NUMBERS,
+        feature_group_count=groups,
+    )
+
+
+def _by_group(function: Callable, stride: int, groups: int, x: Array, other: Array, *rest: int) -> Array:
+    """`function` on each group's share of the channels, the results side by side."""
+    pairs = zip(jnp.split(x, groups, axis=3), jnp.split(other, groups, axis=3), strict=True)
+    return jnp.concatenate([function(a, b, stride, *rest) for a, b in pairs], axis=3)
+
+
+def _taps(x: Array, size: int, stride: int) -> list[Array]:
+    """What each of the kernel's positions sees: `size * size` arrays `[N, H', W', C]`."""
+    pad = size // 2
+    rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def _product_conv(x: Array, kernel: Array, stride: int) -> Array:
+    columns = jnp.concatenate(_taps(x, kernel.shape[0], stride), axis=3)
+    return columns @ kernel.reshape(-1, kernel.shape[3])
+
+
+def _kernel_gradient(x: Array, gradient: Array, stride: int, size: int) -> Array:
+    flat = gradient.reshape(-1, gradient.shape[3])
+    products = [tap.reshape(-1, tap.shape[3]).T @ flat for tap in _taps(x, size, stride)]
+    return jnp.stack(products).reshape(size, size, x.shape[3], gradient.shape[3])
+
+
+def _input_gradients(x: Array, kernel: Array, gradient: Array, stride: int, groups: int) -> Array:
+    parts = zip(*(jnp.split(a, groups, axis=3) for a in (kernel, gradient)), strict=True)
+    shape = (*x.shape[:3], x.shape[3] // groups)
+    return jnp.concatenate([_input_gradient(shape, k, g, stride) for k, g in parts], axis=3)
+
+
+def _input_gradient(shape: tuple[int, ...], kernel: Array, gradient: Array, stride: int) -> Array:
+    size, height, width, inputs = kernel.shape[0], *shape[1:]
+    rows, columns = gradient.shape[1:3]
+    products = gradient @ kernel.reshape(-1, kernel.shape[3]).T
+    zero = jnp.zeros((), products.dtype)
+    pad = size // 2
+    total = None
+    for position in range(size * size):
+        i, j = divmod(position, size)
+        # Tap (i, j) read rows i - pad + stride * r: spread the gradient out to there. Negative edges cut.
+        top, left = i - pad, j - pad
+        edges = (
+            (0, 0, 0),
+            (top, height - top - (rows - 1) * stride - 1, stride - 1),
+            (left, width - left - (columns - 1) * stride - 1, stride - 1),
+            (0, 0, 0),
+        )
+        spread = lax.pad(products[..., position * inputs : (position + 1) * inputs], zero, edges)
+        total = spread if total is None else total + spread
+    assert total is not None
+    return total
