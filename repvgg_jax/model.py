@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
 from .variants import AUX_HEADS, Variant, get_variant
@@ -60,6 +60,9 @@ class RepVGG(nn.Module):
       param_dtype: dtype of parameters and BN statistics (float32; float64 for numerical checks).
       remat: recompute each block's activations in the backward pass (`jax.checkpoint`; the authors'
         `use_checkpoint`): less memory, about a third more compute.
+      frozen_stages: how many of the five stages, from the first, stay as they are while training: running statistics
+        instead of the batch's, no gradient.
+      frozen_bn: use running statistics, and leave them alone, in all blocks while training; gammas and betas learn.
     """
 
     variant: Variant
@@ -68,6 +71,8 @@ class RepVGG(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: bool = False
+    frozen_stages: int = 0
+    frozen_bn: bool = False
 
     def setup(self):
         variant = self.variant
@@ -101,7 +106,10 @@ class RepVGG(nn.Module):
         x = images.astype(self.dtype)
         outputs = {}
         for spec in self.variant.blocks():
-            x = getattr(self, spec.name)(x, train)
+            frozen = int(spec.stage[5]) < self.frozen_stages
+            x = getattr(self, spec.name)(x, train and not frozen and not self.frozen_bn)
+            if frozen and train:
+                x = lax.stop_gradient(x)
             outputs[spec.stage] = x  # the stage's last block wins
         return outputs
 
@@ -131,7 +139,11 @@ class RepVGG(nn.Module):
         logits = self.linear(global_average_pool(outputs["stage4"], self.param_dtype))
         if not self.has_auxiliary_heads or not (train or self.is_initializing()):
             return logits
-        auxiliary = {name: getattr(self, name)(outputs[name.removesuffix("_aux")], train) for name in AUX_HEADS}
+
+        def head(name: str) -> Array:
+            return getattr(self, name)(outputs[name.removesuffix("_aux")], train and not self.frozen_bn)
+
+        auxiliary = {name: head(name) for name in AUX_HEADS}
         return {"main": logits} | auxiliary if train else logits
 
 
@@ -143,6 +155,8 @@ def create_model(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     remat: bool = False,
+    frozen_stages: int = 0,
+    frozen_bn: bool = False,
     name: str | None = None,
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
@@ -154,14 +168,18 @@ def create_model(
       dtype: computation dtype, float32 or bfloat16 (float64 with `jax_enable_x64`).
       param_dtype: dtype of parameters and BN statistics.
       remat: recompute activations in the backward pass to save memory.
+      frozen_stages: how many of the five stages, from the first, do not train.
+      frozen_bn: BN statistics do not train.
       name: the Flax submodule name, where the model is built inside another module's compact method.
 
     Raises:
       UnknownModelError: no published variant has that name.
-      ValueError: `num_classes` is not positive.
+      ValueError: `num_classes` is not positive, or `frozen_stages` none of 0 to 5.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if not 0 <= frozen_stages <= 5:
+        raise ValueError(f"frozen_stages must be 0 to 5, not {frozen_stages}")
     if isinstance(variant, str):
         variant = get_variant(variant)
-    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, name=name)
+    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, frozen_stages, frozen_bn, name=name)

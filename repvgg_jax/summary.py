@@ -18,6 +18,7 @@ class Summary:
       params: weights and biases of the deploy form.
       train_params: parameters of the training form (without running statistics).
       flops: multiply-adds of convolutions, squeeze-and-excite and classifier.
+      train_flops: the same of the training form's forward pass (without auxiliary heads).
       winograd_muls: multiplications left when stride-1 3x3 convolutions run as F(2x2, 3x3).
       peak_activation_bytes: largest input plus output of one block in float32, what a plain stack must hold.
     """
@@ -25,13 +26,14 @@ class Summary:
     params: int
     train_params: int
     flops: int
+    train_flops: int
     winograd_muls: int
     peak_activation_bytes: int
 
 
 def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
     """Cost of `variant` on one square image of `image_size` pixels a side."""
-    params = train_params = flops = peak = 0
+    params = train_params = flops = train_flops = peak = 0
     winograd = 0.0
     size = image_size
     for block in variant.blocks(in_channels):
@@ -41,6 +43,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
         train_params += 10 * point + 2 * block.out_channels * (3 if block.has_identity else 2)
         multiplies = 9 * point * size * size
         flops += multiplies
+        train_flops += 10 * point * size * size
         winograd += multiplies * (4 / 9 if block.stride == 1 else 1)
         peak = max(peak, 4 * (in_pixels * block.in_channels + size * size * block.out_channels))
         if variant.squeeze_excite:
@@ -49,6 +52,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
             params += gate + hidden + block.out_channels
             train_params += gate + hidden + block.out_channels
             flops += gate
+            train_flops += gate
             winograd += gate
     head = variant.widths[-1] * num_classes
     auxiliary = 0
@@ -59,6 +63,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
         params=params + head + num_classes,
         train_params=train_params + head + num_classes + auxiliary,
         flops=flops + head,
+        train_flops=train_flops + head,
         winograd_muls=round(winograd) + head,
         peak_activation_bytes=peak,
     )

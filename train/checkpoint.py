@@ -1,58 +1,234 @@
-"""Checkpoints of a run, by orbax: written in the background, complete or not there at all."""
+"""Checkpoints of a run, by orbax: written in the background, complete or not there at all, verified when read."""
 
+import dataclasses
+import logging
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from repvgg_jax.errors import RepVGGError
 
+from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
+
+METRIC = "top1"
+
+# What each device has of its own, and a checkpoint therefore keeps for each of them.
+PER_DEVICE = ("batch_stats", "ema_batch_stats")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What the position in the input depends on, kept in every checkpoint and compared on resumption.
+
+    Attributes:
+      seed: of order and augmentation.
+      batch_size: global.
+      train_images: images in the training split.
+      devices: over all processes; may change, but then the resumption is not bit-exact.
+    """
+
+    seed: int
+    batch_size: int
+    train_images: int
+    devices: int
 
 
 class Checkpoints:
-    """The checkpoints in `workdir/checkpoints`, the newest `keep` of them."""
+    """The checkpoints in `workdir/checkpoints`: the newest `keep` of them, and the one of the best evaluation.
 
-    def __init__(self, workdir: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    Every process must call every method. `note` receives what a user should read.
+    """
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+    def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of its work
+        self._directory = (workdir / "checkpoints").absolute()
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._note = note
 
-    def save(self, state: TrainState) -> None:
-        """Save an unreplicated state under its step; returns once a copy is taken."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_as_dict(state)))
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
 
-    def restore(self, template: TrainState) -> TrainState:
-        """The newest checkpoint, or `template` itself if there is none.
+    def save(self, state: TrainState, facts: RunFacts, top1: float | None = None) -> None:
+        """Save a state as the parallel step has it (leading axis of devices); returns once a copy is taken.
+
+        Args:
+          state: what to save, under its own step.
+          facts: kept beside it.
+          top1: the step's evaluation, if there was one: the best one's checkpoint outlives the newer ones.
 
         Raises:
-          RepVGGError: the checkpoint cannot be read or belongs to another model.
+          RepVGGError: this checkpoint, or the one before in the background, could not be written.
         """
-        step = self.latest_step()
-        if step is None:
-            return template
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(template))
+        tree = _to_host(state)
+        step = int(tree["step"])
+        described = dataclasses.asdict(facts) | {"crc32": checksum(tree)}
         try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise RepVGGError(f"cannot resume from {self._manager.directory}/{step}: {reason}") from error
-        return TrainState(**restored)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(tree), facts=ocp.args.JsonSave(described)),
+                metrics=None if top1 is None else {METRIC: top1},
+            )
+        except Exception as error:  # tensorstore and orbax raise what they like for a full disk
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Until the last save is complete.
+
+        Raises:
+          RepVGGError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(None, error) from error
 
     def close(self) -> None:
-        """Wait for the last save to be complete."""
-        self._manager.wait_until_finished()
+        """Wait, and release the folder."""
+        self.wait()
         self._manager.close()
 
+    def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
+        """The newest readable checkpoint's state on the devices; `fresh` (one host copy) if there is none.
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
+        A checkpoint that cannot be read, or whose numbers are not those that were saved, is passed over for the one
+        before, with a note.
+
+        Raises:
+          RepVGGError: no checkpoint can be read, or they belong to another model or input.
+        """
+        steps, problems = self.steps(), []
+        for step in reversed(steps):
+            try:
+                tree, saved = self._read(step, fresh)
+            except _UnfittingError as error:
+                raise RepVGGError(f"cannot resume from {self._directory}/{step}: {error}") from error
+            except Exception as error:  # a damaged checkpoint fails anywhere in orbax, tensorstore or json
+                problems.append(f"step {step}: {_line(error)}")
+                self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the one before")
+                continue
+            self._compare(step, saved, facts)
+            for later in steps[steps.index(step) + 1 :]:  # damaged: a new save of that step must find its place free
+                self._manager.delete(later)
+            return _to_devices(tree, fresh)
+        if problems:
+            raise RepVGGError(
+                f"none of the checkpoints in {self._directory} can be read ({'; '.join(problems)}); "
+                "remove them to start again"
+            )
+        return _to_devices(_template(fresh, facts.devices), fresh)
+
+    def _read(self, step: int, fresh: TrainState) -> tuple[dict[str, Any], RunFacts]:
+        described = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        crc = described.pop("crc32")
+        saved = RunFacts(**described)
+        template = _template(fresh, saved.devices)
+        expected = {path: leaf.shape for path, leaf in _flat(template).items()}
+        stored = _flat(self._manager.item_metadata(step)["state"].tree)
+        found = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        if found != expected:
+            differing = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+            raise _UnfittingError(
+                f"it is of another model or optimizer ({differing[0]} and {len(differing) - 1} more differ)"
+            )
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
+        tree = jax.tree.map(np.asarray, tree)
+        if checksum(tree) != crc:
+            raise ValueError("its numbers are not those that were saved")
+        return tree, saved
+
+    def _compare(self, step: int, saved: RunFacts, facts: RunFacts) -> None:
+        for name in ("seed", "batch_size", "train_images"):
+            before, now = getattr(saved, name), getattr(facts, name)
+            if before != now:
+                raise RepVGGError(f"cannot resume from {self._directory}/{step}: {name} was {before} and is {now}")
+        if saved.devices != facts.devices:
+            self._note(
+                f"resuming on {facts.devices} devices a run of {saved.devices}: the same global batches, but BN "
+                "statistics are averaged now and sums are ordered differently, so it is no longer bit-exact"
+            )
+
+    def _failed(self, step: int | None, error: Exception) -> RepVGGError:
+        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+        kept = self.steps()
+        remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier one"
+        return RepVGGError(f"cannot write {what} to {self._directory}: {_line(error)}; {remains}")
+
+
+class _UnfittingError(Exception):
+    """A sound checkpoint of something else."""
+
+
+def checksum(tree: Mapping[str, Any]) -> int:
+    """CRC-32 over names and numbers of all leaves."""
+    crc = 0
+    for path, leaf in sorted(_flat(tree).items()):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(path.encode(), crc))
+    return crc
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """A state as nested dicts alone; what is None is left out.
+
+    An optimizer's state is of named tuples, which orbax would give back as something else: its leaves, numbered in
+    the tree's order, say as much.
+    """
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    fields["opt_state"] = {f"{number:04}": leaf for number, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _to_host(state: TrainState) -> dict[str, Any]:
+    """NumPy copies: one of what all devices share, and every device's of what is its own."""
+    return {name: (gather_to_host if name in PER_DEVICE else to_host)(value) for name, value in _fields(state).items()}
+
+
+def _template(fresh: TrainState, devices: int) -> dict[str, Any]:
+    """A fresh host state in the shape of a checkpoint written with so many devices."""
+
+    def for_each_device(leaf: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(leaf, (devices, *leaf.shape))
+
+    fields = _fields(jax.tree.map(np.asarray, fresh))
     return {
-        "step": state.step,
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "opt_state": state.opt_state,
+        name: jax.tree.map(for_each_device, value) if name in PER_DEVICE else value for name, value in fields.items()
     }
+
+
+def _to_devices(tree: dict[str, Any], fresh: TrainState) -> TrainState:
+    """A checkpoint's content as the parallel step takes it."""
+    leaves = [tree["opt_state"][key] for key in sorted(tree["opt_state"])]
+    tree = tree | {"opt_state": jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)}
+    return TrainState(**{name: (_own if name in PER_DEVICE else replicate)(value) for name, value in tree.items()})
+
+
+def _own(stats: Any) -> Any:
+    """Each device its own statistics, or all of them the average where they were those of more or fewer devices."""
+    devices = jax.device_count()
+    if len(jax.tree.leaves(stats)[0]) != devices:
+        stats = jax.tree.map(lambda leaf: np.broadcast_to(leaf.mean(0), (devices, *leaf.shape[1:])), stats)
+    return distribute(stats)
+
+
+def _line(error: Exception) -> str:
+    """An error's text on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

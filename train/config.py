@@ -45,6 +45,8 @@ class InputConfig:
     """Threads that decode images; one for each core if not given. Results do not depend on it."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping and counting it."""
+    prefetch: int = 2
+    """Batches copied to the devices ahead of the step that needs them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,9 @@ class OptimizerConfig:
     epochs: int = 120
     """Passes over the training split."""
     batch_size: int = 256
-    """Global batch, over all devices."""
+    """Global batch, over all devices of all processes."""
+    accumulate: int = 1
+    """Portions that each device walks its share of the batch in, to save memory; gradients are averaged over them."""
     learning_rate: float = 0.1
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
     momentum: float = 0.9
@@ -66,6 +70,35 @@ class OptimizerConfig:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.1
     """Weight of each auxiliary head's loss (RepVGGplus)."""
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of weights and BN statistics, such as 0.9999; 0 keeps none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneConfig:
+    """Where it starts, and what of it trains."""
+
+    init: str | None = None
+    """Weight file to start from, anything that `rv.load_weights` reads, in training form; another class count gives
+    a fresh classifier."""
+    freeze_stages: int = 0
+    """How many of the five stages, from the first, keep their weights and BN statistics."""
+    freeze_bn: bool = False
+    """Use the running BN statistics and leave them alone."""
+    head_learning_rate: float = 1.0
+    """Factor on the classifier's learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """Which of several processes this is; found in the cluster's environment if none is given."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +115,9 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; one more is written at every evaluation."""
     keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the best one is kept besides."""
+    profile: bool = False
+    """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +127,9 @@ class Config:
     model: ModelConfig = ModelConfig()
     input: InputConfig = InputConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
     run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 _IMAGENET = InputConfig(data="imagenet2012")
@@ -190,6 +228,12 @@ def check(config: Config) -> None:
         "--weight-decay": (config.optimizer.weight_decay, 0),
         "--warmup-epochs": (config.optimizer.warmup_epochs, 0),
         "--label-smoothing": (config.optimizer.label_smoothing, 0),
+        "--accumulate": (config.optimizer.accumulate, 1),
+        "--clip-norm": (config.optimizer.clip_norm, 0),
+        "--ema-decay": (config.optimizer.ema_decay, 0),
+        "--prefetch": (config.input.prefetch, 1),
+        "--freeze-stages": (config.fine_tune.freeze_stages, 0),
+        "--head-learning-rate": (config.fine_tune.head_learning_rate, 0),
         "--seed": (config.run.seed, 0),
         "--log-every": (config.run.log_every, 1),
         "--evaluate-every": (config.run.evaluate_every, 1),
@@ -202,9 +246,12 @@ def check(config: Config) -> None:
     for option, value in (
         ("--momentum", config.optimizer.momentum),
         ("--label-smoothing", config.optimizer.label_smoothing),
+        ("--ema-decay", config.optimizer.ema_decay),
     ):
         if value >= 1:
             raise ConfigError(f"{option} must be below 1, not {value}")
+    if config.fine_tune.freeze_stages > 5:
+        raise ConfigError(f"--freeze-stages must be at most 5, not {config.fine_tune.freeze_stages}")
     if config.optimizer.warmup_epochs >= config.optimizer.epochs:
         raise ConfigError(
             f"--warmup-epochs {config.optimizer.warmup_epochs:g} leaves nothing of {config.optimizer.epochs} --epochs"
@@ -212,7 +259,15 @@ def check(config: Config) -> None:
 
 
 # Options that may change between the start of a run and its resumption: none of them moves the weights.
-_FREE = {("input", "workers"), ("input", "data_dir"), ("run", "workdir"), ("run", "keep_checkpoints")}
+_FREE = {
+    ("input", "workers"),
+    ("input", "prefetch"),
+    ("input", "data_dir"),
+    ("run", "workdir"),
+    ("run", "keep_checkpoints"),
+    ("run", "profile"),
+    *(("cluster", field.name) for field in dataclasses.fields(ClusterConfig)),
+}
 
 
 def save_or_compare(config: Config, workdir: Path) -> None:
@@ -226,10 +281,10 @@ def save_or_compare(config: Config, workdir: Path) -> None:
         try:
             earlier: Any = json.loads(path.read_text())
             changes = [
-                f"{name} {earlier[group].get(name)} -> {value}"
+                f"{name} {earlier.get(group, {}).get(name)} -> {value}"
                 for group, values in current.items()
                 for name, value in values.items()
-                if (group, name) not in _FREE and earlier[group].get(name) != value
+                if (group, name) not in _FREE and earlier.get(group, {}).get(name) != value
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error

@@ -26,8 +26,8 @@ from .step import make_eval_step
 class Evaluation:
     """Accuracy over a data set: `top1` and `top5` as shares, `loss` the mean cross-entropy.
 
-    `predictions` holds the predicted class of each image counted, in the source's order; `skipped` counts
-    images that could not be read.
+    `predictions` holds the predicted class of each image that this process has counted, in the source's order;
+    `skipped` counts those that it could not read.
     """
 
     top1: float
@@ -47,7 +47,7 @@ class Evaluator:
       model: training or deploy form.
       source: what to evaluate on.
       preprocessing: how its images are prepared.
-      batch_size: images in a batch over all local devices; rounded up to their multiple.
+      batch_size: images in a batch over all devices; rounded up to their multiple.
       workers: decoding threads, None for one each core.
       strict: raise on unreadable images instead of skipping them.
     """
@@ -62,12 +62,14 @@ class Evaluator:
         workers: int | None = None,
         strict: bool = False,
     ):
-        devices = jax.local_device_count()
+        devices = jax.device_count()
         self._step = parallel(make_eval_step(model, preprocessing, axis_name=AXIS))
         self._source = source
         self._options: dict[str, Any] = dict(
             batch_size=-(-batch_size // devices) * devices,
-            local_device_count=devices,
+            local_device_count=jax.local_device_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             preprocessing=preprocessing,
             num_workers=workers,
             strict=strict,

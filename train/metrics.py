@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -49,11 +49,22 @@ class MetricsLog:
         rows = [row for row in read_rows(path) if row["step"] <= start_step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        self._file: TextIO | None = path.open("a", buffering=1)
+        self._events: SummaryWriter | None = SummaryWriter(
+            str(workdir), purge_step=start_step + 1 if start_step else None
+        )
+
+    @classmethod
+    def silent(cls) -> "MetricsLog":
+        """A log that writes nothing: of several processes, all but the first have this one."""
+        log = cls.__new__(cls)
+        log._file = log._events = None
+        return log
 
     def write(self, row: Row, prefix: str) -> None:
         """Append one row; TensorBoard shows its numbers as `PREFIX/NAME`."""
+        if self._file is None or self._events is None:
+            return
         clean = {name: _rounded(value) for name, value in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         for name, value in clean.items():
@@ -62,8 +73,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._events.close()
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
 
 
 def _rounded(value: Any) -> Any:

@@ -1,54 +1,90 @@
-"""Data parallelism over the local devices. The one file that knows it is `jax.pmap`.
+"""Data parallelism over all devices of all processes. The one file that knows it is `jax.pmap`.
 
-State has a leading axis of devices, batches are `[devices, per_device, …]`. Neither is ever indexed with an
-integer while training: since pmap is built on `jit` and `shard_map`, that would copy between devices.
+State has a leading axis of this process's devices, batches are `[devices, per_device, …]`, and collectives over
+`AXIS` run over every device of every process. Neither is ever indexed with an integer while training: since pmap is
+built on `jit` and `shard_map`, that would copy between devices.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import jax_utils
 from jax import lax
+from jax.experimental import multihost_utils
 
 from repvgg_jax.errors import ConfigError
-
-from .state import TrainState
 
 AXIS = "batch"
 
 
 def parallel(step: Callable, *, donate: bool = False) -> Callable:
-    """`step` on every local device, with collectives over `AXIS`; `donate` reuses the first argument's memory."""
+    """`step` on every device, with collectives over `AXIS`; `donate` reuses the first argument's memory."""
     return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else ())
 
 
 def replicate(tree: Any) -> Any:
-    """A copy on every local device: `[…] -> [devices, …]`."""
+    """A copy on every local device: `[…] -> [local devices, …]`."""
     return jax_utils.replicate(tree)
 
 
-def unreplicate(tree: Any) -> Any:
-    """The first device's copy: `[devices, …] -> […]`."""
-    return jax_utils.unreplicate(tree)
+def distribute(tree: Any) -> Any:
+    """Each local device's own entry: NumPy `[all devices, …] -> [local devices, …]`."""
+    first, count = jax.process_index() * jax.local_device_count(), jax.local_device_count()
+    devices = jax.local_devices()
+    return jax.tree.map(lambda leaf: _assemble(list(leaf[first : first + count]), devices), tree)
 
 
-def _mean_stats(state: TrainState) -> TrainState:
-    return state.replace(batch_stats=lax.pmean(state.batch_stats, AXIS))
+def _assemble(shards: list[Any], devices: list[jax.Device]) -> jax.Array:
+    """One array with a leading axis of devices, its entries where they belong."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    parts = [jax.device_put(shard[None], device) for shard, device in zip(shards, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays((len(shards), *shards[0].shape), sharding, parts)
 
 
-average_batch_stats: Callable[[TrainState], TrainState] = jax.pmap(_mean_stats, axis_name=AXIS)
-"""BN statistics averaged over the devices, for evaluation and saving."""
+def to_host(tree: Any) -> Any:
+    """The first local device's copy, as NumPy arrays: `[local devices, …] -> […]`."""
+    shards = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return jax.tree.map(lambda leaf: leaf[0], jax.device_get(shards))
 
 
-def per_device_batch(batch_size: int) -> int:
-    """Each local device's share of a global batch.
+def _mean(tree: Any) -> Any:
+    return lax.pmean(tree, AXIS)
+
+
+def _gather(tree: Any) -> Any:
+    return lax.all_gather(tree, AXIS)
+
+
+mean_over_devices: Callable[[Any], Any] = jax.pmap(_mean, axis_name=AXIS)
+"""Average of every device's copy, on every device: BN statistics for evaluation and saving."""
+
+_all_gather = jax.pmap(_gather, axis_name=AXIS)
+
+
+def gather_to_host(tree: Any) -> Any:
+    """Every device's own entry, as NumPy arrays: `[local devices, …] -> [all devices, …]`."""
+    return to_host(_all_gather(tree))
+
+
+def sum_over_processes(value: int) -> int:
+    """The sum of each process's `value`."""
+    return int(np.sum(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
+
+
+def per_device_batch(batch_size: int, accumulate: int = 1) -> int:
+    """Each device's share of a global batch, in one of `accumulate` portions.
 
     Raises:
-      ConfigError: the devices do not divide it.
+      ConfigError: they do not divide it.
     """
-    devices = jax.device_count()
-    if batch_size % devices:
-        near = max(batch_size // devices, 1) * devices
-        raise ConfigError(f"--batch-size {batch_size} cannot be shared by {devices} devices; {near} could")
-    return batch_size // devices
+    parts = jax.device_count() * accumulate
+    if batch_size % parts:
+        near = max(batch_size // parts, 1) * parts
+        portions = f" in {accumulate} portions each" if accumulate > 1 else ""
+        raise ConfigError(
+            f"--batch-size {batch_size} cannot be shared by {jax.device_count()} devices{portions}; {near} could"
+        )
+    return batch_size // parts

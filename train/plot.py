@@ -1,55 +1,98 @@
-"""Curves of a run as a picture."""
+"""Curves of runs as a picture: `python -m train.plot RUN…`."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
+from repvgg_jax.cli import run_command
+from repvgg_jax.errors import DataError
 from repvgg_jax.files import atomic_path
 
 from .metrics import read_rows
 
 
-def plot_curves(workdir: Path) -> Path:
-    """Draw loss, accuracy and learning rate by epoch from `workdir/metrics.jsonl` into `workdir/curves.png`."""
-    import matplotlib
+def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
+    """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one PNG.
 
-    matplotlib.use("Agg")  # no display on a training machine
+    Raises:
+      DataError: a folder has no metrics.jsonl.
+      RepVGGError: the picture cannot be written.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display on a training machine
     import matplotlib.pyplot as plt
 
-    rows = read_rows(workdir / "metrics.jsonl")
-    training = [row for row in rows if "learning_rate" in row]
-    evaluation = [row for row in rows if row.get("form") == "train"]
-    epochs = [row["epoch"] for row in training]
-    tested = [row["epoch"] for row in evaluation]
-
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    loss.plot(epochs, [row["loss"] for row in training], label="training", color="tab:blue", alpha=0.8)
-    loss.plot(tested, [row["loss"] for row in evaluation], "o-", label="test", color="tab:orange", markersize=4)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    loss, accuracy, rate = panels
+    for number, workdir in enumerate(workdirs):
+        if not (workdir / "metrics.jsonl").is_file():
+            raise DataError(f"{workdir} holds no metrics.jsonl; give the folder of a run of train.main")
+        rows = read_rows(workdir / "metrics.jsonl")
+        training = [row for row in rows if "learning_rate" in row]
+        tested = [row for row in rows if row.get("form") == "train"]
+        averaged = [row for row in rows if row.get("form") == "ema"]
+        one = len(workdirs) == 1
+        # One run: training and test in two colours. Several: a colour a run, dots for test.
+        color, test_color = ("tab:blue", "tab:orange") if one else (f"C{number}", f"C{number}")
+        name = "training (augmented)" if one else workdir.name
+        test_name = "test" if one else None
+        epochs = [row["epoch"] for row in training]
+        for axes, key, scale in ((loss, "loss", 1), (accuracy, "top1", 100)):
+            axes.plot(epochs, [scale * row[key] for row in training], label=name, color=color, alpha=0.7)
+            points = [(row["epoch"], scale * row[key]) for row in tested]
+            axes.plot(*_columns(points), "o-", label=test_name, color=test_color, markersize=4, linewidth=one)
+            points = [(row["epoch"], scale * row[key]) for row in averaged]
+            if points:
+                axes.plot(*_columns(points), "s--", label="test, moving average" if one else None, markersize=4)
+        if tested:
+            last = tested[-1]
+            accuracy.annotate(
+                f"{100 * last['top1']:.2f} %",
+                (last["epoch"], 100 * last["top1"]),
+                xytext=(-4, -14 * (number + 1)),
+                textcoords="offset points",
+                ha="right",
+                color=test_color,
+            )
+        rate.plot(epochs, [row["learning_rate"] for row in training], color="tab:green" if one else color)
     loss.set(title="loss", xlabel="epoch", yscale="log")
     loss.legend(frameon=False)
-
-    accuracy.plot(
-        epochs, [100 * row["top1"] for row in training], label="training (augmented)", color="tab:blue", alpha=0.8
-    )
-    test_top1 = [100 * row["top1"] for row in evaluation]
-    accuracy.plot(tested, test_top1, "o-", label="test", color="tab:orange", markersize=4)
-    if test_top1:
-        accuracy.annotate(
-            f"{test_top1[-1]:.2f} %",
-            (tested[-1], test_top1[-1]),
-            xytext=(-4, -14),
-            textcoords="offset points",
-            ha="right",
-        )
     accuracy.set(title="top-1 accuracy, %", xlabel="epoch")
     accuracy.legend(frameon=False, loc="lower right")
-
-    rate.plot(epochs, [row["learning_rate"] for row in training], color="tab:green")
     rate.set(title="learning rate", xlabel="epoch")
-    for axes in (loss, accuracy, rate):
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-
-    path = workdir / "curves.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
     return path
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Draw the curves of one run, or of several side by side."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs."""
+    out: str = "curves.png"
+    """The picture to write."""
+
+
+def main() -> None:
+    """The command."""
+    arguments = tyro.cli(Arguments, prog="python -m train.plot")
+    if not arguments.runs:
+        raise DataError("no run given; name the folder of a run of train.main")
+    print(plot_curves([Path(run) for run in arguments.runs], Path(arguments.out)))
+
+
+if __name__ == "__main__":
+    run_command(main)

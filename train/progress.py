@@ -12,16 +12,16 @@ class RunProgress:
     """A context manager that shows step, loss, accuracy, images/s and time left.
 
     Args:
-      start_step: where the run starts or resumes.
-      total_steps: where it ends.
+      total_steps: where the run ends.
       steps_per_epoch: to name the epoch.
+      shown: whether to print at all; of several processes one does.
     """
 
-    def __init__(self, start_step: int, total_steps: int, steps_per_epoch: int):
-        self._console = Console(soft_wrap=True, highlight=False)
-        self._live = self._console.is_terminal
+    def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool = True):
+        self._console = Console(soft_wrap=True, highlight=False, quiet=not shown)
+        self._live = self._console.is_terminal and shown
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._start_step, self._start_time = start_step, time.monotonic()
+        self._start_step, self._start_time = 0, time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}"),
@@ -32,7 +32,12 @@ class RunProgress:
             console=self._console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, epoch=0, text="compiling …")
+        self._task = self._bar.add_task("train", total=total_steps, epoch=0, text="compiling …")
+
+    def start(self, step: int) -> None:
+        """The run starts, or resumes, at `step`."""
+        self._start_step, self._start_time = step, time.monotonic()
+        self._bar.reset(self._task, total=self._total, completed=step, epoch=0, text="compiling …")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -48,10 +53,11 @@ class RunProgress:
 
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of training metrics."""
-        text = (
-            f"loss {row['loss']:.4f}  top-1 {100 * row['top1']:5.1f} %  "
-            f"lr {row['learning_rate']:.4f}  {row['images_per_second']:.0f} images/s"
-        )
+        text = f"loss {row['loss']:.4f}  top-1 {100 * row['top1']:5.1f} %  lr {row['learning_rate']:.4f}"
+        if "images_per_second" in row:
+            text += f"  {row['images_per_second']:.0f} images/s"
+        if row.get("data_wait", 0) > 0.05:
+            text += f" ({100 * row['data_wait']:.0f} % waiting for data)"
         self._bar.update(self._task, text=text)
         if not self._live:
             done = row["step"] - self._start_step

@@ -13,17 +13,16 @@ from repvgg_jax.preprocess import Preprocessing, normalize
 
 from .state import TrainState
 
+Mixing = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""`(key, images [N, H, W, C], targets [N, classes]) -> images, targets`."""
+
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 
-def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
-    """Cross-entropy of each example, `[N, classes], [N] -> [N]` (`torch.nn.CrossEntropyLoss`).
-
-    `smoothing` moves that share of the target evenly onto all classes.
-    """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
+def smooth_targets(labels: Array, num_classes: int, smoothing: float = 0.0, dtype: Any = jnp.float32) -> Array:
+    """One-hot targets with `smoothing` of their mass spread evenly over all classes: `[N] -> [N, classes]`."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=dtype), smoothing)
 
 
 def correct_at(logits: Array, labels: Array, k: int) -> Array:
@@ -33,11 +32,14 @@ def correct_at(logits: Array, labels: Array, k: int) -> Array:
     return (top == labels[:, None]).any(-1).astype(jnp.float32)
 
 
-def training_loss(outputs: Array | dict[str, Array], labels: Array, smoothing: float, auxiliary_weight: float) -> Array:
-    """Mean loss of the main logits, plus the weighted losses of RepVGGplus's auxiliary heads."""
+def training_loss(outputs: Array | dict[str, Array], targets: Array, auxiliary_weight: float) -> Array:
+    """Mean cross-entropy of the main logits, plus the weighted ones of RepVGGplus's auxiliary heads.
+
+    `torch.nn.CrossEntropyLoss` with soft targets `[N, classes]`.
+    """
     if not isinstance(outputs, dict):
         outputs = {"main": outputs}
-    losses = {name: cross_entropy(logits, labels, smoothing).mean() for name, logits in outputs.items()}
+    losses = {name: optax.softmax_cross_entropy(logits, targets).mean() for name, logits in outputs.items()}
     main = losses.pop("main")
     return main + auxiliary_weight * sum(losses.values(), jnp.zeros_like(main))
 
@@ -50,33 +52,93 @@ def make_train_step(
     *,
     label_smoothing: float = 0.0,
     auxiliary_weight: float = 0.1,
+    mixing: Mixing | None = None,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    seed: int = 0,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One step of SGD.
 
     The step takes `{"image": uint8 [N, H, W, C], "label": int32 [N]}`. With `axis_name`, gradients and metrics
     are averaged over that axis; BN statistics stay each device's own, as in the paper's 8-GPU recipe.
+
+    Args:
+      model: training form.
+      optimizer, schedule: as `optimizer.make_optimizer` and `learning_rate_schedule` give them.
+      preprocessing: mean and standard deviation.
+      label_smoothing: share of the target spread over all classes.
+      auxiliary_weight: of each auxiliary head's loss.
+      mixing: mixup and CutMix.
+      accumulate: portions that the device's share is walked in; gradients are averaged over them, BN statistics
+        move with each, as in as many smaller PyTorch steps before one `optimizer.step()`.
+      ema_decay: of the moving average of parameters and BN statistics; 0 keeps none.
+      seed: of what is random in the step.
+      axis_name: of the device axis.
+
+    Returns:
+      `step(state, batch) -> state, metrics`, metrics `loss`, `top1`, `learning_rate` and `gradient_norm`.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def portion_gradients(state: TrainState, stats: Any, batch: Batch, key: Array) -> tuple[Any, Any, dict[str, Array]]:
         images = normalize(batch["image"], preprocessing)
+        targets = smooth_targets(batch["label"], model.num_classes, label_smoothing, model.param_dtype)
+        if mixing is not None:
+            images, targets = mixing(key, images, targets)
 
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array]]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, mutated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            loss = training_loss(outputs, batch["label"], label_smoothing, auxiliary_weight)
+            outputs, mutated = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            )
+            loss = training_loss(outputs, targets, auxiliary_weight)
             return loss, (mutated["batch_stats"], outputs["main"] if isinstance(outputs, dict) else outputs)
 
-        (loss, (batch_stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        metrics = {"loss": loss, "top1": correct_at(logits, batch["label"], 1).mean()}
+        (loss, (stats, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return grads, stats, {"loss": loss, "top1": correct_at(logits, batch["label"], 1).mean()}
+
+    def gradients(state: TrainState, batch: Batch, key: Array) -> tuple[Any, Any, Metrics]:
+        if accumulate == 1:
+            return portion_gradients(state, state.batch_stats, batch, key)
+
+        def walk(carry: tuple[Any, Any], portion: tuple[Batch, Array]) -> tuple[tuple[Any, Any], Metrics]:
+            total, stats = carry
+            grads, stats, metrics = portion_gradients(state, stats, *portion)
+            return (jax.tree.map(jnp.add, total, grads), stats), metrics
+
+        portions = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), dict(batch))
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (total, stats), metrics = lax.scan(walk, start, (portions, jax.random.split(key, accumulate)))
+        grads = jax.tree.map(lambda g: g / accumulate, total)
+        return grads, stats, jax.tree.map(jnp.mean, metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, lax.axis_index(axis_name))
+        grads, batch_stats, metrics = gradients(state, batch, key)
         if axis_name is not None:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["learning_rate"] = schedule(state.step)
-        new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
-        return new_state, metrics
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.global_norm(grads)}
+        averages = {}
+        if ema_decay:
+            averages = dict(
+                ema_params=moving_average(state.ema_params, params, ema_decay, state.step),
+                ema_batch_stats=moving_average(state.ema_batch_stats, batch_stats, ema_decay, state.step),
+            )
+        return TrainState(state.step + 1, params, batch_stats, opt_state, **averages), metrics
 
     return train_step
+
+
+def moving_average(average: Any, new: Any, decay: float, step: Array) -> Any:
+    """`decay * average + (1 - decay) * new`, with less decay at first: at most `(1 + step) / (10 + step)`.
+
+    So the average forgets the random weights that it starts from, in short runs too.
+    """
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, new)
 
 
 def make_eval_step(
@@ -93,7 +155,7 @@ def make_eval_step(
         assert isinstance(logits, Array)
         labels, mask = batch["label"], batch["mask"]
         sums = {
-            "loss": (cross_entropy(logits, labels) * mask).sum(),
+            "loss": (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask).sum(),
             "top1": (correct_at(logits, labels, 1) * mask).sum(),
             "top5": (correct_at(logits, labels, 5) * mask).sum(),
             "images": mask.sum(),

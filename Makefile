@@ -1,0 +1,39 @@
+# Everything a fresh machine needs: Python 3.11 or newer, and make.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN := $(VENV)/bin/python
+# Quiet start-up: the demo's output is meant to be read.
+export TF_CPP_MIN_LOG_LEVEL := 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
+	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
+	$(RUN) -m train.evaluate digits deploy runs/demo/deploy.safetensors -a RepVGG-A0 --data-dir runs/data
+	$(RUN) -m examples.digits runs/demo --data-dir runs/data
+	$(RUN) -m repvgg_jax predict runs/demo/deploy.safetensors runs/demo/digits/*.png --top 2
+
+test: $(VENV)/dev.installed  ## Every test
+	$(RUN) -m pytest -n $${TEST_WORKERS:-2} $(ARGS)
+
+lint: $(VENV)/dev.installed  ## Style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+clean:  ## Forget the environment and the runs
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train]'
+	touch $@
+
+# timm pins a torchvision that pins a torch; both are only oracles of the tests, so they come without.
+$(VENV)/dev.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps timm torchvision
+	touch $@

@@ -1,0 +1,130 @@
+"""After `python -m train.main --preset digits`: the two forms side by side, and a picture of what the net says.
+
+`python -m examples.digits RUN` loads both weight files of a run, compares their predictions on every test image, times
+both forms, and writes `RUN/predictions.png` and some test digits as images into `RUN/digits/`.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import matplotlib as mpl
+import numpy as np
+import tyro
+from PIL import Image
+
+import repvgg_jax as rv
+from repvgg_jax.cli import run_command
+from repvgg_jax.files import atomic_path
+from repvgg_jax.preprocess import normalize
+from train import data
+
+ROUNDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compare the two forms of a run on digits, and draw its predictions."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, with final.safetensors and deploy.safetensors."""
+    data_dir: str | None = None
+    """Where TFDS keeps its data sets."""
+    batch_size: int = 16
+    """Images at a time, for the timing."""
+
+
+def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """All test digits as the network wants them, uint8 `[N, H, W, 3]`, and their labels `[N]`."""
+    dataset = data.load("digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True)
+    with data.eval_batches(
+        dataset.test, batch_size=len(dataset.test), local_device_count=1, preprocessing=info.preprocessing
+    ) as batches:
+        batch = next(batches)  # [devices, N, …]
+    return batch["image"][0], batch["label"][0]
+
+
+def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
+    """Median seconds of each function, called in turn so that all see the same machine."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds + 2):  # the first two rounds warm up
+        for function, own in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[2:]) for own in times]
+
+
+def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], path: Path) -> None:
+    """Write a picture of `images` `[N, H, W, 3]`, each with its most likely class; mistakes in red."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(4, 8, figsize=(10, 5.8), layout="constrained")
+    for axes, image, label, row in zip(grid.flat, images, labels, probabilities, strict=True):
+        best = int(row.argmax())
+        axes.imshow(image)
+        axes.set_title(
+            f"{names[best]}  {100 * row[best]:.0f} %", color="black" if best == label else "red", fontsize=10
+        )
+        axes.axis("off")
+    figure.suptitle("test digits, and what the fused net says")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def compare(arguments: Arguments) -> None:
+    """Print agreement and latencies of the two forms; write the picture and the images.
+
+    Raises:
+      RepVGGError: the run is not finished, or its files cannot be read.
+    """
+    run = Path(arguments.run)
+    info = rv.inspect_weights(run / "final.safetensors")
+    images, labels = test_images(info, arguments.data_dir)
+    inputs = normalize(images, info.preprocessing)
+
+    trained, trained_variables = rv.load_weights(run / "final.safetensors")
+    deployed, deploy_variables = rv.load_weights(run / "deploy.safetensors")
+    train_form = jax.jit(lambda batch: trained.apply(trained_variables, batch))
+    predict = rv.make_predictor(deployed, deploy_variables, arguments.batch_size, info.preprocessing.image_size)
+
+    logits = np.asarray(train_form(inputs))
+    fused_logits = predict(inputs)
+    same = int((logits.argmax(-1) == fused_logits.argmax(-1)).sum())
+    right = int((fused_logits.argmax(-1) == labels).sum())
+    difference = np.linalg.norm(logits - fused_logits) / np.linalg.norm(logits)
+    print(f"fused net: {right} of {len(labels)} test digits right ({100 * right / len(labels):.2f} %)")
+    print(f"same prediction in both forms: {same} of {len(labels)}; relative difference of logits {difference:.1e}")
+
+    batch = inputs[: arguments.batch_size]
+    slow, fast = alternating_times([lambda: train_form(batch), lambda: predict(batch)])
+    print(
+        f"{len(batch)} images: training form {1e3 * slow:.1f} ms, deploy form {1e3 * fast:.1f} ms, "
+        f"{slow / fast:.2f} times as fast"
+    )
+
+    shown = np.random.default_rng(0).permutation(len(labels))[:32]
+    exp = np.exp(fused_logits[shown] - fused_logits[shown].max(-1, keepdims=True))
+    names = info.class_names or tuple(map(str, range(info.num_classes)))
+    draw(images[shown], labels[shown], exp / exp.sum(-1, keepdims=True), names, run / "predictions.png")
+    folder = run / "digits"
+    folder.mkdir(exist_ok=True)
+    for number in shown[:4]:
+        path = folder / f"test-{number:03}-is-{names[labels[number]]}.png"
+        with atomic_path(path) as temporary:
+            Image.fromarray(images[number]).save(temporary)
+    print(f"pictures: {run / 'curves.png'}, {run / 'predictions.png'}; four test digits: {folder}")
+
+
+def main() -> None:
+    """The command."""
+    compare(tyro.cli(Arguments, prog="python -m examples.digits"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,184 @@
+"""The steps of a run, and what happens between them: rows, evaluations, checkpoints, a stop on request."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+import repvgg_jax as rv
+
+from . import data
+from .checkpoint import Checkpoints, RunFacts
+from .cluster import Preemption
+from .config import Config
+from .evaluate import Evaluation, Evaluator
+from .metrics import MetricsLog
+from .parallel import AXIS, mean_over_devices, parallel
+from .progress import RunProgress
+from .state import TrainState
+from .step import make_train_step
+from .utilization import peak_flops, training_flops
+from .window import Window
+
+PROFILED_STEPS = range(10, 15)
+"""Steps after the start that `--profile` traces: compilation and warm-up lie before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from a run's first step to its last."""
+
+    config: Config
+    dataset: data.DataSet
+    model: rv.RepVGG
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    workdir: Path
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.optimizer.epochs * self.steps_per_epoch
+
+    @property
+    def facts(self) -> RunFacts:
+        """What a checkpoint must agree with."""
+        config = self.config
+        return RunFacts(config.run.seed, config.optimizer.batch_size, len(self.dataset.train), jax.device_count())
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchers:
+    """Who hears of a run's progress."""
+
+    evaluator: Evaluator
+    log: MetricsLog
+    progress: RunProgress
+    checkpoints: Checkpoints
+
+
+def run_steps(
+    run: Run, state: TrainState, start_step: int, batches: Iterator[Any], watchers: Watchers, preemption: Preemption
+) -> tuple[TrainState, int]:
+    """Take the run's steps from `start_step` on.
+
+    Nothing that happens between steps changes the state, so that how often a run is looked at, and where it was
+    interrupted, leave no trace in its result.
+
+    Returns:
+      The state, and the step reached: before the last one if the run was asked to stop, its state then saved.
+
+    Raises:
+      RepVGGError: the loss is not finite, or a checkpoint cannot be written.
+    """
+    step_function = parallel(make_step(run), donate=True)
+    options, total_steps = run.config.run, run.total_steps
+    window = make_window(run)
+    trace = Trace(run.workdir / "profile", start_step) if options.profile else None
+    for step in range(start_step + 1, total_steps + 1):
+        batch = window.next(batches)
+        state, metrics = step_function(state, batch)
+        window.add(step, metrics)
+        watchers.progress.advance(step)
+        if trace is not None:
+            trace.after(step, metrics)
+        epoch, is_last = step / run.steps_per_epoch, step == total_steps
+
+        if step % options.log_every == 0 or is_last:
+            row = {"step": step, "epoch": round(epoch, 4), **window.close()}
+            watchers.log.write(row, "train")
+            watchers.progress.show(row)
+
+        top1 = None
+        if step % (run.steps_per_epoch * options.evaluate_every) == 0 and not is_last:
+            window.check()
+            top1 = evaluate(run, state, step, watchers)
+            window.restart()
+        stop = preemption.asked(step) and not is_last
+        if top1 is not None or stop or is_last or step % options.checkpoint_every == 0:
+            window.check()
+            watchers.checkpoints.save(state, run.facts, top1)
+            window.restart()
+        if stop:
+            watchers.checkpoints.wait()
+            return state, step
+    return state, total_steps
+
+
+def make_step(run: Run) -> Callable[..., Any]:
+    """The run's train step on one device."""
+    options = run.config.optimizer
+    return make_train_step(
+        run.model,
+        run.optimizer,
+        run.schedule,
+        run.dataset.preprocessing,
+        label_smoothing=options.label_smoothing,
+        auxiliary_weight=options.auxiliary_weight,
+        accumulate=options.accumulate,
+        ema_decay=options.ema_decay,
+        seed=run.config.run.seed,
+        axis_name=AXIS,
+    )
+
+
+def make_window(run: Run) -> Window:
+    """A window that knows what the steps cost and what the devices could do."""
+    config = run.config
+    peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+    cost = training_flops(run.model.variant, config.input.image_size, run.dataset.num_classes)
+    return Window(config.optimizer.batch_size, cost, None if peak is None else peak * jax.device_count())
+
+
+def averaged(variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables with BN statistics averaged over all devices, as evaluation and saving want them."""
+    return variables | {"batch_stats": mean_over_devices(variables["batch_stats"])}
+
+
+def forms(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The weights to evaluate: the trained ones and, where there is one, their moving average."""
+    found = {"train": averaged(state.variables)}
+    return found if state.ema_params is None else found | {"ema": averaged(state.ema_variables)}
+
+
+def evaluate(run: Run, state: TrainState, step: int, watchers: Watchers) -> float:
+    """Evaluate the trained weights and their moving average; the better top-1."""
+    results = {form: watchers.evaluator(variables) for form, variables in forms(state).items()}
+    for form, result in results.items():
+        record_evaluation(result, form, step, step / run.steps_per_epoch, watchers)
+    return max(result.top1 for result in results.values())
+
+
+def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, watchers: Watchers) -> None:
+    """One evaluation row in the log, one line on the screen."""
+    row = {"step": step, "epoch": epoch, "form": form}
+    row |= {name: getattr(result, name) for name in ("top1", "top5", "loss", "images")}
+    watchers.log.write(row, f"test_{form}")
+    watchers.progress.note(
+        f"epoch {epoch:g}: {FORM_NAMES[form]}, top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} %, "
+        f"loss {result.loss:.4f}, {result.images} test images"
+    )
+
+
+FORM_NAMES = {"train": "train form", "deploy": "deploy form", "ema": "moving average", "ema_deploy": "its deploy form"}
+
+
+class Trace:
+    """A JAX profiler trace of `PROFILED_STEPS` after the start."""
+
+    def __init__(self, folder: Path, start_step: int):
+        self._folder, self._start_step = folder, start_step
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Start before the first of them and stop after the last."""
+        done = step - self._start_step
+        if done == PROFILED_STEPS.start:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._folder))
+        elif done == PROFILED_STEPS.stop:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()

@@ -1,0 +1,94 @@
+"""The steps since the last row of the log: their metrics, left on the device, and where their time went."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from repvgg_jax.errors import RepVGGError
+
+IN_FLIGHT = 2
+"""Steps that may be queued on the device: enough to keep it busy, few enough that batches do not pile up in memory."""
+
+
+class Window:
+    """Collects what the parallel step returns, and turns it into rows.
+
+    Args:
+      batch_size: global.
+      flops_per_image: of one training step, or None where the device's peak is unknown.
+      peak_flops: of all devices together.
+    """
+
+    def __init__(self, batch_size: int, flops_per_image: float | None = None, peak_flops: float | None = None):
+        self._batch_size, self._flops_per_image, self._peak_flops = batch_size, flops_per_image, peak_flops
+        self._metrics: list[tuple[int, Any]] = []
+        self._in_flight: deque[Any] = deque()
+        self._timed_steps, self._waited, self._start = 0, 0.0, time.monotonic()
+        self._compiled = False
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch; counts the time that the loop waits for it."""
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        return batch
+
+    def add(self, step: int, metrics: Any) -> None:
+        """One step's metrics, as the parallel step returns them."""
+        self._metrics.append((step, metrics))
+        self._in_flight.append(metrics)
+        self._timed_steps += 1
+        if not self._compiled:  # the first step compiles: not counted as speed
+            jax.block_until_ready(metrics)
+            self._compiled = True
+            self.restart()
+        if len(self._in_flight) > IN_FLIGHT:
+            jax.block_until_ready(self._in_flight.popleft())
+
+    def restart(self) -> None:
+        """Time only what comes after this moment: an evaluation or a checkpoint has come between."""
+        self._in_flight.clear()
+        self._timed_steps, self._waited, self._start = 0, 0.0, time.monotonic()
+
+    def check(self) -> None:
+        """Wait for the steps, and stop a run that has diverged before its bad state is saved.
+
+        Raises:
+          RepVGGError: a loss or a gradient is not finite; says at which step, learning rate and gradient norm.
+        """
+        self._metrics = [(step, _fetch(metrics)) for step, metrics in self._metrics]
+        for step, metrics in self._metrics:
+            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
+                raise RepVGGError(
+                    f"the loss is {metrics['loss']:.4g} at step {step} (learning rate {metrics['learning_rate']:.4g}, "
+                    f"gradient norm {metrics['gradient_norm']:.4g}); the last good checkpoint is kept; "
+                    "try a lower --learning-rate, more --warmup-epochs or --clip-norm"
+                )
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, speed and its limits; empties the window."""
+        self.check()
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rows = [metrics for _, metrics in self._metrics]
+        row = {name: float(np.mean([m[name] for m in rows])) for name in ("loss", "top1", "gradient_norm")}
+        row["learning_rate"] = float(rows[-1]["learning_rate"])
+        if self._timed_steps:
+            speed = self._timed_steps * self._batch_size / elapsed
+            row |= {"images_per_second": speed, "data_wait": min(self._waited / elapsed, 1.0)}
+            if self._flops_per_image and self._peak_flops:
+                row["model_flop_utilization"] = speed * self._flops_per_image / self._peak_flops
+        self._metrics = []
+        self.restart()
+        return row
+
+
+def _fetch(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """One device's copy, on the host; a second time it is there already."""
+    return {
+        name: value if isinstance(value, float) else float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
+        for name, value in metrics.items()
+    }
