@@ -14,6 +14,8 @@ import numpy as np
 import repvgg_jax as rv
 from repvgg_jax.weights.layout import flatten, unflatten
 
+pytest_plugins = ["run_helpers"]
+
 
 def random_variables(model: rv.RepVGG, seed: int = 0, in_channels: int = 3, dtype: Any = np.float32) -> dict[str, Any]:
     """Variables with random weights, affine parameters and running statistics, none at its initial value.

@@ -76,7 +76,7 @@ class Checkpoints:
         """
         tree = _to_host(state)
         step = int(tree["step"])
-        described = dataclasses.asdict(facts) | {"crc32": checksum(tree)}
+        described = {"facts": dataclasses.asdict(facts), "shapes": _shapes(tree), "crc32": checksum(tree)}
         try:
             self._manager.save(
                 step,
@@ -134,20 +134,15 @@ class Checkpoints:
 
     def _read(self, step: int, fresh: TrainState) -> tuple[dict[str, Any], RunFacts]:
         described = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        crc = described.pop("crc32")
-        saved = RunFacts(**described)
+        saved = RunFacts(**described["facts"])
         template = _template(fresh, saved.devices)
-        expected = {path: leaf.shape for path, leaf in _flat(template).items()}
-        stored = _flat(self._manager.item_metadata(step)["state"].tree)
-        found = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        expected, found = _shapes(template), described["shapes"]
         if found != expected:
-            differing = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
-            raise _UnfittingError(
-                f"it is of another model or optimizer ({differing[0]} and {len(differing) - 1} more differ)"
-            )
+            first, *more = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+            raise _UnfittingError(f"it is of another model or optimizer ({first} and {len(more)} more differ)")
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
         tree = jax.tree.map(np.asarray, tree)
-        if checksum(tree) != crc:
+        if checksum(tree) != described["crc32"]:
             raise ValueError("its numbers are not those that were saved")
         return tree, saved
 
@@ -179,6 +174,10 @@ def checksum(tree: Mapping[str, Any]) -> int:
     for path, leaf in sorted(_flat(tree).items()):
         crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(path.encode(), crc))
     return crc
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {path: list(np.shape(leaf)) for path, leaf in _flat(tree).items()}
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def train(config: Config) -> Result | None:
         progress.start(start_step)
         progress.note(opening_line(run, start_step))
 
-        log = MetricsLog(run.workdir, start_step) if cluster.is_leader() else MetricsLog.silent()
+        finished = start_step == run.total_steps
+        log = MetricsLog(run.workdir, start_step, finished=finished) if cluster.is_leader() else MetricsLog.silent()
         watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints)
         with training_batches(run, start_step) as batches, cluster.Preemption() as preemption:
             state, reached = run_steps(run, state, start_step, batches, watchers, preemption)

@@ -42,11 +42,14 @@ class MetricsLog:
       workdir: folder of the run.
       start_step: where the run starts or resumes; rows of later steps, left by a run that was killed after its
         last checkpoint, are dropped, since those steps are taken again.
+      finished: all steps are taken already; the final evaluation, which is made again, is dropped too.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path, start_step: int, *, finished: bool = False):
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= start_step]
+        if finished:
+            rows = [row for row in rows if row["step"] < start_step or "form" not in row]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file: TextIO | None = path.open("a", buffering=1)

@@ -1,0 +1,82 @@
+"""Alternating measurements: each contestant lives in a process of its own and runs when told to, one at a time.
+
+A contestant is a worker process that prints `ready` once it has compiled and warmed up, then answers each line on its
+stdin with one JSON object a run, and on `end` with its peak memory.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Numbers = dict[str, float]
+
+
+class Contestant:
+    """A worker process: `python -m MODULE --worker NAME …`, started here."""
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str], environment: dict[str, str] | None = None):
+        self.name = name
+        self.runs: list[Numbers] = []
+        self.summary: Numbers = {}
+        command = [sys.executable, "-m", module, "--worker", name, *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._expect("ready")
+
+    def run(self) -> None:
+        """One measured run."""
+        self.runs.append(self._ask("run"))
+
+    def end(self) -> None:
+        """Ask for the peak memory, and leave."""
+        self.summary = self._ask("end")
+        self._process.wait()
+
+    def _ask(self, word: str) -> Numbers:
+        assert self._process.stdin is not None
+        print(word, file=self._process.stdin, flush=True)
+        return json.loads(self._line())
+
+    def _expect(self, word: str) -> None:
+        while self._line() != word:  # libraries print what they like before that
+            pass
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} has died (exit status {self._process.wait()})")
+        return line.strip()
+
+
+def alternate(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Let each run once a round, in turn, then end them all."""
+    for _ in range(rounds):
+        for contestant in contestants:
+            contestant.run()
+    for contestant in contestants:
+        contestant.end()
+
+
+def serve(run: Callable[[], Numbers], summary: Callable[[], Numbers]) -> None:
+    """A worker's side: `run` is compiled and warm."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            print(json.dumps(summary()), flush=True)
+            return
+        print(json.dumps(run()), flush=True)
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions(*modules: Any) -> str:
+    """`jax 0.10.2, torch 2.13.0`."""
+    return ", ".join(f"{module.__name__} {module.__version__}" for module in modules)

@@ -1,0 +1,164 @@
+"""One training step here and in PyTorch: images/s and peak memory, as ratios.
+
+`python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`. The PyTorch side is the independent
+implementation that the tests use, in channels_last; on a GPU both compute in bfloat16 (autocast there), and PyTorch
+runs both eagerly and through `torch.compile`. Same recipe on both sides: SGD with momentum and the masked weight decay.
+Processes alternate, so that all see the same machine.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
+
+CLASSES = 1000
+WARM_UP, STEPS = 2, 3
+
+
+def batch(size: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random pixels uint8 `[N, H, W, 3]` and labels `[N]`."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (images, size, size, 3), np.uint8), rng.integers(0, CLASSES, images).astype(np.int32)
+
+
+def timed(step: Callable[[], None], wait: Callable[[], None]) -> Callable[[], Numbers]:
+    """`STEPS` steps as one measurement: seconds a step."""
+
+    def run() -> Numbers:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        wait()
+        return {"seconds": (time.perf_counter() - start) / STEPS}
+
+    for _ in range(WARM_UP):
+        run()
+    return run
+
+
+def serve_ours(arguments: argparse.Namespace) -> None:
+    """This library's pmapped step on one device."""
+    import jax
+
+    import repvgg_jax as rv
+    from repvgg_jax.preprocess import Preprocessing
+    from train.config import PRESETS
+    from train.optimizer import learning_rate_schedule, make_optimizer
+    from train.parallel import AXIS, parallel, replicate
+    from train.state import create_state
+    from train.step import make_train_step
+    from train.utilization import peak_flops, training_flops
+
+    device = jax.devices()[0]
+    dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    size, options = arguments.image_size, PRESETS["imagenet_120"].optimizer
+    model = rv.create_model(
+        arguments.model, CLASSES, dtype=np.dtype(dtype) if dtype == "float32" else jax.numpy.bfloat16
+    )
+    schedule = learning_rate_schedule(options, 5000)
+    optimizer = make_optimizer(options, schedule)
+    step = make_train_step(model, optimizer, schedule, Preprocessing(size), axis_name=AXIS)
+    run = parallel(step, donate=True)
+    images, labels = batch(size, arguments.batch_size)
+    inputs = jax.device_put({"image": images[None], "label": labels[None]})
+    held: dict[str, Any] = {"state": replicate(create_state(model, optimizer, 0, (size, size, 3)))}
+
+    def advance() -> None:
+        held["state"], held["metrics"] = run(held["state"], inputs)
+
+    measure = timed(advance, lambda: jax.block_until_ready(held["metrics"]))
+    peak = peak_flops(device.device_kind, dtype)
+
+    def summary() -> Numbers:
+        stats = device.memory_stats() or {}
+        flops = training_flops(model.variant, size, CLASSES) * arguments.batch_size
+        return {
+            "bytes": stats.get("peak_bytes_in_use", peak_resident_bytes()),
+            "flops": flops,
+            "utilization_a_second": flops / peak if peak else 0.0,
+        }
+
+    serve(measure, summary)
+
+
+def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
+    """The same step in PyTorch."""
+    import torch
+    import torch.nn.functional as F
+
+    from tests import torch_oracle
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    model = torch_oracle.create(arguments.model, CLASSES).to(device, memory_format=torch.channels_last).train()
+    groups = torch_oracle.recipe_parameter_groups(model, 1e-4)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    forward = torch.compile(model) if compiled else model
+    images, labels = batch(arguments.image_size, arguments.batch_size)
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    targets = torch.from_numpy(labels).long().to(device)
+    mean = torch.tensor((0.485, 0.456, 0.406), device=device).view(1, 3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225), device=device).view(1, 3, 1, 1)
+
+    def advance() -> None:
+        inputs = (pixels.float() / 255 - mean) / std
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            loss = F.cross_entropy(forward(inputs.contiguous(memory_format=torch.channels_last)), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def summary() -> Numbers:
+        return {"bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()}
+
+    serve(timed(advance, torch.cuda.synchronize if on_gpu else lambda: None), summary)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["RepVGG-A0", "RepVGG-B1", "RepVGG-D2se"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also PyTorch through torch.compile")
+    parser.add_argument("--worker", help="internal")
+    parser.add_argument("--model", help="internal")
+    arguments = parser.parse_args()
+    if arguments.worker == "ours":
+        serve_ours(arguments)
+        return
+    if arguments.worker is not None:
+        serve_torch(arguments, compiled=arguments.worker == "torch.compile")
+        return
+
+    names = ["ours", "torch"] + (["torch.compile"] if arguments.compile else [])
+    print(f"{'model':16} {'':14} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'speed of ours':>14}")
+    for model in arguments.models:
+        shared = ["--model", model, "--batch-size", str(arguments.batch_size)]
+        shared += ["--image-size", str(arguments.image_size)]
+        contestants = [Contestant(name, "benchmarks.train_step", shared) for name in names]
+        alternate(contestants, arguments.rounds)
+        seconds = {c.name: statistics.median(run["seconds"] for run in c.runs) for c in contestants}
+        for contestant in contestants:
+            own = seconds[contestant.name]
+            ratio = "" if contestant.name == "ours" else f"{own / seconds['ours']:.2f} x"
+            memory = contestant.summary["bytes"] / 1e9
+            print(
+                f"{model:16} {contestant.name:14} {1e3 * own:9.1f} {arguments.batch_size / own:9.1f} {memory:8.2f} "
+                f"{ratio:>14}"
+            )
+        utilization = contestants[0].summary["utilization_a_second"] / seconds["ours"]
+        if utilization:
+            print(f"{model:16} model FLOP utilisation {100 * utilization:.1f} %")
+
+
+if __name__ == "__main__":
+    main()

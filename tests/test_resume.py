@@ -1,0 +1,166 @@
+"""Claim: killed, stopped, or with a damaged checkpoint, a run started again ends in the same bits."""
+
+import functools
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from run_helpers import Runs, rows, weights, without_times
+
+pytestmark = pytest.mark.slow
+
+
+def same_result(workdir: Path, expected: Path) -> None:
+    for name in ("final", "deploy", "ema", "ema_deploy"):
+        assert weights(workdir, name) == weights(expected, name), name
+    evaluations = [[row for row in rows(folder) if "form" in row] for folder in (workdir, expected)]
+    assert without_times(evaluations[0]) == without_times(evaluations[1])
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+def steps_in(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
+
+
+def writing(workdir: Path) -> bool:
+    """Whether a checkpoint is being written: orbax writes under a temporary name."""
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def writing_or_over(workdir: Path, process: subprocess.Popen) -> bool:
+    return writing(workdir) or process.poll() is not None
+
+
+def kill_at_random_moments(runs: Runs, workdir: Path, times: int, seed: int) -> int:
+    """Kill and restart a run; how often it was killed while a checkpoint was being written."""
+    chance, during_write = random.Random(seed), 0
+    for number in range(times):
+        process = runs.start(workdir, ema_decay=0.99)
+        if number % 2:
+            wait_for(functools.partial(writing_or_over, workdir, process))
+            time.sleep(chance.random() * 0.02)
+            during_write += writing(workdir)
+        else:
+            time.sleep(chance.uniform(3, 14))
+        process.kill()
+        process.communicate()
+    return during_write
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(runs, uninterrupted, tmp_path):
+    during_write = kill_at_random_moments(runs, tmp_path / "run", times=4, seed=0)
+    assert during_write, "no kill fell into a write: the test has not tested that"
+    done = runs.finish(tmp_path / "run", ema_decay=0.99)
+    assert done.returncode == 0, done.stderr
+    same_result(tmp_path / "run", uninterrupted)
+
+
+def test_sigterm_saves_at_once_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, ema_decay=0.99)
+    wait_for(lambda: (workdir / "metrics.jsonl").exists() and len(rows(workdir)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, (out, err)
+    assert time.monotonic() - start < 20
+    stopped = steps_in(workdir)[-1]
+    assert f"SIGTERM: stopped after step {stopped}, state saved" in " ".join(out.split())
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert f"resuming at step {stopped}" in " ".join(done.stdout.split())
+    same_result(workdir, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, ema_decay=0.99)
+    wait_for(lambda: len([step for step in steps_in(workdir) if step >= 20]) >= 2)
+    process.kill()
+    process.communicate()
+    newest = steps_in(workdir)[-1]
+    state = workdir / "checkpoints" / str(newest) / "state"
+    for path in sorted(state.rglob("*")):
+        if path.is_file() and path.parent.name == "d":
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 0x40
+            path.write_bytes(content)
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"/{newest} is damaged" in said
+    assert "resuming at step" in said
+    same_result(workdir, uninterrupted)
+
+
+def test_without_any_readable_checkpoint_the_run_says_so(runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert done.returncode == 2
+    assert "can be read" in done.stderr
+    assert "remove them to start again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_started_again_changes_nothing(runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert done.returncode == 0, done.stderr
+    same_result(workdir, uninterrupted)
+    assert json.loads(done.stdout.splitlines()[-1])["train_top1"] > 0.2
+
+
+def test_other_options_in_the_same_workdir_are_refused(runs, uninterrupted):
+    done = runs.finish(uninterrupted, ema_decay=0.5)
+    assert done.returncode == 2
+    assert "ema_decay 0.99 -> 0.5" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_another_number_of_devices_resumes_and_says_what_that_means(runs, tmp_path):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, devices=2)
+    wait_for(lambda: steps_in(workdir) != [])
+    process.kill()
+    process.communicate()
+    done = runs.finish(workdir, devices=4)
+    assert done.returncode == 0, done.stderr
+    assert "resuming on 4 devices a run of 2" in " ".join(done.stdout.split())
+    assert rows(workdir)[-1]["top1"] > 0.2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_state(runs, tmp_path):
+    workdir = tmp_path / "run"
+    done = runs.finish(workdir, learning_rate=1e9, warmup_epochs=1.5, checkpoint_every=2)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    for words in ("the loss is", "at step", "learning rate", "gradient norm", "last good checkpoint is kept"):
+        assert words in done.stderr
+    reported = int(done.stderr.split("at step ")[1].split()[0])
+    assert steps_in(workdir)
+    assert steps_in(workdir)[-1] < reported
+    assert not (workdir / "final.safetensors").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = runs.finish(tmp_path / "file" / "run")
+    assert done.returncode == 2
+    assert "cannot create --workdir" in done.stderr
+    assert done.stderr.count("\n") == 1
