@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from repvgg_jax.errors import ConfigError, DataError
-from repvgg_jax.preprocess import Preprocessing, decode_image, to_mode
+from repvgg_jax.preprocess import Preprocessing, to_mode
 
+from .pictures import Picture, open_picture
 from .sources import Example, Source
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,14 @@ class BadImages:
 
 
 class Reader:
-    """Reads and decodes images of one source, and remembers which it could not."""
+    """Reads images of one source for a transform to decode, and remembers which could not be."""
 
     def __init__(self, source: Source, channels: int, strict: bool, bad_images: BadImages | None) -> None:
         self.bad_images = BadImages() if bad_images is None else bad_images
         self.unreadable: dict[int, str] = {}
         self._source, self._channels, self._strict = source, channels, strict
 
-    def __call__(self, index: int, transform: Callable[[Image.Image], np.ndarray]) -> Rendered | None:
+    def __call__(self, index: int, transform: Callable[[Picture], np.ndarray]) -> Rendered | None:
         """The transformed image `index` (uint8 [H, W, C]) and its label, or None if it is unreadable.
 
         Raises:
@@ -76,7 +77,7 @@ class Reader:
         try:
             example = self._source[index]
             name = example.name
-            return transform(_to_pil(example, self._channels)), example.label
+            return transform(_open(example, self._channels)), example.label
         except DataError as error:
             reason = str(error) if name is None or name in str(error) else f"{name}: {error}"
             if self._strict:
@@ -86,9 +87,9 @@ class Reader:
             return None
 
 
-def _to_pil(example: Example, channels: int) -> Image.Image:
+def _open(example: Example, channels: int) -> Picture:
     if isinstance(example.image, bytes):
-        return decode_image(example.image, example.name, channels)
+        return open_picture(example.image, example.name, channels)
     pixels = example.image[..., 0] if example.image.shape[2:] == (1,) else example.image
     return to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")
 

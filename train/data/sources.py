@@ -59,7 +59,9 @@ class FolderSource:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._class_names = _class_folders(self.root)
-        files = [_image_files(self.root / name) for name in self._class_names]
+        folders = [self.root / name for name in self._class_names]
+        files = [_image_files(folder) for folder in folders]
+        self._folders = [str(folder) for folder in folders]
         self._files = [file for names in files for file in names]
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
 
@@ -72,9 +74,10 @@ class FolderSource:
 
     def __getitem__(self, index: int, /) -> Example:
         label = int(self._labels[index])
-        path = self.root / self._class_names[label] / self._files[index]
+        path = f"{self._folders[label]}{os.sep}{self._files[index]}"
         try:
-            return Example(path.read_bytes(), label, str(path))
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a third of the time of `Path.read_bytes`)
+                return Example(file.read(), label, path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -1,7 +1,8 @@
-"""Training augmentations: pure functions (image, rng, size) -> uint8 [size, size, C].
+"""Training augmentations that bring an image to its size: pure functions (image, rng, size) -> uint8 [size, size, C].
 
 All randomness comes from `rng`, so that an image's augmentation depends on the seed and on its place in the
-epoch alone. To add one, write the function and enter it in `TRANSFORMS`.
+epoch alone. To add one, write the function and enter it in `TRANSFORMS`. An image is a PIL image of mode "RGB" or
+"L", or an undecoded file. What changes pixels at that size is in `augmentation.py`.
 """
 
 import math
@@ -14,7 +15,9 @@ from PIL import Image
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.preprocess import to_array
 
-Transform = Callable[[Image.Image, np.random.Generator, int], np.ndarray]
+from .pictures import Picture, flip, resized_crop, to_pil
+
+Transform = Callable[[Picture, np.random.Generator, int], np.ndarray]
 
 # random_affine: enough to blur the difference between two writers, too little to turn a digit into another.
 MAX_ROTATION: Final = math.radians(15)
@@ -23,23 +26,33 @@ MAX_SHEAR: Final = math.radians(10)
 MAX_TRANSLATION: Final = 0.1
 
 
-def random_resized_crop_flip(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+def random_resized_crop_flip(
+    image: Picture,
+    rng: np.random.Generator,
+    size: int,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    flip_probability: float = 0.5,
+) -> np.ndarray:
     """torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
 
     Args:
-      image: PIL image of mode "RGB" or "L".
+      image: PIL image of mode "RGB" or "L", or an undecoded file, of which only the crop is decoded.
       rng: where the crop and the flip come from.
       size: height and width of the result.
+      area: range of the crop's share of the image's area.
+      flip_probability: how often the crop is mirrored.
 
     Returns:
       uint8 [size, size, C].
+
+    Raises:
+      DataError: the file cannot be decoded.
     """
-    left, top, width, height = random_crop_box(image.width, image.height, rng)
-    # Cropped first, as torchvision does: `resize(box=...)` would filter across the box's edges and mix in
-    # pixels from outside the crop.
-    crop = image.crop((left, top, left + width, top + height))
-    pixels = to_array(crop.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    box = random_crop_box(image.width, image.height, rng, area)
+    mirrored = rng.random() < flip_probability
+    pixels = resized_crop(image, box, size)
+    return flip(pixels) if mirrored else pixels
 
 
 def random_crop_box(
@@ -63,8 +76,9 @@ def random_crop_box(
     """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        target = width * height * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(*log_aspect))
+        # As `rng.uniform` has it, in a third of the time.
+        target = width * height * (area[0] + (area[1] - area[0]) * rng.random())
+        ratio = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * rng.random())
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
@@ -77,14 +91,14 @@ def random_crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def random_affine(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+def random_affine(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
     """A small random rotation, scaling, shear and shift; never mirrors. For small images such as digits.
 
     The image is sampled once, bilinearly, from its own pixels straight to the result. There is no antialiasing,
     so it should not be much larger than `size`. What comes from outside the image is black.
 
     Args:
-      image: PIL image of mode "RGB" or "L".
+      image: PIL image of mode "RGB" or "L", or an undecoded file.
       rng: where the parameters come from.
       size: height and width of the result.
 
@@ -95,7 +109,7 @@ def random_affine(image: Image.Image, rng: np.random.Generator, size: int) -> np
     scale = math.exp(rng.uniform(math.log(SCALE[0]), math.log(SCALE[1])))
     shear = rng.uniform(-MAX_SHEAR, MAX_SHEAR)
     shift_x, shift_y = rng.uniform(-MAX_TRANSLATION, MAX_TRANSLATION, size=2)
-    return affine(image, size, rotation=rotation, scale=scale, shear=shear, shift=(shift_x, shift_y))
+    return affine(to_pil(image), size, rotation=rotation, scale=scale, shear=shear, shift=(shift_x, shift_y))
 
 
 def affine(
@@ -126,16 +140,17 @@ def affine(
     return to_array(transformed)
 
 
-def as_is(image: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+def as_is(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
     """No augmentation: the image, resized to a square unless it is one of that size. For benchmarks.
 
     Returns:
       uint8 [size, size, C].
     """
     del rng
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return to_array(image)
+    whole = to_pil(image)
+    if whole.size != (size, size):
+        whole = whole.resize((size, size), Image.Resampling.BILINEAR)
+    return to_array(whole)
 
 
 TRANSFORMS: dict[str, Transform] = {
