@@ -19,13 +19,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
       RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
     """
     target = Path(path)
-    if target.is_dir():
-        raise RepVGGError(f"cannot write {target}: it is a folder")
-    if not target.parent.is_dir():
-        raise RepVGGError(f"cannot write {target}: there is no folder {target.parent}")
+    check_target(target)
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+        # The name's start only: with mkstemp's letters, a long one would be too long.
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:50]}-", suffix=target.suffix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -38,6 +36,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Fails where `atomic_path` would, as far as that shows beforehand: for before a long computation.
+
+    Raises:
+      RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
+    """
+    target = Path(path)
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        raise RepVGGError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
+    if target.is_dir():
+        raise RepVGGError(f"cannot write {target}: it is a folder")
+    if not target.parent.is_dir():
+        raise RepVGGError(f"cannot write {target}: there is no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise RepVGGError(f"cannot write {target}: no permission to write to {target.parent}")
 
 
 def _adopt_mode(temporary: Path, target: Path) -> None:
