@@ -1,5 +1,9 @@
 """Shared by the tests on weight files: models small enough to make thousands of, and files of any shape."""
 
+import json
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +75,17 @@ def refused(path: Path | str, **options: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
+    """Copy a PyTorch zip file with another `data.pkl`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
+
+
+def safetensors_bytes(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with that header, and a length before it that may lie."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import WeightsError
 from ..preprocess import Preprocessing
-from .info import WeightsInfo
+from .info import WeightsInfo, preprocessing_from_file
 from .layout import shown
 
 SCHEME = "hf://"
@@ -95,7 +95,7 @@ class HubConfig:
                 if theirs in described:
                     fields[ours] = described[theirs]
             if fields:
-                Preprocessing.from_dict(fields)
+                preprocessing_from_file(fields)
             names = config.get("label_names", described.get("label_names"))
             return cls(fields or None, None if names is None else tuple(map(str, names)))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Mapping
 
 from ..errors import WeightsError
 from ..variants import VARIANTS, Variant
-from .key_maps import FAMILIES, WRAPPER_ENTRIES, WRAPPER_PREFIXES, Family
+from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .layout import Shape, first_ten
+
+MAX_WRAPPERS = 8
+"""How deep inside other modules a network is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +34,22 @@ class Identity:
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Key without the prefixes that every key has -> key. Scalars that wrappers add are left out."""
-    plain = {key: key for key in keys if key not in WRAPPER_ENTRIES}
-    prefix: str | None = ""
-    while prefix is not None:
-        plain = {key.removeprefix(prefix): original for key, original in plain.items()}
-        prefix = next((p for p in WRAPPER_PREFIXES if plain and all(key.startswith(p) for key in plain)), None)
-    return plain
+    """Key without what wrappers put before every key (`module.`, `_orig_mod.`, `model.`, …) -> key.
+
+    A wrapper's own scalars are left out.
+    """
+    wrapped = [key for key in keys if key not in WRAPPER_ENTRIES]
+    names = next(iter(wrapped), "").split(".", MAX_WRAPPERS)[:-1]
+    prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
+    shared = [prefix for prefix in prefixes if all(key.startswith(prefix) for key in wrapped)]
+    prefix = next((p for p in shared if _any_block(key.removeprefix(p) for key in wrapped)), "")
+    return {key.removeprefix(prefix): key for key in wrapped}
+
+
+def _any_block(keys: Iterable[str]) -> bool:
+    """Whether one of them is a block's in any family."""
+    found = (family.parse(key) for key in keys for family in FAMILIES.values())
+    return any(parsed is not None and parsed[0] for parsed in found)
 
 
 def identify(shapes: Mapping[str, Shape], where: str) -> Identity:
@@ -120,7 +132,7 @@ class _Body:
             )
         except ValueError:
             return None
-        return next((known for known in VARIANTS.values() if _same_network(known, variant)), variant)
+        return next((known for known in VARIANTS.values() if same_network(known, variant)), variant)
 
     def _downs(self) -> list[tuple[tuple[str, int, str, str], Shape]]:
         """The last block's squeeze convolutions."""
@@ -134,7 +146,7 @@ class _Body:
         return self.width(before) // inputs if inputs else 1
 
 
-def _same_network(known: Variant, found: Variant) -> bool:
+def same_network(known: Variant, found: Variant) -> bool:
     """Whether two variants have the same layers, whatever their names and image sizes."""
     if not known.squeeze_excite:
         found = dataclasses.replace(found, squeeze_excite_ratio=known.squeeze_excite_ratio)

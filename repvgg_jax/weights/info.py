@@ -1,9 +1,15 @@
 """What a weight file says of itself."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ..variants import Variant
+
+MAX_IMAGE_SIZE = 16_384
+"""Pixels. A file of unknown origin must not choose how much memory a prediction takes."""
 
 
 class WeightsWarning(UserWarning):
@@ -48,3 +54,17 @@ def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessi
     if in_channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     return Preprocessing(variant.image_size, variant.crop_fraction, mean, std)
+
+
+def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing that a file of unknown origin describes.
+
+    Raises:
+      ValueError, TypeError, AttributeError: it describes none, or one that makes no sense.
+    """
+    found = Preprocessing.from_dict(fields)
+    if type(found.image_size) is not int or found.image_size > MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is no integer up to {MAX_IMAGE_SIZE}")
+    if not all(math.isfinite(number) for number in (*found.mean, *found.std)):
+        raise ValueError("mean and std must be finite")
+    return found

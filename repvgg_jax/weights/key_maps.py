@@ -25,12 +25,9 @@ LEAVES: Mapping[str, Mapping[str, str]] = {
 COUNTER = "num_batches_tracked"
 """PyTorch's BN step counter, an int64 scalar after `running_var`, which the tree does not have."""
 
-MODEL_KEYS = ("state_dict", "model")
+MODEL_KEYS = ("state_dict", "model", "model_state_dict")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
 """Entries of a checkpoint that hold a state dict: the trained weights, and their moving average."""
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel (and EMA wrappers) and `torch.compile` put before every key."""
 
 WRAPPER_ENTRIES = ("n_averaged", "steps")
 """Scalars that EMA wrappers keep beside the weights."""

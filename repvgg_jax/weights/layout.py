@@ -94,8 +94,13 @@ def unflatten(arrays: FlatArrays) -> dict[str, Any]:
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, model: str) -> None:
     """Hold names and shapes to what a model expects; nothing is ever partly loaded in silence.
+
+    Args:
+      found, expected: name -> shape.
+      where: what to call the entries' origin in an error.
+      model: what to call the model.
 
     Raises:
       WeightsError: lists missing, unexpected and mis-shaped entries (the first ten of each kind, then a count).
@@ -110,7 +115,7 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
     problems = [f"{what}: {first_ten(names)}" for what, names in kinds if names]
     if problems:
-        raise WeightsError(f"{where} does not fit the model; {'; '.join(problems)}")
+        raise WeightsError(f"{where} does not fit {model}; {'; '.join(problems)}")
 
 
 def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) -> None:
@@ -119,7 +124,7 @@ def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) 
     Raises:
       WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
     """
-    check_shapes({name: tuple(array.shape) for name, array in arrays.items()}, expected, where)
+    check_shapes({name: tuple(array.shape) for name, array in arrays.items()}, expected, where, "the model")
     for name, array in arrays.items():
         check_finite(np.asarray(array), name, where)
 
@@ -140,5 +145,5 @@ def first_ten(names: Iterable[object]) -> str:
 def shown(name: object) -> str:
     """A name from a file of unknown origin, fit for an error message: printable and of bounded length."""
     text = name if isinstance(name, str) else f"a {type(name).__name__}"
-    text = text if text.isprintable() else ascii(text[:200])
+    text = text if text and text.isprintable() else ascii(text[:200])
     return text if len(text) <= 200 else text[:197] + "…"

@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -16,13 +17,13 @@ from ..model import RepVGG
 from ..variants import AUX_HEADS, Variant, get_variant
 from . import native
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, without_wrappers
+from .identify import Identity, identify, same_network, without_wrappers
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .layout import check_finite, check_shapes, head_layers, shown, unflatten
 from .safetensors_file import read_safetensors
 from .state_dict import Item, items, to_leaf
 from .tensor_file import TensorFile
-from .torch_file import ZIP_MAGIC, read_torch_file
+from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 HEAD_SEED = 0
 """A fresh classifier is the same one every time."""
@@ -135,14 +136,7 @@ def open_weights(
         local, config = fetch(address)
     else:
         local = Path(path)
-    if not local.is_file():
-        what = "is a folder, not a weight file" if local.is_dir() else "does not exist"
-        raise WeightsError(f"{path} {what}")
-    try:
-        handle = local.open("rb", buffering=0)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    with handle:
+    with _open_file(local, f"{path}") as handle:
         file = _read_container(handle, local, ema, tensors_only)
         info = native.describe(file)
         if info is None:
@@ -155,34 +149,52 @@ def open_weights(
         yield contents
 
 
-def _read_container(handle: Any, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
+def _open_file(local: Path, where: str) -> BinaryIO:
+    """The file, unbuffered: tensors are read in one piece each."""
+    try:
+        mode = local.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise WeightsError(f"{where} is a folder, not a weight file")
+        if not stat.S_ISREG(mode):  # a pipe or a device may never end
+            raise WeightsError(f"{where} is no ordinary file")
+        return local.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise WeightsError(f"{where} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read_container(handle: BinaryIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
     """By what the file's first bytes say, whatever its suffix."""
     try:
         start = handle.read(512)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    if start[8:9] == b"{":
         if ema:
             raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
         return read_safetensors(handle, path)
-    if start[:4] == ZIP_MAGIC or start[:1] == b"\x80":
+    if start[:4] == ZIP_MAGIC or start[:1] == PICKLE_MAGIC:
         return read_torch_file(handle, path, ema, tensors_only)
+    raise WeightsError(f"cannot read {path}: {_what_else(start)}")
+
+
+def _what_else(start: bytes) -> str:
+    """What a file is that begins like no weight file."""
     if not start:
-        reason = "the file is empty"
-    elif start.lstrip()[:1] == b"<":
-        reason = "a web page, not weights; did the download ask for a confirmation?"
-    elif start.startswith(b"version https://git-lfs"):
-        reason = "a git-lfs pointer, not the weights themselves; run git lfs pull"
-    elif start[257:262] == b"ustar":
-        reason = "a tar archive; unpack it first"
-    else:
-        reason = "neither a safetensors nor a PyTorch file"
-    raise WeightsError(f"cannot read {path}: {reason}")
+        return "the file is empty"
+    if start.lstrip()[:1] == b"<":
+        return "a web page, not weights; did the download ask for a confirmation?"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the weights themselves; run git lfs pull"
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    return "neither a safetensors nor a PyTorch file"
 
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
     entries = items(None, info.variant, info.deploy, info.num_classes, info.in_channels)
-    _check_entries(file, entries, where)
+    _check_entries(file, entries, where, info.variant)
     return Contents(file, info, entries)
 
 
@@ -204,19 +216,20 @@ def _foreign_contents(file: TensorFile, expected: Variant | None, headless: bool
     entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)
     if not found.num_classes and headless:
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
-    _check_entries(file, entries, where)
+    _check_entries(file, entries, where, variant)
     return Contents(file, _describe(file, entries, found, variant, where), entries)
 
 
 def _check_expected(found: Variant, expected: Variant | None, where: str) -> None:
-    if expected is not None and expected != found:
+    if expected is not None and not same_network(expected, found):
         raise WeightsError(f"{where} holds {found.name}, not {expected.name}")
 
 
-def _check_entries(file: TensorFile, entries: list[Item], where: str) -> None:
+def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: Variant) -> None:
     """All of a model's entries and nothing else, but for BN counters, which may be absent."""
     expected = {item.key: item.file_shape for item in entries if item.leaf is not None or item.key in file.tensors}
-    check_shapes({key: tensor.shape for key, tensor in file.tensors.items()}, expected, where)
+    found = {key: tensor.shape for key, tensor in file.tensors.items()}
+    check_shapes(found, expected, where, "a custom RepVGG" if variant.name == "custom" else variant.name)
     for item in entries:
         kinds, what = ("iu", "integers") if item.leaf is None else ("fV", "floats")  # V: bfloat16, to numpy
         tensor = file.tensors.get(item.key)

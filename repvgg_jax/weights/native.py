@@ -7,23 +7,24 @@ metadata holds one JSON object under `repvgg_jax`.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ..errors import WeightsError
-from ..files import atomic_path
 from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant, get_variant
-from .info import WeightsInfo
+from .info import WeightsInfo, preprocessing_from_file
 from .layout import flatten, shown
+from .safetensors_file import write_safetensors
 from .tensor_file import Tensor, TensorFile
 
 HEADER = "repvgg_jax"
 FORMAT_VERSION = 1
+MAX_STEPS = 2**63 - 1
+"""Of a BN step counter, which PyTorch keeps as int64."""
 
 
 def write(
@@ -50,8 +51,7 @@ def write(
     }
     if num_batches_tracked is not None:
         header["num_batches_tracked"] = num_batches_tracked
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata={HEADER: json.dumps(header)})
+    write_safetensors(path, arrays, {HEADER: json.dumps(header)})
 
 
 def describe(file: TensorFile) -> WeightsInfo | None:
@@ -69,7 +69,7 @@ def describe(file: TensorFile) -> WeightsInfo | None:
             raise WeightsError(
                 f"{file.path} has format version {header['version']}; this release reads {FORMAT_VERSION}"
             )
-        class_names, kernel = header["class_names"], _first_kernel(file)
+        class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
         info = WeightsInfo(
             family="native",
             variant=_variant_from_json(header["variant"], len(file.tensors)),
@@ -78,9 +78,9 @@ def describe(file: TensorFile) -> WeightsInfo | None:
             in_channels=kernel.shape[2],
             dtype=kernel.dtype.name,
             num_parameters=sum(t.size for name, t in file.tensors.items() if name.startswith("params/")),
-            preprocessing=Preprocessing.from_dict(header["preprocessing"]),
+            preprocessing=preprocessing_from_file(header["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
-            num_batches_tracked=header.get("num_batches_tracked"),
+            num_batches_tracked=None if steps is None else _integer(steps, largest=MAX_STEPS),
         )
         if info.class_names is not None and len(info.class_names) != info.num_classes:
             raise ValueError(f"{len(info.class_names)} class names for {info.num_classes} classes")
@@ -110,19 +110,53 @@ def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
 def _variant_from_json(value: str | dict[str, Any], num_tensors: int) -> Variant:
     if isinstance(value, str):
         return get_variant(value)
-    fields: dict[str, Any] = {name: tuple(map(_integer, v)) if isinstance(v, list) else v for name, v in value.items()}
+    fields = {name: _FIELDS[name](given) for name, given in value.items()}
     if sum(fields["num_blocks"]) > num_tensors:
         raise ValueError("more blocks than tensors")
-    if fields.get("squeeze_excite") not in (None, "before_relu", "after_relu"):
-        raise ValueError("an unknown place for the squeeze-and-excite gate")
-    for name in {"groups", "squeeze_excite_ratio", "image_size"} & fields.keys():
-        if _integer(fields[name]) < 1:
-            raise ValueError(f"{name} must be at least 1")
-    fields["name"] = str(fields.get("name", "custom"))
     return Variant(**fields)
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int or abs(value) > 2**31:
+def _integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
+    if type(value) is not int or not least <= value <= largest:
         raise ValueError("a number that is no sensible integer")
     return value
+
+
+def _positive(value: Any) -> int:
+    return _integer(value, least=1)
+
+
+def _several(value: Any) -> tuple[int, ...]:
+    return tuple(map(_integer, value))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("neither true nor false")
+    return value
+
+
+def _place(value: Any) -> str | None:
+    if value not in (None, "before_relu", "after_relu"):
+        raise ValueError("an unknown place for the squeeze-and-excite gate")
+    return value
+
+
+def _fraction(value: Any) -> float:
+    if not isinstance(value, float | int) or not 0 < value <= 1:
+        raise ValueError("a fraction outside of 0..1")
+    return float(value)
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "num_blocks": _several,
+    "widths": _several,
+    "groups": _positive,
+    "squeeze_excite": _place,
+    "squeeze_excite_ratio": _positive,
+    "auxiliary_heads": _flag,
+    "name": shown,
+    "image_size": _positive,
+    "crop_fraction": _fraction,
+}
+"""A variant's fields in a header, each with the check that makes it one."""

@@ -3,29 +3,27 @@
 A pickle is a program. `torch.load(weights_only=True)` refuses programs that call what it does not know; this
 reader goes further and calls nothing at all: it walks the opcodes (`pickletools.genops`, which only parses) and
 knows a handful of names, for which it builds plain records itself. No name in the file is ever imported.
+
+Work and memory are bounded by the number of instructions: those that take a list made earlier, and so could do
+much with little, count as many as the list has entries.
 """
 
 import dataclasses
 import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
-MAX_OPCODES = 3_000_000
-"""Checkpoints with optimizer state need tens of thousands; this many take some seconds."""
+from .pickle_names import HARMLESS, STORAGE_DTYPES, python3_name
 
-STORAGE_DTYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
+MAX_STEPS = 1_000_000
+"""A checkpoint with optimizer state and a moving average needs some hundred thousand; so many take a second or two."""
+
+MAX_NAME = 300
+"""Longest module and class name; real ones stay far below."""
+
+MAX_KEY_BITS = 64
+"""Largest integer that may be a dict's key: hashing one of millions of digits takes long, every time."""
 
 
 class PickleError(ValueError):
@@ -36,18 +34,14 @@ class RefusedError(PickleError):
     """The pickle holds an object that only running code could restore; `args[0]` is its class."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle refers to. It stays a name."""
+    """A name that the pickle refers to, `module.class`. It stays a name."""
 
-    module: str
     name: str
 
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
     """A reference to a block of numbers stored beside the pickle: its key, element type and count."""
 
@@ -56,7 +50,7 @@ class Storage:
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorRecord:
     """A tensor as the pickle describes it, unchecked: sizes and strides in elements of `storage`."""
 
@@ -67,57 +61,14 @@ class TensorRecord:
 
 
 class Opaque:
-    """What stands for an object that was not restored."""
+    """What stands for an object that was not restored. `contents` are its attributes and, of a mapping, its items."""
+
+    __slots__ = ("contents",)
+
+    def __init__(self) -> None:
+        self.contents: dict[Any, Any] | None = None
 
 
-OPAQUE = Opaque()
-
-
-def _tensor(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    _requires_grad: Any = False,
-    _hooks: Any = None,
-    _more: Any = None,
-) -> Any:
-    if storage is OPAQUE:
-        return OPAQUE
-    if not isinstance(storage, Storage):
-        raise PickleError("a tensor without a storage")
-    return TensorRecord(storage, offset, size, stride)
-
-
-def _parameter(data: Any, _requires_grad: Any, _hooks: Any, _state: Any = None) -> Any:
-    return data
-
-
-def _dict(pairs: Any = ()) -> dict:
-    if not isinstance(pairs, list | tuple):
-        raise PickleError("a dict of something other than pairs")
-    return {key: value for key, value in pairs if isinstance(key, _SIMPLE)}
-
-
-def _opaque(*_: Any) -> Opaque:
-    return OPAQUE
-
-
-REBUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "collections.OrderedDict": _dict,
-    "collections.Counter": _opaque,
-    "torch.Size": _opaque,
-    "torch.device": _opaque,
-    "_codecs.encode": _opaque,
-}
-"""The calls a pickle of tensors makes, and what this reader builds instead of calling."""
-
-_KNOWN_VALUES = {f"torch.{name}" for name in (*STORAGE_DTYPES.values(), "complex64", "complex128", "strided")}
-_SIMPLE = (str, int, float, bool, bytes, type(None))
 _MARK = Opaque()
 
 
@@ -125,7 +76,7 @@ class Reader:
     """A stack machine for the opcodes that make plain data.
 
     Args:
-      tensors_only: let objects of unknown classes stand as `OPAQUE` instead of refusing the pickle.
+      tensors_only: let objects of unknown classes stand as `Opaque` instead of refusing the pickle.
 
     Attributes:
       storages: every storage that the pickles read so far refer to.
@@ -144,12 +95,10 @@ class Reader:
         """
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        count = 0
+        self.steps = 0
         try:
             for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # needs read, readline
-                count += 1
-                if count > MAX_OPCODES:
-                    raise PickleError(f"more than {MAX_OPCODES} pickle instructions")
+                self._count_steps(1)
                 if opcode.name == "STOP":
                     return self.stack.pop()
                 self._step(opcode.name, argument)
@@ -158,6 +107,11 @@ class Reader:
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, Warning) as error:
             raise PickleError(f"damaged pickle ({type(error).__name__})") from error
         raise PickleError("damaged pickle (no end)")
+
+    def _count_steps(self, count: int) -> None:
+        self.steps += count
+        if self.steps > MAX_STEPS:
+            raise PickleError(f"more than {MAX_STEPS} pickle instructions")
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
@@ -231,10 +185,9 @@ class Reader:
         self._extend(self._to_mark())
 
     def _extend(self, values: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(values)
-        elif self.stack[-1] is not OPAQUE:
-            raise PickleError("damaged pickle (append to no list)")
+        target = self._target(list)
+        if target is not None:
+            target.extend(values)
 
     def _dict(self, _: Any) -> None:
         values = self._to_mark()
@@ -248,21 +201,25 @@ class Reader:
         self._update(self._to_mark())
 
     def _update(self, values: list[Any]) -> None:
+        target = self._target(dict)
+        if target is not None:
+            target.update(_with_plain_keys(zip(values[::2], values[1::2], strict=True)))
+
+    def _target(self, kind: type) -> Any:
+        """The list or dict that items are for; None if they are entries of an object that is not restored."""
         target = self.stack[-1]
-        if target is OPAQUE:
-            return
-        if not isinstance(target, dict):
-            raise PickleError("damaged pickle (item of no dict)")
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            if isinstance(key, _SIMPLE):  # hashing a nested key may take for ever; no weight has one
-                target[key] = value
+        if isinstance(target, kind):
+            return target
+        if isinstance(target, Opaque) and self.tensors_only:
+            return self._contents(target) if kind is dict else None
+        raise PickleError(f"damaged pickle (items of no {kind.__name__})")
 
     def _additems(self, _: Any) -> None:
         self._to_mark()  # sets have no tensors
 
     def _frozenset(self, _: Any) -> None:
         self._to_mark()
-        self.stack.append(OPAQUE)
+        self.stack.append(Opaque())
 
     def _pop(self, _: Any) -> None:
         self._take(1)
@@ -278,19 +235,26 @@ class Reader:
         self._push_global(module, name)
 
     def _push_global(self, module: str, name: str) -> None:
-        found = Global(module, name)
-        known = str(found) in REBUILDERS or str(found) in _KNOWN_VALUES or _is_storage(found)
-        if not known and not self.tensors_only:
-            raise RefusedError(str(found))
+        if len(module) + len(name) > MAX_NAME:
+            raise PickleError("a class name of absurd length")
+        found = Global(python3_name(module, name))
+        if found.name not in REBUILDERS and found.name not in HARMLESS and not self.tensors_only:
+            raise RefusedError(found.name)
         self.stack.append(found)
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, list | tuple):
             raise PickleError("damaged pickle (call without arguments)")
-        rebuild = REBUILDERS.get(str(function)) if isinstance(function, Global) else None
-        if rebuild is None and not self.tensors_only:
-            raise RefusedError(str(function) if isinstance(function, Global) else "no class")
-        self.stack.append(OPAQUE if rebuild is None else rebuild(*arguments))
+        self._count_steps(len(arguments))
+        if not isinstance(function, Global) and not (isinstance(function, Opaque) and self.tensors_only):
+            raise PickleError("damaged pickle (a call of no function)")
+        rebuild = REBUILDERS.get(function.name) if isinstance(function, Global) else None
+        if rebuild is None:  # harmless: a name that is not was refused when it came up, or is to be passed over
+            self.stack.append(Opaque())
+            return
+        if rebuild is _dict and arguments and isinstance(arguments[0], Sized):
+            self._count_steps(len(arguments[0]))
+        self.stack.append(rebuild(*arguments))
 
     def _reduce(self, _: Any) -> None:
         self._call(*self._take(2))
@@ -312,30 +276,93 @@ class Reader:
         self._call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        self._take(1)  # attributes of an object, such as a state dict's `_metadata`: not weights
+        """Gives an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
+        (attributes,) = self._take(1)
+        target = self.stack[-1]
+        if isinstance(target, Opaque) and isinstance(attributes, dict):
+            self._count_steps(len(attributes))
+            self._contents(target).update(attributes)
+        elif not isinstance(target, Opaque | dict):
+            raise PickleError("damaged pickle (attributes of plain data)")
+
+    @staticmethod
+    def _contents(target: Opaque) -> dict[Any, Any]:
+        if target.contents is None:
+            target.contents = {}
+        return target.contents
 
     def _binpersid(self, _: Any) -> None:
-        """`("storage", type, key, location, count[, view])`, all that PyTorch ever stores beside a pickle."""
-        identity = self._take(1)[0]
-        kind, storage_type, key, _location, count, *view = identity
-        if kind != "storage" or not isinstance(storage_type, Global) or not isinstance(key, str):
-            raise PickleError("a storage that is none of PyTorch's")
-        if type(count) is not int or count < 0 or view not in ([], [None]):
-            raise PickleError("a storage of an unknown kind")
-        dtype = STORAGE_DTYPES.get(storage_type.name) if storage_type.module == "torch" else None
-        if dtype is None and self.tensors_only:
-            self.stack.append(OPAQUE)
+        """`("storage", type, key, location, count[, view])`: numbers that lie beside the pickle.
+
+        Older files with pickled networks also refer to `("module", class, file, source)`.
+        """
+        (identity,) = self._take(1)
+        if self.tensors_only and isinstance(identity, tuple) and identity[:1] == ("module",):
+            self.stack.append(identity[1])
             return
-        if dtype is None:
-            raise PickleError(f"tensors of type {storage_type} are no weights")
-        storage = Storage(key, dtype, count)
+        if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
+            raise PickleError("a storage that is none of PyTorch's")
+        storage_type, key, _location, count = identity[1:5]
+        if not isinstance(storage_type, Global) or not isinstance(key, str) or type(count) is not int or count < 0:
+            raise PickleError("a storage that is none of PyTorch's")
+        if identity[5:] not in ((), (None,)) or storage_type.name not in STORAGE_DTYPES:
+            raise PickleError("a storage of an unknown kind")
+        storage = Storage(key, STORAGE_DTYPES[storage_type.name], count)
         self.storages.add(storage)
         self.stack.append(storage)
 
 
-def _is_storage(found: Global) -> bool:
-    return found.module in ("torch", "torch.storage") and found.name.endswith("Storage")
+def _with_plain_keys(pairs: Any) -> dict[Any, Any]:
+    """A dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
+    return {key: value for key, value in pairs if _is_plain_key(key)}
 
+
+def _is_plain_key(key: Any) -> bool:
+    if isinstance(key, int):
+        return key.bit_length() <= MAX_KEY_BITS
+    return key is None or isinstance(key, str | float | bytes)
+
+
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _requires_grad: Any = False,
+    _hooks: Any = None,
+    _more: Any = None,
+) -> TensorRecord:
+    if not isinstance(storage, Storage):
+        raise PickleError("a tensor without a storage")
+    return TensorRecord(storage, offset, size, stride)
+
+
+def _parameter(data: Any, _requires_grad: Any, _hooks: Any, _state: Any = None) -> Any:
+    return data
+
+
+def _with_attributes(function: Any, _class: Any, arguments: Any, _state: Any) -> Any:
+    """A tensor that carries Python attributes, or is of a subclass."""
+    if function not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
+        return Opaque()
+    return REBUILDERS[function.name](*arguments)
+
+
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    if not isinstance(pairs, list | tuple):
+        raise PickleError("a dict of something other than pairs")
+    return _with_plain_keys(pairs)
+
+
+REBUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
+    "collections.OrderedDict": _dict,
+}
+"""The calls that make weights, and what this reader builds instead of calling."""
 
 _PUSHES = frozenset(
     op.name
@@ -350,5 +377,5 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": _opaque,
+    "EMPTY_SET": Opaque,
 }

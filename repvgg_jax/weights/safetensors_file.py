@@ -1,22 +1,26 @@
-"""Reading safetensors files: an 8-byte length, a JSON header, numbers.
+"""Reading and writing safetensors files: an 8-byte length, a JSON header, numbers.
 
 The safetensors library judges the file first; the header is then read once more here, for the tensors' places, so
 that they come from the file one by one like those of every other format.
 """
 
 import json
+import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..errors import WeightsError
+from ..files import atomic_path
 from .layout import shown
 from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
 
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -44,9 +48,9 @@ def read_safetensors(handle: BinaryIO, path: Path) -> TensorFile:
         (count,) = struct.unpack("<Q", handle.read(8))
         if count > min(MAX_HEADER_BYTES, length - 8):
             raise ValueError(f"its header claims {count} bytes in a file of {length}")
-        header = json.loads(handle.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
         with safe_open(path, framework="numpy"):
             pass
+        header = json.loads(handle.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
         metadata = header.pop("__metadata__", {})
         tensors = {name: _locate(entry, 8 + count, length) for name, entry in header.items()}
     except (SafetensorError, struct.error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -56,6 +60,19 @@ def read_safetensors(handle: BinaryIO, path: Path) -> TensorFile:
         raise WeightsError(f"cannot read {path}: not a sound safetensors file (nested header)") from error
     check_disjoint(tensors, path)
     return TensorFile(path, handle, tensors, metadata)
+
+
+def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, atomically.
+
+    Raises:
+      RepVGGError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(arrays), temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:

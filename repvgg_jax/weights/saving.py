@@ -1,24 +1,27 @@
 """From a model and its variables to a weight file, in our own format or under other people's names."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ..errors import WeightsError
-from ..files import atomic_path
+from ..files import atomic_path, check_target
 from ..model import RepVGG
 from ..preprocess import Preprocessing
+from ..variants import Variant
 from . import native
 from .info import default_preprocessing
 from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
 from .layout import check_arrays, expected_shapes, flatten
-from .state_dict import state_dict
+from .safetensors_file import write_safetensors
+from .state_dict import items, state_dict
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+NATIVE = "native"
 WRITABLE = (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -51,10 +54,7 @@ def save_weights(
         family has no names for it, or NaN in the weights.
       RepVGGError: the file cannot be written.
     """
-    suffix = Path(path).suffix
-    if suffix not in WRITABLE:
-        raise WeightsError(f"cannot write {path}: unknown suffix {suffix!r}, expected {' or '.join(WRITABLE)}")
-    names = choose_family(path, model, family)
+    names = choose_names(path, model.variant, family)
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     arrays = flatten(variables)
@@ -69,38 +69,54 @@ def save_weights(
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    if suffix == ".safetensors":
-        with atomic_path(path) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
+    if Path(path).suffix == ".safetensors":
+        write_safetensors(path, state, {"format": "pt"})
     else:
         _write_torch(path, state)
 
 
-def choose_family(path: str | os.PathLike, model: RepVGG, family: str | None) -> Family | None:
+def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) -> Family | None:
     """The naming that a file gets, None for the native one.
 
     Raises:
-      WeightsError: no such family, or native names in a PyTorch file.
+      WeightsError: unknown suffix or family, native names in a PyTorch file, or no torch to write it.
     """
-    is_torch = Path(path).suffix in TORCH_SUFFIXES
+    suffix = Path(path).suffix
+    if suffix not in WRITABLE:
+        raise WeightsError(f"cannot write {path}: unknown suffix {suffix!r}, expected one of {', '.join(WRITABLE)}")
+    is_torch = suffix in TORCH_SUFFIXES
+    if is_torch and importlib.util.find_spec("torch") is None:
+        raise WeightsError(f"writing {path} needs PyTorch: pip install 'repvgg-jax[torch]'")
     if family is None:
-        family = "authors" if is_torch else "native"
-    if family == "native":
+        family = AUTHORS.name if is_torch else NATIVE
+    if family == NATIVE:
         if is_torch:
             raise WeightsError(f"cannot write {path}: native weights are .safetensors files")
         return None
     if family in (AUTHORS.name, AUTHORS_PLUS.name):
-        return AUTHORS_PLUS if model.variant.auxiliary_heads else AUTHORS
+        return AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     if family not in FAMILIES:
-        raise WeightsError(f"unknown naming {family!r}; known: native, {', '.join(FAMILIES)}")
+        raise WeightsError(f"unknown naming {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 
+def check_writable(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> None:
+    """Fails as `save_weights` would for such a model, as far as that shows beforehand.
+
+    Raises:
+      WeightsError, RepVGGError: as `save_weights`.
+    """
+    items(choose_names(path, variant, family), variant, deploy, num_classes=1, in_channels=3)
+    check_target(path)
+
+
 def _write_torch(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError(f"writing {path} needs PyTorch: pip install 'repvgg-jax[torch]'") from error
+    import torch
+
     tensors = {key: torch.from_numpy(array) for key, array in state.items()}
-    with atomic_path(path) as temporary:
-        torch.save(tensors, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # a full disk ends in one, with the system's own error behind it
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError("PyTorch could not write it") from error

@@ -103,6 +103,17 @@ def sizes(value: Any) -> Shape:
     return tuple(value)
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share their place: a dimension's steps are no longer than what lies within one."""
+    reach = 0
+    for step, n in sorted(zip(tensor.strides, tensor.shape, strict=True)):
+        if n > 1:
+            if step <= reach:
+                return True
+            reach += (n - 1) * step
+    return False
+
+
 def check_disjoint(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Every tensor has bytes of its own.
 

@@ -2,7 +2,7 @@
 
 The pickles go through `safe_pickle`, which runs nothing; each declared size is held against the file's before
 anything of that size is allocated; and tensors are read one by one from their place in the file. So a hostile file
-costs no more memory than its own size, and torch itself is not needed. The tests hold this reader to
+costs its own size and some hundred MB at most, and torch itself is not needed. The tests hold this reader to
 `torch.load(weights_only=True)`: the same tensors from every sound file, and nothing that it refuses as unsafe.
 """
 
@@ -16,16 +16,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import WeightsError
-from .key_maps import EMA_KEYS, MODEL_KEYS
-from .layout import first_ten, shown
+from .checkpoint import find_state_dict
+from .layout import shown
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
-from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
+from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, overlaps_itself, sizes
 
 ZIP_MAGIC = b"PK\x03\x04"
+PICKLE_MAGIC = b"\x80"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+ENCRYPTED, UTF8_NAME = 1, 1 << 11
 MAX_PICKLE_BYTES = 64 << 20
-MAX_DIRECTORY_BYTES = 16 << 20
+MAX_DIRECTORY_BYTES = 4 << 20
+"""Some fifty thousand records, each of which costs `zipfile` an object of some hundred bytes."""
 
 Places = Mapping[str, tuple[int, int]]
 """Storage key -> byte offset and length in the file."""
@@ -49,17 +52,14 @@ def read_torch_file(handle: BinaryIO, path: Path, ema: bool = False, tensors_onl
         root, places = (_read_zip if is_zip else _read_legacy)(handle, Reader(tensors_only))
     except RefusedError as error:
         raise WeightsError(
-            f"refused to read {path}: beside tensors it holds a pickled {shown(error.args[0])}, which only running "
-            "code that the file names could restore. To take the tensors alone, running nothing: "
+            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which only running code that the "
+            "file names could restore. To take the tensors alone, running nothing: "
             "tensors_only=True (on the command line, --tensors-only)"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason)})") from error
-    state, notes = _state_dict(root, path, ema)
-    strangers = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, TensorRecord)]
-    if strangers:
-        raise WeightsError(f"cannot read {path}: entries that are no tensors: {first_ten(strangers)}")
+    state, notes = find_state_dict(root, path, ema)
     tensors = {key: _locate(record, places, key, path) for key, record in state.items()}
     check_disjoint(tensors, path)
     return TensorFile(path, handle, tensors, notes=notes)
@@ -76,10 +76,12 @@ def _read_zip(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     if len(names) != len(records) or len(pickles) != 1:
         raise PickleError("a zip file, but not one of PyTorch")
     folder = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith(f"{folder}code/") for name in names):
+    if f"{folder}constants.pkl" in names or any(name.startswith(f"{folder}code/") for name in names):
         raise PickleError("a TorchScript program; save its state_dict() instead")
     places = {}
     for name, record in names.items():
+        if not name.startswith(folder) or record.flag_bits & ENCRYPTED:
+            raise PickleError("a zip file, but not one of PyTorch")
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             raise PickleError("compressed zip records, which PyTorch never writes")
         start = _record_start(handle, record)
@@ -94,28 +96,34 @@ def _read_zip(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
 
 
 def _directory_bytes(handle: BinaryIO, length: int) -> int:
-    """Declared length of the zip directory, whose entries `zipfile` would all turn into objects."""
-    handle.seek(max(0, length - 70_000))
-    tail = handle.read(70_000)
-    end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) < end + 22:
+    """Declared length of the zip directory, whose entries `zipfile` would all turn into objects.
+
+    PyTorch ends its files with the directory, the 64-bit end record and its locator (76 bytes), and the end record
+    (22 bytes). A file that ends in another way, such as with a comment, could look different to different readers.
+    """
+    handle.seek(max(0, length - 98))
+    tail = handle.read(98).rjust(98, b"\0")
+    wide, locator, end = tail[:56], tail[56:76], tail[76:]
+    if not end.startswith(b"PK\x05\x06"):
         raise PickleError("no zip directory at its end: cut short?")
-    size, offset = struct.unpack_from("<II", tail, end + 12)
-    wide = tail.rfind(b"PK\x06\x06", 0, end)
-    if wide >= 0 and len(tail) >= wide + 56:
-        size, offset = struct.unpack_from("<QQ", tail, wide + 40)
-        end = wide
-    if offset + size != length - len(tail) + end:
+    size, offset, behind = *struct.unpack_from("<II", end, 12), 22
+    if locator.startswith(b"PK\x06\x07"):
+        size, offset, behind = *struct.unpack_from("<QQ", wide, 40), 98
+    if offset + size + behind != length:
         raise PickleError("its zip directory is not where it says")
     return size
 
 
 def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin, behind its own header, which must agree with the directory on its name."""
     handle.seek(record.header_offset)
     header = handle.read(30)
     if header[:4] != ZIP_MAGIC:
         raise PickleError("a damaged zip record")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
+    name = handle.read(name_length).decode("utf-8" if record.flag_bits & UTF8_NAME else "cp437")
+    if name != record.orig_filename:
+        raise PickleError("a zip record that is not what the directory says")
     return record.header_offset + 30 + name_length + extra_length
 
 
@@ -131,7 +139,7 @@ def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     length = handle.seek(0, io.SEEK_END)
     handle.seek(0)
     head = io.BytesIO(handle.read(MAX_PICKLE_BYTES))
-    if reader.load(head) != LEGACY_MAGIC:
+    if Reader(tensors_only=True).load(head) != LEGACY_MAGIC:
         raise PickleError("a pickle, but not one of PyTorch")
     if reader.load(head) != LEGACY_PROTOCOL:
         raise PickleError("an unknown format version")
@@ -141,7 +149,9 @@ def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     root = reader.load(head)
     item_sizes = {storage.key: np.dtype(_numpy_name(storage.dtype)).itemsize for storage in reader.storages}
     keys = reader.load(head)
-    if not isinstance(keys, list) or set(map(str, keys)) != set(item_sizes) or len(keys) != len(item_sizes):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise PickleError("its list of storages is none")
+    if sorted(keys) != sorted(storage.key for storage in reader.storages):  # one entry for each, of one type
         raise PickleError("its list of storages does not match its tensors")
     places, position = {}, head.tell()
     for key in keys:
@@ -159,27 +169,6 @@ def _numpy_name(dtype: str) -> Any:
     return BFLOAT16 if dtype == "bfloat16" else dtype
 
 
-def _state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[Any, Any], list[str]]:
-    """The dict of tensors in a checkpoint, and what to tell the user about the choice."""
-    if not isinstance(root, dict):
-        raise WeightsError(f"cannot read {path}: it holds no dict of weights, but something else")
-    models = [root[key] for key in MODEL_KEYS if _has_tensors(root.get(key))]
-    averages = [root[key] for key in EMA_KEYS if _has_tensors(root.get(key))]
-    if not models and not averages and _has_tensors(root):
-        models = [root]  # last: trainers keep tensors such as the best accuracy beside the weights
-    if ema and not averages:
-        raise WeightsError(f"{path} has no moving average (EMA) of the weights beside them")
-    if not models and not averages:
-        raise WeightsError(f"cannot read {path}: no weights in it, only {first_ten(root) or 'an empty dict'}")
-    if ema or models:
-        return (averages if ema else models)[0], []
-    return averages[0], [f"{path} has only a moving average (EMA) of the weights; loaded that"]
-
-
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, TensorRecord) for item in value.values())
-
-
 def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tensor:
     """The tensor's place, once its claims are held against the bytes that are there."""
     dtype = np.dtype(_numpy_name(record.storage.dtype))
@@ -195,7 +184,7 @@ def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tenso
         tensor = Tensor(shape, dtype, start + record.offset * dtype.itemsize, strides)
         if record.offset + tensor.span > record.storage.count:
             raise ValueError("it reaches beyond its storage")
-        if tensor.size > max(tensor.span, 0):
+        if overlaps_itself(tensor):
             raise ValueError("its elements share storage")
     except ValueError as error:
         raise WeightsError(f"cannot read {path}: {shown(key)} is unsound: {error}") from error
