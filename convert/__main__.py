@@ -7,7 +7,6 @@ Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `
 import dataclasses
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -17,7 +16,9 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
+from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights.saving import check_writable
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
@@ -72,16 +73,15 @@ def convert(arguments: Arguments) -> str:
         raise ConfigError("expected IN and OUT, or --inspect FILE")
     if arguments.num_classes is not None and arguments.num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
-    if not Path(arguments.output).parent.is_dir():
-        raise WeightsError(f"cannot write {arguments.output}: there is no folder {Path(arguments.output).parent}")
     options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
     info = inspect_weights(arguments.input, arguments.arch, **options)
-    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
-    if arguments.keep_training_form and model.deploy:
+    check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
+    if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
+    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
     done = "deploy form, as it was" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
-        fused_model, fused = rv.to_deploy(model, variables)
+        fused_model, fused = model.clone(deploy=True), jax.jit(rv.fuse_variables)(variables)
         difference = relative_difference(model, variables, fused_model, fused)
         if not difference <= TOLERANCE:
             raise WeightsError(
@@ -106,7 +106,7 @@ def describe(path: str, info: WeightsInfo) -> str:
     form = "deploy" if info.deploy else "training"
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name
-    if variant == "custom":
+    if info.variant != VARIANTS.get(variant):
         variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
     return (
         f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
@@ -118,6 +118,8 @@ def main() -> None:
     """The command."""
     arguments = tyro.cli(Arguments, prog="python -m convert")
     if arguments.inspect is not None:
+        if arguments.input is not None:
+            raise ConfigError("--inspect FILE converts nothing: leave IN and OUT away")
         options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
         print(describe(arguments.inspect, inspect_weights(arguments.inspect, arguments.arch, **options)))
         return

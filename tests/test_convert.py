@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,9 @@ import repvgg_jax as rv
 from convert.__main__ import main
 from repvgg_jax.cli import run_command
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
+
+TO = {"timm.safetensors": ("--to", "timm")}
 ROOT = Path(__file__).parent.parent
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
 
@@ -53,11 +58,18 @@ def error_of(done: Done) -> str:
 
 @pytest.fixture
 def trained(tmp_path):
-    """The authors' training-form file of RepVGG-A0 with weights at which equivalence means something."""
-    model = rv.create_model("RepVGG-A0", num_classes=5)
+    """The authors' training-form file of a small net with weights at which equivalence means something."""
+    model = rv.create_model(TINY, num_classes=5)
     variables = random_variables(model)
     rv.save_weights(tmp_path / "train.pth", model, variables, num_batches_tracked=9)
     return tmp_path / "train.pth", model, variables
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A published variant's file, for what needs no sensible numbers."""
+    rv.save_weights(tmp_path / "untrained.pth", *random_model("RepVGG-A0"))
+    return tmp_path / "untrained.pth"
 
 
 @pytest.mark.parametrize(
@@ -71,13 +83,27 @@ def trained(tmp_path):
 )
 def test_training_form_in_deploy_form_out(output, options, family, trained, tmp_path):
     path, model, variables = trained
-    done = convert(path, tmp_path / output, "-a", "RepVGG-A0", *options)
+    done = convert(path, tmp_path / output, *options)
     assert done.returncode == 0, done.stderr
     assert "fused, relative difference" in done.stdout
     assert rv.inspect_weights(tmp_path / output).family == family
     deployed, fused = rv.load_weights(tmp_path / output)
     assert deployed.deploy
-    assert relative_difference(model.apply(variables, IMAGES), deployed.apply(fused, IMAGES)) <= 1e-5
+    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, found) <= 1e-5
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_command(tmp_path):
+    model = rv.create_model("RepVGG-A0", num_classes=5)
+    variables = random_variables(model)
+    rv.save_weights(tmp_path / "train.pth", model, variables)
+    command = [sys.executable, "-m", "convert", tmp_path / "train.pth", tmp_path / "deploy.pth", "-a", "RepVGG-A0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'deploy.pth'}: RepVGG-A0, 5 classes, fused, relative difference")
+    deployed, fused = rv.load_weights(tmp_path / "deploy.pth", "RepVGG-A0")
+    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, found) <= 1e-5
 
 
 def test_training_form_can_be_kept_and_nothing_is_lost_on_the_way(trained, tmp_path):
@@ -95,23 +121,22 @@ def test_training_form_can_be_kept_and_nothing_is_lost_on_the_way(trained, tmp_p
     assert all(torch.equal(again[key], original[key]) for key in original)
 
 
-def test_it_runs_as_a_command(trained):
-    command = [sys.executable, "-m", "convert", "--inspect", str(trained[0])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "RepVGG-A0" in done.stdout
-
-
-def test_inspect_says_what_a_file_is(trained):
-    done = convert("--inspect", trained[0])
-    for words in ("RepVGG-A0", "training form", "authors", "5 classes", "float32", "7,834,373 parameters"):
+def test_inspect_says_what_a_file_is(untrained, trained):
+    done = convert("--inspect", untrained)
+    for words in ("RepVGG-A0,", "training form", "authors", "5 classes", "float32", "7,834,373 parameters"):
         assert words in done.stdout
+    done = convert("--inspect", trained[0])
+    assert "custom (blocks (2, 2, 2, 1), widths (8, 8, 12, 16, 20), groups 1)" in done.stdout
 
 
 def test_a_fused_net_that_differs_is_not_written(tmp_path):
-    model, variables = random_model("RepVGG-A0")
-    for block in variables["batch_stats"].values():
-        block["rbr_dense"]["bn"]["mean"] = block["rbr_dense"]["bn"]["mean"] * np.float32(3e6)
-        block["rbr_1x1"]["bn"]["mean"] = -block["rbr_dense"]["bn"]["mean"]
+    # Two branches subtract and add a million: gone in the fused bias, but not before it took the others' digits.
+    model, variables = random_model(TINY)
+    for name, stats in variables["batch_stats"].items():
+        params = variables["params"][name]
+        params["rbr_1x1"]["bn"] = params["rbr_dense"]["bn"]
+        stats["rbr_dense"]["bn"]["mean"] = stats["rbr_dense"]["bn"]["mean"] + np.float32(1e6)
+        stats["rbr_1x1"]["bn"] = {"mean": -stats["rbr_dense"]["bn"]["mean"], "var": stats["rbr_dense"]["bn"]["var"]}
     rv.save_weights(tmp_path / "bad.pth", model, variables)
     message = error_of(convert(tmp_path / "bad.pth", tmp_path / "out.pth"))
     assert "the fused net differs from the training form" in message
@@ -129,21 +154,24 @@ def test_a_fresh_head_and_other_remarks_go_to_stderr(tmp_path):
 
 
 def test_deploy_form_passes_through(trained, tmp_path):
-    path, *_ = trained
-    assert convert(path, tmp_path / "deploy.pth").returncode == 0
+    assert convert(trained[0], tmp_path / "deploy.pth").returncode == 0
     done = convert(tmp_path / "deploy.pth", tmp_path / "deploy.safetensors")
     assert "deploy form, as it was" in done.stdout
     assert_same_bits(*(rv.load_weights(tmp_path / name)[1] for name in ("deploy.pth", "deploy.safetensors")))
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(trained, tmp_path):
-    path, *_ = trained
+def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
+    path = untrained
     (tmp_path / "short.pth").write_bytes(path.read_bytes()[:1000])
+    rv.save_weights(tmp_path / "deploy.safetensors", *random_model(TINY, deploy=True))
+    plus = dataclasses.replace(TINY, squeeze_excite="after_relu", auxiliary_heads=True)
+    rv.save_weights(tmp_path / "plus.safetensors", *random_model(plus))
     before = sorted(tmp_path.iterdir())
     out = tmp_path / "out.pth"
     for arguments, words in (
         ((), "expected IN and OUT, or --inspect FILE"),
         ((path,), "expected IN and OUT"),
+        (("--inspect", path, out), "leave IN and OUT away"),
         ((path, out, "-a", "RepVGG-B0"), "holds RepVGG-A0, not RepVGG-B0"),
         ((path, out, "-a", "RepVGG-Q7"), "unknown model"),
         ((path, out, "--ema"), "no moving average"),
@@ -151,9 +179,33 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(trained, tmp_path):
         ((tmp_path / "none.pth", out), "does not exist"),
         ((tmp_path / "short.pth", out), "cannot read"),
         (("--inspect", tmp_path / "short.pth"), "cannot read"),
-        ((path, tmp_path / "out.onnx"), "unknown suffix"),
-        ((path, tmp_path / "none" / "out.pth"), "there is no folder"),
-        ((path, out, "--to", "native"), "native weights are .safetensors files"),
+        ((tmp_path / "deploy.safetensors", out, "--keep-training-form"), "is in deploy form"),
     ):
         assert words in error_of(convert(*arguments))
+    # What is wrong with the output shows before anything is computed.
+    with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):
+        for arguments, words in (
+            ((path, tmp_path / "out.onnx"), "unknown suffix"),
+            ((path, tmp_path / "none" / "out.pth"), "there is no folder"),
+            ((path, tmp_path / "short.pth" / "out.pth"), "Not a directory"),
+            ((path, tmp_path / ("n" * 300 + ".pth")), "File name too long"),
+            ((path, tmp_path / "n\0n.pth"), "null byte"),
+            ((path, out, "--to", "native"), "native weights are .safetensors files"),
+            ((tmp_path / "plus.safetensors", out, "--to", "timm"), "timm files have no name for the"),
+        ):
+            assert words in error_of(convert(*arguments))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("output", ["out.pth", "native.safetensors", "timm.safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tmp_path):
+    (tmp_path / output).write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        done = convert(untrained, tmp_path / output, "--keep-training-form", *TO.get(output, ()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "too large" in error_of(done)
+    assert (tmp_path / output).read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 2
