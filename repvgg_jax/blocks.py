@@ -93,7 +93,9 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv = Conv(self.features, self.kernel_size, self.stride, self.groups, self.dtype, self.param_dtype, name="conv")
+        conv = Conv(
+            self.features, self.kernel_size, self.stride, self.groups, self.dtype, self.param_dtype, name="conv"
+        )
         x = conv(x, train)
         return BatchNorm(self.dtype, self.param_dtype, name="bn")(x, train)
 

@@ -115,8 +115,9 @@ def _transform_input(x: Array, tile: int, rows: int, columns: int) -> list[Array
 
 
 def _transform_output(tiles: list[Array], bias: Array, tile: int, relu: bool, *, exact: bool) -> Array:
-    """`A m A^T` of every tile, plus bias: `[N, rows * m, columns * m, C]` from (m + 2)^2 arrays `[N, rows, columns, C]`.
+    """`A m A^T` of every tile, plus bias.
 
+    From (m + 2)^2 arrays `[N, rows, columns, C]` to `[N, rows * m, columns * m, C]`.
     Where the result is to be cut afterwards (not `exact`), the outputs are first gathered position by position:
     XLA fuses the cut with whatever comes before, and would otherwise evaluate every position for every pixel.
     """

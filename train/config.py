@@ -16,6 +16,8 @@ from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 from repvgg_jax.variants import get_variant
 
+from .data.augmentation import Augmentation
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -68,6 +70,10 @@ class OptimizerConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0 before the cosine."""
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    """Mixup's alpha; 0 is off. With CutMix on too, each is drawn half the time."""
+    cutmix: float = 0.0
+    """CutMix's alpha; 0 is off."""
     auxiliary_weight: float = 0.1
     """Weight of each auxiliary head's loss (RepVGGplus)."""
     clip_norm: float = 0.0
@@ -126,6 +132,7 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     input: InputConfig = InputConfig()
+    augment: Augmentation = Augmentation()
     optimizer: OptimizerConfig = OptimizerConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
     run: RunConfig = RunConfig()
@@ -140,7 +147,7 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig("RepVGG-A0"),
         input=InputConfig(data="digits", image_size=32, test_image_size=32),
         optimizer=OptimizerConfig(
-            epochs=30, batch_size=64, learning_rate=0.2, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
+            epochs=30, batch_size=64, learning_rate=0.1, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
         ),
         run=RunConfig(log_every=22, evaluate_every=5, checkpoint_every=110),
     ),
@@ -150,13 +157,17 @@ PRESETS: dict[str, Config] = {
     "imagenet_200": Config(
         model=ModelConfig("RepVGG-B3"),
         input=_IMAGENET,
-        optimizer=OptimizerConfig(epochs=200, label_smoothing=0.1),
+        augment=Augmentation(auto_augment="autoaugment"),
+        optimizer=OptimizerConfig(epochs=200, label_smoothing=0.1, mixup=0.2),
     ),
     # The authors' RepVGGplus recipe.
     "plus_300": Config(
         model=ModelConfig("RepVGGplus-L2pse", dtype="bfloat16"),
         input=dataclasses.replace(_IMAGENET, image_size=256, test_image_size=320),
-        optimizer=OptimizerConfig(epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1),
+        augment=Augmentation(auto_augment="randaugment_plus", randaugment_magnitude=15),
+        optimizer=OptimizerConfig(
+            epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1, mixup=0.2
+        ),
     ),
 }
 
@@ -229,6 +240,8 @@ def check(config: Config) -> None:
         "--warmup-epochs": (config.optimizer.warmup_epochs, 0),
         "--label-smoothing": (config.optimizer.label_smoothing, 0),
         "--accumulate": (config.optimizer.accumulate, 1),
+        "--mixup": (config.optimizer.mixup, 0),
+        "--cutmix": (config.optimizer.cutmix, 0),
         "--clip-norm": (config.optimizer.clip_norm, 0),
         "--ema-decay": (config.optimizer.ema_decay, 0),
         "--prefetch": (config.input.prefetch, 1),

@@ -1,6 +1,7 @@
 """The steps of a run, and what happens between them: rows, evaluations, checkpoints, a stop on request."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .cluster import Preemption
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .metrics import MetricsLog
+from .mixing import mix
 from .parallel import AXIS, mean_over_devices, parallel
 from .progress import RunProgress
 from .state import TrainState
@@ -112,6 +114,9 @@ def run_steps(
 def make_step(run: Run) -> Callable[..., Any]:
     """The run's train step on one device."""
     options = run.config.optimizer
+    mixing = None
+    if options.mixup or options.cutmix:
+        mixing = functools.partial(mix, mixup_alpha=options.mixup, cutmix_alpha=options.cutmix)
     return make_train_step(
         run.model,
         run.optimizer,
@@ -119,6 +124,7 @@ def make_step(run: Run) -> Callable[..., Any]:
         run.dataset.preprocessing,
         label_smoothing=options.label_smoothing,
         auxiliary_weight=options.auxiliary_weight,
+        mixing=mixing,
         accumulate=options.accumulate,
         ema_decay=options.ema_decay,
         seed=run.config.run.seed,

@@ -22,11 +22,13 @@ from repvgg_jax.weights import WeightsWarning, save_weights
 from . import cluster, data
 from .checkpoint import Checkpoints
 from .config import Config, parse, save_or_compare
+from .data.augmentation import make_transform
+from .data.prefetch import Prefetch
 from .evaluate import Evaluation, Evaluator
 from .loop import FORM_NAMES, Run, Watchers, forms, record_evaluation, run_steps
 from .metrics import MetricsLog
 from .optimizer import learning_rate_schedule, make_optimizer
-from .parallel import per_device_batch, replicate, sum_over_processes, to_host
+from .parallel import per_device_batch, put_batch, replicate, sum_over_processes, to_host
 from .plot import plot_curves
 from .progress import RunProgress
 from .state import TrainState, create_state
@@ -61,8 +63,12 @@ def train(config: Config) -> Result | None:
         finished = start_step == run.total_steps
         log = MetricsLog(run.workdir, start_step, finished=finished) if cluster.is_leader() else MetricsLog.silent()
         watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints)
-        with training_batches(run, start_step) as batches, cluster.Preemption() as preemption:
-            state, reached = run_steps(run, state, start_step, batches, watchers, preemption)
+        with (
+            training_batches(run, start_step) as batches,
+            Prefetch(batches, put_batch, config.input.prefetch) as on_device,
+            cluster.Preemption() as preemption,
+        ):
+            state, reached = run_steps(run, state, start_step, on_device, watchers, preemption)
         checkpoints.close()
         if reached < run.total_steps:
             progress.note(
@@ -152,7 +158,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
         dataset.train,
         batch_size=config.optimizer.batch_size,
         local_device_count=jax.local_device_count(),
-        transform=data.get_transform(dataset.train_transform),
+        transform=make_transform(dataset.train_transform, config.augment, dataset.preprocessing.mean),
         preprocessing=dataclasses.replace(dataset.preprocessing, image_size=config.input.image_size),
         seed=config.run.seed,
         start_step=start_step,

@@ -29,19 +29,21 @@ def replicate(tree: Any) -> Any:
     return jax_utils.replicate(tree)
 
 
+def put_batch(batch: Any) -> Any:
+    """Start the copy of a host batch `[local devices, per_device, …]` to where the parallel step wants it."""
+    return jax.device_put(batch, _local_sharding())
+
+
 def distribute(tree: Any) -> Any:
     """Each local device's own entry: NumPy `[all devices, …] -> [local devices, …]`."""
     first, count = jax.process_index() * jax.local_device_count(), jax.local_device_count()
-    devices = jax.local_devices()
-    return jax.tree.map(lambda leaf: _assemble(list(leaf[first : first + count]), devices), tree)
+    return jax.device_put(jax.tree.map(lambda leaf: leaf[first : first + count], tree), _local_sharding())
 
 
-def _assemble(shards: list[Any], devices: list[jax.Device]) -> jax.Array:
-    """One array with a leading axis of devices, its entries where they belong."""
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-    parts = [jax.device_put(shard[None], device) for shard, device in zip(shards, devices, strict=True)]
-    return jax.make_array_from_single_device_arrays((len(shards), *shards[0].shape), sharding, parts)
+def _local_sharding() -> jax.sharding.NamedSharding:
+    """One entry of the leading axis on each local device: pmap's own sharding, so that it moves nothing."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
 def to_host(tree: Any) -> Any:
