@@ -5,7 +5,7 @@ convolution for large images, but its kernel gradient takes 2 to 7 times the tim
 and images of a few pixels fall into a path 20 times slower than one product. So on CPUs
 
 * a 1x1 convolution is a matrix product;
-* the gradient to a kernel is one product for each of its positions (taps): `input^T [C_in, P] @ output gradient [P, C_out]`;
+* the gradient to a kernel is one product for each of its positions (taps), `[C_in, P] @ [P, C_out]`;
 * the gradient to the input of strided layers and small images is one product, its columns added where they came from;
 * the forward pass of small images is one product over gathered columns (im2col).
 

@@ -9,7 +9,7 @@ Costs a pixel, against 9 `C_in` `C_out` multiplications of the direct sum:
 | m | multiplications | transformed kernel | transformed inputs and products, written and read again |
 |---|---|---|---|
 | 2 | 4 `C_in` `C_out` | 16/9 of the kernel | 4 `C_in` + 4 `C_out` numbers |
-| 4 | 2.25 `C_in` `C_out` | 4 times the kernel | 2.25 `C_in` + 2.25 `C_out` numbers, and as much again for the row passes |
+| 4 | 2.25 `C_in` `C_out` | 4 times the kernel | 2.25 (`C_in` + `C_out`) numbers, and as much for the row passes |
 
 Heights and widths that m does not divide are rounded up. Float32 error of one layer, relative to the largest output:
 about that of the direct sum for m = 2, and some 5 times it for m = 4, whose constants span a factor of 24.
