@@ -68,11 +68,12 @@ class Reader:
     def __call__(self, index: int, transform: Callable[[Picture], np.ndarray]) -> Rendered | None:
         """The transformed image `index` (uint8 [H, W, C]) and its label, or None if it is unreadable.
 
+        It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and
+        what a batch holds must not depend on what was tried earlier.
+
         Raises:
           DataError: it is unreadable, and the reader is strict.
         """
-        if index in self.unreadable:
-            return None
         name = None
         try:
             example = self._source[index]

@@ -7,6 +7,7 @@ CMYK, damaged or truncated files are left alone) goes to PIL, which gives the im
 """
 
 import math
+import struct
 from typing import Final, NamedTuple
 
 import cv2
@@ -22,6 +23,7 @@ cv2.setNumThreads(0)
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _BEFORE_FRAME: Final = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})  # tables, comments, APPn
+_FRAME: Final = struct.Struct(">BHHB")
 _REDUCTIONS: Final = (8, 4, 2)
 # Less smoothing than this (a scale of 1.22) changes the result by less than its rounding does.
 _LEAST_VARIANCE: Final = 0.08
@@ -72,23 +74,25 @@ class Jpeg(NamedTuple):
     def _decode(self, bottom: int, reduction: int) -> np.ndarray | None:
         """uint8 [at least bottom / reduction, width / reduction, channels]; None if PIL has to look at it."""
         data: bytes | bytearray = self.data
-        # Smooth chroma upsampling looks at the row below: the last row that is wanted must not be the last decoded.
-        height = (bottom // self.row_height + 1) * self.row_height if self.row_height else self.height
-        if height < self.height:
+        height = -(-bottom // self.row_height) * self.row_height if self.row_height else self.height
+        whole = height >= self.height
+        if whole:
+            height = self.height
+        else:
             # The decoder stops where the header says that the image ends.
             data = bytearray(data)
             data[self.height_offset : self.height_offset + 2] = height.to_bytes(2, "big")
-        else:
-            height = self.height
         expected = (-(-height // reduction), -(-self.width // reduction), self.channels)
         try:
             pixels = simplejpeg.decode_jpeg(
                 data,
                 "RGB" if self.channels == 3 else "GRAY",
+                # Chroma pixels are repeated, not interpolated: that changes a third of a grey level on average.
+                fastupsample=True,
                 min_height=expected[0] if reduction > 1 else 0,
                 min_width=expected[1] if reduction > 1 else 0,
-                # Bytes beyond a shortened image would be an error. PIL forgives the same irregularities.
-                strict=False,
+                # The bytes that follow a shortened image are an irregularity. Of others, PIL too forgives most.
+                strict=whole,
             )
         except ValueError:
             return None
@@ -115,9 +119,7 @@ def open_jpeg(data: bytes, name: str, channels: int) -> Jpeg | None:
 
 def _from_frame(data: bytes, name: str, channels: int, position: int) -> Jpeg | None:
     """From the frame header: marker (2 bytes), length (2), precision, height (2), width (2), components, each 3."""
-    height = int.from_bytes(data[position + 5 : position + 7], "big")
-    width = int.from_bytes(data[position + 7 : position + 9], "big")
-    precision, components = data[position + 4], data[position + 9]
+    precision, height, width, components = _FRAME.unpack_from(data, position + 4)
     limit = Image.MAX_IMAGE_PIXELS  # beyond it, PIL warns or refuses
     if precision != 8 or components not in (1, 3) or not width or not height or (limit and width * height > limit):
         return None
