@@ -28,7 +28,7 @@ from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.layout import expected_shapes, flatten
 from repvgg_jax.weights.safe_pickle import PickleError, Reader
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=timedelta(seconds=20),  # nothing here takes a tenth of a second: more is a hang

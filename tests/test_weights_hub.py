@@ -127,6 +127,7 @@ def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
     assert "pip install 'repvgg-jax[hub]'" in refused("hf://timm/repvgg_a0.rvgg_in1k")
 
 
+@pytest.mark.slow
 def test_a_predictor_runs_on_hub_weights(hub, tmp_path):
     content, _ = written(tmp_path)
     Cache(hub, "timm/repvgg_a0.rvgg_in1k").add("model.safetensors", content)

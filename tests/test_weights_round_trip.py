@@ -1,18 +1,21 @@
 """Claim: weights go in and out under everybody's names without a bit changed, and the authors' code takes them."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 import torch
 import torch_oracle
-from weights_helpers import assert_same_bits, families_of, file_shapes, random_model, torch_state
+from weights_helpers import TINY, assert_same_bits, families_of, file_shapes, random_model, torch_state
 
 import repvgg_jax as rv
 from repvgg_jax.summary import summarize
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights.key_maps import FAMILIES
-from repvgg_jax.weights.layout import expected_shapes
+from repvgg_jax.weights.layout import expected_shapes, flatten
 
-LARGE = 30e6
+LARGE = 15e6
 
 
 def variants_by_size():
@@ -74,18 +77,20 @@ def test_the_oracle_takes_our_files_strictly_and_computes_the_same(name, tmp_pat
         assert relative_difference(theirs, form.apply(weights, images)) <= 1e-5
 
 
-def test_expected_shapes_are_those_of_the_flax_modules():
-    import jax
-
-    from repvgg_jax.weights.layout import flatten
-
-    for name in ("RepVGG-A0", "RepVGG-B2g4", "RepVGG-D2se", "RepVGGplus-L2pse"):
-        for deploy in (False, True):
-            model = rv.create_model(name, 7, deploy)
-            images = jax.ShapeDtypeStruct((1, 32, 32, 4), np.float32)
-            tree = jax.eval_shape(model.init, jax.random.key(0), images)
-            traced = {leaf: array.shape for leaf, array in flatten(tree).items()}
-            assert traced == expected_shapes(model.variant, deploy, 7, 4)
+@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+def test_expected_shapes_are_those_of_the_flax_modules(deploy):
+    plus = dataclasses.replace(TINY, squeeze_excite="after_relu", squeeze_excite_ratio=2, auxiliary_heads=True)
+    for variant in (
+        VARIANTS["RepVGG-A0"],
+        dataclasses.replace(TINY, groups=2),
+        dataclasses.replace(TINY, squeeze_excite="before_relu"),
+        plus,
+    ):
+        model = rv.create_model(variant, 7, deploy)
+        images = jax.ShapeDtypeStruct((1, 32, 32, 4), np.float32)
+        tree = jax.eval_shape(model.init, jax.random.key(0), images)
+        traced = {leaf: array.shape for leaf, array in flatten(tree).items()}
+        assert traced == expected_shapes(variant, deploy, 7, 4)
 
 
 def test_native_files_keep_every_bit_and_the_step_count(tmp_path):
