@@ -95,7 +95,8 @@ def summary_table(
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = (
         f"Deploy form, one {size}x{size} image, {num_classes} classes, multiply-adds; parameters cut, not rounded,\n"
-        "after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and RepVGGplus at 320x320.]"
+        "after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and RepVGGplus at\n"
+        "320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 

@@ -289,7 +289,8 @@ def save_or_compare(config: Config, workdir: Path) -> None:
     Raises:
       ConfigError: an option that moves the weights has changed, or the file is damaged.
     """
-    path, current = workdir / "config.json", dataclasses.asdict(config)
+    path = workdir / "config.json"
+    current: Any = json.loads(json.dumps(dataclasses.asdict(config)))  # lists, not tuples, as the file has them
     if path.exists():
         try:
             earlier: Any = json.loads(path.read_text())
