@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import jax_utils
 from jax import lax
 from jax.experimental import multihost_utils
 
@@ -25,8 +24,13 @@ def parallel(step: Callable, *, donate: bool = False) -> Callable:
 
 
 def replicate(tree: Any) -> Any:
-    """A copy on every local device: `[…] -> [local devices, …]`."""
-    return jax_utils.replicate(tree)
+    """A copy on every local device: `[…] -> [local devices, …]`.
+
+    Laid out as the parallel step returns its state: any other layout would make it compile twice.
+    """
+    count = jax.local_device_count()
+    host = jax.tree.map(np.asarray, tree)
+    return put_batch(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), host))
 
 
 def put_batch(batch: Any) -> Any:
