@@ -37,21 +37,16 @@ def mix(
         raise ValueError(f"alphas must be at least 0, got mixup {mixup_alpha} and cutmix {cutmix_alpha}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be normalised floats before they are mixed, got {images.dtype}")
+    if not mixup_alpha and not cutmix_alpha:
+        return images, targets
     choice_key, lambda_key, place_key = jax.random.split(key, 3)
-
-    def by_mixup() -> tuple[Array, Array]:
-        return mixup(images, targets, jax.random.beta(lambda_key, mixup_alpha, mixup_alpha))
-
-    def by_cutmix() -> tuple[Array, Array]:
-        share = jax.random.beta(lambda_key, cutmix_alpha, cutmix_alpha)
-        place = jax.random.uniform(place_key, (2,)) * jnp.array(images.shape[1:3])
-        return cutmix(images, targets, share, place.astype(jnp.int32))
-
-    if mixup_alpha and cutmix_alpha:
-        return jax.lax.cond(jax.random.uniform(choice_key) < cutmix_share, by_cutmix, by_mixup)
-    if mixup_alpha:
-        return by_mixup()
-    return by_cutmix() if cutmix_alpha else (images, targets)
+    by_cutmix = jax.random.uniform(choice_key) < cutmix_share if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
+    alpha = jnp.where(by_cutmix, cutmix_alpha, mixup_alpha)
+    share = jax.random.beta(lambda_key, alpha, alpha)
+    place = (jax.random.uniform(place_key, (2,)) * jnp.array(images.shape[1:3])).astype(jnp.int32)
+    # Not `lax.cond`, for which some backends ask the host: all three are cheap.
+    weights = jnp.where(by_cutmix, _outside(images.shape, share, place), share)
+    return _mixed(images, targets, weights)
 
 
 def mixup(images: Array, targets: Array, share: Array | float) -> tuple[Array, Array]:
@@ -62,30 +57,37 @@ def mixup(images: Array, targets: Array, share: Array | float) -> tuple[Array, A
       targets: float [N, classes].
       share: lambda, in 0..1.
     """
-    return _blend(images, share), _blend(targets, share)
+    return _mixed(images, targets, jnp.full((1, 1, 1, 1), share))
 
 
 def cutmix(images: Array, targets: Array, share: Array | float, center: Array) -> tuple[Array, Array]:
     """Every image with a rectangle of its partner's pixels, and the targets by the area that is left of it.
 
     Args:
-      images: [N, H, W, C].
+      images: float [N, H, W, C].
       targets: float [N, classes].
       share: lambda: the rectangle has 1 - lambda of the image's area before the image's border cuts it.
       center: int [2], row and column of the rectangle's middle.
     """
-    sides = jnp.array(images.shape[1:3])
-    lengths = (sides * jnp.sqrt(1 - share)).astype(jnp.int32)
-    first = jnp.clip(center - lengths // 2, 0, sides)
-    last = jnp.clip(center + (lengths + 1) // 2, 0, sides)
-    rows, columns = (
-        (jnp.arange(n) >= first[axis]) & (jnp.arange(n) < last[axis]) for axis, n in enumerate(images.shape[1:3])
-    )
-    inside = (rows[:, None] & columns[None, :])[None, :, :, None]
-    left = 1 - jnp.prod(last - first) / (images.shape[1] * images.shape[2])
-    return jnp.where(inside, images[::-1], images), _blend(targets, left)
+    return _mixed(images, targets, _outside(images.shape, share, center))
 
 
-def _blend(values: Array, share: Array | float) -> Array:
-    share = jnp.asarray(share, values.dtype)
+def _outside(shape: tuple[int, ...], share: Array | float, center: Array) -> Array:
+    """1 outside CutMix's rectangle and 0 inside, float32 [1, H, W, 1]."""
+    insides = []
+    for length, middle in zip(shape[1:3], center, strict=True):
+        side = (length * jnp.sqrt(1 - share)).astype(jnp.int32)
+        place = jnp.arange(length)
+        insides.append((place >= middle - side // 2) & (place < middle + (side + 1) // 2))
+    rows, columns = insides
+    return 1.0 - (rows[:, None] & columns)[None, :, :, None]
+
+
+def _mixed(images: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """Each with its partner, pixel by pixel; a target by the mean of the weights."""
+    return _blend(images, weights), _blend(targets, weights.mean())
+
+
+def _blend(values: Array, share: Array) -> Array:
+    share = share.astype(values.dtype)
     return values * share + values[::-1] * (1 - share)
