@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .conv3x3 import conv3x3
 from .training_conv import plain_conv, training_conv
 from .variants import SqueezeExcitePlace
 
@@ -142,7 +141,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return conv3x3(x, kernel, bias, stride=self.stride, groups=self.groups)
+        return plain_conv(x, kernel, self.stride, self.groups) + bias
 
 
 class _Block(nn.Module):

@@ -157,6 +157,8 @@ CACHE_BYTES = 4e6  # intermediate results beyond this come from memory
 CACHE_BANDWIDTH = 30e9
 MEMORY_BANDWIDTH = 12e9
 OPERATION_SECONDS = 6e-6  # starting one XLA operation
+TINY_PIXELS = 4  # images of at most so many output pixels, for which XLA's convolution is TINY_FACTOR times slower
+TINY_FACTOR = 20.0
 
 
 def estimated_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> float:
@@ -167,6 +169,8 @@ def estimated_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> 
     fill = outer / (outer + HALF_RATE_ROWS)
     if algorithm == "direct":
         rate = CONVOLUTION_RATE * fill * (inner / (inner + 2)) / (1 if shape.groups == 1 else 2)
+        if shape.out_pixels <= TINY_PIXELS:
+            rate /= TINY_FACTOR
         return (products / rate + OPERATION_SECONDS) / portion
     if algorithm == "im2col":
         numbers, matrices, rows, depth = 18 * pixels * shape.in_channels, 1, pixels, 9 * inner
