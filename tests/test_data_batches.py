@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from data_helpers import SMALL, SMALL_EVAL, Numbers, evaluation, flat, numbers, same, training, write_photos
@@ -179,6 +180,25 @@ def test_an_unforeseen_exception_in_a_worker_reaches_the_caller() -> None:
     for attempt in (lambda: training(source, 5, **SMALL), lambda: evaluation(source, **SMALL_EVAL)):
         with pytest.raises(ZeroDivisionError, match="number 6"):
             attempt()
+
+
+# Memory
+
+
+def test_memory_of_batches_that_were_dropped_is_used_again() -> None:
+    with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:
+        addresses = {next(batches)["image"].ctypes.data for _ in range(40)}
+        assert len(addresses) <= 7
+
+
+@pytest.mark.parametrize("keep", [lambda batch: batch, lambda batch: batch["image"][1, :1, 2:], jax.device_put])
+def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
+    with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:
+        kept = [keep(next(batches)) for _ in range(3)]
+        before = jax.tree.map(lambda array: np.array(array), kept)
+        for _ in range(30):
+            next(batches)
+        jax.tree.map(np.testing.assert_array_equal, kept, before)
 
 
 # Threads end

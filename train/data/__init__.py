@@ -1,6 +1,7 @@
 """Data: sources of labelled images, and batches of them shaped for the devices.
 
-`load` opens a data set, `train_batches` and `eval_batches` read its splits.
+`load` opens a data set, `make_transform` describes its augmentation, `train_batches` and `eval_batches` read its
+splits, `Prefetch` takes batches to the devices.
 """
 
 import dataclasses
@@ -11,22 +12,27 @@ from pathlib import Path
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
+from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
 from .pipeline import eval_batches, steps_per_epoch, train_batches
+from .prefetch import Prefetch
 from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource
 from .transforms import TRANSFORMS, Transform, get_transform
 
 __all__ = [
     "TRANSFORMS",
+    "Augmentation",
     "BadImages",
     "Batches",
     "DataSet",
     "Example",
+    "Prefetch",
     "Source",
     "Transform",
     "eval_batches",
     "get_transform",
     "load",
+    "make_transform",
     "steps_per_epoch",
     "train_batches",
 ]
@@ -44,7 +50,7 @@ class DataSet:
       name: the specification it was loaded by.
       train, test: the two splits. `train` is empty if only evaluation was asked for.
       preprocessing: how its images become network input.
-      train_transform: name of the augmentation that suits it.
+      train_transform: name of the transform (crop, or none) that suits it; `make_transform` builds on it.
     """
 
     name: str

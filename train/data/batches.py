@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ Rendered = tuple[np.ndarray, int]
 PADDING = -1
 # A batch is cut into so many tasks per worker: few enough to cost little, enough to even out slow images.
 _TASKS_PER_WORKER = 4
+# Batches that a training loop holds at a time: being put on the device, and being computed with.
+_BATCHES_OUT = 4
 
 
 class BadImages:
@@ -145,6 +148,36 @@ class Plan:
     indices: np.ndarray
 
 
+class _Recycled:
+    """Arrays that are used again once nobody else holds them, because fresh memory costs a page fault for every page.
+
+    Whoever keeps a batch, a view of it or a JAX array that shares its memory, holds the array and keeps its contents.
+
+    Args:
+      shape: of the arrays, uint8.
+      kept: so many are kept for use again.
+    """
+
+    def __init__(self, shape: tuple[int, ...], kept: int) -> None:
+        self._shape, self._kept = shape, kept
+        self._arrays: list[np.ndarray] = []
+        self._unheld = _holders([np.empty(0)])[0]
+
+    def take(self) -> np.ndarray:
+        """An array that only the caller holds, with any contents."""
+        for array, holders in zip(self._arrays, _holders(self._arrays), strict=True):
+            if holders == self._unheld:
+                return array
+        array = np.empty(self._shape, np.uint8)
+        if len(self._arrays) < self._kept:
+            self._arrays.append(array)
+        return array
+
+
+def _holders(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
 # (epoch, position, index) -> image and label; None masks the image out.
 Render = Callable[[int, int, int], Rendered | None]
 
@@ -188,6 +221,8 @@ class Batches(Iterator[Batch]):
         self._layout, self._preprocessing = layout, preprocessing
         self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         self._stop = threading.Event()
+        side = preprocessing.image_size
+        self._images = _Recycled((layout.local_size, side, side, preprocessing.channels), prefetch + _BATCHES_OUT)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
 
     @property
@@ -240,12 +275,12 @@ class Batches(Iterator[Batch]):
             self._pending.append((batch, tasks))
 
     def _empty_batch(self) -> Batch:
-        count, size = self._layout.local_size, self._preprocessing.image_size
-        batch = {
-            "image": np.zeros((count, size, size, self._preprocessing.channels), np.uint8),
-            "label": np.zeros(count, np.int32),
-        }
-        return batch | {"mask": np.zeros(count, np.float32)} if self._masked else batch
+        images, count = self._images.take(), self._layout.local_size
+        batch = {"image": images, "label": np.zeros(count, np.int32)}
+        if self._masked:  # not every place will be filled
+            images.fill(0)
+            batch["mask"] = np.zeros(count, np.float32)
+        return batch
 
     def _fill(self, batch: Batch, plan: Plan, start: int, stop: int) -> None:
         for row in range(start, stop):

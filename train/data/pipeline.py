@@ -56,7 +56,7 @@ def train_batches(
       source: the training images.
       batch_size: images per step, over all processes.
       local_device_count: devices of this process.
-      transform: the augmentation, as from `transforms.get_transform`.
+      transform: the augmentation, as from `make_transform` or `get_transform`.
       preprocessing: gives the size and the channels.
       seed: determines every epoch's order and every augmentation; 0 or more.
       start_step: steps already trained; batch k is the same whether or not batches 0 to k-1 were produced.
@@ -80,7 +80,7 @@ def train_batches(
     layout = Layout(batch_size, local_device_count, process_index, process_count)
     steps = steps_per_epoch(len(source), batch_size)
     reader = Reader(source, preprocessing.channels, strict, bad_images)
-    placed = _Placed()
+    numbers = RandomNumbers()
 
     def plans() -> Iterator[Plan]:
         first_epoch, first_step = divmod(start_step, steps)
@@ -93,7 +93,7 @@ def train_batches(
     def render(epoch: int, position: int, index: int) -> Rendered:
         def augment(image: Picture) -> np.ndarray:
             # By place, not by image: one that also stands in for another is not augmented alike twice.
-            return transform(image, placed(seed, _AUGMENTATION, epoch, position), preprocessing.image_size)
+            return transform(image, numbers(seed, _AUGMENTATION, epoch, position), preprocessing.image_size)
 
         for candidate in itertools.chain(range(index, len(source)), range(index)):
             rendered = reader(candidate, augment)
@@ -175,10 +175,10 @@ def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
     Philox is a counter-based generator: the numbers say where in its one long sequence to begin, 2^64 draws
     away from every other place, which costs less than hashing them into a new seed.
     """
-    return _Placed()(seed, *purpose)
+    return RandomNumbers()(seed, *purpose)
 
 
-class _Placed(threading.local):
+class RandomNumbers(threading.local):
     """`random_numbers` from one generator for each thread, good until the thread's next call.
 
     Setting a generator's state takes a third of the time that making one takes, and asks the system for nothing.

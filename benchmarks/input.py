@@ -1,0 +1,235 @@
+"""Images/s of the training input: ours beside PyTorch's official recipe, on the same JPEG files and cores.
+
+The recipe is torchvision's ImageFolder, RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize in a
+DataLoader with as many workers as cores. (Ours normalises on the device.) The files are 500x375, quality 92, cut
+from photographs that scikit-learn and scikit-image ship; they live in a temporary folder. The contestants take
+turns; a figure is the median over the rounds. Run: `python benchmarks/input.py`; it needs torch, torchvision and
+scikit-image besides the `train` extra.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, decode_image
+from train.data.augmentation import Augmentation, make_transform
+from train.data.pictures import open_picture, resized_crop
+from train.data.pipeline import RandomNumbers, train_batches
+from train.data.sources import FolderSource
+from train.data.transforms import random_crop_box
+
+SIZE, BATCH = 224, 64
+# So many batches are in the making when the clock starts, so that none of them was made before for free.
+WARM_UP = 6
+
+
+def write_photos(folder: Path, count: int) -> float:
+    """`count` JPEG files in two classes; the mean size in bytes."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    photos = [load_sample_image("china.jpg"), load_sample_image("flower.jpg")]
+    photos += [getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    sizes = []
+    for number in range(count):
+        photo = Image.fromarray(photos[number % len(photos)])
+        width = min(photo.width, photo.height * 4 / 3) * rng.uniform(0.6, 1)
+        left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - width * 3 / 4)
+        cut = photo.resize((500, 375), Image.Resampling.BICUBIC, (left, top, left + width, top + width * 3 / 4))
+        path = folder / "ab"[number % 2] / f"{number:05}.jpg"
+        cut.save(path, quality=92)
+        sizes.append(path.stat().st_size)
+    return statistics.mean(sizes)
+
+
+class Speed(NamedTuple):
+    """Images a second, and what an image costs in milliseconds of processor time, whoever else is using it."""
+
+    rate: float
+    cost: float
+
+
+def processor_seconds() -> float:
+    """Used so far by this process and its children, as Linux counts it."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    ticks = 0
+    for process in ("self", *children):
+        ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(batches: Iterable[Any], count: int) -> Speed:
+    """The speed over `count` batches, once the pipeline is full."""
+    iterator = iter(batches)
+    for _ in range(WARM_UP):
+        next(iterator)
+    start, used = time.perf_counter(), processor_seconds()
+    for _ in range(count):
+        next(iterator)
+    images = count * BATCH
+    return Speed(images / (time.perf_counter() - start), 1000 * (processor_seconds() - used) / images)
+
+
+def torchvision_speed(folder: Path, workers: int, count: int) -> Speed:
+    """Of the official recipe."""
+    import torch
+
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        # torchvision's own operators are there only where its build matches torch's; images need none of them.
+        with contextlib.suppress(RuntimeError):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import datasets, transforms
+
+    recipe = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        datasets.ImageFolder(str(folder), recipe), BATCH, shuffle=True, num_workers=workers, drop_last=True
+    )
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    # One epoch is longer than a measurement: its workers are started once.
+    assert len(loader) >= WARM_UP + count
+    return measure(endless(), count)
+
+
+def our_speed(folder: Path, workers: int, count: int, augmentation: Augmentation) -> Speed:
+    """Of `train_batches`."""
+    transform = make_transform("random_resized_crop_flip", augmentation, IMAGENET_MEAN)
+    with train_batches(
+        FolderSource(folder),
+        batch_size=BATCH,
+        local_device_count=1,
+        transform=transform,
+        preprocessing=Preprocessing(SIZE),
+        seed=0,
+        num_workers=workers,
+    ) as batches:
+        return measure(batches, count)
+
+
+CONTESTANTS: dict[str, Augmentation] = {
+    "ours": Augmentation(),
+    "ours, AutoAugment": Augmentation(auto_augment="autoaugment"),
+    "ours, RandAugment": Augmentation(auto_augment="randaugment"),
+    "ours, RandAugment of RepVGGplus": Augmentation(auto_augment="randaugment_plus", randaugment_magnitude=15),
+    "ours, PIL's exact crops": Augmentation(exact_crop=True),
+}
+
+
+def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, float]:
+    """Microseconds of each stage in one thread: the mean over images of the least over repeats."""
+    from train.data import jpeg
+
+    source, slots = FolderSource(folder), np.zeros((images, SIZE, SIZE, 3), np.uint8)
+    files = [source[index].image for index in range(images)]
+    data = [file for file in files if isinstance(file, bytes)]
+    numbers = RandomNumbers()
+    boxes = [random_crop_box(500, 375, numbers(0, 1, 0, index)) for index in range(images)]
+    opened = [jpeg.open_jpeg(file, "", 3) for file in data]
+    whole = [np.asarray(decode_image(file, "")) for file in data]
+    crops = [
+        p[top : top + height, left : left + width] for p, (left, top, width, height) in zip(whole, boxes, strict=True)
+    ]
+    transform = make_transform("random_resized_crop_flip", Augmentation(), IMAGENET_MEAN)
+
+    def all_of_it(index: int) -> None:
+        picture = open_picture(_bytes(source[index].image), "", 3)
+        slots[index] = transform(picture, numbers(0, 1, 0, index), SIZE)
+
+    def decode(index: int, reduction: int = 1) -> None:
+        file = opened[index]
+        assert file is not None
+        file._decode(boxes[index][1] + boxes[index][3], reduction)
+
+    stages: dict[str, Callable[[int], Any]] = {
+        "in all": all_of_it,
+        "  read the file": lambda index: source[index],
+        "  random numbers, crop box": lambda index: random_crop_box(500, 375, numbers(0, 1, 0, index)),
+        "  read the header": lambda index: jpeg.open_jpeg(data[index], "", 3),
+        "  decode down to the crop's last row": decode,
+        "    of it, entropy decoding (decoded at 1/8)": functools.partial(decode, reduction=8),
+        "  smooth and resize the crop": lambda index: jpeg.resize(crops[index], SIZE),
+        "  mirror (every second)": lambda index: jpeg.flip(slots[index]) if index % 2 else None,
+        "  copy into the batch": lambda index: slots.__setitem__(index, slots[index - 1]),
+        "for comparison, PIL decodes": lambda index: decode_image(data[index], ""),
+        "for comparison, PIL crops and resizes": lambda index: resized_crop(
+            Image.fromarray(whole[index]), boxes[index], SIZE
+        ),
+    }
+    least = {name: np.full(images, np.inf) for name in stages}
+    for _ in range(repeats):
+        for index in range(images):
+            for name, stage in stages.items():
+                start = time.perf_counter()
+                stage(index)
+                least[name][index] = min(least[name][index], time.perf_counter() - start)
+    return {name: float(times.mean()) * 1e6 for name, times in least.items()}
+
+
+def _bytes(image: bytes | np.ndarray) -> bytes:
+    assert isinstance(image, bytes)
+    return image
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=1536, help="files to make; a round reads fewer")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="for both; default: cores")
+    arguments = parser.parse_args()
+    count = arguments.images // BATCH - WARM_UP - 2
+    speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
+    theirs = speeds["torchvision, DataLoader"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        size = write_photos(folder, arguments.images)
+        print(f"{arguments.images} files of 500x375, {size / 1000:.0f} kB on average; {arguments.workers} workers each")
+        for number in range(arguments.rounds):
+            theirs.append(torchvision_speed(folder, arguments.workers, count))
+            for name, augmentation in CONTESTANTS.items():
+                speeds[name].append(our_speed(folder, arguments.workers, count, augmentation))
+            line = ", ".join(f"{values[-1].rate:.0f}" for values in speeds.values())
+            print(f"round {number + 1} of {arguments.rounds}: {line}", file=sys.stderr)
+        stages = breakdown(folder)
+    print(f"\nmedians of {arguments.rounds} rounds taken in turn; in brackets the least and most of the rounds' ratios")
+    print(f"{'':34}{'images/s':>8}{'ratio':>23}{'CPU ms/image':>16}{'ratio':>8}")
+    for name, values in speeds.items():
+        ratios = [a.rate / b.rate for a, b in zip(values, theirs, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rate, cost = (statistics.median(column) for column in zip(*values, strict=True))
+        saved = statistics.median(b.cost / a.cost for a, b in zip(values, theirs, strict=True))
+        print(f"{name:34}{rate:8.0f}{spread:>23}{cost:16.2f}{saved:8.2f}")
+    print("\nwhere the time goes, microseconds an image in one thread (least of several repeats)")
+    for name, microseconds in stages.items():
+        print(f"{name:46}{microseconds:6.0f}")
+
+
+if __name__ == "__main__":
+    main()
