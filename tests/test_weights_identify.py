@@ -49,8 +49,8 @@ def test_variants_nobody_published_are_inferred_and_said_to_be_custom(custom, tm
     assert_same_bits(unflatten(random_arrays(custom)), variables)
 
 
-@pytest.mark.parametrize("key", [*MODEL_KEYS, *EMA_KEYS])
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("key", [*MODEL_KEYS, *EMA_KEYS, "any"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module._orig_mod.net.body."])
 def test_wrappers_and_prefixes_are_seen_through(key, prefix, tmp_path):
     state = {prefix + name: tensor for name, tensor in torch_state(TINY).items()}
     optimizer = {"state": {0: {"step": torch.tensor(1.0)}}}
@@ -59,6 +59,21 @@ def test_wrappers_and_prefixes_are_seen_through(key, prefix, tmp_path):
     counted = {"n_averaged": torch.tensor(5), **state}
     torch.save(counted, tmp_path / "averaged.pth")
     assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "averaged.pth")[1])
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+def test_prefixes_that_look_like_another_familys_are_told_apart(prefix, tmp_path):
+    """MMPretrain's own names begin with `backbone.`, timm's go on with `stages.`."""
+    for family in families_of(TINY):
+        state = {prefix + name: tensor for name, tensor in torch_state(TINY, family=family).items()}
+        torch.save(state, tmp_path / "w.pth")
+        assert rv.inspect_weights(tmp_path / "w.pth").family == family.name
+        assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "w.pth")[1])
+
+
+def test_two_networks_in_one_file_are_not_guessed_between(tmp_path):
+    torch.save({"student": torch_state(TINY), "teacher": torch_state(TINY)}, tmp_path / "w.pth")
+    assert "several of its entries hold tensors: student, teacher" in refused(tmp_path / "w.pth")
 
 
 def test_the_moving_average_is_loaded_on_request_only(tmp_path):

@@ -60,7 +60,7 @@ def test_written_keys_order_shapes_and_dtypes_are_the_authors(name, deploy):
     assert ours == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
+@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGGplus-L2pse"])  # for the others timm is the oracle
 @pytest.mark.slow
 def test_the_oracle_takes_our_files_strictly_and_computes_the_same(name, tmp_path):
     from conftest import random_variables, relative_difference
@@ -68,7 +68,8 @@ def test_the_oracle_takes_our_files_strictly_and_computes_the_same(name, tmp_pat
     model = rv.create_model(name, num_classes=5)
     variables = random_variables(model)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
-    for form, weights in ((model, variables), rv.to_deploy(model, variables)):
+    fused = jax.jit(rv.fuse_variables)(variables)
+    for form, weights in ((model, variables), (model.clone(deploy=True), fused)):
         rv.save_weights(tmp_path / "w.pth", form, weights)
         oracle = torch_oracle.create(name, 5, form.deploy)
         oracle.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)

@@ -53,8 +53,8 @@ def read_torch_file(handle: BinaryIO, path: Path, ema: bool = False, tensors_onl
     except RefusedError as error:
         raise WeightsError(
             f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which only running code that the "
-            "file names could restore. To take the tensors alone, running nothing: "
-            "tensors_only=True (on the command line, --tensors-only)"
+            "file names could restore. To take the tensors alone, running nothing: load_weights(…, tensors_only=True) "
+            "or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
