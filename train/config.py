@@ -286,12 +286,14 @@ _FREE = {
 def save_or_compare(config: Config, workdir: Path) -> None:
     """Write `workdir/config.json`, or hold `config` to the one a run there was started with.
 
+    A run that has not come to its first checkpoint has nothing to resume, and gives way.
+
     Raises:
       ConfigError: an option that moves the weights has changed, or the file is damaged.
     """
     path = workdir / "config.json"
     current: Any = json.loads(json.dumps(dataclasses.asdict(config)))  # lists, not tuples, as the file has them
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         try:
             earlier: Any = json.loads(path.read_text())
             changes = [
