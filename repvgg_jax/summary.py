@@ -7,6 +7,7 @@ multiplications under Winograd F(2x2, 3x3) (paper section 2.4), strided ones in 
 import dataclasses
 import math
 
+from .errors import ConfigError
 from .variants import VARIANTS, Variant
 
 
@@ -32,7 +33,14 @@ class Summary:
 
 
 def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
-    """Cost of `variant` on one square image of `image_size` pixels a side."""
+    """Cost of `variant` on one square image of `image_size` pixels a side.
+
+    Raises:
+      ConfigError: a size is not positive.
+    """
+    for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}")
     params = train_params = flops = train_flops = peak = 0
     winograd = 0.0
     size = image_size
@@ -69,17 +77,15 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
     )
 
 
-def summary_table(
-    variants: list[Variant] | None = None, *, image_size: int | None = None, num_classes: int = 1000
-) -> str:
+def summary_table(variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000) -> str:
     """A text table, one variant a line: ours, and in brackets the published figure where there is one.
 
-    `image_size` None means 224, the size of the paper's tables.
+    Raises:
+      ConfigError: a size is not positive.
     """
-    size = image_size or 224
     rows = [("model", "top-1 %", "params M", "(train)", "FLOPs B", "Wino MULs B", "peak act. MB")]
     for variant in variants or list(VARIANTS.values()):
-        cost, paper = summarize(variant, image_size=size, num_classes=num_classes), variant.published
+        cost, paper = summarize(variant, image_size=image_size, num_classes=num_classes), variant.published
         rows.append(
             (
                 variant.name,
@@ -94,9 +100,9 @@ def summary_table(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = (
-        f"Deploy form, one {size}x{size} image, {num_classes} classes, multiply-adds; parameters cut, not rounded,\n"
-        "after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and RepVGGplus at\n"
-        "320x320.]"
+        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
+        "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and RepVGGplus\n"
+        "at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 

@@ -1,6 +1,6 @@
 """The same network twice: in PyTorch (the oracle) and in Flax, with the same weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,17 @@ def initial_variables(model: rv.RepVGG, seeds: Sequence[int] = (0,)) -> list[dic
 def fuse(model: rv.RepVGG, variables: dict[str, Any]) -> tuple[rv.RepVGG, dict[str, Any]]:
     """`rv.to_deploy`, compiled as one."""
     return model.clone(deploy=True), run(lambda tree: rv.to_deploy(model, tree)[1], variables)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, also those inside of others; of a choice between platforms, the default's alone."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        params = equation.params
+        inner = params["branches"][-1:] if equation.primitive.name == "cond" else params.values()
+        for value in inner:
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value)
 
 
 def cast(tree: Any, dtype: str) -> Any:

@@ -17,6 +17,7 @@ from conftest import random_variables, relative_difference
 from parity_helpers import (
     SMALL,
     cast,
+    equations,
     file_items,
     flax_model,
     fuse,
@@ -195,7 +196,7 @@ def test_bfloat16_keeps_float32_where_it_counts():
     forms = [(model, variables), (model.clone(deploy=True), fuse(model, variables)[1])]
     for form, tree in forms:
         jaxpr = jax.make_jaxpr(lambda v, form=form: form.apply(v, images))(tree)
-        convolutions = [e for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+        convolutions = [e for e in equations(jaxpr) if e.primitive.name == "conv_general_dilated"]
         assert len(convolutions) >= len(model.variant.blocks())
         assert {e.outvars[0].aval.dtype for e in convolutions} == {jnp.dtype("bfloat16")}
     difference = relative_difference(run(exact.apply, variables, images), run(model.apply, variables, images))
@@ -219,7 +220,7 @@ def test_rematerialisation_changes_memory_not_numbers():
 
         def checkpoints(model: rv.RepVGG) -> int:
             jaxpr = jax.make_jaxpr(gradient_of(model))(variables["params"])
-            return sum(equation.primitive.name in ("checkpoint", "remat2") for equation in jaxpr.eqns)
+            return sum(equation.primitive.name in ("checkpoint", "remat2") for equation in equations(jaxpr))
 
         remat = plain.clone(remat=True)
         assert checkpoints(plain) == 0

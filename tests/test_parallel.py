@@ -4,6 +4,7 @@ Four virtual CPU devices (`conftest.py`).
 """
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,9 @@ def test_weights_stay_identical_while_statistics_differ_until_averaged(caplog):
     optimizer, model = make_optimizer(config, schedule), rv.create_model(VARIANT, CLASSES)
     start = new_state(model, optimizer)
     step = parallel(make_train_step(model, optimizer, schedule, PREPROCESSING, axis_name=AXIS), donate=True)
-    state, _ = step(replicate(start), random_batch(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # of JAX, Flax and optax, in anything that the step calls
+        state, _ = step(replicate(start), random_batch(0))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for seed in range(1, 5):
             state, _ = step(state, random_batch(seed))
