@@ -10,7 +10,6 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
-	$(RUN) -m train.evaluate digits deploy runs/demo/deploy.safetensors -a RepVGG-A0 --data-dir runs/data
 	$(RUN) -m examples.digits runs/demo --data-dir runs/data
 	$(RUN) -m repvgg_jax predict runs/demo/deploy.safetensors runs/demo/digits/*.png --top 2
 

@@ -97,7 +97,8 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    model = torch_oracle.create(arguments.model, CLASSES).to(device, memory_format=torch.channels_last).train()
+    model: torch.nn.Module = torch_oracle.create(arguments.model, CLASSES).to(device).train()
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's own stub lacks it
     groups = torch_oracle.recipe_parameter_groups(model, 1e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     forward = torch.compile(model) if compiled else model

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from .conv3x3 import ALGORITHMS
 from .errors import RepVGGError
@@ -36,7 +36,7 @@ def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
         "format": FORMAT,
         "repvgg_jax": __version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "device": device_name(),
         "dtype": dtype,
         "batch_size": plan.batch_size,

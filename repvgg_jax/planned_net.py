@@ -14,7 +14,7 @@ from .conv3x3 import convolve, prepare_kernel
 from .model import RepVGG, global_average_pool
 from .planner import LayerPlan, Plan, StagePlan
 
-CPU_OPTIONS: dict[str, bool | int | str] = {
+CPU_OPTIONS: dict[str, Any] = {
     # Eigen's matrix products: YNNPACK, XLA's default, packs anew each time, which small products do not repay.
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_prefer_vector_width": 512,
@@ -91,9 +91,9 @@ def _run_block(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Ar
     if place is None:
         return x
     gate = SqueezeExcite(model.variant.squeeze_width(layer.shape.out_channels), model.dtype, model.param_dtype)
-    x = gate.apply({"params": params["se" if place == "before_relu" else "post_se"]}, x)
-    assert isinstance(x, jax.Array)
-    return nn.relu(x) if place == "before_relu" else x
+    gated = gate.apply({"params": params["se" if place == "before_relu" else "post_se"]}, x)
+    assert isinstance(gated, jax.Array)
+    return nn.relu(gated) if place == "before_relu" else gated
 
 
 def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:

@@ -144,9 +144,10 @@ def candidates(shape: LayerShape) -> list[Algorithm]:
 
 def best_algorithm(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
     """The cost model's algorithm for a layer on `portion` images at a time, and its seconds an image."""
-    costs = {algorithm: estimated_seconds(shape, algorithm, portion) for algorithm in candidates(shape)}
-    algorithm = min(costs, key=lambda a: costs[a])
-    return algorithm, costs[algorithm]
+    costs: list[tuple[Algorithm, float]] = [
+        (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape)
+    ]
+    return min(costs, key=lambda pair: pair[1])
 
 
 # Fitted on two cores of a 2.3 GHz AVX-512 server. Only their ratios decide.

@@ -27,11 +27,13 @@ def measured_plan(plan: Plan) -> Plan:
 
     def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
         if (shape, portion) not in cache:
-            guesses = {a: estimated_seconds(shape, a, portion) for a in candidates(shape)}
-            worth = [a for a, guess in guesses.items() if guess <= HOPELESS * min(guesses.values())]
-            times = {a: measure_layer(shape, a, portion, plan.outer) for a in worth}
-            fastest = min(times, key=lambda a: times[a])
-            cache[shape, portion] = fastest, times[fastest]
+            guesses: list[tuple[Algorithm, float]] = [
+                (a, estimated_seconds(shape, a, portion)) for a in candidates(shape)
+            ]
+            least = min(guess for _, guess in guesses)
+            worth = [a for a, guess in guesses if guess <= HOPELESS * least]
+            times: list[tuple[Algorithm, float]] = [(a, measure_layer(shape, a, portion, plan.outer)) for a in worth]
+            cache[shape, portion] = min(times, key=lambda pair: pair[1])
         return cache[shape, portion]
 
     stages = []

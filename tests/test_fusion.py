@@ -1,5 +1,7 @@
 """Claim: a fused RepVGG gives the outputs of the training form, for every variant, to rounding."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,14 +76,14 @@ def test_any_block_fuses_exactly(data, groups, stride, squeeze_excite, size):
         options = dict(stride=stride, groups=groups, squeeze_excite=squeeze_excite, squeeze_width=2)
         options |= dict(dtype=jnp.float64, param_dtype=jnp.float64)
         block, deploy, variables, x = block_case(data.draw(st.integers(0, 99)), features, in_channels, size, **options)
-        expected = block.apply(variables, x)
-        found = deploy.apply(fuse_variables(variables), x)
+        expected = np.asarray(jax.jit(block.apply)(variables, x))
+        found = np.asarray(jax.jit(deploy.apply)(fuse_variables(variables), x))
         assert found.shape == (2, -(-size[0] // stride), -(-size[1] // stride), features)
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_identity_kernel_returns_its_input_for_grouped_convolutions():
-    x = np.random.default_rng(0).normal(size=(1, 5, 5, 12)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 5, 12)), jnp.float32)
     for groups in (1, 2, 3, 4):
         y = jax.lax.conv_general_dilated(
             x,
@@ -138,7 +140,7 @@ class Segmenter(nn.Module):
 
 def test_only_the_backbone_of_a_larger_model_is_fused():
     images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
-    variables = Segmenter().init(jax.random.key(0), images)
+    variables: dict[str, Any] = dict(Segmenter().init(jax.random.key(0), images))
     backbone = random_variables(rv.create_model("RepVGG-A0", num_classes=2))
     for collection in ("params", "batch_stats"):
         for name in variables[collection]["backbone"]:

@@ -120,7 +120,8 @@ def make_train_step(
             grads, metrics = lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"learning_rate": schedule(state.step), "gradient_norm": optax.tree.norm(grads)}
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
+        metrics["gradient_norm"] = jnp.asarray(optax.tree.norm(grads))
         averages = {}
         if ema_decay:
             averages = dict(
