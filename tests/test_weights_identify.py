@@ -172,6 +172,18 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_in_one_error(tmp_path)
         assert message.count("rbr_dense.bn.bias") == 10
 
 
+def test_another_family_is_another_table(tmp_path, monkeypatch):
+    stages = {stage: path.replace("stage", "level") for stage, path in FAMILIES["authors"].stages.items()}
+    fifth = dataclasses.replace(FAMILIES["authors"], name="fifth", stages=stages, heads={"linear": "top"})
+    torch.save(torch_state(TINY, family=fifth), tmp_path / "w.pth")
+    assert "no RepVGG of a known naming" in refused(tmp_path / "w.pth")
+    monkeypatch.setitem(FAMILIES, "fifth", fifth)
+    model, variables = rv.load_weights(tmp_path / "w.pth")
+    assert_same_bits(unflatten(random_arrays(TINY)), variables)
+    rv.save_weights(tmp_path / "again.pth", model, variables, family="fifth")
+    assert rv.inspect_weights(tmp_path / "again.pth").family == "fifth"
+
+
 def test_a_part_of_a_network_is_no_network(tmp_path):
     state = torch_state(VARIANTS["RepVGG-A0"])
     torch.save({k: v for k, v in state.items() if not k.startswith("stage4")}, tmp_path / "w.pth")

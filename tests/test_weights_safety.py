@@ -173,6 +173,7 @@ def test_zip_bombs_are_refused(compression, tmp_path):
     assert "compressed zip records" in refused(tmp_path / "bomb.pth")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_other_zip_files_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "any.pth", "w") as archive:
         archive.writestr("hello.txt", "hello")
@@ -372,7 +373,7 @@ def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path):
 
     torch.save(torch_state(TINY), tmp_path / "w.pth")
     with (tmp_path / "w.pth").open("rb+", buffering=0) as handle:
-        file = read_torch_file(io.FileIO(handle.fileno(), closefd=False), tmp_path / "w.pth")  # type: ignore[arg-type]
+        file = read_torch_file(io.FileIO(handle.fileno(), closefd=False), tmp_path / "w.pth")
         handle.truncate(1000)
         with pytest.raises(rv.WeightsError, match="was cut short while it was read"):
             file.read(file.tensors["linear.weight"])

@@ -1,13 +1,14 @@
 """From a weight file, or its place on the Hugging Face hub, to a model and its variables."""
 
 import dataclasses
+import io
 import os
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -149,7 +150,7 @@ def open_weights(
         yield contents
 
 
-def _open_file(local: Path, where: str) -> BinaryIO:
+def _open_file(local: Path, where: str) -> io.FileIO:
     """The file, unbuffered: tensors are read in one piece each."""
     try:
         mode = local.stat().st_mode
@@ -164,7 +165,7 @@ def _open_file(local: Path, where: str) -> BinaryIO:
         raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_container(handle: BinaryIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
+def _read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
     """By what the file's first bytes say, whatever its suffix."""
     try:
         start = handle.read(512)

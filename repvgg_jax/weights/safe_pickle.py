@@ -69,7 +69,7 @@ class Opaque:
         self.contents: dict[Any, Any] | None = None
 
 
-_MARK = Opaque()
+_MARK = object()
 
 
 class Reader:
@@ -252,7 +252,7 @@ class Reader:
         if rebuild is None:  # harmless: a name that is not was refused when it came up, or is to be passed over
             self.stack.append(Opaque())
             return
-        if rebuild is _dict and arguments and isinstance(arguments[0], Sized):
+        if rebuild is _ordered_dict and arguments and isinstance(arguments[0], Sized):
             self._count_steps(len(arguments[0]))
         self.stack.append(rebuild(*arguments))
 
@@ -305,9 +305,13 @@ class Reader:
         storage_type, key, _location, count = identity[1:5]
         if not isinstance(storage_type, Global) or not isinstance(key, str) or type(count) is not int or count < 0:
             raise PickleError("a storage that is none of PyTorch's")
-        if identity[5:] not in ((), (None,)) or storage_type.name not in STORAGE_DTYPES:
+        dtype = STORAGE_DTYPES.get(storage_type.name)
+        if dtype is None and self.tensors_only:
+            self.stack.append(Opaque())
+            return
+        if dtype is None or identity[5:] not in ((), (None,)):
             raise PickleError("a storage of an unknown kind")
-        storage = Storage(key, STORAGE_DTYPES[storage_type.name], count)
+        storage = Storage(key, dtype, count)
         self.storages.add(storage)
         self.stack.append(storage)
 
@@ -331,7 +335,9 @@ def _tensor(
     _requires_grad: Any = False,
     _hooks: Any = None,
     _more: Any = None,
-) -> TensorRecord:
+) -> TensorRecord | Opaque:
+    if isinstance(storage, Opaque):
+        return Opaque()
     if not isinstance(storage, Storage):
         raise PickleError("a tensor without a storage")
     return TensorRecord(storage, offset, size, stride)
@@ -348,7 +354,7 @@ def _with_attributes(function: Any, _class: Any, arguments: Any, _state: Any) ->
     return REBUILDERS[function.name](*arguments)
 
 
-def _dict(pairs: Any = ()) -> dict[Any, Any]:
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
     if not isinstance(pairs, list | tuple):
         raise PickleError("a dict of something other than pairs")
     return _with_plain_keys(pairs)
@@ -360,7 +366,7 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
-    "collections.OrderedDict": _dict,
+    "collections.OrderedDict": _ordered_dict,
 }
 """The calls that make weights, and what this reader builds instead of calling."""
 

@@ -4,12 +4,13 @@ The safetensors library judges the file first; the header is then read once more
 that they come from the file one by one like those of every other format.
 """
 
+import io
 import json
 import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -36,7 +37,7 @@ DTYPES = {
 }
 
 
-def read_safetensors(handle: BinaryIO, path: Path) -> TensorFile:
+def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
     """The tensors and the metadata of an open safetensors file.
 
     Raises:

@@ -1,11 +1,12 @@
 """The tensors in a file, described before any of them is read: every reader's common result."""
 
 import dataclasses
+import io
 import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -58,7 +59,7 @@ class TensorFile:
     """
 
     path: Path
-    handle: BinaryIO
+    handle: io.FileIO
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -68,18 +69,21 @@ class TensorFile:
         """The tensor's values; valid until the next `read`.
 
         Raises:
-          WeightsError: the file ends before the tensor does.
+          WeightsError: the file ends before the tensor does, or cannot be read.
         """
         count = tensor.span * tensor.dtype.itemsize
         if self._buffer.size < count:
             self._buffer = np.empty(count, np.uint8)
         view = self._buffer.data[:count]
-        self.handle.seek(tensor.offset)
-        while len(view):
-            got = self.handle.readinto(view)  # type: ignore[attr-defined]  # raw files have it
-            if not got:
-                raise WeightsError(f"{self.path} was cut short while it was read")
-            view = view[got:]
+        try:
+            self.handle.seek(tensor.offset)
+            while len(view):
+                got = self.handle.readinto(view)
+                if not got:
+                    raise WeightsError(f"{self.path} was cut short while it was read")
+                view = view[got:]
+        except OSError as error:
+            raise WeightsError(f"cannot read {self.path}: {error.strerror or error}") from error
         values = self._buffer[:count].view(tensor.dtype)
         strides = [step * tensor.dtype.itemsize for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)

@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ Places = Mapping[str, tuple[int, int]]
 """Storage key -> byte offset and length in the file."""
 
 
-def read_torch_file(handle: BinaryIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
+def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
     """The state dict of a PyTorch file.
 
     Args:
@@ -65,7 +65,7 @@ def read_torch_file(handle: BinaryIO, path: Path, ema: bool = False, tensors_onl
     return TensorFile(path, handle, tensors, notes=notes)
 
 
-def _read_zip(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
+def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     length = handle.seek(0, io.SEEK_END)
     if _directory_bytes(handle, length) > MAX_DIRECTORY_BYTES:
         raise PickleError("its zip directory is absurdly long")
@@ -95,7 +95,7 @@ def _read_zip(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     return root, {key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")}
 
 
-def _directory_bytes(handle: BinaryIO, length: int) -> int:
+def _directory_bytes(handle: io.FileIO, length: int) -> int:
     """Declared length of the zip directory, whose entries `zipfile` would all turn into objects.
 
     PyTorch ends its files with the directory, the 64-bit end record and its locator (76 bytes), and the end record
@@ -114,7 +114,7 @@ def _directory_bytes(handle: BinaryIO, length: int) -> int:
     return size
 
 
-def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
+def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin, behind its own header, which must agree with the directory on its name."""
     handle.seek(record.header_offset)
     header = handle.read(30)
@@ -127,14 +127,14 @@ def _record_start(handle: BinaryIO, record: zipfile.ZipInfo) -> int:
     return record.header_offset + 30 + name_length + extra_length
 
 
-def _bytes_at(handle: BinaryIO, offset: int, count: int, limit: int) -> bytes:
+def _bytes_at(handle: io.FileIO, offset: int, count: int, limit: int) -> bytes:
     if count > limit:
         raise PickleError(f"a part of {count} bytes where at most {limit} make sense")
     handle.seek(offset)
     return handle.read(count)
 
 
-def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
+def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     """Pickles of magic number, protocol, system, object and storage keys; then a count and numbers for each storage."""
     length = handle.seek(0, io.SEEK_END)
     handle.seek(0)
@@ -147,7 +147,7 @@ def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise PickleError("big-endian numbers")
     root = reader.load(head)
-    item_sizes = {storage.key: np.dtype(_numpy_name(storage.dtype)).itemsize for storage in reader.storages}
+    item_sizes = {storage.key: _numpy_dtype(storage.dtype).itemsize for storage in reader.storages}
     keys = reader.load(head)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise PickleError("its list of storages is none")
@@ -165,13 +165,13 @@ def _read_legacy(handle: BinaryIO, reader: Reader) -> tuple[Any, Places]:
     return root, places
 
 
-def _numpy_name(dtype: str) -> Any:
-    return BFLOAT16 if dtype == "bfloat16" else dtype
+def _numpy_dtype(name: str) -> np.dtype:
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
 def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tensor:
     """The tensor's place, once its claims are held against the bytes that are there."""
-    dtype = np.dtype(_numpy_name(record.storage.dtype))
+    dtype = _numpy_dtype(record.storage.dtype)
     try:
         shape, strides = sizes(record.size), sizes(record.stride)
         if type(record.offset) is not int or record.offset < 0 or len(shape) != len(strides):
