@@ -31,7 +31,7 @@ def measured_plan(plan: Plan) -> Plan:
                 (a, estimated_seconds(shape, a, portion)) for a in candidates(shape)
             ]
             least = min(guess for _, guess in guesses)
-            worth = [a for a, guess in guesses if guess <= HOPELESS * least]
+            worth: list[Algorithm] = [a for a, guess in guesses if guess <= HOPELESS * least]
             times: list[tuple[Algorithm, float]] = [(a, measure_layer(shape, a, portion, plan.outer)) for a in worth]
             cache[shape, portion] = min(times, key=lambda pair: pair[1])
         return cache[shape, portion]
