@@ -6,15 +6,18 @@ RUN := $(VENV)/bin/python
 # Quiet start-up: the demo's output is meant to be read.
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
 	$(RUN) -m examples.digits runs/demo --data-dir runs/data
 	$(RUN) -m repvgg_jax predict runs/demo/deploy.safetensors runs/demo/digits/*.png --top 2
 
-test: $(VENV)/dev.installed  ## Every test
-	$(RUN) -m pytest -n $${TEST_WORKERS:-2} $(ARGS)
+test: $(VENV)/dev.installed  ## The tests, without the slow ones
+	$(RUN) -m pytest -n $${TEST_WORKERS:-2} -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/dev.installed  ## The slow ones: every variant at full size, runs killed and resumed, several processes
+	$(RUN) -m pytest -n $${TEST_WORKERS:-2} -m slow $(ARGS)
 
 lint: $(VENV)/dev.installed  ## Style and types
 	$(VENV)/bin/ruff check .
