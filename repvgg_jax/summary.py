@@ -101,8 +101,8 @@ def summary_table(variants: list[Variant] | None = None, *, image_size: int = 22
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = (
         f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
-        "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of D2se and\n"
-        "RepVGGplus at 320x320.]"
+        "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of\n"
+        "D2se and RepVGGplus at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 

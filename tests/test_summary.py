@@ -127,11 +127,12 @@ def test_flops_and_parameters_are_those_that_the_model_has(name):
 
 @pytest.mark.parametrize("name", SOME)
 def test_xla_counts_the_same_without_the_padding(name):
-    """XLA leaves out products with the padding's zeros, and adds the cheap operations: less than half a percent."""
+    """XLA leaves out products with the padding's zeros (but for layers that run as matrix products), and adds the
+    cheap operations: together less than two percent."""
     model, variables, image = abstract(name, True, 224)
     analysis: Any = jax.jit(model.apply).lower(variables, image).cost_analysis()
     inside = without_padding(model.variant, 224)
-    assert inside < analysis["flops"] / 2 < 1.005 * inside
+    assert inside < analysis["flops"] / 2 < 1.02 * inside
     assert inside < summarize(model.variant).flops
 
 
