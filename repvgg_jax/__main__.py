@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from .cli import run_command
-from .errors import DataError
+from .errors import ConfigError, DataError, WeightsError
 from .predictor import make_predictor
 from .preprocess import decode_image, eval_transform, normalize
 from .summary import summary_table
@@ -46,15 +46,23 @@ def summary(arguments: Summary) -> None:
 
 
 def predict(arguments: Predict) -> None:
-    """Raises WeightsError or DataError for a file that cannot be read, before anything is printed."""
+    """Raises WeightsError or DataError for a file that cannot be read or used, before anything is printed."""
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
     info = inspect_weights(arguments.weights)
+    if info.in_channels != info.preprocessing.channels:
+        raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     pixels = []
     for name in arguments.images:
         try:
             encoded = Path(name).read_bytes()
         except OSError as error:
             raise DataError(f"{name}: {error.strerror or error}") from error
-        pixels.append(eval_transform(decode_image(encoded, name, info.in_channels), info.preprocessing))
+        image = decode_image(encoded, name, info.in_channels)
+        try:
+            pixels.append(eval_transform(image, info.preprocessing))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
     if not pixels:
         raise DataError("no image given")
     model, variables = load_weights(arguments.weights)
@@ -64,7 +72,7 @@ def predict(arguments: Predict) -> None:
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
     for name, row in zip(arguments.images, probabilities, strict=True):
-        best = np.argsort(-row)[: max(arguments.top, 1)]
+        best = np.argsort(-row)[: arguments.top]
         classes = [info.class_names[i] if info.class_names else f"class {i}" for i in best]
         ranked = ", ".join(f"{label} {100 * row[i]:.1f} %" for label, i in zip(classes, best, strict=True))
         print(f"{name}: {ranked}")

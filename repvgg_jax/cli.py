@@ -1,7 +1,9 @@
 """What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from .errors import RepVGGError
 
@@ -12,7 +14,8 @@ def run_command(main: Callable[[], object]) -> None:
     0 when it returns, 2 for an error the user can mend, 130 after Ctrl-C.
     """
     try:
-        main()
+        with _one_line_warnings():
+            main()
     except RepVGGError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -22,3 +25,21 @@ def run_command(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         sys.stderr.close()
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings without the place in the code that gave them, of which a command's user has no use."""
+
+    def one_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        del category, filename, lineno, line
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,6 +19,7 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
+from repvgg_jax.preprocess import eval_transform, normalize
 from repvgg_jax.variants import VARIANTS
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
@@ -187,3 +190,147 @@ def test_summary_of_an_unknown_model():
 def test_curves_of_what_is_no_run(tmp_path):
     assert "no run given" in mistake("train.plot")
     assert "holds no metrics.jsonl" in mistake("train.plot", tmp_path)
+
+
+OUT_OF_RANGE = {
+    "--test-image-size": (0, "must be at least 1, not 0"),
+    "--epochs": (0, "must be at least 1, not 0"),
+    "--batch-size": (0, "must be at least 1, not 0"),
+    "--workers": (0, "must be at least 1, not 0"),
+    "--prefetch": (0, "must be at least 1, not 0"),
+    "--learning-rate": ("inf", "must be finite, not inf"),
+    "--weight-decay": (-0.1, "must be at least 0, not -0.1"),
+    "--auxiliary-weight": ("nan", "must be at least 0, not nan"),
+    "--label-smoothing": (1, "must be below 1, not 1.0"),
+    "--ema-decay": (1, "must be below 1, not 1.0"),
+    "--freeze-stages": (6, "must be at most 5, not 6"),
+    "--seed": (2**63, "must be below 2^63"),
+    "--log-every": (0, "must be at least 1, not 0"),
+    "--evaluate-every": (-1, "must be at least 1, not -1"),
+    "--checkpoint-every": (0, "must be at least 1, not 0"),
+    "--keep-checkpoints": (0, "must be at least 1, not 0"),
+}
+
+
+@pytest.mark.parametrize("option", list(OUT_OF_RANGE))
+def test_options_out_of_range_are_named(option, tmp_path):
+    value, says = OUT_OF_RANGE[option]
+    said = train(option, value, "--workdir", tmp_path / "run", "--data-dir", tmp_path)
+    assert f"{option} {says}" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train.main", "--preset", "nonsense"),
+        ("train.main", "--preset", "digits", "--epochs", "many"),
+        ("train.main", "--preset", "digits", "--no-such-option"),
+        ("train.evaluate", "photos", "fused", "weights.pth"),
+        ("train.evaluate", "photos", "train"),
+        ("repvgg_jax.__main__", "foresee"),
+        ("repvgg_jax.__main__", "predict"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_parsed_ends_with_status_2_too(arguments):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_images_that_are_none(tmp_path, photos, weights):
+    """One among others is skipped and named; with --strict, or if there are no others, the run ends."""
+    del weights  # it makes the small variant known
+    folder = ("--model", "Small", "--data", photos, "--batch-size", 4, "--workdir", tmp_path / "run")
+    small = (*folder, "--image-size", 32, "--test-image-size", 32)
+    broken = photos / "train" / "garden" / "broken.jpg"
+    broken.write_bytes(b"no image")
+    done = command("train.main", "--preset", "digits", "--strict", *small)
+    assert done.returncode == 2, done
+    assert done.stderr == f"error: {broken}: cannot be read as an image (no known image format)\n"
+    for path in (photos / "train").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    done = command("train.main", "--preset", "digits", *small[:-5], tmp_path / "run2", *small[-4:])
+    assert done.returncode == 2, done
+    assert "none of the 9 images can be read" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("final.safetensors"))
+
+
+def test_evaluation_options_and_data(tmp_path, photos, weights):
+    assert "--batch-size must be at least 1, not 0" in evaluate(photos, "train", weights, "-b", 0)
+    assert "--resolution must be at least 1, not 0" in evaluate(photos, "train", weights, "-r", 0)
+    assert "--workers must be at least 1, not 0" in evaluate(photos, "train", weights, "--workers", 0)
+    assert "/none does not exist; give a folder" in evaluate(tmp_path / "none", "train", weights)
+    assert f"{photos / 'val'} holds no val/" in evaluate(photos / "val", "train", weights)
+    assert "is a file, not a folder" in evaluate(weights, "train", weights)
+
+
+def test_weights_for_images_of_four_channels(tmp_path, photos):
+    model = rv.create_model(SMALL, 2)
+    path = tmp_path / "four.safetensors"
+    rv.save_weights(path, model, random_variables(model, in_channels=4))
+    picture = next((photos / "val" / "garden").iterdir())
+    for said in (predict(path, picture), evaluate(photos, "train", path)):
+        assert said == f"error: {path} takes 4 channels; image files have 1 or 3\n"
+
+
+def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
+    picture = tmp_path / "a.png"
+    PHOTO.crop((0, 0, 90, 60)).save(picture)
+    model, variables = rv.load_weights(weights)
+    info = rv.inspect_weights(weights)
+    pixels = eval_transform(PHOTO.crop((0, 0, 90, 60)), info.preprocessing)
+    logits = np.asarray(model.apply(variables, normalize(pixels[None], info.preprocessing)), np.float64)[0]
+    shares = 100 * np.exp(logits) / np.exp(logits).sum()
+    ranked = [f"{('garden', 'pagoda')[i]} {shares[i]:.1f} %" for i in np.argsort(-shares)]
+    assert abs(shares[0] - shares[1]) > 1, "too close to tell the order"
+
+    done = command("repvgg_jax.__main__", "predict", weights, picture)
+    assert done.stdout == f"{picture}: {', '.join(ranked)}\n"
+    rv.save_weights(tmp_path / "deploy.safetensors", *rv.to_deploy(model, variables))
+    done = command("repvgg_jax.__main__", "predict", tmp_path / "deploy.safetensors", picture, "--top", 1)
+    assert done.stdout == f"{picture}: class {int(np.argmax(shares))} {shares.max():.1f} %\n"
+
+
+def test_predictions_that_cannot_be_made(tmp_path, weights):
+    PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
+    assert "--top must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--top", 0)
+    assert "Is a directory" in predict(weights, tmp_path)
+    assert "is a folder, not a weight file" in predict(tmp_path, tmp_path / "a.png")
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
+    assert "cannot read" in predict(tmp_path / "cut.safetensors", tmp_path / "a.png")
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "thread.png")
+    assert f"{tmp_path / 'thread.png'}: " in (said := predict(weights, tmp_path / "a.png", tmp_path / "thread.png"))
+    assert "too elongated" in said
+
+
+def test_summary_options():
+    assert "image_size must be at least 1, not 0" in mistake("repvgg_jax.__main__", "summary", "--image-size", 0)
+    assert "num_classes must be at least 1, not -1" in mistake("repvgg_jax.__main__", "summary", "--num-classes", -1)
+    done = command("repvgg_jax.__main__", "summary", "repvgg-a0", "-r", 112, "--num-classes", 10)
+    assert "one 112x112 image, 10 classes" in done.stdout
+
+
+def test_as_a_process_a_warning_is_one_line_too(tmp_path):
+    """Of weights that nobody published, from a PyTorch file; the answer is on stdout all the same."""
+    model = rv.create_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8)), 2)
+    rv.save_weights(tmp_path / "w.pth", model, random_variables(model))
+    PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
+    words = [sys.executable, "-m", "repvgg_jax", "predict", str(tmp_path / "w.pth"), str(tmp_path / "a.png")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'a.png'}: class ")
+    assert done.stderr.startswith(f"warning: {tmp_path / 'w.pth'} is no published variant")
+    assert done.stderr.count("\n") == 1
+
+
+def test_as_a_process_a_mistake_is_one_line():
+    words = [sys.executable, "-m", "train.main", "--preset", "digits", "--batch-size", "6"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: --batch-size 6 cannot be shared by 4 devices; 4 could\n"

@@ -5,6 +5,7 @@ Recipes: paper section 4.1 and the authors' repository (`imagenet_120`, `imagene
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,7 +232,7 @@ def check(config: Config) -> None:
     at_least = {
         "--image-size": (config.input.image_size, 1),
         "--test-image-size": (config.input.test_image_size, 1),
-        "--workers": (config.input.workers or 1, 1),
+        "--workers": (1 if config.input.workers is None else config.input.workers, 1),
         "--epochs": (config.optimizer.epochs, 1),
         "--batch-size": (config.optimizer.batch_size, 1),
         "--learning-rate": (config.optimizer.learning_rate, 0),
@@ -239,6 +240,7 @@ def check(config: Config) -> None:
         "--weight-decay": (config.optimizer.weight_decay, 0),
         "--warmup-epochs": (config.optimizer.warmup_epochs, 0),
         "--label-smoothing": (config.optimizer.label_smoothing, 0),
+        "--auxiliary-weight": (config.optimizer.auxiliary_weight, 0),
         "--accumulate": (config.optimizer.accumulate, 1),
         "--mixup": (config.optimizer.mixup, 0),
         "--cutmix": (config.optimizer.cutmix, 0),
@@ -256,6 +258,8 @@ def check(config: Config) -> None:
     for option, (value, least) in at_least.items():
         if not value >= least:
             raise ConfigError(f"{option} must be at least {least}, not {value}")
+        if value == math.inf:
+            raise ConfigError(f"{option} must be finite, not {value}")
     for option, value in (
         ("--momentum", config.optimizer.momentum),
         ("--label-smoothing", config.optimizer.label_smoothing),
@@ -263,6 +267,8 @@ def check(config: Config) -> None:
     ):
         if value >= 1:
             raise ConfigError(f"{option} must be below 1, not {value}")
+    if config.run.seed >= 2**63:
+        raise ConfigError(f"--seed must be below 2^63, not {config.run.seed}")
     if config.fine_tune.freeze_stages > 5:
         raise ConfigError(f"--freeze-stages must be at most 5, not {config.fine_tune.freeze_stages}")
     if config.optimizer.warmup_epochs >= config.optimizer.epochs:

@@ -12,7 +12,7 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
-from repvgg_jax.errors import WeightsError
+from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 
@@ -127,10 +127,20 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     """Load, fuse if asked to, and evaluate.
 
     Raises:
+      ConfigError: a size that is not positive.
       WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
       DataError: unreadable data, or data of another number of classes.
     """
+    for option, value in (
+        ("--batch-size", arguments.batch_size),
+        ("--resolution", arguments.resolution),
+        ("--workers", arguments.workers),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}")
     info = inspect_weights(arguments.weights)
+    if info.in_channels != info.preprocessing.channels:
+        raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     model, variables = rv.load_weights(arguments.weights, arguments.arch)
     if arguments.form == "train" and model.deploy:
         raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
