@@ -14,19 +14,23 @@ import pickletools
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import torch
+import torch_oracle
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from weights_helpers import TINY, random_model, torch_state
+from weights_helpers import TINY, bits, random_model, torch_state
 
 import repvgg_jax as rv
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.layout import expected_shapes, flatten
 from repvgg_jax.weights.safe_pickle import PickleError, Reader
+from repvgg_jax.weights.torch_file import read_torch_file
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 FUZZ = settings(
@@ -80,6 +84,8 @@ def originals(tmp_path_factory) -> dict[str, bytes]:
     torch.save(state, folder / "zip.pth")
     torch.save({"model": state, "epoch": 3, "config": {1, 2}, "range": range(3)}, folder / "checkpoint.pth")
     torch.save(state, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    network = torch_oracle.RepVGG((2, 1, 1, 1), (1 / 8, 1 / 16, 1 / 16, 1 / 16), 1, 5, deploy=False)
+    torch.save({"epoch": 3, "network": network}, folder / "network.pth")
     model, variables = random_model(TINY)
     rv.save_weights(folder / "native.safetensors", model, variables)
     rv.save_weights(folder / "timm.safetensors", model, variables, family="timm")
@@ -153,7 +159,31 @@ CHANGES = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ["zip.pth", "checkpoint.pth", "legacy.pth", "native.safetensors", "timm.safetensors"])
+def assert_torch_agrees(path: Path) -> None:
+    """PyTorch does not refuse the file as unsafe and, if it reads it, finds the same tensors in it."""
+    try:
+        root = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:
+        raise
+    except Exception as damage:  # of a kind that concerns torch alone
+        event(f"torch: {type(damage).__name__}")
+        return
+    event("torch reads it too")
+    with path.open("rb", buffering=0) as handle:
+        ours = read_torch_file(handle, path)
+        found = [(name, ours.read(tensor).tobytes()) for name, tensor in ours.tensors.items()]
+    states = [root, *root.values()]
+    assert found in [[(name, bits(tensor)) for name, tensor in state.items()] for state in states if is_state(state)]
+
+
+def is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, torch.Tensor) for item in value.values())
+
+
+SOUND = ["zip.pth", "checkpoint.pth", "legacy.pth", "network.pth", "native.safetensors", "timm.safetensors"]
+
+
+@pytest.mark.parametrize("name", SOUND)
 @pytest.mark.parametrize("tensors_only", [False, True])
 def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals, tmp_path):
     path = tmp_path / name
@@ -179,12 +209,7 @@ def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals
         assert shapes == expected_shapes(model.variant, model.deploy, model.num_classes, channels)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
         if name.endswith(".pth") and not tensors_only:
-            try:
-                torch.load(path, weights_only=True)
-            except pickle.UnpicklingError:  # what it refuses as unsafe, so must we
-                raise
-            except Exception as damage:  # of a kind that concerns torch alone
-                event(f"torch: {type(damage).__name__}")
+            assert_torch_agrees(path)
 
     fuzz()
 

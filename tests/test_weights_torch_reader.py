@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._weights_only_unpickler import _get_allowed_globals
-from weights_helpers import TINY, assert_same_bits, random_arrays, refused, torch_state
+from weights_helpers import TINY, assert_same_bits, bits, random_arrays, refused, torch_state
 
 import repvgg_jax as rv
 from repvgg_jax.weights.layout import unflatten
@@ -30,11 +30,6 @@ FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"]
 def save(value: Any, path: Path, legacy: bool = False) -> Path:
     torch.save(value, path, _use_new_zipfile_serialization=not legacy)
     return path
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.detach().contiguous()
-    return tensor.view(torch.int16).numpy().tobytes() if tensor.dtype == torch.bfloat16 else tensor.numpy().tobytes()
 
 
 def assert_read_as_torch_reads(path: Path, legacy: bool, *keys: str) -> None:

@@ -68,6 +68,12 @@ def assert_same_bits(expected: Any, found: Any) -> None:
         assert left.tobytes() == right.tobytes(), name
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's numbers, row-major."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy().tobytes() if tensor.dtype == torch.bfloat16 else tensor.numpy().tobytes()
+
+
 def refused(path: Path | str, **options: Any) -> str:
     """The one-line message of the error that loading `path` gives."""
     with pytest.raises(rv.RepVGGError) as caught:
