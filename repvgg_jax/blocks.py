@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .training_conv import plain_conv, training_conv
+from .training_conv import materialize, plain_conv, training_conv
 from .variants import SqueezeExcitePlace
 
 Dtype = Any
@@ -182,7 +182,7 @@ class RepVGGBlock(_Block):
         y = y + ConvBN(self.features, 1, **shared, name="rbr_1x1")(x, train)
         if self.stride == 1 and x.shape[-1] == self.features:
             y = y + BatchNorm(self.dtype, self.param_dtype, name="rbr_identity")(x, train)
-        return self._activate(y)
+        return materialize(self._activate(y))
 
 
 class DeployBlock(_Block):
