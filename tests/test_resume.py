@@ -22,11 +22,11 @@ def same_result(workdir: Path, expected: Path) -> None:
     assert without_times(evaluations[0]) == without_times(evaluations[1])
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 120, poll: float = 0.01) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.01)
+        time.sleep(poll)
 
 
 def steps_in(workdir: Path) -> list[int]:
@@ -39,32 +39,47 @@ def writing(workdir: Path) -> bool:
     return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
 
 
+def kill_at_random_moments(start, workdir: Path, times: int, seed: int) -> tuple[int, int]:
+    """Kill and restart a run; how many of the kills found it alive, and how many left a half-written checkpoint."""
+    chance, alive, during_write = random.Random(seed), 0, 0
+    for number in range(times):
+        process, before = start(), steps_in(workdir)
+        if number % 4 == 0:
+            time.sleep(chance.uniform(0, 8))  # starting up, restoring, compiling, perhaps training
+        elif number % 4 == 1:
+            wait_for(functools.partial(has_moved_on, workdir, before, process))
+            time.sleep(chance.uniform(0, 0.3))  # training, evaluating, saving
+        else:
+            wait_for(functools.partial(writing_or_over, workdir, process), poll=0.0005)
+            time.sleep(chance.uniform(0, 0.003))
+        alive += process.poll() is None
+        process.kill()
+        process.communicate()
+        during_write += writing(workdir)
+    return alive, during_write
+
+
+def has_moved_on(workdir: Path, before: list[int], process: subprocess.Popen) -> bool:
+    return steps_in(workdir) != before or process.poll() is not None
+
+
 def writing_or_over(workdir: Path, process: subprocess.Popen) -> bool:
     return writing(workdir) or process.poll() is not None
 
 
-def kill_at_random_moments(runs: Runs, workdir: Path, times: int, seed: int) -> int:
-    """Kill and restart a run; how often it was killed while a checkpoint was being written."""
-    chance, during_write = random.Random(seed), 0
-    for number in range(times):
-        process = runs.start(workdir, ema_decay=0.99)
-        if number % 2:
-            wait_for(functools.partial(writing_or_over, workdir, process))
-            time.sleep(chance.random() * 0.02)
-            during_write += writing(workdir)
-        else:
-            time.sleep(chance.uniform(3, 14))
-        process.kill()
-        process.communicate()
-    return during_write
-
-
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(runs, uninterrupted, tmp_path):
-    during_write = kill_at_random_moments(runs, tmp_path / "run", times=4, seed=0)
+def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(runs, tmp_path):
+    options: dict = dict(epochs=15, checkpoint_every=5, evaluate_every=5, ema_decay=0.99)
+    whole = runs.finish(tmp_path / "whole", **options)
+    assert whole.returncode == 0, whole.stderr
+    workdir = tmp_path / "run"
+    alive, during_write = kill_at_random_moments(
+        functools.partial(runs.start, workdir, **options), workdir, times=20, seed=0
+    )
+    assert alive >= 18, "the run was over too soon for the kills to mean anything"
     assert during_write, "no kill fell into a write: the test has not tested that"
-    done = runs.finish(tmp_path / "run", ema_decay=0.99)
+    done = runs.finish(workdir, **options)
     assert done.returncode == 0, done.stderr
-    same_result(tmp_path / "run", uninterrupted)
+    same_result(workdir, tmp_path / "whole")
 
 
 def test_sigterm_saves_at_once_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of a run, by orbax: written in the background, complete or not there at all, verified when read."""
 
+import contextlib
 import dataclasses
 import logging
 import zlib
@@ -16,6 +17,7 @@ from repvgg_jax.errors import RepVGGError
 
 from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
+from .window import DivergedError
 
 METRIC = "top1"
 
@@ -97,10 +99,20 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(None, error) from error
 
-    def close(self) -> None:
-        """Wait, and release the folder."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Complete the save that is under way, also when something else has gone wrong, and release the folder.
+
+        Other processes take part in a save: it is waited for only if they are known to do the same.
+        """
+        if error is None:
+            self.wait()
+            self._manager.close()
+        elif jax.process_count() == 1 or isinstance(error, DivergedError):
+            with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
+                self._manager.close()
 
     def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
         """The newest readable checkpoint's state on the devices; `fresh` (one host copy) if there is none.

@@ -53,8 +53,10 @@ def train(config: Config) -> Result | None:
     """
     cluster.start(config.cluster)
     run = set_up(config)
-    with RunProgress(run.total_steps, run.steps_per_epoch, shown=cluster.is_leader()) as progress:
-        checkpoints = Checkpoints(run.workdir, config.run.keep_checkpoints, progress.note)
+    with (
+        RunProgress(run.total_steps, run.steps_per_epoch, shown=cluster.is_leader()) as progress,
+        Checkpoints(run.workdir, config.run.keep_checkpoints, progress.note) as checkpoints,
+    ):
         state = checkpoints.restore(fresh_state(run), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
@@ -69,7 +71,7 @@ def train(config: Config) -> Result | None:
             cluster.Preemption() as preemption,
         ):
             state, reached = run_steps(run, state, start_step, on_device, watchers, preemption)
-        checkpoints.close()
+        checkpoints.wait()
         if reached < run.total_steps:
             progress.note(
                 f"SIGTERM: stopped after step {reached}, state saved; the same command again goes on from there"

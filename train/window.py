@@ -14,6 +14,10 @@ IN_FLIGHT = 2
 """Steps that may be queued on the device: enough to keep it busy, few enough that batches do not pile up in memory."""
 
 
+class DivergedError(RepVGGError):
+    """The loss or its gradient is not finite; every process finds out at the same step."""
+
+
 class Window:
     """Collects what the parallel step returns, and turns it into rows.
 
@@ -58,12 +62,12 @@ class Window:
         """Wait for the steps, and stop a run that has diverged before its bad state is saved.
 
         Raises:
-          RepVGGError: a loss or a gradient is not finite; says at which step, learning rate and gradient norm.
+          DivergedError: a loss or a gradient is not finite; says at which step, learning rate and gradient norm.
         """
         self._metrics = [(step, _fetch(metrics)) for step, metrics in self._metrics]
         for step, metrics in self._metrics:
             if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
-                raise RepVGGError(
+                raise DivergedError(
                     f"the loss is {metrics['loss']:.4g} at step {step} (learning rate {metrics['learning_rate']:.4g}, "
                     f"gradient norm {metrics['gradient_norm']:.4g}); the last good checkpoint is kept; "
                     "try a lower --learning-rate, more --warmup-epochs or --clip-norm"
