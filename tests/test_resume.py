@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import Runs, rows, weights, without_times
+from run_helpers import rows, weights, without_times
 
 pytestmark = pytest.mark.slow
 
