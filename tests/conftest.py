@@ -32,8 +32,10 @@ def random_variables(model: rv.RepVGG, seed: int = 0, in_channels: int = 3, dtyp
         if kind == "kernel":
             gain = 1.0 if parent in ("conv", "down", "up", "linear") else np.sqrt(2)
             return rng.normal(0, gain / np.sqrt(np.prod(shape[:-1])), shape)
+        if name.endswith("up/bias"):
+            return rng.normal(3, 0.5, shape)  # gates of about 0.95: a stack of halves would leave no signal
         if kind == "scale":
-            return rng.uniform(0.5, 1.1, shape) * rng.choice([1, -1], shape, p=[0.9, 0.1])
+            return rng.uniform(0.5, 1.05, shape) * rng.choice([1, -1], shape, p=[0.9, 0.1])
         if kind == "var":
             return rng.uniform(0.6, 1.6, shape)
         return rng.normal(0, 0.2, shape)  # means and biases

@@ -251,7 +251,9 @@ def randomize(model: RepVGG, seed: int | torch.Generator = 0) -> RepVGG:
             module.running_mean.copy_(normal(module.running_mean, 0.2))
             module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            module.weight.copy_(normal(module.weight, (2 / module.weight[0].numel()) ** 0.5))
+            # Trained gates are seldom saturated: wilder ones, one behind another, amplify rounding a hundredfold.
+            gain = 0.1 if name.endswith((".down", ".up")) else 2.0
+            module.weight.copy_(normal(module.weight, (gain / module.weight[0].numel()) ** 0.5))
             if module.bias is not None:
                 module.bias.copy_(normal(module.bias, 0.2))
 
