@@ -29,14 +29,16 @@ from parity_helpers import (
     variant_of,
 )
 from sklearn.datasets import load_sample_images
+from torch.optim.swa_utils import AveragedModel
 
 import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing, normalize
 from repvgg_jax.weights.layout import expected_shapes, flatten, unflatten
 from train.config import PRESETS, OptimizerConfig
+from train.mixing import mixup
 from train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from train.state import TrainState
-from train.step import Batch, make_train_step
+from train.step import Batch, Mixing, make_train_step
 
 STEPS, CLASSES, SIZE = 10, 6, 32
 
@@ -82,7 +84,12 @@ def rates_of(config: OptimizerConfig) -> np.ndarray:
 
 
 def train_ours(
-    model: rv.RepVGG, variables: Any, batches: list[Batch], config: OptimizerConfig, preprocessing: Preprocessing
+    model: rv.RepVGG,
+    variables: Any,
+    batches: list[Batch],
+    config: OptimizerConfig,
+    preprocessing: Preprocessing,
+    mixing: Mixing | None = None,
 ) -> tuple[list[float], TrainState]:
     """The loss before each step, and the final state."""
     rates = jnp.asarray(rates_of(config))
@@ -95,9 +102,13 @@ def train_ours(
         preprocessing,
         label_smoothing=config.label_smoothing,
         auxiliary_weight=config.auxiliary_weight,
+        mixing=mixing,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
     )
-    params = variables["params"]
-    state = TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+    params, stats = variables["params"], variables["batch_stats"]
+    averages = dict(ema_params=params, ema_batch_stats=stats) if config.ema_decay else {}
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params), **averages)
     step, losses = compiled(train_step, state, batches[0]), []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -107,7 +118,11 @@ def train_ours(
 
 
 def train_oracle(
-    oracle: torch_oracle.RepVGG, batches: list[Batch], config: OptimizerConfig, preprocessing: Preprocessing
+    oracle: torch_oracle.RepVGG,
+    batches: list[Batch],
+    config: OptimizerConfig,
+    preprocessing: Preprocessing,
+    **options: Any,
 ) -> list[float]:
     """The same with `torch.optim.SGD`, autograd and torch's cross-entropy."""
     prepare = jax.jit(lambda images: normalize(images, preprocessing))
@@ -121,17 +136,29 @@ def train_oracle(
         nesterov=config.nesterov,
         label_smoothing=config.label_smoothing,
         aux_weight=config.auxiliary_weight,
+        accumulate=config.accumulate,
+        **options,
     )
 
 
 CASES = {"grouped": PLAIN, "SE before ReLU": FULL, "plus": FULL}
-SLOW_CASES = {"RepVGG-A0": FULL, "RepVGG-B0": PLAIN}
+# Of 22 and 28 layers. Long steps and a BN over 16 values would amplify the last bit of a float32 weight to a third of
+# the loss, in PyTorch alone.
+SLOW_CASES = {
+    "RepVGG-A0": dataclasses.replace(FULL, learning_rate=0.03),
+    "RepVGG-B0": dataclasses.replace(PLAIN, learning_rate=0.03),
+}
+
+
+def size_of(name: str) -> int:
+    """Pixels of a side: enough for the last stage's BN."""
+    return 2 * SIZE if name in SLOW_CASES else SIZE
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)])
 def test_ten_steps_in_float64(name, tmp_path):
     config = (CASES | SLOW_CASES)[name]
-    oracle, batches = make_oracle(name, CLASSES), photograph_batches()
+    oracle, batches = make_oracle(name, CLASSES), photograph_batches(size_of(name))
     start = to_flax(oracle, name, tmp_path)
     with jax.enable_x64(True):
         losses, state = train_ours(flax_model(name, "float64", CLASSES), cast(start, "float64"), batches, config, EXACT)
@@ -146,11 +173,14 @@ def test_ten_steps_in_float64(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["plus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "SE before ReLU", *SLOW_CASES))],
+    ["plus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "SE before ReLU"))],
 )
 def test_ten_steps_in_float32(name, tmp_path):
-    """To rounding: about as far from exact arithmetic as PyTorch in float32 is, with the real preprocessing."""
-    config, batches, preprocessing = (CASES | SLOW_CASES)[name], photograph_batches(), Preprocessing(SIZE)
+    """To rounding: about as far from exact arithmetic as PyTorch in float32 is, with the real preprocessing.
+
+    Not for the full-size nets: there PyTorch's own float32 moves some weights by percents within ten steps.
+    """
+    config, batches, preprocessing = CASES[name], photograph_batches(), Preprocessing(SIZE)
     start = to_flax(make_oracle(name, CLASSES), name, tmp_path)
     losses, state = train_ours(flax_model(name, "float32", CLASSES), start, batches, config, preprocessing)
     variant, oracles, leaves = variant_of(name), {}, {}
@@ -167,6 +197,40 @@ def test_ten_steps_in_float32(name, tmp_path):
     assert relative_difference(oracles["float64"], losses) <= far(theirs)
     theirs = largest_difference(leaves["float64"], unflatten(leaves["float32"]))
     assert largest_difference(leaves["float64"], state.variables) <= far(theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["plus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "SE before ReLU"))]
+)
+def test_mixup_accumulation_and_the_moving_average_in_float64(name, tmp_path):
+    share, decay = 0.3, 0.6
+    config = dataclasses.replace(FULL, accumulate=2, ema_decay=decay)
+    oracle, batches = make_oracle(name, CLASSES), photograph_batches()
+    start = to_flax(oracle, name, tmp_path)
+    mixing = lambda _, images, targets: mixup(images.astype("float64"), targets, share)  # noqa: E731
+    with jax.enable_x64(True):
+        model = flax_model(name, "float64", CLASSES)
+        losses, state = train_ours(model, cast(start, "float64"), batches, config, EXACT, mixing)
+
+    def average(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+        kept = np.minimum(np.float32(decay), np.float32(int(count) / (9 + int(count))))  # the start counts as one
+        return old + float(1 - kept) * (new - old)
+
+    oracle = oracle.double()
+    averaged = AveragedModel(oracle, avg_fn=average, use_buffers=True)
+    averaged.update_parameters(oracle)  # the first time, it copies
+    expected_losses = train_oracle(oracle, batches, config, EXACT, mixup=share, average=averaged)
+    assert relative_difference(expected_losses, losses) <= 1e-10
+    assert largest_difference(leaves_of(oracle, variant_of(name)), state.variables) <= 1e-10
+    expected = leaves_of(cast_module(averaged.module), variant_of(name))
+    assert largest_difference(expected, state.ema_variables) <= 1e-10
+    assert largest_difference(expected, state.variables) > 1e-3, "the average is no other than the weights"
+
+
+def cast_module(module: Any) -> torch_oracle.RepVGG:
+    """What `AveragedModel` wraps, by its own type."""
+    assert isinstance(module, torch_oracle.RepVGG)
+    return module
 
 
 def mask_by_leaf(variant: rv.Variant) -> dict[str, bool]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 SE = Literal["pre", "post"] | None  # squeeze-excite before the ReLU (C/16), or after it (C/4)
 LAST_GROUPED_BLOCK = 26
@@ -301,8 +302,15 @@ def sgd_steps(
     nesterov: bool = False,
     label_smoothing: float = 0.0,
     aux_weight: float = 0.1,
+    mixup: float = 1.0,
+    accumulate: int = 1,
+    average: AveragedModel | None = None,
 ) -> list[float]:
-    """Train `model` in place on (images, integer labels), one step a batch; the loss before each step."""
+    """Train `model` in place on (images, integer labels), one step a batch; the loss before each step.
+
+    `mixup` is the share that an image keeps, the rest being its portion's at the other end; the loss is mixed rather
+    than the labels (arXiv 1710.09412). `average` follows after every step.
+    """
     groups = recipe_parameter_groups(model, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
     dtype, losses = next(model.parameters()).dtype, []
@@ -310,14 +318,20 @@ def sgd_steps(
     for step, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = lr_schedule(step) if callable(lr_schedule) else lr_schedule[step]
-        outputs = model(images.to(dtype))
-        outputs = outputs if isinstance(outputs, dict) else {"main": outputs}
-        loss = torch.zeros((), dtype=dtype)
-        for name, logits in outputs.items():
-            weight = 1.0 if name == "main" else aux_weight
-            loss = loss + weight * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for part, truth in zip(images.to(dtype).chunk(accumulate), labels.chunk(accumulate), strict=True):
+            outputs = model(mixup * part + (1 - mixup) * part.flip(0))
+            outputs = outputs if isinstance(outputs, dict) else {"main": outputs}
+            loss = torch.zeros((), dtype=dtype)
+            for name, logits in outputs.items():
+                weight = 1.0 if name == "main" else aux_weight
+                for share, wanted in ((mixup, truth), (1 - mixup, truth.flip(0))):
+                    loss = loss + weight * share * F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
+            (loss / accumulate).backward()
+            total += loss.item() / accumulate
         optimizer.step()
-        losses.append(loss.item())
+        if average is not None:
+            average.update_parameters(model)
+        losses.append(total)
     return losses
