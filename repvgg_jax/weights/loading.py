@@ -6,6 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 HEAD_SEED = 0
 """A fresh classifier is the same one every time."""
+
+MAX_THREADS = 4
+"""Tensors read and transposed at once; each thread holds a copy of one in the file's layout."""
 
 HEADS = ("linear", *(f"{name}/linear" for name in AUX_HEADS))
 
@@ -82,12 +86,15 @@ def load_weights(
         info, file = contents.info, contents.file
         wanted = num_classes or info.num_classes
         fresh = wanted != info.num_classes
-        leaves = {}
-        for item in contents.items:
-            if item.leaf is not None and not (fresh and _is_head(item.leaf)):
-                leaf = to_leaf(file.read(file.tensors[item.key]), item)
-                check_finite(leaf, item.key, f"{path}")
-                leaves[item.leaf] = jax.device_put(leaf)
+
+        def leaf_of(item: Item) -> jax.Array:
+            leaf = to_leaf(file.read(file.tensors[item.key]), item)
+            check_finite(leaf, item.key, f"{path}")
+            return jax.device_put(leaf)
+
+        chosen = {i.leaf: i for i in contents.items if i.leaf is not None and not (fresh and _is_head(i.leaf))}
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            leaves = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
         for note in file.notes:
             warnings.warn(note, WeightsWarning, stacklevel=2)
     if fresh:

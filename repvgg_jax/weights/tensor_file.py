@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Tensor:
 
 @dataclasses.dataclass
 class TensorFile:
-    """An open weight file. Tensors are read one by one, into one buffer that the next read overwrites.
+    """An open weight file. Tensors are read one by one, into a buffer that the thread's next read overwrites.
 
     Attributes:
       path: its name, for messages.
@@ -63,28 +64,31 @@ class TensorFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    _buffer: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _local: threading.local = dataclasses.field(default_factory=threading.local)
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's values; valid until the next `read`.
+        """The tensor's values; valid until the same thread's next `read`.
 
         Raises:
           WeightsError: the file ends before the tensor does, or cannot be read.
         """
         count = tensor.span * tensor.dtype.itemsize
-        if self._buffer.size < count:
-            self._buffer = np.empty(count, np.uint8)
-        view = self._buffer.data[:count]
+        buffer: np.ndarray = getattr(self._local, "buffer", np.empty(0, np.uint8))
+        if buffer.size < count:
+            buffer = self._local.buffer = np.empty(count, np.uint8)
+        view = buffer.data[:count]
         try:
-            self.handle.seek(tensor.offset)
-            while len(view):
-                got = self.handle.readinto(view)
-                if not got:
-                    raise WeightsError(f"{self.path} was cut short while it was read")
-                view = view[got:]
+            with self._lock:
+                self.handle.seek(tensor.offset)
+                while len(view):
+                    got = self.handle.readinto(view)
+                    if not got:
+                        raise WeightsError(f"{self.path} was cut short while it was read")
+                    view = view[got:]
         except OSError as error:
             raise WeightsError(f"cannot read {self.path}: {error.strerror or error}") from error
-        values = self._buffer[:count].view(tensor.dtype)
+        values = buffer[:count].view(tensor.dtype)
         strides = [step * tensor.dtype.itemsize for step in tensor.strides]
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
