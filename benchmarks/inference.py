@@ -1,0 +1,331 @@
+"""Deploy inference here and in the runtimes people would use instead: images/s, ratios, agreement, peak memory.
+
+`python -m benchmarks.inference [--models …] [--batch-sizes …]` on a CPU: the predictor against plain `jit`, PyTorch
+(eager, and through `torch.compile`), ONNX Runtime and OpenVINO. `--device gpu`: against
+`torch.compile(mode="max-autotune")` in float32 (with and without TF32) and bfloat16, and Flax ResNets beside them.
+
+All run the same random weights on the same images, each in a process of its own; they take turns, several rounds, and
+each round of each is one measurement of at least `SECONDS`. The median counts. Outputs are compared with float64.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
+
+CPU_NAMES = ("ours", "ours tuned", "plain jit", "torch", "torch.compile", "onnxruntime", "openvino")
+OURS = ("ours", "ours tuned")
+GPU_NAMES = ("ours", "torch.compile")
+RESNETS = ("ResNet-18", "ResNet-50", "ResNet-101")
+SECONDS = 0.5
+CLASSES = 1000
+
+Predict = Callable[[np.ndarray], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one contestant runs: read back from a JSON line by the worker."""
+
+    folder: str
+    model: str
+    batch_size: int
+    image_size: int
+    dtype: str = "float32"
+    tf32: bool = False
+
+    def images(self) -> np.ndarray:
+        """Random normalised pixels, float32 `[N, H, W, 3]`."""
+        shape = (self.batch_size, self.image_size, self.image_size, 3)
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+    def file(self, suffix: str) -> Path:
+        """The weights in one of the formats, or a contestant's logits."""
+        return Path(self.folder) / f"{self.model}{suffix}"
+
+
+def write_files(case: Case, *, onnx: bool) -> None:
+    """The same deploy-form weights for everybody: fused from a training form with random BatchNorm."""
+    import jax
+
+    import repvgg_jax as rv
+    from tests.conftest import random_variables
+
+    model = rv.create_model(case.model, CLASSES)
+    deploy, variables = rv.to_deploy(model, jax.tree.map(np.asarray, random_variables(model)))
+    rv.save_weights(case.file(".safetensors"), deploy, variables)
+    rv.save_weights(case.file(".pth"), deploy, variables)
+    if onnx:
+        rv.export_onnx(case.file(".onnx"), deploy, variables)
+
+
+def reference_logits(case: Case) -> np.ndarray:
+    """Logits `[N, classes]` in float64, by PyTorch."""
+    import torch
+
+    model = torch_model(case).double()
+    with torch.inference_mode():
+        return model(torch.from_numpy(case.images()).double().permute(0, 3, 1, 2)).numpy()
+
+
+def torch_model(case: Case) -> Any:
+    """The independent PyTorch implementation that the tests use, in deploy form."""
+    import torch
+
+    from tests import torch_oracle
+
+    model = torch_oracle.create(case.model, CLASSES, deploy=True).eval()
+    model.load_state_dict(torch.load(case.file(".pth"), weights_only=True))
+    return model
+
+
+def make_ours(case: Case, *, tune: bool) -> Predict:
+    """`rv.make_predictor`."""
+    import jax.numpy as jnp
+
+    import repvgg_jax as rv
+
+    model, variables = rv.load_weights(case.file(".safetensors"))
+    return rv.make_predictor(
+        model, variables, case.batch_size, case.image_size, dtype=jnp.dtype(case.dtype), tune=tune
+    )
+
+
+def make_plain_jit(case: Case) -> Predict:
+    """`lax.conv_general_dilated` throughout, under `jit` with JAX's defaults."""
+    import jax
+
+    import repvgg_jax as rv
+
+    model, variables = rv.load_weights(case.file(".safetensors"))
+    apply = jax.jit(model.apply)
+    return lambda images: np.asarray(apply(variables, images))
+
+
+def make_torch(case: Case, *, compiled: bool) -> Predict:
+    """channels_last, eager or through `torch.compile`."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
+    dtype = getattr(torch, case.dtype)
+    model = torch_model(case).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    if compiled:
+        model = torch.compile(model, mode="max-autotune" if on_gpu else "default")
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            x = torch.from_numpy(images).permute(0, 3, 1, 2)  # NHWC in memory already: this is channels_last
+            return model(x.to(device=device, dtype=dtype)).float().cpu().numpy()
+
+    return predict
+
+
+def make_onnxruntime(case: Case) -> Predict:
+    """ONNX Runtime with its defaults."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(case.file(".onnx"), providers=["CPUExecutionProvider"])
+    images = np.ascontiguousarray(case.images().transpose(0, 3, 1, 2))  # its own layout, outside the clock
+    return lambda _: session.run(None, {"images": images})[0]
+
+
+def make_openvino(case: Case) -> Predict:
+    """OpenVINO in float32, for latency of one request at a time, as the others run."""
+    import openvino
+
+    core = openvino.Core()
+    network = core.read_model(case.file(".onnx"))
+    network.reshape([case.batch_size, 3, case.image_size, case.image_size])
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(network, "CPU", options).create_infer_request()
+    images = np.ascontiguousarray(case.images().transpose(0, 3, 1, 2))
+
+    def predict(_: np.ndarray) -> np.ndarray:
+        return np.array(request.infer({0: images})[0])
+
+    return predict
+
+
+def make_resnet(case: Case) -> Predict:
+    """A Flax ResNet under `jit`."""
+    import jax
+    import jax.numpy as jnp
+
+    from .resnet import create_resnet
+
+    model = create_resnet(case.model, CLASSES, dtype=jnp.dtype(case.dtype))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, case.image_size, case.image_size, 3)))
+    apply = jax.jit(model.apply)
+    return lambda images: np.asarray(apply(variables, images))
+
+
+def contestant_predict(name: str, case: Case) -> Predict:
+    """The function that the contestant `name` is timed with."""
+    if case.model in RESNETS:
+        return make_resnet(case)
+    makers: dict[str, Callable[[Case], Predict]] = {
+        "ours": lambda case: make_ours(case, tune=False),
+        "ours tuned": lambda case: make_ours(case, tune=True),
+        "plain jit": make_plain_jit,
+        "torch": lambda case: make_torch(case, compiled=False),
+        "torch.compile": lambda case: make_torch(case, compiled=True),
+        "onnxruntime": make_onnxruntime,
+        "openvino": make_openvino,
+    }
+    return makers[name](case)
+
+
+def work(name: str, case: Case) -> None:
+    """A worker: compile, write the logits for comparison, then time on demand."""
+    if case.dtype == "float32" and name in OURS and not case.tf32:
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU; nothing on a CPU
+    predict, images = contestant_predict(name, case), case.images()
+    baseline = peak_resident_bytes()  # libraries and weights; what follows is the runtime's own
+    np.save(case.file(f"-{name}.npy"), predict(images))
+
+    def run() -> Numbers:
+        calls, start = 0, time.perf_counter()
+        while calls == 0 or time.perf_counter() - start < SECONDS:
+            predict(images)
+            calls += 1
+        return {"seconds": (time.perf_counter() - start) / calls}
+
+    run()
+    serve(run, lambda: {"bytes": peak_resident_bytes(), "before_first_call": baseline})
+
+
+def roofline() -> float:
+    """Multiply-adds a second of the best large float32 matrix product found here: PyTorch's or XLA's."""
+    import jax
+    import torch
+
+    size = 2048
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    tensor, array, product = torch.from_numpy(a), jax.device_put(a), jax.jit(lambda x: x @ x)
+
+    def rate(multiply: Callable[[], Any]) -> float:
+        multiply()
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            multiply()
+            times.append(time.perf_counter() - start)
+        return size**3 / min(times)
+
+    return max(rate(lambda: tensor @ tensor), rate(lambda: product(array).block_until_ready()))
+
+
+def contest(case: Case, names: Sequence[str], rounds: int) -> dict[str, Contestant]:
+    """All of them on one case, in turn."""
+    line = json.dumps(dataclasses.asdict(case))
+    contestants = [Contestant(name, "benchmarks.inference", ["--case", line]) for name in names]
+    alternate(contestants, rounds)
+    return {contestant.name: contestant for contestant in contestants}
+
+
+def seconds(contestant: Contestant) -> float:
+    """Median over the rounds, of one call."""
+    return statistics.median(run["seconds"] for run in contestant.runs)
+
+
+def multiplications(model: str, image_size: int) -> int:
+    """Of the deploy form by the direct sum, for one image."""
+    import repvgg_jax as rv
+    from repvgg_jax.planner import stage_layers
+
+    variant = rv.create_model(model).variant
+    layers = [layer for stage in stage_layers(variant, (image_size, image_size)) for layer in stage]
+    return sum(layer.shape.multiplications for layer in layers)
+
+
+def report(case: Case, contestants: dict[str, Contestant], peak: float | None, reference: np.ndarray | None) -> None:
+    """One block of the table."""
+    peers = {name: seconds(c) for name, c in contestants.items() if name not in OURS}
+    best = min(peers.values()) if peers else None
+    title = f"{case.model}, batch {case.batch_size}, {case.image_size}x{case.image_size}, {case.dtype}"
+    title += " (TF32)" if case.tf32 else ""
+    print(f"\n{title}\n{'':14} {'ms':>9} {'images/s':>9} {'best peer':>10} {'roofline':>9} {'peak MB':>8} {'error':>8}")
+    for name, contestant in contestants.items():
+        own = seconds(contestant)
+        ratio = f"{best / own:.2f} x" if best else ""
+        bound = ""
+        if peak is not None:
+            direct = multiplications(case.model, case.image_size) * case.batch_size
+            bound = f"{direct / own / peak:.2f}"
+        error = ""
+        if reference is not None:
+            logits = np.load(case.file(f"-{name}.npy"))
+            error = f"{np.linalg.norm(logits - reference) / np.linalg.norm(reference):.0e}"
+        memory = contestant.summary["bytes"] / 1e6
+        print(
+            f"{name:14} {1e3 * own:9.2f} {case.batch_size / own:9.1f} {ratio:>10} {bound:>9} {memory:8.0f} {error:>8}",
+            flush=True,
+        )
+
+
+def run_cpu(arguments: argparse.Namespace) -> None:
+    """The table for a CPU."""
+    peak = roofline()
+    print(f"matrix product: {peak / 1e9:.0f} G multiply-adds/s; `roofline`: direct multiplications a second over that")
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            for position, batch_size in enumerate(arguments.batch_sizes):
+                case = Case(folder, model, batch_size, arguments.image_size)
+                if position == 0:
+                    write_files(case, onnx=True)
+                report(case, contest(case, arguments.contestants, arguments.rounds), peak, reference_logits(case))
+
+
+def run_gpu(arguments: argparse.Namespace) -> None:
+    """The table for a GPU."""
+    for model in [*arguments.models, *RESNETS]:
+        with tempfile.TemporaryDirectory() as folder:
+            write = model not in RESNETS
+            for batch_size in arguments.batch_sizes:
+                for dtype, tf32 in (("float32", False), ("float32", True), ("bfloat16", False)):
+                    case = Case(folder, model, batch_size, arguments.image_size, dtype, tf32)
+                    if write:
+                        write_files(case, onnx=False)
+                        write = False
+                    names = ("ours",) if model in RESNETS else GPU_NAMES
+                    report(case, contest(case, names, arguments.rounds), None, None)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["RepVGG-A0", "RepVGG-A2", "RepVGG-B1"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="1 16 64 on a CPU, 1 128 1024 on a GPU")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--contestants", nargs="+", choices=CPU_NAMES, default=CPU_NAMES)
+    parser.add_argument("--worker", help="internal")
+    parser.add_argument("--case", help="internal")
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        work(arguments.worker, Case(**json.loads(arguments.case)))
+        return
+    if arguments.batch_sizes is None:
+        arguments.batch_sizes = [1, 16, 64] if arguments.device == "cpu" else [1, 128, 1024]
+    print(f"Python {sys.version.split()[0]}, {arguments.rounds} rounds", flush=True)
+    run_cpu(arguments) if arguments.device == "cpu" else run_gpu(arguments)
+
+
+if __name__ == "__main__":
+    main()
