@@ -45,10 +45,13 @@ class Runs:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
         return words
 
-    def start(self, workdir: Path, devices: int = 1, **options: Any) -> subprocess.Popen:
-        """A run in the background."""
+    def start(
+        self, workdir: Path, devices: int = 1, largest_file: int | None = None, **options: Any
+    ) -> subprocess.Popen:
+        """A run in the background; `largest_file`: bytes after which writing fails, as it does on a full disk."""
+        limit = [] if largest_file is None else ["prlimit", f"--fsize={largest_file}"]
         return subprocess.Popen(
-            self.command(workdir, **options),
+            limit + self.command(workdir, **options),
             env=environment(devices, self.cache),
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -98,6 +98,23 @@ def test_sigterm_saves_at_once_and_the_same_command_goes_on(runs, uninterrupted,
     same_result(workdir, uninterrupted)
 
 
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, ema_decay=0.99)
+    wait_for(lambda: steps_in(workdir))
+    process.kill()
+    process.communicate()
+    kept = steps_in(workdir)
+    full = runs.finish(workdir, ema_decay=0.99, largest_file=4096)
+    assert full.returncode == 2
+    (line,) = full.stderr.splitlines()
+    assert line.startswith("error: cannot write the checkpoint of step ")
+    assert "File too large" in line
+    assert line.endswith(f"the checkpoint of step {kept[-1]} is kept")
+    assert runs.finish(workdir, ema_decay=0.99).returncode == 0
+    same_result(workdir, uninterrupted)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(runs, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     process = runs.start(workdir, ema_decay=0.99)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every step of its work
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises, and every step
         self._directory = (workdir / "checkpoints").absolute()
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
@@ -100,6 +101,7 @@ class Checkpoints:
             raise self._failed(None, error) from error
 
     def __enter__(self) -> "Checkpoints":
+        self._unraisablehook, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -110,6 +112,7 @@ class Checkpoints:
         if error is None:
             self.wait()
             self._manager.close()
+            sys.unraisablehook = self._unraisablehook
         elif jax.process_count() == 1 or isinstance(error, DivergedError):
             with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
                 self._manager.close()
@@ -170,7 +173,7 @@ class Checkpoints:
             )
 
     def _failed(self, step: int | None, error: Exception) -> RepVGGError:
-        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+        what = "the last checkpoint" if step is None else f"the checkpoint of step {step} or the one before"
         kept = self.steps()
         remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier one"
         return RepVGGError(f"cannot write {what} to {self._directory}: {_line(error)}; {remains}")
@@ -178,6 +181,16 @@ class Checkpoints:
 
 class _UnfittingError(Exception):
     """A sound checkpoint of something else."""
+
+
+def _without_late_writes(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """`sys.unraisablehook` without tensorstore's writes that fail after the first, whose error orbax has raised."""
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
 
 
 def checksum(tree: Mapping[str, Any]) -> int:
@@ -240,6 +253,6 @@ def _own(stats: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """An error's text on one line of bounded length."""
+    """An error's text on one line of bounded length: its beginning, and its end, where the system's reason stands."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"
+    return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

@@ -2,10 +2,15 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # generated
+from tensorboardX.summary import scalar
 
 from repvgg_jax.errors import RepVGGError
 from repvgg_jax.files import atomic_path
@@ -52,10 +57,14 @@ class MetricsLog:
             rows = [row for row in rows if row["step"] < start_step or "form" not in row]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file: TextIO | None = path.open("a", buffering=1)
-        self._events: SummaryWriter | None = SummaryWriter(
-            str(workdir), purge_step=start_step + 1 if start_step else None
-        )
+        self._workdir = workdir
+        with self._written():
+            # Both are written from this thread and at once, so that a full disk is heard of here.
+            self._file: BinaryIO | None = path.open("ab", buffering=0)
+            self._events: EventsWriter | None = EventsWriter(str(workdir / "events"))
+            if start_step:  # TensorBoard forgets the steps from here on
+                self._add_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+                self._events.flush()
 
     @classmethod
     def silent(cls) -> "MetricsLog":
@@ -65,20 +74,39 @@ class MetricsLog:
         return log
 
     def write(self, row: Row, prefix: str) -> None:
-        """Append one row; TensorBoard shows its numbers as `PREFIX/NAME`."""
+        """Append one row; TensorBoard shows its numbers as `PREFIX/NAME`.
+
+        Raises:
+          RepVGGError: the disk is full, or the folder cannot be written to any more.
+        """
         if self._file is None or self._events is None:
             return
         clean = {name: _rounded(value) for name, value in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        for name, value in clean.items():
-            if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+        with self._written():
+            self._file.write((json.dumps(clean) + "\n").encode())
+            for name, value in clean.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._add_event(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
+            self._events.flush()
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both; everything is written already."""
         if self._file is not None and self._events is not None:
             self._file.close()
-            self._events.close()
+            with suppress(OSError):  # what could not be written has been told of
+                self._events.close()
+
+    def _add_event(self, event: Event) -> None:
+        assert self._events is not None
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RepVGGError(f"cannot write the metrics to {self._workdir}: {error.strerror or error}") from error
 
 
 def _rounded(value: Any) -> Any:
