@@ -50,7 +50,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises, and every step
+        for name in ("absl", "asyncio"):  # orbax logs every step of its work, and what it raises as well
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._directory = (workdir / "checkpoints").absolute()
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
