@@ -1,6 +1,7 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
-from .errors import ConfigError, DataError, FusionError, RepVGGError, UnknownModelError, WeightsError
+from .errors import ConfigError, DataError, ExportError, FusionError, RepVGGError, UnknownModelError, WeightsError
+from .export import export_onnx
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
@@ -12,6 +13,7 @@ from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
 __all__ = [
     "ConfigError",
     "DataError",
+    "ExportError",
     "FusionError",
     "Preprocessing",
     "RepVGG",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "create_model",
     "equivalent_kernel_bias",
+    "export_onnx",
     "fuse_variables",
     "inspect_weights",
     "list_models",

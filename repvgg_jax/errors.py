@@ -17,6 +17,10 @@ class WeightsError(RepVGGError):
     """A weight file that cannot be read, or that does not fit the model asked for."""
 
 
+class ExportError(RepVGGError):
+    """A net that cannot be written for another runtime: a library is missing, or the file computes something else."""
+
+
 class DataError(RepVGGError):
     """A data set that cannot be found or read, or an image that is no image."""
 
