@@ -20,10 +20,10 @@ from .pictures import Picture, flip, resized_crop, to_pil
 Transform = Callable[[Picture, np.random.Generator, int], np.ndarray]
 
 # random_affine: enough to blur the difference between two writers, too little to turn a digit into another.
-MAX_ROTATION: Final = math.radians(8)
+MAX_ROTATION: Final = math.radians(15)
 SCALE: Final = (0.85, 1.15)
-MAX_SHEAR: Final = math.radians(5)
-MAX_TRANSLATION: Final = 0.06
+MAX_SHEAR: Final = math.radians(10)
+MAX_TRANSLATION: Final = 0.1
 
 
 def random_resized_crop_flip(
