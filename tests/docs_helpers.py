@@ -27,7 +27,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 PAGES += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/**/*.md"))
 
-_BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.M | re.S
+)
 
 
 @dataclasses.dataclass(frozen=True)
