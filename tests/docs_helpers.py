@@ -219,6 +219,14 @@ def shortened(config: train_config.Config) -> train_config.Config:
     )
 
 
+def run_page(page: str, sandbox: Sandbox) -> None:
+    """Run a page's blocks in order, those apart that say why they are not run."""
+    namespace = {"__name__": page}
+    for block in blocks(page):
+        if block.reason is None:
+            sandbox.run(block, namespace)
+
+
 @pytest.fixture
 def offline_hub(tmp_path, monkeypatch):
     """huggingface_hub looks into the sandbox, and nowhere else."""
