@@ -1,4 +1,4 @@
-"""Claim: the examples do what they say: fine-tuning ends in a fused net of the new classes, a loop of one's own learns."""
+"""Claim: fine-tuning ends in a fused net of the new classes, and a training loop of one's own learns and fuses."""
 
 import re
 
