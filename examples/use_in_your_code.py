@@ -35,7 +35,7 @@ def main() -> None:
         model, variables = rv.load_weights(sys.argv[1], num_classes=10)
     else:
         model = rv.create_model(SMALL, num_classes=10)
-        variables = model.init(jax.random.key(0), images[:1])
+        variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     params, batch_stats = variables["params"], variables["batch_stats"]
 
     # Train: BatchNorm's running statistics are part of the result.
@@ -67,8 +67,8 @@ def main() -> None:
     # Fuse and compare. `to_deploy` leaves its inputs alone.
     variables = {"params": params, "batch_stats": batch_stats}
     deploy_model, deploy_variables = rv.to_deploy(model, variables)
-    logits = model.apply(variables, images[1437:])
-    fused_logits = deploy_model.apply(deploy_variables, images[1437:])
+    logits = jax.jit(model.apply)(variables, images[1437:])
+    fused_logits = jax.jit(deploy_model.apply)(deploy_variables, images[1437:])
     difference = np.linalg.norm(logits - fused_logits) / np.linalg.norm(logits)
     print(f"relative difference between the two forms: {difference:.1e}")
 

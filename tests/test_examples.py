@@ -106,13 +106,22 @@ def test_small_classes_have_an_image_on_either_side(photos, tmp_path):
         assert len(list((out / "val" / "dahlia").iterdir())) == 1
 
 
-def test_a_loop_of_ones_own_learns_and_fuses(tmp_path):
+def check_own_loop(*arguments: object) -> None:
+    done = command("examples.use_in_your_code", *arguments)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
+    assert losses[-1] < 0.6 < np.log(10)
+    assert float(re.findall(r"forms: (\S+)", done.stdout)[0]) < 1e-5
+    assert float(re.findall(r"(\S+) % of 360", done.stdout)[0]) > 80
+
+
+def test_a_loop_of_ones_own_learns_and_fuses():
+    check_own_loop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
+def test_a_loop_of_ones_own_starts_from_a_file_of_other_classes(tmp_path):
     model = rv.create_model(use_in_your_code.SMALL, num_classes=4)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
-    for arguments in ((), (tmp_path / "w.safetensors",)):
-        done = command("examples.use_in_your_code", *arguments)
-        assert done.returncode == 0, done.stderr
-        losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
-        assert losses[-1] < 0.6 < np.log(10)
-        assert float(re.findall(r"forms: (\S+)", done.stdout)[0]) < 1e-5
-        assert float(re.findall(r"(\S+) % of 360", done.stdout)[0]) > 80
+    check_own_loop(tmp_path / "w.safetensors")
