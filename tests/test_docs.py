@@ -14,6 +14,7 @@ from docs_helpers import (
     ROOT,
     Sandbox,
     blocks,
+    check_tool,
     command_lines,
     module_call,
     offline_hub,
@@ -40,6 +41,11 @@ def test_every_command_is_one_that_its_parser_understands(page):
     for block in (b for b in blocks(page) if b.language == "sh"):
         subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
         for module, arguments in filter(None, map(module_call, command_lines(block.code))):
+            if module == "venv":
+                continue
+            if module == "pip":
+                check_tool([module, *arguments], block.place)
+                continue
             assert module in PARSERS, f"{block.place}: no command python -m {module}"
             try:
                 PARSERS[module](arguments)
