@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import torch
 import tyro
 from command_helpers import command
 from conftest import random_variables
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -140,10 +142,12 @@ class Sandbox:
 
     Args:
       folder: where; the current directory while blocks run.
+      trains: run training commands, for an epoch of few small images; else they are read by their parser, and leave
+        what a finished run leaves, with random weights.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, trains: bool):
+        self.folder, self.trains = folder, trains
         model = rv.create_model("RepVGG-A0")
         variables = random_variables(model)
         rv.save_weights(folder / "RepVGG-A0-train.pth", model, variables)
@@ -186,7 +190,11 @@ class Sandbox:
         module, arguments = call
         arguments = [found for word in arguments for found in self._expand(word)]
         if module == "train.main":
-            train_main.train(shortened(train_config.parse(arguments)))
+            config = train_config.parse(arguments)
+            if self.trains:
+                train_main.train(shortened(config))
+            else:
+                leave_finished_run(config)
             return
         done = command(_ENTRY_POINTS.get(module, module), *arguments)
         assert done.returncode == 0, f"{place}: {' '.join(words)}\n{done.stderr}"
@@ -219,6 +227,17 @@ def shortened(config: train_config.Config) -> train_config.Config:
     )
 
 
+def leave_finished_run(config: train_config.Config) -> None:
+    """What later commands of a page look for in the run's folder."""
+    model, workdir = rv.create_model(config.model.model, num_classes=2), Path(config.run.workdir)
+    variables = random_variables(model)
+    workdir.mkdir(parents=True)
+    rv.save_weights(workdir / "final.safetensors", model, variables, class_names=("dahlia", "pagoda"))
+    rv.save_weights(workdir / "deploy.safetensors", *rv.to_deploy(model, variables), class_names=("dahlia", "pagoda"))
+    row = {"step": 1, "epoch": 1.0, "loss": 0.5, "top1": 0.5, "learning_rate": 0.1}
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
 def run_page(page: str, sandbox: Sandbox) -> None:
     """Run a page's blocks in order, those apart that say why they are not run."""
     namespace = {"__name__": page}
@@ -237,8 +256,11 @@ def offline_hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch, offline_hub) -> Sandbox:
+def sandbox(tmp_path, monkeypatch, offline_hub) -> Iterator[Sandbox]:
     """Small nets under the published names, and the folder as current directory."""
     use_small_nets(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    return Sandbox(tmp_path)
+    cache_before = jax.config.jax_compilation_cache_dir  # a page shows how to set it
+    yield Sandbox(tmp_path, trains=False)
+    jax.config.update("jax_compilation_cache_dir", cache_before)
+    compilation_cache.reset_cache()

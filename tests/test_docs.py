@@ -1,8 +1,8 @@
 """Claim: every code block of README, docs and examples does what it says.
 
 Python blocks run in the order of their page and share its names; commands are read by their real parsers and run, on
-real photographs. Small nets stand under the published names (`docs_helpers`), in the slow test the published ones.
-What cannot run here says why, in a comment on the page.
+real photographs. Small nets stand under the published names, and training is left to `test_examples.py`; in the slow
+tests the published nets train. What cannot run here says why, in a comment on the page.
 """
 
 import subprocess
@@ -65,9 +65,10 @@ def test_the_blocks_of_a_page_run_in_order(page, sandbox):
 
 
 @pytest.mark.slow
-def test_the_readme_runs_with_the_published_networks(tmp_path, monkeypatch, offline_hub):
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_a_page_with_its_training_runs_with_the_published_networks(page, tmp_path, monkeypatch, offline_hub):
     monkeypatch.chdir(tmp_path)
-    run_page("README.md", Sandbox(tmp_path))
+    run_page(page, Sandbox(tmp_path, trains=True))
 
 
 def test_the_pages_are_where_they_are_looked_for():

@@ -19,6 +19,7 @@ __all__ = ["offline_hub", "sandbox"]
 
 
 def test_fine_tuning_ends_in_a_fused_net_of_the_new_classes(sandbox):
+    sandbox.trains = True
     run_page("examples/finetune/README.md", sandbox)
 
     run = sandbox.folder / "runs" / "photos"
