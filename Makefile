@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Quiet start-up: the demo's output is meant to be read.
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -24,14 +24,21 @@ lint: $(VENV)/dev.installed  ## Style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+docs: $(VENV)/docs.installed  ## The documentation as a site in build/site; broken links are errors
+	$(RUN) -m mkdocs build
+
 clean:  ## Forget the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build/site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/train.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[train]'
+	touch $@
+
+$(VENV)/docs.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # timm pins a torchvision that pins a torch; both are only oracles of the tests, so they come without.

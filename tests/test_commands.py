@@ -1,50 +1,23 @@
 """Claim: a user's mistake is one line on stderr that says what and where, exit status 2, and nothing half-written."""
 
-import contextlib
-import dataclasses
-import importlib
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
+from command_helpers import command
 from conftest import random_variables
 from data_helpers import PHOTO, encode, write_photos
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.preprocess import eval_transform, normalize
 from repvgg_jax.variants import VARIANTS
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """What a command left: its status and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def command(module: str, *arguments: object) -> Done:
-    """`python -m MODULE …`, in this process."""
-    main = importlib.import_module(module).main
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    argv = [module, *map(str, arguments)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", argv):
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return Done(status, out.getvalue(), err.getvalue())
 
 
 def mistake(module: str, *arguments: object) -> str:

@@ -58,9 +58,9 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self._class_names = _class_folders(self.root)
+        self._class_names = class_folders(self.root)
         folders = [self.root / name for name in self._class_names]
-        files = [_image_files(folder) for folder in folders]
+        files = [image_files(folder) for folder in folders]
         self._folders = [str(folder) for folder in folders]
         self._files = [file for names in files for file in names]
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
@@ -82,7 +82,12 @@ class FolderSource:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
+    """Names of the classes under `root`, sorted; hidden folders do not count.
+
+    Raises:
+      DataError: `root` cannot be listed, or holds no class folders.
+    """
     try:
         with os.scandir(root) as entries:
             names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -93,7 +98,12 @@ def _class_folders(root: Path) -> list[str]:
     return names
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
+    """Names of the images in a class folder, sorted; hidden files do not count.
+
+    Raises:
+      DataError: `folder` cannot be listed, or holds no images.
+    """
     try:
         with os.scandir(folder) as entries:
             names = sorted(e.name for e in entries if _is_image(e.name))

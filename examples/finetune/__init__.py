@@ -1,0 +1,1 @@
+"""Fine-tuning on your own photographs: `README.md` beside this file has the commands."""

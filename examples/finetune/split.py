@@ -1,0 +1,92 @@
+"""A folder of photographs in class folders, split for training: `python -m examples.finetune.split PHOTOS OUT`.
+
+`PHOTOS/CLASS/*` becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, which is what `--data` of `train.main` takes.
+"""
+
+import dataclasses
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import tyro
+
+from repvgg_jax.cli import run_command
+from repvgg_jax.errors import ConfigError, DataError
+from train.data.sources import class_folders, image_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Split a folder of class folders into train/ and val/."""
+
+    photos: tyro.conf.Positional[str]
+    """Folder with CLASS/IMAGE; it is left as it is."""
+    out: tyro.conf.Positional[str]
+    """Folder to make, with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    val: float = 0.2
+    """Share of each class that goes to val/, between 0 and 1; at least one image, and never all."""
+    seed: int = 0
+    """Chooses which ones."""
+
+
+def chosen_for_val(names: list[str], share: float, seed: int) -> set[str]:
+    """About `share` of the `names`, at least one and never all: the same for the same names, share and seed."""
+    count = min(max(round(share * len(names)), 1), len(names) - 1)
+    return set(random.Random(seed).sample(names, count))
+
+
+def split(arguments: Arguments) -> str:
+    """Make the split folder, whole or not at all, and say in one line what is in it.
+
+    Images are hard links where the file system has them, which take no space; else copies.
+
+    Raises:
+      ConfigError: `val` is not between 0 and 1, or `out` exists.
+      DataError: `photos` is no folder of class folders, a class has fewer than two images, or `out` cannot be made.
+    """
+    if not 0 < arguments.val < 1:
+        raise ConfigError(f"--val must lie between 0 and 1, not {arguments.val}")
+    photos, out = Path(arguments.photos), Path(arguments.out)
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; remove it or choose another place for the split")
+    images = {name: image_files(photos / name) for name in class_folders(photos)}
+    if {"train", "val"} <= set(images):
+        raise ConfigError(f"{photos} holds train/ and val/: it is split already; give it to --data as it is")
+    for name, files in images.items():
+        if len(files) < 2:
+            raise DataError(f"{photos / name} holds one image; a class needs at least one to train and one to evaluate")
+    counts = {"train": 0, "val": 0}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".split-", dir=out.parent) as scratch:
+            half_made = Path(scratch) / "split"
+            for name, files in images.items():
+                val = chosen_for_val(files, arguments.val, arguments.seed)
+                for side in counts:
+                    (half_made / side / name).mkdir(parents=True)
+                for file in files:
+                    side = "val" if file in val else "train"
+                    counts[side] += 1
+                    _link_or_copy(photos / name / file, half_made / side / name / file)
+            half_made.rename(out)
+    except OSError as error:
+        raise DataError(f"cannot make {out}: {error.strerror or error}") from error
+    return f"{out}: {len(images)} classes, {counts['train']} images to train on, {counts['val']} to evaluate on"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def main() -> None:
+    """The command."""
+    print(split(tyro.cli(Arguments, prog="python -m examples.finetune.split")))
+
+
+if __name__ == "__main__":
+    run_command(main)
