@@ -147,7 +147,8 @@ class RepVGG(nn.Module):
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
         """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
 
-        Sizes round up; `feature_info` has strides and channels. Call it with `model.apply(variables, images, method="features")`.
+        Sizes round up; `feature_info` has strides and channels. Call it with
+        `model.apply(variables, images, method="features")`.
         """
         outputs = self._stage_outputs(images, train)
         if "stage3_second" in outputs:

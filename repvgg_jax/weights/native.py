@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..activations import ACTIVATIONS
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from ..activations import ACTIVATIONS
 from ..variants import OUTPUT_STRIDES, Branches, Variant, get_variant
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import flatten, shown
@@ -76,7 +76,7 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
         class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
         info = WeightsInfo(
             family="native",
-            variant=_variant_from_json(header["variant"], len(file.tensors), expected),
+            variant=_variant_from_json(header["variant"], file, expected),
             deploy={"training": False, "deploy": True}[header["form"]],
             num_classes=_integer(header["num_classes"]),
             in_channels=kernel.shape[2],
@@ -89,10 +89,6 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
         if info.class_names is not None and len(info.class_names) != info.num_classes:
             raise ValueError(f"{len(info.class_names)} class names for {info.num_classes} classes")
         return info
-    except _UnknownActivation:
-        raise WeightsError(
-            f"{file.path}: the activation is a function of the program that wrote the file; give load_weights its Variant"
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
@@ -123,19 +119,17 @@ def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
         return fields
 
 
-class _UnknownActivation(Exception):
-    pass
-
-
-def _variant_from_json(value: str | dict[str, Any], num_tensors: int, expected: Variant | None) -> Variant:
+def _variant_from_json(value: str | dict[str, Any], file: TensorFile, expected: Variant | None) -> Variant:
     if isinstance(value, str):
         return get_variant(value)
     fields = {name: _FIELDS[name](given) for name, given in value.items()}
-    if sum(fields["num_blocks"]) > num_tensors:
+    if sum(fields["num_blocks"]) > len(file.tensors):
         raise ValueError("more blocks than tensors")
     if "activation" in fields and fields["activation"] is None:
         if expected is None:
-            raise _UnknownActivation
+            raise WeightsError(
+                f"{file.path}: the activation is a function of whoever wrote the file; give load_weights its Variant"
+            )
         fields["activation"] = expected.activation
     return Variant(**fields)
 

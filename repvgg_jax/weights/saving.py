@@ -38,8 +38,9 @@ def save_weights(
 ) -> None:
     """Write a weight file, atomically; the suffix chooses the format.
 
-    `.safetensors` is native and self-describing, custom variants and block options included. `.pth`, `.pt`, `.bin` and `.tar` are PyTorch's, with the authors'
-    keys, order, shapes and dtypes, for `load_state_dict(torch.load(path), strict=True)`.
+    `.safetensors` is native and self-describing, custom variants and block options included. `.pth`, `.pt`, `.bin` and
+    `.tar` are PyTorch's, with the authors' keys, order, shapes and dtypes, for
+    `load_state_dict(torch.load(path), strict=True)`.
 
     Args:
       path: where to write.
