@@ -176,6 +176,8 @@ OUT_OF_RANGE = {
     "--auxiliary-weight": ("nan", "must be at least 0, not nan"),
     "--label-smoothing": (1, "must be below 1, not 1.0"),
     "--ema-decay": (1, "must be below 1, not 1.0"),
+    "--dense-copies": (9, "must be at most 8, not 9"),
+    "--dropout": (1, "must be below 1, not 1.0"),
     "--freeze-stages": (6, "must be at most 5, not 6"),
     "--seed": (2**63, "must be below 2^63"),
     "--log-every": (0, "must be at least 1, not 0"),

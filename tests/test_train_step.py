@@ -1,6 +1,7 @@
 """Claim: accumulation, moving averages, clipping and freezing do what PyTorch's recipes with them do."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,10 +29,15 @@ def batch_of(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": images, "label": rng.integers(0, 5, count).astype(np.int32)}
 
 
-def stepper(options: OptimizerConfig = OPTIONS, fine_tune: FineTuneConfig | None = None, **more: Any):
+def stepper(
+    options: OptimizerConfig = OPTIONS,
+    fine_tune: FineTuneConfig | None = None,
+    built: Mapping[str, Any] | None = None,
+    **more: Any,
+):
     """A step at a constant learning rate, and a state with random weights to start from."""
     frozen = fine_tune or FineTuneConfig()
-    model = rv.create_model(SMALL, 5, frozen_stages=frozen.freeze_stages, frozen_bn=frozen.freeze_bn)
+    model = rv.create_model(SMALL, 5, frozen_stages=frozen.freeze_stages, frozen_bn=frozen.freeze_bn, **(built or {}))
     schedule = optax.constant_schedule(options.learning_rate)
     optimizer = make_optimizer(options, schedule, fine_tune)
     start = create_state(
@@ -127,6 +133,17 @@ def test_frozen_bn_keeps_statistics_and_trains_the_rest():
     moved = changed(start.variables, after.variables)
     assert not [name for name in moved if name.startswith("batch_stats")]
     assert moved == {name for name in flatten(start.variables) if name.startswith("params")}
+
+
+def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays():
+    built = dict(block="qarepvgg", branches=rv.Branches(2, True, True), activation="silu", dropout=0.5)
+    step, start = stepper(built=built, accumulate=2)
+    after, _ = step(start, batch_of(8))
+    constants = {name for name, leaf in flatten(start.variables).items() if np.ndim(leaf) == 0}
+    assert constants == {"batch_stats/stage3_1/rbr_identity/scale"}
+    assert changed(start.variables, after.variables) == set(flatten(start.variables)) - constants
+    again, _ = step(start, batch_of(8))
+    assert not changed(after.variables, again.variables), "dropout is a function of the seed and the step"
 
 
 def test_the_heads_learning_rate_is_multiplied():

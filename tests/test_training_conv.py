@@ -1,4 +1,4 @@
-"""Claim: the training convolution and its CPU gradients are PyTorch's, whatever the shape, stride and groups."""
+"""Claim: the training convolution and its CPU gradients are PyTorch's, whatever the shape, stride, groups, dilation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,21 @@ def random_case(seed: int, height: int, width: int, size: int, stride: int, grou
     return x, kernel, cotangent
 
 
-def our_results(function, x, kernel, cotangent, stride, groups):
+def our_results(function, x, kernel, cotangent, stride, groups, dilation=1):
     """Output, gradient to the input, gradient to the kernel."""
 
     def all_three(x, kernel, cotangent):
-        y, pull = jax.vjp(lambda x, k: function(x, k, stride, groups), x, kernel)
+        y, pull = jax.vjp(lambda x, k: function(x, k, stride, groups, dilation), x, kernel)
         return y, *pull(cotangent)
 
     return jax.jit(all_three)(x, kernel, cotangent)
 
 
-def torch_results(x, kernel, cotangent, stride, groups):
+def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
     """Output, gradient to the input, gradient to the kernel, in this library's layouts."""
     image = torch.from_numpy(x.transpose(0, 3, 1, 2)).contiguous().requires_grad_()
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).contiguous().requires_grad_()
-    y = torch.nn.functional.conv2d(image, weight, None, stride, kernel.shape[0] // 2, 1, groups)
+    y = torch.nn.functional.conv2d(image, weight, None, stride, dilation * (kernel.shape[0] // 2), dilation, groups)
     y.backward(torch.from_numpy(cotangent.transpose(0, 3, 1, 2)).contiguous())
     assert image.grad is not None
     assert weight.grad is not None
@@ -49,15 +49,17 @@ def torch_results(x, kernel, cotangent, stride, groups):
     size=st.sampled_from([1, 3]),
     stride=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2, 4]),
+    dilation=st.sampled_from([1, 2, 4]),
     inner=st.integers(1, 3),
     outer=st.integers(1, 3),
     function=st.sampled_from([training_conv, plain_conv]),
 )
-def test_values_and_gradients_are_pytorchs(function, height, width, size, stride, groups, inner, outer):
+def test_values_and_gradients_are_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(height + width, height, width, size, stride, groups, inner, outer)
-        found = our_results(function, x, kernel, cotangent, stride, groups)
-        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, stride, groups), strict=True):
+        geometry = (stride, groups, dilation)
+        found = our_results(function, x, kernel, cotangent, *geometry)
+        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, *geometry), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
