@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import repvgg_jax as rv
-from repvgg_jax.variants import VARIANTS, Variant
+from repvgg_jax.variants import VARIANTS
 from train import config as train_config
 from train import main as train_main
 
@@ -111,15 +111,7 @@ _ENTRY_POINTS = {"convert": "convert.__main__", "repvgg_jax": "repvgg_jax.__main
 def use_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a small net of the same kind (groups, squeeze-and-excite, auxiliary heads) under each published name."""
     for number, (name, variant) in enumerate(list(VARIANTS.items())):
-        small = Variant(
-            (1, 1, 2, 1),
-            (8, 8, 8, 16, 16 + 4 * number),
-            variant.groups,
-            variant.squeeze_excite,
-            variant.squeeze_excite_ratio,
-            variant.auxiliary_heads,
-            name,
-        )
+        small = dataclasses.replace(variant, num_blocks=(1, 1, 2, 1), widths=(8, 8, 8, 16, 16 + 4 * number))
         monkeypatch.setitem(VARIANTS, name, small)
 
 
@@ -260,7 +252,7 @@ def sandbox(tmp_path, monkeypatch, offline_hub) -> Iterator[Sandbox]:
     """Small nets under the published names, and the folder as current directory."""
     use_small_nets(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    cache_before = jax.config.jax_compilation_cache_dir  # a page shows how to set it
+    cache_before = jax.config.values["jax_compilation_cache_dir"]  # a page shows how to set it
     yield Sandbox(tmp_path, trains=False)
     jax.config.update("jax_compilation_cache_dir", cache_before)
     compilation_cache.reset_cache()
