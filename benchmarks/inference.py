@@ -96,9 +96,7 @@ def make_ours(case: Case, *, tune: bool) -> Predict:
     import repvgg_jax as rv
 
     model, variables = rv.load_weights(case.file(".safetensors"))
-    return rv.make_predictor(
-        model, variables, case.batch_size, case.image_size, dtype=jnp.dtype(case.dtype), tune=tune
-    )
+    return rv.make_predictor(model, variables, case.batch_size, case.image_size, dtype=jnp.dtype(case.dtype), tune=tune)
 
 
 def make_plain_jit(case: Case) -> Predict:

@@ -1,7 +1,7 @@
 """One training step here and in PyTorch: images/s and peak memory, as ratios.
 
 `python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`. The PyTorch side is the independent
-implementation that the tests use, in channels_last; on a GPU both compute in bfloat16 (autocast there), and PyTorch
+implementation that the tests use, in channels_last (see `--memory-format`); on a GPU both compute in bfloat16 (autocast there), and PyTorch
 runs both eagerly and through `torch.compile`. Same recipe on both sides: SGD with momentum and the masked weight decay.
 Processes alternate, so that all see the same machine.
 """
@@ -98,7 +98,8 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     model: torch.nn.Module = torch_oracle.create(arguments.model, CLASSES).to(device).train()
-    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's own stub lacks it
+    layout = getattr(torch, arguments.memory_format)
+    model = model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch's own stub lacks it
     groups = torch_oracle.recipe_parameter_groups(model, 1e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     forward = torch.compile(model) if compiled else model
@@ -111,7 +112,7 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
     def advance() -> None:
         inputs = (pixels.float() / 255 - mean) / std
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = F.cross_entropy(forward(inputs.contiguous(memory_format=torch.channels_last)), targets)
+            loss = F.cross_entropy(forward(inputs.contiguous(memory_format=layout)), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -130,6 +131,12 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also PyTorch through torch.compile")
+    parser.add_argument(
+        "--memory-format",
+        choices=("channels_last", "contiguous_format"),
+        default="channels_last",
+        help="PyTorch's; 2.13 on AVX-512 CPUs corrupts its heap in the backward pass in channels_last",
+    )
     parser.add_argument("--worker", help="internal")
     parser.add_argument("--model", help="internal")
     arguments = parser.parse_args()
@@ -144,7 +151,7 @@ def main() -> None:
     print(f"{'model':16} {'':14} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'speed of ours':>14}")
     for model in arguments.models:
         shared = ["--model", model, "--batch-size", str(arguments.batch_size)]
-        shared += ["--image-size", str(arguments.image_size)]
+        shared += ["--image-size", str(arguments.image_size), "--memory-format", arguments.memory_format]
         contestants = [Contestant(name, "benchmarks.train_step", shared) for name in names]
         alternate(contestants, arguments.rounds)
         seconds = {c.name: statistics.median(run["seconds"] for run in c.runs) for c in contestants}

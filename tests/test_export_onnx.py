@@ -19,6 +19,7 @@ from conftest import random_variables, relative_difference
 from weights_helpers import TINY
 
 import repvgg_jax as rv
+from repvgg_jax.activations import ACTIVATIONS
 from repvgg_jax.export.onnx_graph import OPSET
 
 GROUPED = dataclasses.replace(TINY, groups=4, name="Grouped")
@@ -73,6 +74,18 @@ def check_same_logits(variant: str | rv.Variant, size: int, path: Path) -> None:
 @pytest.mark.parametrize("variant", ["RepVGG-A0", GROUPED, D2SE, PLUS], ids=["A0", "grouped", "D2se", "plus"])
 def test_other_runtimes_give_the_same_logits(variant, tmp_path):
     check_same_logits(variant, 64, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
+def test_other_activations_and_dilation_too(activation, tmp_path):
+    check_same_logits(dataclasses.replace(TINY, activation=activation, output_stride=8), 40, tmp_path / "net.onnx")
+
+
+def test_an_activation_that_is_a_function_is_refused(tmp_path):
+    model = rv.create_model(TINY, CLASSES, activation=jax.nn.softplus)
+    with pytest.raises(rv.RepVGGError, match="function; give it by name"):
+        rv.export_onnx(tmp_path / "net.onnx", model, random_variables(model))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..activations import Activation
+from ..errors import ExportError
 from ..variants import BlockSpec
 from ..version import __version__
 from .deploy_net import INPUT, OUTPUT, DeployNet
@@ -113,22 +115,50 @@ def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
 
 
 def conv_attributes(block: BlockSpec, kernel: np.ndarray) -> dict[str, Any]:
-    """A block's convolution as ONNX describes one. Padding is PyTorch's: half a kernel on every side."""
-    size = kernel.shape[0]
-    return dict(kernel_shape=[size, size], strides=[block.stride] * 2, pads=[size // 2] * 4, group=block.groups)
+    """A block's convolution as ONNX describes one. Padding is PyTorch's: half a (dilated) kernel on every side."""
+    size, dilation = kernel.shape[0], block.dilation
+    attributes: dict[str, Any] = dict(
+        kernel_shape=[size, size], strides=[block.stride] * 2, pads=[dilation * (size // 2)] * 4, group=block.groups
+    )
+    return attributes if dilation == 1 else attributes | dict(dilations=[dilation] * 2)
 
 
 def _add_block(graph: Graph, layers: Layers, net: DeployNet, block: BlockSpec, x: str) -> str:
-    """Convolution, (SE,) ReLU (, SE), as `DeployBlock` computes them."""
+    """Convolution, (SE,) activation (, SE), as `DeployBlock` computes them."""
     params, place = net.params[block.name], net.model.variant.squeeze_excite
     conv = params["rbr_reparam"]
     x = layers.conv(graph, x, f"{block.name}/rbr_reparam", conv, **conv_attributes(block, conv["kernel"]))
     if place == "before_relu":
         x = _add_gate(graph, layers, x, f"{block.name}/se", params["se"])
-    x = graph.node("Relu", [x], f"{block.name}/relu")
+    x = _add_activation(graph, net.model.variant.activation, x, f"{block.name}/relu")
     if place == "after_relu":
         x = _add_gate(graph, layers, x, f"{block.name}/post_se", params["post_se"])
     return x
+
+
+def _add_activation(graph: Graph, activation: Activation, x: str, name: str) -> str:
+    """What follows the convolution: one node for ReLU, few for the others.
+
+    Raises:
+      ExportError: it is a Python function, which ONNX cannot hold.
+    """
+
+    def number(label: str, value: float) -> str:
+        return graph.constant(f"{name}/{label}", np.array(value, np.float32))
+
+    if activation == "relu":
+        return graph.node("Relu", [x], name)
+    if activation == "relu6":
+        return graph.node("Clip", [x, number("least", 0), number("largest", 6)], name)
+    if activation == "leaky_relu":
+        return graph.node("LeakyRelu", [x], name, alpha=0.01)
+    if activation == "silu":
+        return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}/sigmoid")], name)
+    if activation == "gelu":
+        erf = graph.node("Erf", [graph.node("Mul", [x, number("scale", 0.5**0.5)], f"{name}/scaled")], f"{name}/erf")
+        half = graph.node("Mul", [x, number("half", 0.5)], f"{name}/halved")
+        return graph.node("Mul", [half, graph.node("Add", [erf, number("one", 1)], f"{name}/share")], name)
+    raise ExportError(f"ONNX cannot hold the activation {activation!r}, a function; give it by name")
 
 
 def _add_gate(graph: Graph, layers: Layers, x: str, name: str, params: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from ..variants import Variant
 from .key_maps import COUNTER, LEAVES, Family
 from .layout import Layer, Shape, block_layers, expected_shapes, head_layers
 
-BLOCK_OUTPUTS = 64
+BLOCK_OUTPUTS = 128
 """Output channels transposed at a time: such a slice of any RepVGG kernel stays in the cache."""
 
 
