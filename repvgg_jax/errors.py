@@ -17,6 +17,10 @@ class WeightsError(RepVGGError):
     """A weight file that cannot be read, or that does not fit the model asked for."""
 
 
+class QuantizationError(RepVGGError, ValueError):
+    """A net that cannot be quantised, or calibration images that it cannot be quantised with."""
+
+
 class DataError(RepVGGError):
     """A data set that cannot be found or read, or an image that is no image."""
 
