@@ -1,10 +1,11 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
-from .errors import ConfigError, DataError, FusionError, RepVGGError, UnknownModelError, WeightsError
+from .errors import ConfigError, DataError, FusionError, QuantizationError, RepVGGError, UnknownModelError, WeightsError
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
 from .preprocess import Preprocessing
+from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
 from .variants import Variant, list_models
 from .version import __version__
 from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
@@ -14,6 +15,8 @@ __all__ = [
     "DataError",
     "FusionError",
     "Preprocessing",
+    "QuantizationError",
+    "QuantizedNet",
     "RepVGG",
     "RepVGGError",
     "UnknownModelError",
@@ -26,8 +29,12 @@ __all__ = [
     "fuse_variables",
     "inspect_weights",
     "list_models",
+    "load_quantized",
     "load_weights",
     "make_predictor",
+    "quantize",
+    "report_table",
+    "save_quantized",
     "save_weights",
     "to_deploy",
 ]

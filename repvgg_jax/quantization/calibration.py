@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -113,13 +112,11 @@ def input_dtype(name: str) -> np.dtype:
 def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict[str, np.ndarray]:
     """The largest absolute value of every channel of every layer's input, `[C]` each."""
 
-    @jax.jit
-    def largest(layers: Layers, batch: Array) -> dict[str, Array]:
+    def largest(batch: Array) -> dict[str, np.ndarray]:
         inputs = layer_inputs(variant, layers, batch)
-        return {name: jnp.abs(x).max(tuple(range(x.ndim - 1))) for name, x in inputs.items()}
+        return {name: np.abs(x).max(tuple(range(x.ndim - 1))) for name, x in jax.tree.map(np.asarray, inputs).items()}
 
-    parts = in_batches(lambda batch: largest(layers, batch), images)
-    return jax.tree.map(lambda *found: np.max(found, 0), *parts)
+    return jax.tree.map(lambda *found: np.max(found, 0), *in_batches(largest, images))
 
 
 def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: Calibration) -> dict[str, np.float32]:
@@ -140,14 +137,11 @@ def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: C
     return {name: np.float32(max(t / levels(input_dtype(name)), tiny)) for name, t in thresholds.items()}
 
 
-def _histograms(
-    variant: Variant, layers: Layers, images: np.ndarray, limits: dict[str, float]
-) -> dict[str, Histogram]:
-    inputs_of = jax.jit(lambda layers, batch: layer_inputs(variant, layers, batch))
+def _histograms(variant: Variant, layers: Layers, images: np.ndarray, limits: dict[str, float]) -> dict[str, Histogram]:
     counts = {name: np.zeros(BINS, np.int64) for name in limits}
 
     def count(batch: Array) -> None:
-        for name, x in inputs_of(layers, batch).items():
+        for name, x in layer_inputs(variant, layers, batch).items():
             scaled = np.abs(np.asarray(x).ravel()) * np.float32(BINS / max(limits[name], 1e-30))
             places = np.minimum(scaled.astype(np.int32), BINS - 1)
             counts[name] += np.bincount(places, minlength=BINS)

@@ -44,9 +44,7 @@ def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
     return layers
 
 
-def equalize_activations(
-    variant: Variant, layers: NamedLayers, ranges: Mapping[str, np.ndarray]
-) -> NamedLayers:
+def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[str, np.ndarray]) -> NamedLayers:
     """Equalisation for per-channel weight scales, which take up any range of a layer's output channels by themselves.
 
     What is left to balance is the activation, which has one scale for all channels, against the input channels of
@@ -107,9 +105,7 @@ def _rescale(layers: NamedLayers, writer: str, reader: str, groups: int, factors
     for gate in ("se", "post_se"):
         if gate in layers[writer]:  # its output scales the channels, and must not change itself
             down = layers[writer][gate]["down"]
-            layers[writer][gate] = layers[writer][gate] | {
-                "down": down | {"kernel": down["kernel"] * factors[:, None]}
-            }
+            layers[writer][gate] = layers[writer][gate] | {"down": down | {"kernel": down["kernel"] * factors[:, None]}}
     kernel = layers[reader]["kernel"]
     *window, per_group, outputs = kernel.shape
     by_group = factors.reshape(groups, per_group).T[:, :, None]  # [I / groups, groups, 1]

@@ -16,7 +16,7 @@ from .adaround import AdaRoundOptions
 from .calibration import Calibration, channel_ranges, input_scales
 from .equalize import equalize_activations, equalize_weights
 from .net import QuantizedNet
-from .reconstruct import quantize_layers
+from .reconstruct import Rounding, quantize_layers
 from .stack import LINEAR, layers_of
 
 MIN_IMAGES = 8
@@ -92,28 +92,28 @@ def quantize(
     check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
     images = check_images(calibration_images, channels, preprocessing)
 
-    variant, layers = model.variant, layers_of(variables["params"])
+    variant, given = model.variant, layers_of(variables["params"])
+    layers = given
     if method.equalize and method.per_channel:
         layers = equalize_activations(variant, layers, channel_ranges(variant, layers, images))
     elif method.equalize:
         layers = equalize_weights(variant, layers)
-    in_float = ("stage0",) * float_first + (LINEAR,) * float_last
-    params = quantize_layers(
-        variant,
-        layers,
-        input_scales(variant, layers, images, method.calibration),
-        images,
-        per_channel=method.per_channel,
-        in_float=in_float,
-        bias_correction=method.bias_correction,
-        adaround=method.adaround,
+    rounding = Rounding(
+        method.per_channel,
+        method.bias_correction,
+        method.adaround,
+        in_float=("stage0",) * float_first + (LINEAR,) * float_last,
     )
+    scales = input_scales(variant, layers, images, method.calibration)
+    params, report = quantize_layers(variant, layers, scales, images, rounding, given)
     if preprocessing is None:
         preprocessing = dataclasses.replace(default_preprocessing(variant, channels), image_size=images.shape[1])
-    return QuantizedNet(variant, model.num_classes, channels, params, preprocessing, class_names)
+    return QuantizedNet(variant, model.num_classes, channels, params, preprocessing, class_names, report)
 
 
-def choose_method(method: str | Method, per_channel: bool | None = None, calibration: Calibration | None = None) -> Method:
+def choose_method(
+    method: str | Method, per_channel: bool | None = None, calibration: Calibration | None = None
+) -> Method:
     """The method called so, with what replaces its own choices.
 
     Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from ..variants import BlockSpec, Variant
 from .calibration import input_dtype
 from .quantizer import UNSIGNED, WEIGHT_LEVELS, quantize
 from .stack import LINEAR, POOL, activate, linear_map
+
+if TYPE_CHECKING:
+    from .report import LayerReport
 
 LARGEST_BIAS = 2**30
 """Of an int32 bias; what is left of the range is for the sum of the products."""
@@ -37,6 +40,7 @@ class QuantizedNet:
         (`se`, `post_se`) are float.
       preprocessing: how images are prepared.
       class_names: names by class index, if known.
+      report: what quantisation did to each layer; empty for a net from a file.
     """
 
     variant: Variant
@@ -45,13 +49,16 @@ class QuantizedNet:
     params: Mapping[str, Any]
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
+    report: tuple["LayerReport", ...] = ()
 
     @property
     def variables(self) -> dict[str, Any]:
         """As `apply` takes them."""
         return {"params": self.params}
 
-    def apply(self, variables: Mapping[str, Any], images: Array, train: bool = False, *, integer: bool = False) -> Array:
+    def apply(
+        self, variables: Mapping[str, Any], images: Array, train: bool = False, *, integer: bool = False
+    ) -> Array:
         """Logits, like a Flax model's `apply`.
 
         Args:
@@ -98,6 +105,14 @@ def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarr
         "bias": np.rint(layer["bias"].astype(np.float64) / unit).astype(np.int32),
         "input_scale": np.float32(input_scale),
     }
+
+
+def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's real `kernel` and `bias`, whether it is quantised or not."""
+    if not is_quantized(layer):
+        return {"kernel": layer["kernel"], "bias": layer["bias"]}
+    kernel = np.asarray(layer["kernel"], np.float32) * layer["kernel_scale"]
+    return {"kernel": kernel, "bias": layer["bias"] * (layer["input_scale"] * layer["kernel_scale"])}
 
 
 def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> np.ndarray:

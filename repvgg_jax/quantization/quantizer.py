@@ -5,8 +5,10 @@ activations and signed weights are what AVX-512 VNNI and Arm's dot products mult
 nearest, ties to even, as ONNX's QuantizeLinear rounds.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -43,6 +45,7 @@ def fake_quantize(x: Array, scale: Array, low: int, high: int) -> Array:
     return (steps + lax.stop_gradient(jnp.round(steps) - steps)) * scale
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def fake_quantize_activations(x: Array, scale: Array, dtype: Any) -> Array:
     """`fake_quantize` to the integers of an activation dtype."""
     info = np.iinfo(dtype)

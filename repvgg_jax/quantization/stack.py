@@ -2,8 +2,11 @@
 
 `Layers` is `{"stage0": {"kernel", "bias"[, "se" or "post_se"]}, …, "linear": {"kernel", "bias"}}`. Between the last
 block and `linear` the global average `pool` has a name too, since its input is quantised like any layer's.
+
+Functions on one layer are compiled one by one: many layers of a net have the same shape, and share a compilation.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +18,13 @@ from jax import Array
 
 from ..blocks import SqueezeExcite
 from ..training_conv import plain_conv
-from ..variants import BlockSpec, Variant
+from ..variants import BlockSpec, SqueezeExcitePlace, Variant
 
 Layers = Mapping[str, Mapping[str, Any]]
 
 POOL, LINEAR = "pool", "linear"
+
+BATCH_SIZE = 32
 
 
 def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -32,34 +37,60 @@ def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def named_specs(variant: Variant) -> list[tuple[str, BlockSpec | None]]:
+    """Every layer with weights, in order; the classifier has no `BlockSpec`."""
+    return [(spec.name, spec) for spec in variant.blocks()] + [(LINEAR, None)]
+
+
 def linear_map(spec: BlockSpec | None, x: Array, kernel: Array) -> Array:
     """A layer's convolution, or the classifier's matrix product where `spec` is None; without bias."""
     return x @ kernel if spec is None else plain_conv(x, kernel, spec.stride, spec.groups)
 
 
-def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Array) -> Array:
-    """What follows a block's convolution: (SE,) ReLU (, SE)."""
+def affine(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:
+    """A layer's output before what follows, compiled."""
+    return _affine(None if spec is None else (spec.stride, spec.groups), x, layer["kernel"], layer["bias"])
 
-    def gate(name: str, x: Array) -> Array:
-        gated = SqueezeExcite(variant.squeeze_width(spec.out_channels)).apply({"params": layer[name]}, x)
-        assert isinstance(gated, Array)
-        return gated
 
-    if variant.squeeze_excite == "before_relu":
-        x = gate("se", x)
+@functools.partial(jax.jit, static_argnums=0)
+def _affine(stride_and_groups: tuple[int, int] | None, x: Array, kernel: Array, bias: Array) -> Array:
+    return (x @ kernel if stride_and_groups is None else plain_conv(x, kernel, *stride_and_groups)) + bias
+
+
+def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Any) -> Array:
+    """What follows a block's convolution, compiled: (SE,) ReLU (, SE)."""
+    place = variant.squeeze_excite
+    gate = None if place is None else layer["se" if place == "before_relu" else "post_se"]
+    return _activate(place, variant.squeeze_width(spec.out_channels), gate, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _activate(place: SqueezeExcitePlace | None, squeeze_width: int, gate: Mapping[str, Any] | None, x: Array) -> Array:
+    def gated(x: Array) -> Array:
+        found = SqueezeExcite(squeeze_width).apply({"params": gate}, x)
+        assert isinstance(found, Array)
+        return found
+
+    if place == "before_relu":
+        x = gated(x)
     x = nn.relu(x)
-    return gate("post_se", x) if variant.squeeze_excite == "after_relu" else x
+    return gated(x) if place == "after_relu" else x
 
 
-def layer_inputs(variant: Variant, layers: Layers, images: Array) -> dict[str, Array]:
+def layer_inputs(variant: Variant, layers: Layers, images: Any) -> dict[str, Array]:
     """What each layer of the float net reads: `{"stage0": images, …, "pool": [N, H, W, C], "linear": [N, C]}`."""
     inputs, x = {}, images
     for spec in variant.blocks():
         inputs[spec.name], layer = x, layers[spec.name]
-        x = activate(variant, spec, layer, linear_map(spec, x, layer["kernel"]) + layer["bias"])
+        x = activate(variant, spec, layer, affine(spec, layer, x))
     return inputs | {POOL: x, LINEAR: x.mean((1, 2))}
 
 
-def in_batches(function: Callable[..., Any], images: Array | np.ndarray, batch_size: int = 32) -> list[Any]:
-    """`function` of `images`, `batch_size` at a time."""
-    return [function(jnp.asarray(images[start : start + batch_size])) for start in range(0, len(images), batch_size)]
+def in_batches(function: Callable[[Array], Any], images: Array | np.ndarray) -> list[Any]:
+    """`function` of `images`, `BATCH_SIZE` at a time."""
+    return [function(jnp.asarray(images[start : start + BATCH_SIZE])) for start in range(0, len(images), BATCH_SIZE)]
+
+
+def over_batches(function: Callable[[Array], Array], images: Array | np.ndarray) -> np.ndarray:
+    """The same as one NumPy array."""
+    return np.concatenate(in_batches(lambda batch: np.asarray(function(batch)), images))
