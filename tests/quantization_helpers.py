@@ -9,10 +9,10 @@ import repvgg_jax as rv
 
 SIZE = 32
 VARIANTS = {
-    "plain": rv.Variant((2, 2, 2, 1), (16, 16, 24, 32, 40)),
-    "grouped": rv.Variant((2, 2, 2, 1), (16, 16, 24, 32, 40), groups=4),
-    "SE before ReLU": rv.Variant((1, 2, 2, 1), (16, 16, 24, 32, 40), squeeze_excite="before_relu"),
-    "SE after ReLU": rv.Variant((1, 2, 2, 1), (16, 16, 24, 32, 40), squeeze_excite="after_relu"),
+    "plain": rv.Variant((1, 2, 1, 1), (16, 16, 24, 32, 40)),
+    "grouped": rv.Variant((1, 2, 1, 1), (16, 16, 24, 32, 40), groups=4),
+    "SE before ReLU": rv.Variant((1, 2, 1, 1), (16, 16, 24, 32, 40), squeeze_excite="before_relu"),
+    "SE after ReLU": rv.Variant((1, 2, 1, 1), (16, 16, 24, 32, 40), squeeze_excite="after_relu"),
 }
 
 
@@ -24,11 +24,9 @@ def images(count: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def deploy_net(name: str = "plain", num_classes: int = 10, seed: int = 0) -> tuple[rv.RepVGG, dict[str, Any]]:
-    """A fused net whose layers have outlier channels: variances and gammas spread over decades in a channel's branches."""
-    model = rv.create_model(VARIANTS[name], num_classes)
-    variables = random_variables(model, seed)
-    model, variables = rv.to_deploy(model, variables)
-    return model, spread_channels(model, variables, seed)
+    """A fused net with outlier channels."""
+    model = rv.create_model(VARIANTS[name], num_classes, deploy=True)
+    return model, spread_channels(model, random_variables(model, seed), seed)
 
 
 def spread_channels(model: rv.RepVGG, variables: dict[str, Any], seed: int = 0) -> dict[str, Any]:
