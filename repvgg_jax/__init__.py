@@ -6,11 +6,12 @@ from .model import RepVGG, create_model
 from .predictor import make_predictor
 from .preprocess import Preprocessing
 from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
-from .variants import Variant, list_models
+from .variants import Branches, Variant, list_models
 from .version import __version__
 from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
 
 __all__ = [
+    "Branches",
     "ConfigError",
     "DataError",
     "FusionError",

@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .activations import Activation, activation_function
+from .kernel_algebra import BN_EPSILON, constant_response
 from .training_conv import materialize, plain_conv, training_conv
-from .variants import SqueezeExcitePlace
+from .variants import BlockKind, Branches, SqueezeExcitePlace
 
 Dtype = Any
 
-BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9  # PyTorch's momentum 0.1: it weighs the new value, Flax's the old
 
 # PyTorch's kaiming_uniform(a=sqrt(5)): uniform with bound 1 / sqrt(fan_in).
@@ -38,8 +39,18 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
+        mean, factor, bias = self._terms(x, train)
+        return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
+
+    def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
+        mean, factor, bias = self._terms(x, train)
+        return (x.astype(self.param_dtype) * factor).astype(self.dtype), (bias - mean * factor).astype(self.dtype)
+
+    @nn.compact
+    def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
+        """`mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
@@ -58,26 +69,31 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
 
-        factor = scale * lax.rsqrt(var + BN_EPSILON)
-        return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
+        return mean, scale * lax.rsqrt(var + BN_EPSILON), bias
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padded as PyTorch pads: leaf `kernel [k, k, C_in / groups, C_out]`."""
+    """Convolution without bias, padded as PyTorch pads: leaf `kernel [k, k, C_in / groups, C_out]`.
+
+    `pedestal` `[C_in]` is a value that is everywhere added to `x`, in the padding too.
+    """
 
     features: int
     kernel_size: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
         compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
-        return compute(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        kernel = kernel.astype(self.dtype)
+        y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
+        return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
 
 
 class ConvBN(nn.Module):
@@ -87,16 +103,64 @@ class ConvBN(nn.Module):
     kernel_size: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv = Conv(
-            self.features, self.kernel_size, self.stride, self.groups, self.dtype, self.param_dtype, name="conv"
-        )
-        x = conv(x, train)
+        geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
+        x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
         return BatchNorm(self.dtype, self.param_dtype, name="bn")(x, train)
+
+
+class PointThen3x3(nn.Module):
+    """Diverse Branch Block's 1x1 convolution, BN, 3x3 convolution or average pooling, BN (`dbb_1x1_kxk`, `dbb_avg`).
+
+    Between the two, the image is padded with what the first BN gives for zero, so that the whole is one convolution
+    (arXiv 2103.13425, transform III). In training that is the BN of the batch; the authors take the running one.
+
+    Leaves: `conv1`, `bn1`, (`conv2`,) `bn2`.
+    """
+
+    features: int
+    pool: bool
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        dtypes = (self.dtype, self.param_dtype)
+        middle = self.features if self.pool else x.shape[-1]
+        x = Conv(middle, 1, 1, self.groups, 1, *dtypes, name="conv1")(x, train)
+        x, zero = BatchNorm(*dtypes, name="bn1").above_zero(x, train)
+        if self.pool:
+            x = average_pool(x, self.stride, self.dilation) + zero
+        else:
+            conv = Conv(self.features, 3, self.stride, self.groups, self.dilation, *dtypes, name="conv2")
+            x = conv(x, train, zero)
+        return BatchNorm(*dtypes, name="bn2")(x, train)
+
+
+def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
+    """3x3 average pooling that counts its zero padding (`torch.nn.AvgPool2d(3, stride, 1)`), pixels `dilation` apart.
+
+    `[N, H, W, C] -> [N, ceil(H / stride), ceil(W / stride), C]`.
+    """
+    pad = (dilation, dilation)
+    total = lax.reduce_window(
+        x,
+        0.0,
+        lax.add,
+        window_dimensions=(1, 3, 3, 1),
+        window_strides=(1, stride, stride, 1),
+        padding=((0, 0), pad, pad, (0, 0)),
+        window_dilation=(1, dilation, dilation, 1),
+    )
+    return total / 9
 
 
 class SqueezeExcite(nn.Module):
@@ -132,6 +196,7 @@ class ReparamConv(nn.Module):
     features: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -141,7 +206,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups) + bias
+        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + bias
 
 
 class _Block(nn.Module):
@@ -150,6 +215,8 @@ class _Block(nn.Module):
     features: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
+    activation: Activation = "relu"
     squeeze_excite: SqueezeExcitePlace | None = None
     squeeze_width: int = 1
     dtype: Dtype = jnp.float32
@@ -159,7 +226,7 @@ class _Block(nn.Module):
         """(SE,) ReLU (, SE): D2se gates before the ReLU, RepVGGplus after it."""
         if self.squeeze_excite == "before_relu":
             x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="se")(x)
-        x = nn.relu(x)
+        x = activation_function(self.activation)(x)
         if self.squeeze_excite == "after_relu":
             x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="post_se")(x)
         return x
@@ -170,19 +237,51 @@ class RepVGGBlock(_Block):
 
     `[N, H, W, C_in] -> [N, ceil(H / stride), ceil(W / stride), features]`. With `train=True` the batch's
     own statistics are used and the running ones in `batch_stats` updated.
+
+    QARepVGG's block has BN in the 3x3 branch alone, and one more BN on the sum. Its identity branch has nothing to
+    learn; `batch_stats` holds the constant 1 that it is scaled with, so that the tree tells that it is there.
+
+    Attributes:
+      identity: whether there is an identity branch where stride and channels allow one.
+      block: RepVGG's or QARepVGG's.
+      branches: more summands.
     """
+
+    identity: bool = True
+    block: BlockKind = "repvgg"
+    branches: Branches = Branches()
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = x.astype(self.dtype)
-        shared: dict[str, Any] = dict(
-            stride=self.stride, groups=self.groups, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        y = ConvBN(self.features, 3, **shared, name="rbr_dense")(x, train)
-        y = y + ConvBN(self.features, 1, **shared, name="rbr_1x1")(x, train)
-        if self.stride == 1 and x.shape[-1] == self.features:
-            y = y + BatchNorm(self.dtype, self.param_dtype, name="rbr_identity")(x, train)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        point: dict[str, Any] = dict(stride=self.stride, groups=self.groups, **dtypes)
+        wide = point | dict(dilation=self.dilation)
+        bare = self.block == "qarepvgg"
+        y = sum(ConvBN(self.features, 3, **wide, name=name)(x, train) for name in self.branches.dense_names())
+        y = y + (Conv if bare else ConvBN)(self.features, 1, **point, name="rbr_1x1")(x, train)
+        if self.branches.dbb_1x1_3x3:
+            y = y + PointThen3x3(self.features, pool=False, **wide, name="dbb_1x1_3x3")(x, train)
+        if self.branches.dbb_1x1_avg:
+            y = y + PointThen3x3(self.features, pool=True, **wide, name="dbb_1x1_avg")(x, train)
+        if self.identity and self.stride == 1 and x.shape[-1] == self.features:
+            y = y + (Identity if bare else BatchNorm)(**dtypes, name="rbr_identity")(x, train)
+        if bare:
+            y = BatchNorm(**dtypes, name="bn")(y, train)
         return materialize(self._activate(y))
+
+
+class Identity(nn.Module):
+    """`x` times the constant leaf `scale []` in `batch_stats`, which is 1."""
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        del train
+        scale = self.variable("batch_stats", "scale", jnp.ones, (), self.param_dtype)
+        return x * scale.value.astype(self.dtype)
 
 
 class DeployBlock(_Block):
@@ -191,5 +290,6 @@ class DeployBlock(_Block):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         del train
-        reparam = ReparamConv(self.features, self.stride, self.groups, self.dtype, self.param_dtype, name="rbr_reparam")
+        geometry = (self.stride, self.groups, self.dilation)
+        reparam = ReparamConv(self.features, *geometry, self.dtype, self.param_dtype, name="rbr_reparam")
         return self._activate(reparam(x))

@@ -28,10 +28,10 @@ ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 _TILE: dict[Algorithm, int] = {"winograd2": 2, "winograd4": 4}
 
 
-def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: int = 1) -> Array:
-    """3x3 convolution with one pixel of zero padding on every side, plus bias; XLA's own convolution.
+def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
+    """3x3 convolution with `dilation` pixels of zero padding on every side, plus bias; XLA's own convolution.
 
-    PyTorch's `Conv2d(kernel_size=3, padding=1)`: with stride 2 it pads before *and* after, which Flax's
+    PyTorch's `Conv2d(kernel_size=3, padding=dilation)`: with stride 2 it pads before *and* after, which Flax's
     `"SAME"` does not.
 
     Args:
@@ -40,6 +40,7 @@ def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: in
       bias: `[C_out]`.
       stride: 1 or 2.
       groups: groups of the convolution.
+      dilation: pixels between the kernel's taps.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
@@ -48,16 +49,17 @@ def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: in
         x,
         kernel,
         window_strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
+        padding=((dilation, dilation), (dilation, dilation)),
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=groups,
     )
     return out + bias
 
 
-def supports(algorithm: Algorithm, stride: int) -> bool:
-    """Whether `algorithm` can compute a convolution of that stride."""
-    return algorithm not in _TILE or stride == 1
+def supports(algorithm: Algorithm, stride: int, dilation: int = 1) -> bool:
+    """Whether `algorithm` can compute a convolution of that stride and dilation."""
+    return algorithm == "direct" or (dilation == 1 and (algorithm not in _TILE or stride == 1))
 
 
 def prepare_kernel(kernel: np.ndarray, algorithm: Algorithm, *, groups: int = 1) -> np.ndarray:
@@ -88,6 +90,7 @@ def convolve(
     algorithm: Algorithm = "direct",
     stride: int = 1,
     groups: int = 1,
+    dilation: int = 1,
     relu: bool = False,
 ) -> Array:
     """`conv3x3` by a chosen algorithm, on a kernel from `prepare_kernel`, followed by ReLU if asked for.
@@ -96,25 +99,28 @@ def convolve(
       x: `[N, H, W, C_in]`, any height and width.
       prepared: the kernel, prepared for this algorithm and these groups.
       bias: `[C_out]`.
-      algorithm: one of `ALGORITHMS`; the Winograd ones need stride 1.
+      algorithm: one of `ALGORITHMS`; the Winograd ones need stride 1, and only `direct` can be dilated.
       stride: 1 or 2.
       groups: groups of the convolution.
+      dilation: pixels between the kernel's taps.
       relu: whether ReLU follows.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
 
     Raises:
-      ValueError: the algorithm cannot do that stride.
+      ValueError: the algorithm cannot do that stride or dilation.
     """
     if not supports(algorithm, stride):
         raise ValueError(f"{algorithm} needs stride 1, not {stride}")
+    if not supports(algorithm, stride, dilation):
+        raise ValueError(f"{algorithm} needs dilation 1, not {dilation}")
     if algorithm in _TILE:
         return winograd(x, prepared, bias, tile=_TILE[algorithm], groups=groups, relu=relu)
     if algorithm == "im2col":
         y = _im2col(x, prepared, stride) + bias
     else:
-        y = conv3x3(x, prepared, bias, stride=stride, groups=groups)
+        y = conv3x3(x, prepared, bias, stride=stride, groups=groups, dilation=dilation)
     return jnp.maximum(y, 0) if relu else y
 
 

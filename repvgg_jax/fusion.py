@@ -2,6 +2,7 @@
 
 A training-form block computes `sum_i BN_i(conv_i(x))`. In inference each BN is affine, so each branch is one
 convolution with bias, each kernel can be written as a 3x3 one, and convolutions that read the same input add up.
+`kernel_algebra` has the single steps; here is which block takes which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,51 +11,31 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from .blocks import BN_EPSILON
 from .errors import FusionError
+from .kernel_algebra import (
+    Pair,
+    add_branches,
+    average_1x1,
+    chain_1x1,
+    embed_1x1,
+    fuse_conv_bn,
+    identity_kernel,
+)
 from .model import RepVGG
 from .variants import AUX_HEADS
 
 Tree = Mapping[str, Any]
 
-BRANCHES = ("rbr_dense", "rbr_1x1", "rbr_identity")
-
-
-def fuse_conv_bn(kernel: Array, bn_params: Tree, bn_stats: Tree, epsilon: float = BN_EPSILON) -> tuple[Array, Array]:
-    """Kernel and bias of the one convolution that equals a bias-free convolution followed by BN in inference.
-
-    Args:
-      kernel: `[k, k, C_in / groups, C_out]`.
-      bn_params: `{"scale": [C_out], "bias": [C_out]}` (gamma, beta).
-      bn_stats: `{"mean": [C_out], "var": [C_out]}`, the running statistics.
-      epsilon: what the BN adds to the variance.
-    """
-    factor = bn_params["scale"] / jnp.sqrt(bn_stats["var"] + epsilon)
-    return kernel * factor, bn_params["bias"] - bn_stats["mean"] * factor
-
-
-def pad_1x1_to_3x3(kernel: Array) -> Array:
-    """A 1x1 kernel `[1, 1, I, O]` as the centre of a 3x3 one `[3, 3, I, O]`."""
-    return jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
-
-
-def identity_kernel(channels: int, groups: int, dtype: Any = jnp.float32) -> Array:
-    """The 3x3 kernel `[3, 3, channels / groups, channels]` whose (grouped) convolution returns its input.
-
-    Output channel `i` reads input channel `i mod (channels / groups)` of its group.
-    """
-    per_group = channels // groups
-    outputs = jnp.arange(channels)
-    return jnp.zeros((3, 3, per_group, channels), dtype).at[1, 1, outputs % per_group, outputs].set(1)
-
 
 def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple[Array, Array]:
     """The 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
 
-    Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train.
+    Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. Which
+    branches there are, and of what kind of block, shows in the tree's names.
 
     Args:
-      block_params: the block's own subtree of `params`: `rbr_dense`, `rbr_1x1` and, if it has one, `rbr_identity`.
+      block_params: the block's own subtree of `params`: `rbr_dense`, `rbr_1x1` and, if it has them, `rbr_identity`,
+        `rbr_dense_1` …, `dbb_1x1_3x3`, `dbb_1x1_avg`, and `bn` on the sum.
       block_batch_stats: the same subtree of `batch_stats`.
 
     Returns:
@@ -69,28 +50,63 @@ def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple
         raise FusionError(
             f"not a RepVGG block: expected rbr_dense and rbr_1x1, found {', '.join(block_params) or 'nothing'}"
         )
-    missing = [b for b in BRANCHES if b in block_params and not _has_statistics(b, block_batch_stats)]
+    present = {name for name in (*block_params, *block_batch_stats) if _is_branch(name)}
+    names = [*(name for name in BRANCHES if name in present), *sorted(present.difference(BRANCHES))]
+    branches = {name: (block_params.get(name, {}), block_batch_stats.get(name, {})) for name in names}
+    missing = [name for name, (params, stats) in branches.items() if not _has_statistics(params, stats)]
     if missing:
         raise FusionError(f"no running statistics (batch_stats) for {', '.join(missing)}: fusion needs them")
 
-    dense, point = block_params["rbr_dense"], block_params["rbr_1x1"]
-    dense_stats, point_stats = block_batch_stats["rbr_dense"]["bn"], block_batch_stats["rbr_1x1"]["bn"]
-    kernel, bias = fuse_conv_bn(dense["conv"]["kernel"], dense["bn"], dense_stats)
-    point_kernel, point_bias = fuse_conv_bn(point["conv"]["kernel"], point["bn"], point_stats)
-    kernel, bias = kernel + pad_1x1_to_3x3(point_kernel), bias + point_bias
-    if "rbr_identity" in block_params:
-        per_group, channels = kernel.shape[2:]
-        identity = identity_kernel(channels, channels // per_group, kernel.dtype)
-        identity_fused, identity_bias = fuse_conv_bn(
-            identity, block_params["rbr_identity"], block_batch_stats["rbr_identity"]
-        )
-        kernel, bias = kernel + identity_fused, bias + identity_bias
-    return kernel, bias
+    per_group, channels = block_params["rbr_dense"]["conv"]["kernel"].shape[2:]
+    kernel, bias = add_branches(
+        _fuse_branch(name, *branch, per_group, channels) for name, branch in branches.items() if name != SUM_BN
+    )
+    return fuse_conv_bn(kernel, *branches[SUM_BN], bias=bias) if SUM_BN in branches else (kernel, bias)
 
 
-def _has_statistics(branch: str, stats: Tree) -> bool:
-    node = stats.get(branch, {})
-    return {"mean", "var"} <= set(node if branch == "rbr_identity" else node.get("bn", {}))
+BRANCHES = ("rbr_dense", "rbr_1x1", "rbr_identity")
+"""RepVGG's own, in the order in which they are summed and named."""
+
+SUM_BN = "bn"
+"""QARepVGG's BN on the sum of the branches."""
+
+
+def _is_branch(name: str) -> bool:
+    """Whether that part of a training-form block is fused away."""
+    return name.startswith(("rbr_", "dbb_")) or name == SUM_BN
+
+
+def _has_statistics(params: Tree, stats: Tree) -> bool:
+    """Whether every BN in a branch has running ones; a BN is where a `scale` is learned."""
+    if "scale" in params:
+        return {"mean", "var"} <= set(stats)
+    return all(
+        _has_statistics(child, stats.get(name, {})) for name, child in params.items() if isinstance(child, Mapping)
+    )
+
+
+def _fuse_branch(name: str, params: Tree, stats: Tree, per_group: int, channels: int) -> Pair:
+    """One branch as a 3x3 convolution `[3, 3, per_group, channels]`."""
+    if name == "rbr_identity":
+        dtype = next(iter(stats.values())).dtype
+        identity = identity_kernel(channels, channels // per_group, dtype)
+        if params:
+            return fuse_conv_bn(identity, params, stats)
+        return identity * stats["scale"], jnp.zeros(channels, dtype)  # QARepVGG's
+    if name.startswith("dbb_"):
+        point, point_bias = fuse_conv_bn(params["conv1"]["kernel"], params["bn1"], stats["bn1"])
+        if "conv2" in params:
+            kernel = params["conv2"]["kernel"]
+            groups = point.shape[3] // kernel.shape[2]
+            kernel, bias = chain_1x1((point, point_bias), (kernel, jnp.zeros(channels, kernel.dtype)), groups)
+        else:
+            kernel, bias = average_1x1(point), point_bias
+        return fuse_conv_bn(kernel, params["bn2"], stats["bn2"], bias=bias)
+    if "bn" in params:
+        kernel, bias = fuse_conv_bn(params["conv"]["kernel"], params["bn"], stats["bn"])
+    else:
+        kernel, bias = params["kernel"], jnp.zeros(channels, params["kernel"].dtype)
+    return (embed_1x1(kernel) if kernel.shape[0] == 1 else kernel), bias
 
 
 def fuse_variables(variables: Tree, path: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,8 +155,8 @@ def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...]) -> tuple[dic
             kernel, bias = equivalent_kernel_bias(params, stats)
         except FusionError as error:
             raise FusionError(f"{'/'.join(walked) or 'block'}: {error}") from None
-        kept = {name: leaf for name, leaf in params.items() if name not in BRANCHES}
-        remaining = {name: leaf for name, leaf in stats.items() if name not in BRANCHES}
+        kept = {name: leaf for name, leaf in params.items() if not _is_branch(name)}
+        remaining = {name: leaf for name, leaf in stats.items() if not _is_branch(name)}
         return kept | {"rbr_reparam": {"kernel": kernel, "bias": bias}}, remaining, 1
 
     is_body = "stage0" in params

@@ -1,13 +1,15 @@
 """RepVGG as a Flax linen module: stages, head, features."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .activations import Activation
 from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
-from .variants import AUX_HEADS, Variant, get_variant
+from .variants import AUX_HEADS, BlockKind, Branches, Published, Variant, get_variant
 
 
 class Linear(nn.Module):
@@ -49,6 +51,14 @@ class AuxiliaryHead(nn.Module):
         return Linear(self.num_classes, self.param_dtype, name="linear")(global_average_pool(x, self.param_dtype))
 
 
+class FeatureInfo(NamedTuple):
+    """One entry of `RepVGG.features`: its name, its stride in input pixels, and its channels."""
+
+    name: str
+    stride: int
+    channels: int
+
+
 class RepVGG(nn.Module):
     """RepVGG (paper section 3), training form or, with `deploy=True`, the plain stack of 3x3 convolutions.
 
@@ -62,7 +72,10 @@ class RepVGG(nn.Module):
         `use_checkpoint`): less memory, about a third more compute.
       frozen_stages: how many of the five stages, from the first, stay as they are while training: running statistics
         instead of the batch's, no gradient.
-      frozen_bn: use running statistics, and leave them alone, in all blocks while training; gammas and betas learn.
+      frozen_bn: use running statistics, and leave them alone, in all blocks while training (`norm_eval`); gammas and
+        betas learn.
+      dropout: share of the pooled features that training drops before the classifier; it needs an rng called
+        "dropout".
     """
 
     variant: Variant
@@ -73,6 +86,7 @@ class RepVGG(nn.Module):
     remat: bool = False
     frozen_stages: int = 0
     frozen_bn: bool = False
+    dropout: float = 0.0
 
     def setup(self):
         variant = self.variant
@@ -80,17 +94,24 @@ class RepVGG(nn.Module):
         if self.remat:
             block_class = nn.remat(block_class, static_argnums=(2,))
         for spec in variant.blocks():
+            training: dict[str, Any] = dict(
+                identity=spec.nominal_stride == 1, block=variant.block, branches=variant.branches
+            )
             block = block_class(
                 features=spec.out_channels,
                 stride=spec.stride,
                 groups=spec.groups,
+                dilation=spec.dilation,
+                activation=variant.activation,
                 squeeze_excite=variant.squeeze_excite,
                 squeeze_width=variant.squeeze_width(spec.out_channels),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                **({} if self.deploy else training),
             )
             setattr(self, spec.name, block)
         self.linear = Linear(self.num_classes, self.param_dtype)
+        self.drop = nn.Dropout(self.dropout)
         if self.has_auxiliary_heads:
             for name in AUX_HEADS:
                 setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype))
@@ -99,6 +120,16 @@ class RepVGG(nn.Module):
     def has_auxiliary_heads(self) -> bool:
         """Whether training returns auxiliary logits: RepVGGplus, training form."""
         return self.variant.auxiliary_heads and not self.deploy
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What `features` returns, in order: strides 2 to 32, less after a stem of stride 1 or with dilation."""
+        stride, found = 1, {}
+        for block in self.variant.blocks():
+            stride *= block.stride
+            stage = block.stage.partition("_")[0]
+            found[stage] = FeatureInfo(stage, stride, block.out_channels)
+        return tuple(found.values())
 
     def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
         if images.ndim != 4:
@@ -116,7 +147,7 @@ class RepVGG(nn.Module):
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
         """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
 
-        Sizes round up. Call it with `model.apply(variables, images, method="features")`.
+        Sizes round up; `feature_info` has strides and channels. Call it with `model.apply(variables, images, method="features")`.
         """
         outputs = self._stage_outputs(images, train)
         if "stage3_second" in outputs:
@@ -129,14 +160,16 @@ class RepVGG(nn.Module):
 
         Args:
           images: `[N, H, W, C]` float, normalised.
-          train: use and update batch statistics (pass `mutable=["batch_stats"]`).
+          train: use and update batch statistics (pass `mutable=["batch_stats"]`), and drop out (pass
+            `rngs={"dropout": key}`).
 
         Returns:
           `[N, num_classes]`; RepVGGplus with `train=True`: a dict of such arrays, `main` and one for each
           auxiliary head.
         """
         outputs = self._stage_outputs(images, train)
-        logits = self.linear(global_average_pool(outputs["stage4"], self.param_dtype))
+        pooled = global_average_pool(outputs["stage4"], self.param_dtype)
+        logits = self.linear(self.drop(pooled, deterministic=not train))
         if not self.has_auxiliary_heads or not (train or self.is_initializing()):
             return logits
 
@@ -157,9 +190,17 @@ def create_model(
     remat: bool = False,
     frozen_stages: int = 0,
     frozen_bn: bool = False,
+    dropout: float = 0.0,
+    stem_stride: int | None = None,
+    output_stride: int | None = None,
+    activation: Activation | None = None,
+    block: BlockKind | None = None,
+    branches: Branches | None = None,
     name: str | None = None,
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
+
+    `stem_stride`, `output_stride`, `activation`, `block` and `branches` change the variant's own; None leaves them.
 
     Args:
       variant: a name from `list_models()`, or a `Variant`.
@@ -169,17 +210,32 @@ def create_model(
       param_dtype: dtype of parameters and BN statistics.
       remat: recompute activations in the backward pass to save memory.
       frozen_stages: how many of the five stages, from the first, do not train.
-      frozen_bn: BN statistics do not train.
+      frozen_bn: BN statistics do not train (`norm_eval`).
+      dropout: share of the pooled features that training drops before the classifier.
+      stem_stride: 1 for images as small as 32x32.
+      output_stride: 8 or 16: the last stages dilated instead of strided, for dense prediction; the same weights.
+      activation: instead of ReLU; a name such as "gelu", or a function.
+      block: "repvgg" or "qarepvgg", the training form's block.
+      branches: more branches for the training form's blocks.
       name: the Flax submodule name, where the model is built inside another module's compact method.
 
     Raises:
       UnknownModelError: no published variant has that name.
-      ValueError: `num_classes` is not positive, or `frozen_stages` none of 0 to 5.
+      ValueError: `num_classes` is not positive, `frozen_stages` none of 0 to 5, `dropout` not in [0, 1), or the
+        variant cannot be changed so.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     if not 0 <= frozen_stages <= 5:
         raise ValueError(f"frozen_stages must be 0 to 5, not {frozen_stages}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     if isinstance(variant, str):
         variant = get_variant(variant)
-    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, frozen_stages, frozen_bn, name=name)
+    changes: dict[str, Any] = dict(
+        stem_stride=stem_stride, output_stride=output_stride, activation=activation, block=block, branches=branches
+    )
+    changed = dataclasses.replace(variant, **{field: value for field, value in changes.items() if value is not None})
+    if changed != variant:
+        variant = dataclasses.replace(changed, published=Published())
+    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, frozen_stages, frozen_bn, dropout, name=name)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .activations import activation_function
 from .blocks import SqueezeExcite
 from .conv3x3 import convolve, prepare_kernel
 from .model import RepVGG, global_average_pool
@@ -77,8 +77,9 @@ def _run_stage(model: RepVGG, stage: StagePlan, params: Mapping[str, Any], x: Ar
 
 
 def _run_block(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
-    """`DeployBlock` by the planned algorithm: convolution, bias, (SE,) ReLU (, SE)."""
-    place = model.variant.squeeze_excite
+    """`DeployBlock` by the planned algorithm: convolution, bias, (SE,) activation (, SE)."""
+    place, activation = model.variant.squeeze_excite, model.variant.activation
+    folded = activation == "relu" and place != "before_relu"
     x = convolve(
         x,
         params["kernel"],
@@ -86,14 +87,21 @@ def _run_block(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Ar
         algorithm=layer.algorithm,
         stride=layer.shape.stride,
         groups=layer.shape.groups,
-        relu=place != "before_relu",
+        dilation=layer.shape.dilation,
+        relu=folded,
     )
-    if place is None:
-        return x
+    if place == "before_relu":
+        x = _gate(model, layer, params["se"], x)
+    if not folded:
+        x = activation_function(activation)(x)
+    return _gate(model, layer, params["post_se"], x) if place == "after_relu" else x
+
+
+def _gate(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
     gate = SqueezeExcite(model.variant.squeeze_width(layer.shape.out_channels), model.dtype, model.param_dtype)
-    gated = gate.apply({"params": params["se" if place == "before_relu" else "post_se"]}, x)
+    gated = gate.apply({"params": params}, x)
     assert isinstance(gated, jax.Array)
-    return nn.relu(gated) if place == "before_relu" else gated
+    return gated
 
 
 def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:

@@ -22,7 +22,7 @@ OUTER = 16
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """One convolution on one image: input height and width, channels, stride, groups."""
+    """One convolution on one image: input height and width, channels, stride, groups, dilation."""
 
     height: int
     width: int
@@ -30,6 +30,7 @@ class LayerShape:
     out_channels: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
 
     @property
     def out_pixels(self) -> int:
@@ -113,7 +114,8 @@ def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int
     height, width = image_size
     stages: dict[str, list[LayerPlan]] = {}
     for block in variant.blocks(in_channels):
-        shape = LayerShape(height, width, block.in_channels, block.out_channels, block.stride, block.groups)
+        channels = (block.in_channels, block.out_channels)
+        shape = LayerShape(height, width, *channels, block.stride, block.groups, block.dilation)
         stages.setdefault(block.stage, []).append(LayerPlan(block.name, shape, "direct"))
         height, width = math.ceil(height / block.stride), math.ceil(width / block.stride)
     return list(stages.values())
@@ -139,7 +141,7 @@ def default_plan(variant: Variant, batch_size: int, image_size: tuple[int, int],
 
 def candidates(shape: LayerShape) -> list[Algorithm]:
     """Algorithms that can compute this layer."""
-    return [algorithm for algorithm in ALGORITHMS if supports(algorithm, shape.stride)]
+    return [algorithm for algorithm in ALGORITHMS if supports(algorithm, shape.stride, shape.dilation)]
 
 
 def best_algorithm(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from .errors import ConfigError
-from .variants import VARIANTS, Variant
+from .variants import VARIANTS, BlockSpec, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,11 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
         in_pixels, size = size * size, math.ceil(size / block.stride)
         point = block.in_channels // block.groups * block.out_channels
         params += 9 * point + block.out_channels
-        train_params += 10 * point + 2 * block.out_channels * (3 if block.has_identity else 2)
+        branch_params, branch_flops = _branches_cost(variant, block, in_pixels, size * size)
+        train_params += branch_params
+        train_flops += branch_flops
         multiplies = 9 * point * size * size
         flops += multiplies
-        train_flops += 10 * point * size * size
         winograd += multiplies * (4 / 9 if block.stride == 1 else 1)
         peak = max(peak, 4 * (in_pixels * block.in_channels + size * size * block.out_channels))
         if variant.squeeze_excite:
@@ -75,6 +76,24 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
         winograd_muls=round(winograd) + head,
         peak_activation_bytes=peak,
     )
+
+
+def _branches_cost(variant: Variant, block: BlockSpec, in_pixels: int, out_pixels: int) -> tuple[int, int]:
+    """Parameters and multiply-adds of one training-form block, without its gate."""
+    inputs, outputs = block.in_channels, block.out_channels
+    point, branches = inputs // block.groups * outputs, variant.branches
+    bare = variant.block == "qarepvgg"
+    at_output, at_input = (9 * branches.dense_copies + 1) * point, 0
+    norms = branches.dense_copies * outputs
+    norms += outputs if bare else outputs * (2 if block.has_identity else 1)
+    if branches.dbb_1x1_3x3:
+        at_output += 9 * point
+        at_input += inputs // block.groups * inputs
+        norms += inputs + outputs
+    if branches.dbb_1x1_avg:
+        at_input += point
+        norms += 2 * outputs
+    return at_output + at_input + 2 * norms, at_output * out_pixels + at_input * in_pixels
 
 
 def summary_table(variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000) -> str:

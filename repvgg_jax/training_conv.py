@@ -26,9 +26,11 @@ SMALL_FORWARD = {1: 9, 2: 64}
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """Convolution without bias, padded by `k // 2` on every side (`torch.nn.Conv2d(…, padding=k // 2, bias=False)`).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
+    """Convolution without bias, padded so that the size depends on the stride alone.
+
+    `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`.
 
     Reverse-mode differentiable any number of times; not forward-mode.
 
@@ -37,33 +39,38 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> 
       kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
       stride: 1 or 2.
       groups: groups of the convolution.
+      dilation: pixels between the kernel's taps.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
-    return plain_conv(x, kernel, stride, groups)
+    return plain_conv(x, kernel, stride, groups, dilation)
 
 
-def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """The same function, differentiable in every mode, with XLA's own gradient."""
-    xla = functools.partial(_xla_conv, stride=stride, groups=groups)
+    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
     if kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]:
         return xla(x, kernel)
-    return _on_cpu(lambda x, kernel: _by_group(_product_conv, stride, groups, x, kernel), xla, x, kernel)
+    product = functools.partial(_product_conv, stride=stride, dilation=dilation)
+    return _on_cpu(lambda x, kernel: _by_group(product, groups, x, kernel), xla, x, kernel)
 
 
-def _forward(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, tuple[Array, Array]]:
-    return plain_conv(x, kernel, stride, groups), (x, kernel)
+def _forward(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> tuple[Array, tuple[Array, Array]]:
+    return plain_conv(x, kernel, stride, groups, dilation), (x, kernel)
 
 
-def _backward(stride: int, groups: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(
+    stride: int, groups: int, dilation: int, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    xla = functools.partial(_xla_conv, stride=stride, groups=groups)
+    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
+    to_kernels = functools.partial(_kernel_gradient, size=kernel.shape[0], stride=stride, dilation=dilation)
 
     def products(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        to_kernel = _by_group(_kernel_gradient, stride, groups, x, gradient, kernel.shape[0])
+        to_kernel = _by_group(to_kernels, groups, x, gradient)
         if _out_pixels(x, stride) <= SMALL_BACKWARD[stride] or kernel.shape[0] == 1:
-            return _input_gradients(x, kernel, gradient, stride, groups), to_kernel
+            return _input_gradients(x, kernel, gradient, stride, groups, dilation), to_kernel
         return jax.vjp(lambda x: xla(x, kernel), x)[1](gradient)[0], to_kernel
 
     def own(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
@@ -107,64 +114,65 @@ def _out_pixels(x: Array, stride: int) -> int:
     return -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
 
 
-def _xla_conv(x: Array, kernel: Array, *, stride: int, groups: int) -> Array:
-    pad = kernel.shape[0] // 2
+def _xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
+    pad = dilation * (kernel.shape[0] // 2)
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=groups,
     )
 
 
-def _by_group(function: Callable, stride: int, groups: int, x: Array, other: Array, *rest: int) -> Array:
+def _by_group(function: Callable[[Array, Array], Array], groups: int, x: Array, other: Array) -> Array:
     """`function` on each group's share of the channels, the results side by side."""
     pairs = zip(jnp.split(x, groups, axis=3), jnp.split(other, groups, axis=3), strict=True)
-    return jnp.concatenate([function(a, b, stride, *rest) for a, b in pairs], axis=3)
+    return jnp.concatenate([function(a, b) for a, b in pairs], axis=3)
 
 
-def _taps(x: Array, size: int, stride: int) -> list[Array]:
+def _taps(x: Array, size: int, stride: int, dilation: int) -> list[Array]:
     """What each of the kernel's positions sees: `size * size` arrays `[N, H', W', C]`."""
-    pad = size // 2
+    pad = dilation * (size // 2)
     rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     return [
         x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
-        for i in range(size)
-        for j in range(size)
+        for i in range(0, size * dilation, dilation)
+        for j in range(0, size * dilation, dilation)
     ]
 
 
-def _product_conv(x: Array, kernel: Array, stride: int) -> Array:
-    columns = jnp.concatenate(_taps(x, kernel.shape[0], stride), axis=3)
+def _product_conv(x: Array, kernel: Array, *, stride: int, dilation: int) -> Array:
+    columns = jnp.concatenate(_taps(x, kernel.shape[0], stride, dilation), axis=3)
     return columns @ kernel.reshape(-1, kernel.shape[3])
 
 
-def _kernel_gradient(x: Array, gradient: Array, stride: int, size: int) -> Array:
+def _kernel_gradient(x: Array, gradient: Array, *, size: int, stride: int, dilation: int) -> Array:
     flat = gradient.reshape(-1, gradient.shape[3])
-    products = [tap.reshape(-1, tap.shape[3]).T @ flat for tap in _taps(x, size, stride)]
+    products = [tap.reshape(-1, tap.shape[3]).T @ flat for tap in _taps(x, size, stride, dilation)]
     return jnp.stack(products).reshape(size, size, x.shape[3], gradient.shape[3])
 
 
-def _input_gradients(x: Array, kernel: Array, gradient: Array, stride: int, groups: int) -> Array:
+def _input_gradients(x: Array, kernel: Array, gradient: Array, stride: int, groups: int, dilation: int) -> Array:
     parts = zip(*(jnp.split(a, groups, axis=3) for a in (kernel, gradient)), strict=True)
     shape = (*x.shape[:3], x.shape[3] // groups)
-    return jnp.concatenate([_input_gradient(shape, k, g, stride) for k, g in parts], axis=3)
+    return jnp.concatenate([_input_gradient(shape, k, g, stride, dilation) for k, g in parts], axis=3)
 
 
-def _input_gradient(shape: tuple[int, ...], kernel: Array, gradient: Array, stride: int) -> Array:
+def _input_gradient(shape: tuple[int, ...], kernel: Array, gradient: Array, stride: int, dilation: int) -> Array:
     size, height, width, inputs = kernel.shape[0], *shape[1:]
     rows, columns = gradient.shape[1:3]
     products = gradient @ kernel.reshape(-1, kernel.shape[3]).T
     zero = jnp.zeros((), products.dtype)
-    pad = size // 2
     total = None
     for position in range(size * size):
         i, j = divmod(position, size)
-        # Tap (i, j) read rows i - pad + stride * r: spread the gradient out to there. Negative edges cut.
-        top, left = i - pad, j - pad
+        # Tap (i, j) read rows dilation * (i - size // 2) + stride * r: spread the gradient out to there. Negative
+        # edges cut.
+        top, left = (dilation * (k - size // 2) for k in (i, j))
         edges = (
             (0, 0, 0),
             (top, height - top - (rows - 1) * stride - 1, stride - 1),

@@ -68,6 +68,7 @@ def measure_layer(shape: LayerShape, algorithm: Algorithm, portion: int, images:
                 algorithm=algorithm,
                 stride=shape.stride,
                 groups=shape.groups,
+                dilation=shape.dilation,
                 relu=True,
             )
             return y.max((0, 1, 2))

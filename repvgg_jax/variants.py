@@ -5,11 +5,19 @@ Source: paper (arXiv 2101.03697) Tables 2 to 5; D2se and RepVGGplus-L2pse from t
 
 import dataclasses
 import difflib
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
+from .activations import Activation, activation_function
 from .errors import UnknownModelError
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
+
+BlockKind = Literal["repvgg", "qarepvgg"]
+"""The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
+
+OUTPUT_STRIDES = (8, 16, 32)
+MAX_DENSE_COPIES = 8
 
 AUX_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
 """RepVGGplus's auxiliary heads, named after the (half) stage whose output each reads."""
@@ -30,7 +38,8 @@ class Published:
 class BlockSpec:
     """One block of the body: what a module, a weight map and a FLOP count need to know about it.
 
-    `dense` 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`.
+    `dense` 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, and their taps are `dilation` pixels
+    apart. `nominal_stride` is the stride that the block has in the same net without dilation.
     """
 
     name: str
@@ -39,16 +48,43 @@ class BlockSpec:
     out_channels: int
     stride: int
     groups: int
+    dilation: int
+    nominal_stride: int
 
     @property
     def has_identity(self) -> bool:
-        """Whether the training form has the identity BN branch (paper section 3.3)."""
-        return self.stride == 1 and self.in_channels == self.out_channels
+        """Whether the training form has the identity branch (paper section 3.3); dilation does not change that."""
+        return self.nominal_stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """What a training-form block sums besides RepVGG's own three branches; all of it fuses into the one 3x3 kernel.
+
+    Attributes:
+      dense_copies: 3x3 branches, each with its own BN (MobileOne, arXiv 2206.04040: up to 4); RepVGG has 1.
+      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, a BN after each (Diverse Branch Block, arXiv 2103.13425).
+      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
+    """
+
+    dense_copies: int = 1
+    dbb_1x1_3x3: bool = False
+    dbb_1x1_avg: bool = False
+
+    def __post_init__(self):
+        if type(self.dense_copies) is not int or not 1 <= self.dense_copies <= MAX_DENSE_COPIES:
+            raise ValueError(f"dense_copies must be 1 to {MAX_DENSE_COPIES}, not {self.dense_copies}")
+
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the 3x3 branches in the parameter tree: `rbr_dense`, `rbr_dense_1`, …"""
+        return "rbr_dense", *(f"rbr_dense_{copy}" for copy in range(1, self.dense_copies))
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The numbers that make one RepVGG.
+    """The numbers that make one RepVGG; all but the first two have RepVGG's own defaults.
+
+    `Variant(num_blocks=(1, 2, 2, 1), widths=(16, 16, 32, 64, 128))` is a whole architecture for `create_model`.
 
     Attributes:
       num_blocks: blocks in stages 1 to 4; stage 0 is one block, and each stage starts with stride 2.
@@ -60,6 +96,15 @@ class Variant:
       image_size: test resolution the published accuracy belongs to, in pixels.
       crop_fraction: centre crop over resized shorter side at evaluation.
       published: the authors' figures, where there are any.
+      stem_stride: stride of stage 0: 2, or 1 for images as small as 32x32.
+      output_stride: 32, or 16 or 8 for a backbone of dense prediction: stages that would go beyond it keep stride 1,
+        and the blocks after their strides are dilated instead, as in timm and torchvision.
+      activation: what follows each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
+      block: the kind of the training form's block.
+      branches: more branches for the training form's blocks.
+
+    Raises:
+      ValueError: numbers that make no network; it names the field, its value and what it must be.
     """
 
     num_blocks: tuple[int, int, int, int]
@@ -72,12 +117,30 @@ class Variant:
     image_size: int = 224
     crop_fraction: float = 0.875
     published: Published = dataclasses.field(default=Published(), compare=False)
+    stem_stride: int = 2
+    output_stride: int = 32
+    activation: Activation = "relu"
+    block: BlockKind = "repvgg"
+    branches: Branches = Branches()
 
     def __post_init__(self):
-        if len(self.num_blocks) != 4 or min(self.num_blocks) < 1:
-            raise ValueError(f"num_blocks must be four positive numbers (stages 1 to 4), not {self.num_blocks}")
-        if len(self.widths) != 5 or min(self.widths) < 1:
-            raise ValueError(f"widths must be five positive numbers (stages 0 to 4), not {self.widths}")
+        object.__setattr__(self, "num_blocks", _positive_numbers("num_blocks", self.num_blocks, "four", "1 to 4"))
+        object.__setattr__(self, "widths", _positive_numbers("widths", self.widths, "five", "0 to 4"))
+        for field in ("groups", "squeeze_excite_ratio", "image_size"):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 1:
+                raise ValueError(f"{field} must be a positive whole number, not {getattr(self, field)!r}")
+        choices = {
+            "squeeze_excite": (None, *get_args(SqueezeExcitePlace)),
+            "stem_stride": (1, 2),
+            "output_stride": OUTPUT_STRIDES,
+            "block": get_args(BlockKind),
+        }
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {', '.join(map(str, known))}, not {getattr(self, field)!r}")
+        if not isinstance(self.branches, Branches):
+            raise ValueError(f"branches must be a Branches, not {self.branches!r}")
+        activation_function(self.activation)
         if self.auxiliary_heads and self.num_blocks[2] < 2:
             raise ValueError(f"auxiliary heads split stage 3 in two, which needs 2 blocks, not {self.num_blocks[2]}")
         for block in self.blocks():
@@ -88,7 +151,7 @@ class Variant:
                 )
 
     def stages(self) -> tuple[tuple[str, int, int, int], ...]:
-        """`(name, number of blocks, width, stride of the first block)` of every stage, in order."""
+        """`(name, number of blocks, width, nominal stride of the first block)` of every stage, in order."""
         one, two, three, four = self.num_blocks
         if self.auxiliary_heads:
             first = three // 2
@@ -96,7 +159,7 @@ class Variant:
         else:
             third = (("stage3", three, self.widths[3], 2),)
         return (
-            ("stage0", 1, self.widths[0], 2),
+            ("stage0", 1, self.widths[0], self.stem_stride),
             ("stage1", one, self.widths[1], 2),
             ("stage2", two, self.widths[2], 2),
             *third,
@@ -106,17 +169,25 @@ class Variant:
     def blocks(self, in_channels: int = 3) -> tuple[BlockSpec, ...]:
         """Every block of the body, from image to head, named as in the parameter tree."""
         specs: list[BlockSpec] = []
-        for stage, count, width, stride in self.stages():
+        reduction = dilation = 1
+        for stage, count, width, stage_stride in self.stages():
+            dilated = stage_stride == 2 and reduction >= self.output_stride
+            # The block that would have had the stride still sees what it saw then, those after it look twice as far.
+            dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
+            reduction *= 1 if dilated else stage_stride
             for position in range(count):
                 index = len(specs)  # stage 0 is block 0; groups go to even blocks after it
+                nominal_stride = stage_stride if position == 0 else 1
                 specs.append(
                     BlockSpec(
                         name=stage if stage == "stage0" else f"{stage}_{position}",
                         stage=stage,
                         in_channels=specs[-1].out_channels if specs else in_channels,
                         out_channels=width,
-                        stride=stride if position == 0 else 1,
+                        stride=1 if dilated else nominal_stride,
                         groups=self.groups if index and index % 2 == 0 else 1,
+                        dilation=dilation_before if position == 0 else dilation,
+                        nominal_stride=nominal_stride,
                     )
                 )
         return tuple(specs)
@@ -124,6 +195,15 @@ class Variant:
     def squeeze_width(self, channels: int) -> int:
         """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
         return max(1, channels // self.squeeze_excite_ratio)
+
+
+def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tuple[int, ...]:
+    """`value` as a tuple of so many positive whole numbers."""
+    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(numbers) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in numbers):
+        shown = tuple(value) if isinstance(value, list) else value
+        raise ValueError(f"{field} must be {how_many} positive numbers (stages {stages}), not {shown}")
+    return numbers
 
 
 def scaled_widths(a: float, b: float) -> tuple[int, int, int, int, int]:

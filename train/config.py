@@ -15,7 +15,7 @@ import tyro
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
-from repvgg_jax.variants import get_variant
+from repvgg_jax.variants import MAX_DENSE_COPIES, BlockKind, Branches, get_variant
 
 from .data.augmentation import Augmentation
 
@@ -30,6 +30,24 @@ class ModelConfig:
     """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more compute."""
+    block: BlockKind = "repvgg"
+    """Training form's block: RepVGG's, or QARepVGG's for INT8."""
+    dense_copies: int = 1
+    """3x3 branches in each block (MobileOne)."""
+    dbb_1x1_3x3: bool = False
+    """A branch of 1x1 and 3x3 convolution in each block (Diverse Branch Block)."""
+    dbb_1x1_avg: bool = False
+    """A branch of 1x1 convolution and average pooling in each block (Diverse Branch Block)."""
+    activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] = "relu"
+    stem_stride: Literal[1, 2] = 2
+    """Stride of the first block; 1 for images as small as 32x32."""
+    dropout: float = 0.0
+    """Share of the pooled features dropped before the classifier."""
+
+    @property
+    def branches(self) -> Branches:
+        """The blocks' further branches."""
+        return Branches(self.dense_copies, self.dbb_1x1_3x3, self.dbb_1x1_avg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +248,8 @@ def check(config: Config) -> None:
     """
     get_variant(config.model.model)
     at_least = {
+        "--dense-copies": (config.model.dense_copies, 1),
+        "--dropout": (config.model.dropout, 0),
         "--image-size": (config.input.image_size, 1),
         "--test-image-size": (config.input.test_image_size, 1),
         "--workers": (1 if config.input.workers is None else config.input.workers, 1),
@@ -261,12 +281,15 @@ def check(config: Config) -> None:
         if value == math.inf:
             raise ConfigError(f"{option} must be finite, not {value}")
     for option, value in (
+        ("--dropout", config.model.dropout),
         ("--momentum", config.optimizer.momentum),
         ("--label-smoothing", config.optimizer.label_smoothing),
         ("--ema-decay", config.optimizer.ema_decay),
     ):
         if value >= 1:
             raise ConfigError(f"{option} must be below 1, not {value}")
+    if config.model.dense_copies > MAX_DENSE_COPIES:
+        raise ConfigError(f"--dense-copies must be at most {MAX_DENSE_COPIES}, not {config.model.dense_copies}")
     if config.run.seed >= 2**63:
         raise ConfigError(f"--seed must be below 2^63, not {config.run.seed}")
     if config.fine_tune.freeze_stages > 5:

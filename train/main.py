@@ -105,6 +105,11 @@ def set_up(config: Config) -> Run:
         dataset.num_classes,
         dtype=np.dtype(config.model.dtype),
         remat=config.model.remat,
+        block=config.model.block,
+        branches=config.model.branches,
+        activation=config.model.activation,
+        stem_stride=config.model.stem_stride,
+        dropout=config.model.dropout,
         frozen_stages=config.fine_tune.freeze_stages,
         frozen_bn=config.fine_tune.freeze_bn,
     )
@@ -135,7 +140,7 @@ def fresh_state(run: Run) -> TrainState:
     """The state at step 0: random weights, or those of `--init`.
 
     Raises:
-      RepVGGError: the file cannot be read, is in deploy form, or holds another variant.
+      RepVGGError: the file cannot be read, is in deploy form, or holds another network.
     """
     config = run.config
     size, channels = config.input.image_size, run.dataset.preprocessing.channels
@@ -143,7 +148,7 @@ def fresh_state(run: Run) -> TrainState:
     if path is not None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", WeightsWarning)
-            model, variables = rv.load_weights(path, config.model.model, run.dataset.num_classes)
+            model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
         for warning in caught:
             print(f"warning: {warning.message}", file=sys.stderr)
         if model.deploy:
@@ -191,7 +196,7 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
     described: dict[str, Any] = dict(
         preprocessing=run.dataset.preprocessing, class_names=tuple(run.dataset.class_names)
     )
-    model = run.model.clone(frozen_stages=0, frozen_bn=False)
+    model = run.model.clone(frozen_stages=0, frozen_bn=False, dropout=0.0)
     for form, replicated in forms(state).items():
         variables = to_host(replicated)
         deploy_model, deploy_variables = rv.to_deploy(model, variables)

@@ -16,6 +16,9 @@ from .state import TrainState
 Mixing = Callable[[Array, Array, Array], tuple[Array, Array]]
 """`(key, images [N, H, W, C], targets [N, classes]) -> images, targets`."""
 
+DROPOUT_STREAM = 0x64726F70
+"""Folded into the step's key for dropout, far from what mixing splits off it."""
+
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
@@ -88,7 +91,11 @@ def make_train_step(
 
         def loss_of(params: Any) -> tuple[Array, tuple[Any, Array]]:
             outputs, mutated = model.apply(
-                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+                {"params": params, "batch_stats": stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, DROPOUT_STREAM)},
             )
             loss = training_loss(outputs, targets, auxiliary_weight)
             return loss, (mutated["batch_stats"], outputs["main"] if isinstance(outputs, dict) else outputs)

@@ -18,7 +18,7 @@ from jax import Array, lax
 from ..errors import QuantizationError
 from ..variants import BlockSpec
 from .quantizer import WEIGHT_LEVELS
-from .stack import linear_map
+from .stack import Geometry, geometry, linear_map
 
 ZETA, GAMMA = 1.1, -0.1
 """The sigmoid's stretch (paper, equation 23): h reaches its ends at finite values."""
@@ -79,14 +79,14 @@ def learn_rounding(
     count, batch = len(inputs), min(options.batch_size, len(inputs))
     places = np.random.default_rng(0).integers(0, count, (options.steps, batch))
     kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
-    shape = None if spec is None else (spec.stride, spec.groups)
+    shape = geometry(spec)
     soft = _optimize(shape, relu, options, kernel, bias, jnp.asarray(scale), inputs, targets, places)
     return np.asarray(jnp.floor(kernel / scale) + (soft >= 0.5))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _optimize(
-    shape: tuple[int, int] | None,
+    shape: Geometry | None,
     relu: bool,
     options: AdaRoundOptions,
     kernel: Array,
@@ -99,12 +99,11 @@ def _optimize(
     """Each weight's h after the last step. Layers of one shape share one compilation."""
     import optax
 
-    spec = None if shape is None else BlockSpec("", "", 0, 0, *shape)
     floor = jnp.floor(kernel / scale)
     optimizer = optax.adam(options.learning_rate)
 
     def error(weights: Array, x: Array, target: Array) -> Array:
-        output = linear_map(spec, x, weights) + bias
+        output = linear_map(shape, x, weights) + bias
         if relu:
             output, target = nn.relu(output), nn.relu(target)
         return jnp.square(output - target).mean()

@@ -80,13 +80,15 @@ def quantize(
       class_names: names by class index, kept with the net.
 
     Raises:
-      QuantizationError: no such method, or images that are too few, of another shape or with NaN.
+      QuantizationError: no such method, another activation than ReLU, or images that are too few, of another shape or with NaN.
       WeightsError: the variables are not this model's, or have NaN.
       FusionError: a training form that cannot be fused.
     """
     method = choose_method(method, per_channel, calibration)
     if not model.deploy:
         model, variables = to_deploy(model, variables)
+    if model.variant.activation != "relu":
+        raise QuantizationError(f"only nets with ReLU are quantised, this one has {model.variant.activation}")
     arrays = flatten(variables)
     channels = arrays["params/stage0/rbr_reparam/kernel"].shape[2]
     check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")

@@ -15,7 +15,7 @@ from ..preprocess import Preprocessing
 from ..variants import BlockSpec, Variant
 from .calibration import input_dtype
 from .quantizer import UNSIGNED, WEIGHT_LEVELS, quantize
-from .stack import LINEAR, POOL, activate, linear_map
+from .stack import LINEAR, POOL, activate, geometry, linear_map
 
 if TYPE_CHECKING:
     from .report import LayerReport
@@ -136,7 +136,7 @@ def forward(variant: Variant, params: Mapping[str, Any], images: Array, *, integ
         layer, next_scale = params[spec.name], params.get(following, {}).get("input_scale")
         if not is_quantized(layer):
             seen[spec.name] = x = _real(x, scale)
-            y = linear_map(spec, x, layer["kernel"]) + layer["bias"]
+            y = linear_map(geometry(spec), x, layer["kernel"]) + layer["bias"]
         else:
             if scale is None:
                 x = quantize(x, layer["input_scale"], input_dtype(spec.name))
@@ -174,14 +174,14 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
     """
     kernel, bias = layer["kernel"], layer["bias"]
     if not integer:
-        return linear_map(spec, x.astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)
+        return linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)
     shift = _SHIFT if x.dtype == jnp.uint8 else 0
     signed = (x.astype(jnp.int32) - shift).astype(jnp.int8)
     if shift:
         bias = bias + shift * kernel.astype(jnp.int32).sum(tuple(range(kernel.ndim - 1)))
     if spec is None:
         return lax.dot(signed, kernel, preferred_element_type=jnp.int32) + bias
-    padding = kernel.shape[0] // 2
+    padding = spec.dilation * (kernel.shape[0] // 2)
     # Real zeros lie around the image, which the shift has made -128.
     signed = lax.pad(signed, jnp.int8(-shift), ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
     return bias + lax.conv_general_dilated(
@@ -189,6 +189,7 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
         kernel,
         (spec.stride, spec.stride),
         "VALID",
+        rhs_dilation=(spec.dilation, spec.dilation),
         dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=spec.groups,
         preferred_element_type=jnp.int32,

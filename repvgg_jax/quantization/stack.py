@@ -22,6 +22,9 @@ from ..variants import BlockSpec, SqueezeExcitePlace, Variant
 
 Layers = Mapping[str, Mapping[str, Any]]
 
+Geometry = tuple[int, int, int]
+"""Stride, groups, dilation."""
+
 POOL, LINEAR = "pool", "linear"
 
 BATCH_SIZE = 32
@@ -42,19 +45,24 @@ def named_specs(variant: Variant) -> list[tuple[str, BlockSpec | None]]:
     return [(spec.name, spec) for spec in variant.blocks()] + [(LINEAR, None)]
 
 
-def linear_map(spec: BlockSpec | None, x: Array, kernel: Array) -> Array:
-    """A layer's convolution, or the classifier's matrix product where `spec` is None; without bias."""
-    return x @ kernel if spec is None else plain_conv(x, kernel, spec.stride, spec.groups)
+def geometry(spec: BlockSpec | None) -> Geometry | None:
+    """What a compilation depends on besides the arrays' shapes; None for the classifier."""
+    return None if spec is None else (spec.stride, spec.groups, spec.dilation)
+
+
+def linear_map(shape: Geometry | None, x: Array, kernel: Array) -> Array:
+    """A layer's convolution, or the classifier's matrix product where `shape` is None; without bias."""
+    return x @ kernel if shape is None else plain_conv(x, kernel, *shape)
 
 
 def affine(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:
     """A layer's output before what follows, compiled."""
-    return _affine(None if spec is None else (spec.stride, spec.groups), x, layer["kernel"], layer["bias"])
+    return _affine(geometry(spec), x, layer["kernel"], layer["bias"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _affine(stride_and_groups: tuple[int, int] | None, x: Array, kernel: Array, bias: Array) -> Array:
-    return (x @ kernel if stride_and_groups is None else plain_conv(x, kernel, *stride_and_groups)) + bias
+def _affine(shape: Geometry | None, x: Array, kernel: Array, bias: Array) -> Array:
+    return linear_map(shape, x, kernel) + bias
 
 
 def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Any) -> Array:

@@ -147,10 +147,8 @@ class _Body:
 
 
 def same_network(known: Variant, found: Variant) -> bool:
-    """Whether two variants have the same layers, whatever their names and image sizes."""
-    if not known.squeeze_excite:
-        found = dataclasses.replace(found, squeeze_excite_ratio=known.squeeze_excite_ratio)
-    same = {f.name: getattr(found, f.name) for f in dataclasses.fields(Variant)} | {
-        name: getattr(known, name) for name in ("name", "image_size", "crop_fraction", "published")
-    }
-    return Variant(**same) == known
+    """Whether two variants have the same deploy-form layers, whatever their names, image sizes and options."""
+    fields = ["num_blocks", "widths", "groups", "squeeze_excite", "auxiliary_heads"]
+    if known.squeeze_excite:
+        fields.append("squeeze_excite_ratio")
+    return all(getattr(known, field) == getattr(found, field) for field in fields)

@@ -24,17 +24,21 @@ class Layer:
     Attributes:
       path: where it is, such as `stage1_0/rbr_dense/conv`.
       kind: what its leaves are.
-      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), or `[channels]` for a BN.
+      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), `[channels]` for a BN, or `[]` for QARepVGG's
+        identity, whose only leaf is a constant.
       has_bias: whether a convolution has one; linear layers and BNs always do.
     """
 
     path: str
-    kind: Literal["conv", "bn", "linear"]
+    kind: Literal["conv", "bn", "linear", "identity"]
     shape: Shape
     has_bias: bool = True
 
     def leaves(self) -> Iterator[tuple[str, Shape]]:
         """`(name in the flat tree, shape)` of the layer's leaves."""
+        if self.kind == "identity":
+            yield f"batch_stats/{self.path}/scale", self.shape
+            return
         if self.kind == "bn":
             for collection, leaf in (("params", "scale"), ("params", "bias")):
                 yield f"{collection}/{self.path}/{leaf}", self.shape
@@ -49,15 +53,40 @@ class Layer:
 def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer]:
     """The layers of one block of the body."""
     inputs, outputs = block.in_channels // block.groups, block.out_channels
-    layers = []
+    layers: list[Layer] = []
+
+    def conv(path: str, size: int, shape: Shape) -> None:
+        layers.append(Layer(f"{block.name}/{path}", "conv", (size, size, *shape), has_bias=False))
+
+    def bn(path: str, channels: int = outputs) -> None:
+        layers.append(Layer(f"{block.name}/{path}", "bn", (channels,)))
+
     if deploy:
         layers.append(Layer(f"{block.name}/rbr_reparam", "conv", (3, 3, inputs, outputs)))
     else:
-        for branch, size in (("rbr_dense", 3), ("rbr_1x1", 1)):
-            layers.append(Layer(f"{block.name}/{branch}/conv", "conv", (size, size, inputs, outputs), has_bias=False))
-            layers.append(Layer(f"{block.name}/{branch}/bn", "bn", (outputs,)))
+        bare = variant.block == "qarepvgg"
+        for name in variant.branches.dense_names():
+            conv(f"{name}/conv", 3, (inputs, outputs))
+            bn(f"{name}/bn")
+        conv("rbr_1x1" if bare else "rbr_1x1/conv", 1, (inputs, outputs))
+        if not bare:
+            bn("rbr_1x1/bn")
+        if variant.branches.dbb_1x1_3x3:
+            conv("dbb_1x1_3x3/conv1", 1, (inputs, block.in_channels))
+            bn("dbb_1x1_3x3/bn1", block.in_channels)
+            conv("dbb_1x1_3x3/conv2", 3, (inputs, outputs))
+            bn("dbb_1x1_3x3/bn2")
+        if variant.branches.dbb_1x1_avg:
+            conv("dbb_1x1_avg/conv1", 1, (inputs, outputs))
+            bn("dbb_1x1_avg/bn1")
+            bn("dbb_1x1_avg/bn2")
         if block.has_identity:
-            layers.append(Layer(f"{block.name}/rbr_identity", "bn", (outputs,)))
+            if bare:
+                layers.append(Layer(f"{block.name}/rbr_identity", "identity", ()))
+            else:
+                bn("rbr_identity")
+        if bare:
+            bn("bn")
     if variant.squeeze_excite:
         gate = "se" if variant.squeeze_excite == "before_relu" else "post_se"
         hidden = variant.squeeze_width(outputs)

@@ -53,7 +53,7 @@ class Contents:
 
 def load_weights(
     path: str | os.PathLike,
-    name: str | None = None,
+    name: str | Variant | None = None,
     num_classes: int | None = None,
     *,
     ema: bool = False,
@@ -66,7 +66,9 @@ def load_weights(
 
     Args:
       path: a weight file, or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
-      name: variant the caller expects; needed only where the file cannot tell, checked where it can.
+      name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
+        is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
+        and output stride.
       num_classes: class count wanted. If the file has another, the classifier is a fresh one (a `WeightsWarning`
         says so); everything else is loaded.
       ema: take the moving average of the weights, where a training checkpoint has one.
@@ -111,7 +113,7 @@ def load_weights(
 
 
 def inspect_weights(
-    path: str | os.PathLike, name: str | None = None, *, ema: bool = False, tensors_only: bool = False
+    path: str | os.PathLike, name: str | Variant | None = None, *, ema: bool = False, tensors_only: bool = False
 ) -> WeightsInfo:
     """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
 
@@ -128,7 +130,7 @@ def inspect_weights(
 @contextmanager
 def open_weights(
     path: str | os.PathLike,
-    name: str | None = None,
+    name: str | Variant | None = None,
     num_classes: int | None = None,
     *,
     ema: bool = False,
@@ -143,7 +145,8 @@ def open_weights(
     Raises:
       UnknownModelError, WeightsError: as `load_weights`.
     """
-    expected = None if name is None else get_variant(name)
+    expected = get_variant(name) if isinstance(name, str) else name
+    exact = isinstance(name, Variant)
     address, config = os.fspath(path), None
     if is_hub_address(address):
         local, config = fetch(address)
@@ -151,11 +154,13 @@ def open_weights(
         local = Path(path)
     with _open_file(local, f"{path}") as handle:
         file = _read_container(handle, local, ema, tensors_only)
-        info = native.describe(file)
+        info = native.describe(file, name if isinstance(name, Variant) else None)
         if info is None:
-            contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}")
+            contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}", exact=exact)
         else:
             _check_expected(info.variant, expected, f"{path}")
+            if isinstance(name, Variant):
+                info = dataclasses.replace(info, variant=name)
             contents = _native_contents(file, info, f"{path}")
         if config is not None:
             contents = dataclasses.replace(contents, info=config.apply(contents.info))
@@ -214,7 +219,10 @@ def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Content
     return Contents(file, info, entries)
 
 
-def _foreign_contents(file: TensorFile, expected: Variant | None, headless: bool, where: str) -> Contents:
+def _foreign_contents(
+    file: TensorFile, expected: Variant | None, headless: bool, where: str, *, exact: bool
+) -> Contents:
+    """`exact`: the caller gave the variant's numbers, and need not be told that it is a custom one."""
     keys = without_wrappers(file.tensors)
     file = dataclasses.replace(file, tensors={key: file.tensors[original] for key, original in keys.items()})
     found = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
@@ -226,7 +234,7 @@ def _foreign_contents(file: TensorFile, expected: Variant | None, headless: bool
             f"{where} has {found.family.name} keys, but not those of a whole RepVGG"
             + (f": {found.gaps}" if found.gaps else "; with a variant's name, what is wrong with them is listed")
         )
-    if variant.name == "custom":
+    if variant.name == "custom" and not exact:
         blocks, widths = (", ".join(map(str, numbers)) for numbers in (variant.num_blocks, variant.widths))
         file.notes.append(f"{where} is no published variant: blocks {blocks}; widths {widths}; groups {variant.groups}")
     entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)

@@ -15,7 +15,8 @@ import numpy as np
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from ..variants import Variant, get_variant
+from ..activations import ACTIVATIONS
+from ..variants import OUTPUT_STRIDES, Branches, Variant, get_variant
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import flatten, shown
 from .safetensors_file import write_safetensors
@@ -61,7 +62,7 @@ def write_form(
     Raises:
       RepVGGError: the file cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in flatten(variables).items()}
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
     header = {
         "version": FORMAT_VERSION,
         "variant": _variant_to_json(variant),
@@ -75,11 +76,14 @@ def write_form(
     write_safetensors(path, arrays, {HEADER: json.dumps(header)})
 
 
-def describe(file: TensorFile) -> WeightsInfo | None:
+def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
     """What a native file says of itself; None if it is a safetensors file of another family.
 
+    Args:
+      expected: where the activation comes from if it is a function, which a file cannot hold.
+
     Raises:
-      WeightsError: a damaged header, or one of a later release.
+      WeightsError: a damaged header, one of a later release, or an activation that is not known.
     """
     text = file.metadata.get(HEADER)
     if text is None:
@@ -96,7 +100,7 @@ def describe(file: TensorFile) -> WeightsInfo | None:
         class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
         info = WeightsInfo(
             family="native",
-            variant=_variant_from_json(header["variant"], len(file.tensors)),
+            variant=_variant_from_json(header["variant"], len(file.tensors), expected),
             deploy=header["form"] != "training",
             quantized=quantized,
             num_classes=_integer(header["num_classes"]),
@@ -110,6 +114,10 @@ def describe(file: TensorFile) -> WeightsInfo | None:
         if info.class_names is not None and len(info.class_names) != info.num_classes:
             raise ValueError(f"{len(info.class_names)} class names for {info.num_classes} classes")
         return info
+    except _UnknownActivation:
+        raise WeightsError(
+            f"{file.path}: the activation is a function of the program that wrote the file; give load_weights its Variant"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
@@ -129,21 +137,37 @@ def _is_parameter(name: str) -> bool:
 
 
 def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
-    """A published variant by name, any other by its numbers."""
+    """A published variant by name, any other by its numbers; of its options, those that are not RepVGG's own.
+
+    An activation that is a function has no name: it is null.
+    """
     fields = dataclasses.asdict(variant)
     del fields["published"]
+    if not isinstance(variant.activation, str):
+        fields["activation"] = None
+    for name, default in _OPTIONS.items():
+        if getattr(variant, name) == default:
+            del fields[name]
     try:
         return variant.name if get_variant(variant.name) == variant else fields
     except ValueError:
         return fields
 
 
-def _variant_from_json(value: str | dict[str, Any], num_tensors: int) -> Variant:
+class _UnknownActivation(Exception):
+    pass
+
+
+def _variant_from_json(value: str | dict[str, Any], num_tensors: int, expected: Variant | None) -> Variant:
     if isinstance(value, str):
         return get_variant(value)
     fields = {name: _FIELDS[name](given) for name, given in value.items()}
     if sum(fields["num_blocks"]) > num_tensors:
         raise ValueError("more blocks than tensors")
+    if "activation" in fields and fields["activation"] is None:
+        if expected is None:
+            raise _UnknownActivation
+        fields["activation"] = expected.activation
     return Variant(**fields)
 
 
@@ -179,6 +203,31 @@ def _fraction(value: Any) -> float:
     return float(value)
 
 
+def _one_of(*choices: Any) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or value not in choices:
+            raise ValueError(f"none of {', '.join(map(str, choices))}")
+        return value
+
+    return check
+
+
+def _activation(value: Any) -> Any:
+    return None if value is None else _one_of(*ACTIVATIONS)(value)
+
+
+def _branches(value: Any) -> Branches:
+    checks = {"dense_copies": _positive, "dbb_1x1_3x3": _flag, "dbb_1x1_avg": _flag}
+    return Branches(**{name: checks[name](given) for name, given in value.items()})
+
+
+_OPTIONS = {
+    field.name: field.default
+    for field in dataclasses.fields(Variant)
+    if field.name in ("stem_stride", "output_stride", "activation", "block", "branches")
+}
+"""Fields that files of earlier releases do not have, and their defaults."""
+
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "num_blocks": _several,
     "widths": _several,
@@ -189,5 +238,10 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "name": shown,
     "image_size": _positive,
     "crop_fraction": _fraction,
+    "stem_stride": _one_of(1, 2),
+    "output_stride": _one_of(*OUTPUT_STRIDES),
+    "activation": _activation,
+    "block": _one_of("repvgg", "qarepvgg"),
+    "branches": _branches,
 }
 """A variant's fields in a header, each with the check that makes it one."""

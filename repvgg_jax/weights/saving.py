@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant
 from . import native
-from .info import default_preprocessing
+from .info import WeightsWarning, default_preprocessing
 from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
 from .layout import check_arrays, expected_shapes, flatten
 from .safetensors_file import write_safetensors
@@ -37,7 +38,7 @@ def save_weights(
 ) -> None:
     """Write a weight file, atomically; the suffix chooses the format.
 
-    `.safetensors` is native and self-describing. `.pth`, `.pt`, `.bin` and `.tar` are PyTorch's, with the authors'
+    `.safetensors` is native and self-describing, custom variants and block options included. `.pth`, `.pt`, `.bin` and `.tar` are PyTorch's, with the authors'
     keys, order, shapes and dtypes, for `load_state_dict(torch.load(path), strict=True)`.
 
     Args:
@@ -69,10 +70,22 @@ def save_weights(
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
+    untold = _untold(model.variant)
+    if untold:
+        message = f"{path} cannot say {untold}: whoever loads it must know (give load_weights the Variant)"
+        warnings.warn(message, WeightsWarning, stacklevel=2)
     if Path(path).suffix == ".safetensors":
         write_safetensors(path, state, {"format": "pt"})
     else:
         _write_torch(path, state)
+
+
+def _untold(variant: Variant) -> str:
+    """What changes the network's function and shows in no key of a PyTorch file, in words."""
+    plain = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
+    values = {name: getattr(variant, name) for name in plain}
+    found = (f"{name} {getattr(v, '__name__', v)}" for name, v in values.items() if v != plain[name])
+    return ", ".join(found)
 
 
 def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) -> Family | None:
