@@ -1,6 +1,16 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
-from .errors import ConfigError, DataError, FusionError, QuantizationError, RepVGGError, UnknownModelError, WeightsError
+from .errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    FusionError,
+    QuantizationError,
+    RepVGGError,
+    UnknownModelError,
+    WeightsError,
+)
+from .export import export_onnx
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
@@ -14,6 +24,7 @@ __all__ = [
     "Branches",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FusionError",
     "Preprocessing",
     "QuantizationError",
@@ -27,6 +38,7 @@ __all__ = [
     "__version__",
     "create_model",
     "equivalent_kernel_bias",
+    "export_onnx",
     "fuse_variables",
     "inspect_weights",
     "list_models",

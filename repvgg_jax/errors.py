@@ -21,6 +21,10 @@ class QuantizationError(RepVGGError, ValueError):
     """A net that cannot be quantised, or calibration images that it cannot be quantised with."""
 
 
+class ExportError(RepVGGError):
+    """A net that cannot be written for another runtime: a library is missing, or the file computes something else."""
+
+
 class DataError(RepVGGError):
     """A data set that cannot be found or read, or an image that is no image."""
 

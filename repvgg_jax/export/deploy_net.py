@@ -1,0 +1,120 @@
+"""What every export starts from: one net in deploy form, its numbers in float32, and how its images are prepared."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..fusion import to_deploy
+from ..model import RepVGG
+from ..preprocess import Preprocessing
+from ..variants import BlockSpec
+from ..weights.info import default_preprocessing
+from ..weights.layout import check_arrays, expected_shapes, flatten
+
+InputLayout = Literal["NCHW", "NHWC"]
+
+INPUT, OUTPUT = "images", "logits"
+"""Names of the input and the output, in every format that has names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeployNet:
+    """A net ready to be written.
+
+    Attributes:
+      model: deploy form, float32.
+      params: its parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`.
+      channels: of an image.
+      height, width: of an image.
+      input_layout: how a batch of images lies in memory.
+      preprocessing: what makes an image network input.
+      class_names: names by class index, if they are known.
+    """
+
+    model: RepVGG
+    params: Mapping[str, Any]
+    channels: int
+    height: int
+    width: int
+    input_layout: InputLayout
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The body's blocks, from image to head."""
+        return self.model.variant.blocks(self.channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, as `input_layout` orders it."""
+        if self.input_layout == "NCHW":
+            return self.channels, self.height, self.width
+        return self.height, self.width, self.channels
+
+    def metadata(self) -> dict[str, str]:
+        """What a file says of itself, beside the net."""
+        size = self.height if self.height == self.width else [self.height, self.width]
+        told = {
+            "variant": self.model.variant.name,
+            "input_layout": self.input_layout,
+            "preprocessing": json.dumps(self.preprocessing.to_dict() | {"image_size": size}),
+        }
+        if self.class_names is not None:
+            told["class_names"] = json.dumps(self.class_names)
+        return told
+
+
+def deploy_net(
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    input_layout: InputLayout,
+    image_size: int | tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> DeployNet:
+    """Fuse a training form; float32 throughout, whatever the model computes in.
+
+    Args:
+      model: training or deploy form.
+      variables: its variables, of any float dtype.
+      input_layout: of the exported net's input.
+      image_size: pixels, one number or (height, width); the preprocessing's if None.
+      preprocessing: what makes an image network input; the variant's published evaluation if None.
+      class_names: names by class index.
+
+    Raises:
+      WeightsError: the variables are not this model's, or have NaN.
+      FusionError: a training form that cannot be fused.
+      ValueError: an unknown layout, a non-positive size, or not one name for each class.
+    """
+    if input_layout not in get_args(InputLayout):
+        raise ValueError(f"input_layout must be {' or '.join(get_args(InputLayout))}, not {input_layout!r}")
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
+    if not model.deploy:
+        model, variables = to_deploy(model, variables)
+    arrays = flatten(variables)
+    stem = arrays.get("params/stage0/rbr_reparam/kernel")
+    channels = 3 if stem is None else stem.shape[2]
+    check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
+    preprocessing = preprocessing or default_preprocessing(model.variant, channels)
+    if image_size is None:
+        image_size = preprocessing.image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise ValueError(f"image_size must be positive, not {image_size}")
+    params = _float32(variables["params"])
+    model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
+    return DeployNet(model, params, channels, height, width, input_layout, preprocessing, class_names)
+
+
+def _float32(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _float32(child) if isinstance(child, Mapping) else np.asarray(child).astype(np.float32)
+        for name, child in tree.items()
+    }

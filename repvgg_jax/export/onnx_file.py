@@ -1,0 +1,57 @@
+"""ONNX files."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ExportError
+from ..files import atomic_path
+from ..model import RepVGG
+from ..preprocess import Preprocessing
+from .deploy_net import InputLayout, deploy_net
+
+
+def export_onnx(
+    path: str | os.PathLike,
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    input_layout: InputLayout = "NCHW",
+    image_size: int | tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> None:
+    """Write the deploy form as an ONNX file, atomically.
+
+    The file takes `images` (float32, normalised, `[N, C, H, W]` or `[N, H, W, C]`, any N) and gives `logits`
+    (float32 `[N, classes]`). Its metadata tells the variant, the layout, the preprocessing and the class names.
+
+    Args:
+      path: where to write.
+      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
+      variables: its variables.
+      input_layout: NCHW, as ONNX computes, or NHWC, transposed once in front.
+      image_size: pixels, one number or (height, width); the preprocessing's if None.
+      preprocessing: what makes an image network input; the variant's published evaluation if None.
+      class_names: names by class index.
+
+    Raises:
+      ExportError: onnx is not installed.
+      WeightsError: the variables are not this model's, or have NaN.
+      FusionError: a training form that cannot be fused.
+      RepVGGError: the file cannot be written.
+      ValueError: an unknown layout, a non-positive size, or not one name for each class.
+    """
+    check_onnx_installed()
+    from .onnx_graph import build_onnx
+
+    built = build_onnx(deploy_net(model, variables, input_layout, image_size, preprocessing, class_names))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(built.SerializeToString())
+
+
+def check_onnx_installed() -> None:
+    """Raises ExportError, with what to install, where there is no onnx."""
+    if importlib.util.find_spec("onnx") is None:
+        raise ExportError("writing ONNX needs onnx: pip install 'repvgg-jax[export]'")

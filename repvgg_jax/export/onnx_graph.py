@@ -1,0 +1,141 @@
+"""A deploy-form net as an ONNX graph, written node by node: the operators that the net consists of and no others.
+
+Convolution and ReLU in the body (and the squeeze-and-excite gates, where the variant has them), then global average
+pool, flatten and one matrix product. ONNX is NCHW throughout; images that come as NHWC are transposed once, in front.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ..variants import BlockSpec
+from ..version import __version__
+from .deploy_net import INPUT, OUTPUT, DeployNet
+
+OPSET = 17
+"""Of 2022: old enough for every runtime in use, and past 13, the first with per-channel quantisation."""
+
+IR_VERSION = 8
+"""The file format's version that came with this opset; runtimes refuse later ones than they know."""
+
+BATCH = "N"
+
+
+class Graph:
+    """Nodes and constants in the order in which they were added; tensors are called after the nodes that make them."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def node(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """Add a node of one output; returns the output's name, which is the node's."""
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Add a tensor that is part of the file; returns its name."""
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def model(self, net: DeployNet) -> onnx.ModelProto:
+        """The whole as a checked model, whose output is that of the last node.
+
+        Raises:
+          onnx.checker.ValidationError: it is no valid ONNX.
+        """
+        self.nodes[-1].output[0] = OUTPUT
+        images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, *net.image_shape])
+        logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, net.model.num_classes])
+        graph = helper.make_graph(self.nodes, net.model.variant.name, [images], [logits], self.constants)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="repvgg-jax",
+            producer_version=__version__,
+        )
+        helper.set_model_props(model, net.metadata())
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+class Layers(Protocol):
+    """How layers with weights are written. `FloatLayers` is the plain way, quantised graphs have their own."""
+
+    def conv(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
+        """A convolution of `x` (`[N, C, H, W]`) by `params`: kernel `[h, w, in / groups, out]`, bias `[out]`."""
+        ...
+
+    def linear(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray]) -> str:
+        """`x @ kernel + bias` for `x` `[N, C]`, kernel `[C, out]`, bias `[out]`."""
+        ...
+
+
+class FloatLayers:
+    """Convolutions and matrix products in float32."""
+
+    def conv(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
+        """A `Conv` node."""
+        kernel = graph.constant(f"{name}/kernel", params["kernel"].transpose(3, 2, 0, 1))
+        return graph.node("Conv", [x, kernel, graph.constant(f"{name}/bias", params["bias"])], name, **attributes)
+
+    def linear(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray]) -> str:
+        """A `Gemm` node; the kernel lies as PyTorch's exporter lays it, the way runtimes have met most often."""
+        kernel = graph.constant(f"{name}/kernel", params["kernel"].T)
+        return graph.node("Gemm", [x, kernel, graph.constant(f"{name}/bias", params["bias"])], name, transB=1)
+
+
+def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
+    """The net as a checked ONNX model.
+
+    Args:
+      net: what to write.
+      layers: how layers with weights are written; float32 if None.
+
+    Returns:
+      Input `images` float32 `[N, C, H, W]` or `[N, H, W, C]` with any N, output `logits` float32 `[N, classes]`.
+    """
+    layers = layers or FloatLayers()
+    graph = Graph()
+    x = INPUT
+    if net.input_layout == "NHWC":
+        x = graph.node("Transpose", [x], "to_nchw", perm=[0, 3, 1, 2])
+    for block in net.blocks:
+        x = _add_block(graph, layers, net, block, x)
+    x = graph.node("GlobalAveragePool", [x], "pool")
+    x = graph.node("Flatten", [x], "flatten")
+    layers.linear(graph, x, "linear", net.params["linear"])
+    return graph.model(net)
+
+
+def conv_attributes(block: BlockSpec, kernel: np.ndarray) -> dict[str, Any]:
+    """A block's convolution as ONNX describes one. Padding is PyTorch's: half a kernel on every side."""
+    size = kernel.shape[0]
+    return dict(kernel_shape=[size, size], strides=[block.stride] * 2, pads=[size // 2] * 4, group=block.groups)
+
+
+def _add_block(graph: Graph, layers: Layers, net: DeployNet, block: BlockSpec, x: str) -> str:
+    """Convolution, (SE,) ReLU (, SE), as `DeployBlock` computes them."""
+    params, place = net.params[block.name], net.model.variant.squeeze_excite
+    conv = params["rbr_reparam"]
+    x = layers.conv(graph, x, f"{block.name}/rbr_reparam", conv, **conv_attributes(block, conv["kernel"]))
+    if place == "before_relu":
+        x = _add_gate(graph, layers, x, f"{block.name}/se", params["se"])
+    x = graph.node("Relu", [x], f"{block.name}/relu")
+    if place == "after_relu":
+        x = _add_gate(graph, layers, x, f"{block.name}/post_se", params["post_se"])
+    return x
+
+
+def _add_gate(graph: Graph, layers: Layers, x: str, name: str, params: Mapping[str, Any]) -> str:
+    """Squeeze-and-excite: `x * sigmoid(up(relu(down(mean(x)))))`."""
+    gate = graph.node("GlobalAveragePool", [x], f"{name}/mean")
+    gate = layers.conv(graph, gate, f"{name}/down", params["down"], kernel_shape=[1, 1])
+    gate = graph.node("Relu", [gate], f"{name}/relu")
+    gate = layers.conv(graph, gate, f"{name}/up", params["up"], kernel_shape=[1, 1])
+    gate = graph.node("Sigmoid", [gate], f"{name}/sigmoid")
+    return graph.node("Mul", [x, gate], f"{name}/scale")
