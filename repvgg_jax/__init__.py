@@ -10,7 +10,7 @@ from .errors import (
     UnknownModelError,
     WeightsError,
 )
-from .export import export_onnx
+from .export import export_onnx, export_quantized_onnx
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
@@ -39,6 +39,7 @@ __all__ = [
     "create_model",
     "equivalent_kernel_bias",
     "export_onnx",
+    "export_quantized_onnx",
     "fuse_variables",
     "inspect_weights",
     "list_models",

@@ -80,7 +80,8 @@ def quantize(
       class_names: names by class index, kept with the net.
 
     Raises:
-      QuantizationError: no such method, another activation than ReLU, or images that are too few, of another shape or with NaN.
+      QuantizationError: no such method, another activation than ReLU, or images that are too few, of another shape
+        or with NaN.
       WeightsError: the variables are not this model's, or have NaN.
       FusionError: a training form that cannot be fused.
     """

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..activations import ACTIVATIONS
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from ..activations import ACTIVATIONS
 from ..variants import OUTPUT_STRIDES, Branches, Variant, get_variant
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import flatten, shown
