@@ -4,15 +4,15 @@ Trains RepVGG-A0 and the same net of QARepVGG blocks on scikit-learn's digits, f
 quantisation-aware training, quantises them every way, and evaluates all on distorted copies of the digits that no
 training has seen. Everything is kept in WORKDIR; the same command again goes on from there.
 
-Small nets on easy images are harmless to quantise, so the float nets are made hard on purpose, the way in which released
-RepVGG weights are: before training, a tenth of the channels of every block (of its BN gammas) is turned down to a tenth.
-The next block's identity BN divides by the small deviation of such a channel, so gamma / sigma is large, and the fused
-kernel has outliers on its diagonal. Training starts there and is the digits recipe otherwise, weight decay included.
-Both nets are treated alike.
+The float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the BN gammas of
+a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the small deviation
+of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training starts there
+and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG without that.
 """
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from repvgg_jax.files import atomic_path
 from repvgg_jax.preprocess import decode_image, normalize
 from repvgg_jax.quantization.images import calibration_images
 from train import data
+from train.cluster import PREEMPTED
 from train.config import PRESETS, Config
 from train.data.sources import Source
 from train.data.transforms import random_affine
@@ -69,7 +70,7 @@ def make_hard(model: rv.RepVGG, path: Path) -> None:
     rv.save_weights(path, model, variables)
 
 
-def run_config(workdir: Path, epochs: int, init: Path, **changes: Any) -> Config:
+def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) -> Config:
     """The digits preset in a folder of its own."""
     preset = PRESETS["digits"]
     warmup, rate = changes.pop("warmup_epochs", 2), changes.pop("learning_rate", preset.optimizer.learning_rate)
@@ -79,7 +80,7 @@ def run_config(workdir: Path, epochs: int, init: Path, **changes: Any) -> Config
         model=dataclasses.replace(preset.model, **changes),
         input=dataclasses.replace(preset.input, data_dir=str(workdir.parent / "data")),
         optimizer=optimizer,
-        fine_tune=dataclasses.replace(preset.fine_tune, init=str(init)),
+        fine_tune=dataclasses.replace(preset.fine_tune, init=None if init is None else str(init)),
         run=dataclasses.replace(preset.run, workdir=str(workdir)),
     )
 
@@ -87,15 +88,21 @@ def run_config(workdir: Path, epochs: int, init: Path, **changes: Any) -> Config
 def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
     """Weight files of the trained nets: RepVGG, QARepVGG, and RepVGG after quantisation-aware training."""
     files = {}
-    for block in ("repvgg", "qarepvgg"):
-        init = workdir / f"{block}-init.safetensors"
-        if not init.exists():
+    for net, block in (("repvgg", "repvgg"), ("qarepvgg", "qarepvgg"), ("easy", "repvgg")):
+        init = None if net == "easy" else workdir / f"{net}-init.safetensors"
+        if init is not None and not init.exists():
             make_hard(rv.create_model("RepVGG-A0", 10, block=block), init)
-        train(run_config(workdir / block, arguments.epochs, init, block=block))
-        files[block] = workdir / block / "final.safetensors"
+        finish(run_config(workdir / net, arguments.epochs, init, block=block))
+        files[net] = workdir / net / "final.safetensors"
     fine_tuning = dict(quantization="qat", learning_rate=0.01, warmup_epochs=0)
-    train(run_config(workdir / "qat", arguments.qat_epochs, files["repvgg"], **fine_tuning))
+    finish(run_config(workdir / "qat", arguments.qat_epochs, files["repvgg"], **fine_tuning))
     return files | {"qat": workdir / "qat" / "int8.safetensors"}
+
+
+def finish(config: Config) -> None:
+    """Train to the end, or leave as SIGTERM asks to."""
+    if train(config) is None:
+        sys.exit(PREEMPTED)
 
 
 def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +142,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     for block, methods in (
         ("repvgg", ("naive", "per-channel", "equalized", "corrected", "full")),
         ("qarepvgg", ("naive", "per-channel", "full")),
+        ("easy", ("naive", "full")),
     ):
         model, variables = rv.to_deploy(*rv.load_weights(files[block]))
         run = jax.jit(model.apply)

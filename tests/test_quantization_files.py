@@ -54,7 +54,7 @@ def test_a_file_says_what_it_is(files):
 
 def test_neither_is_taken_for_the_other(files):
     floats, integers, _ = files
-    with pytest.raises(rv.WeightsError, match="holds a quantised net .INT8., and float weights are needed here"):
+    with pytest.raises(rv.WeightsError, match=r"holds a quantised net \(INT8\), and float weights are needed here"):
         rv.load_weights(integers)
     with pytest.raises(rv.WeightsError, match="holds float32 weights, not a quantised net; make one with"):
         rv.load_quantized(floats)

@@ -59,8 +59,7 @@ def test_minmax_covers_all_and_percentile_leaves_out_the_tail():
 
 
 def test_mse_finds_the_threshold_of_a_gaussian():
-    # The best symmetric clipping of a standard normal at 256 steps is about 3.9 deviations (Banner et al., 2019, table 1:
-    # 3.92 for 8 bits); all 128 positive levels here.
+    # Banner et al., 2019, table 1: 3.92 deviations for 8 bits.
     values = np.random.default_rng(0).normal(size=2_000_000)
     assert METHODS["mse"](histogram(values, 127)) == pytest.approx(3.92, abs=0.15)
 
