@@ -4,10 +4,11 @@ Trains RepVGG-A0 and the same net of QARepVGG blocks on scikit-learn's digits, f
 quantisation-aware training, quantises them every way, and evaluates all on distorted copies of the digits that no
 training has seen. Everything is kept in WORKDIR; the same command again goes on from there.
 
-The float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the BN gammas of
-a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the small deviation
-of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training starts there
-and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG without that.
+The float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the BN gammas
+of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the small
+deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
+starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG
+without that.
 """
 
 import dataclasses
