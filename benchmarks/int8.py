@@ -1,7 +1,7 @@
 """The float32 and the INT8 (QDQ) ONNX file of one net, in ONNX Runtime and OpenVINO: images/s, ratios, file sizes.
 
-`python -m benchmarks.int8 [--model RepVGG-A0] [--batch-size 1]`. Each file in each runtime is a process of its own; they
-take turns, several rounds, and each round of each is one measurement of at least `SECONDS`. The median counts.
+`python -m benchmarks.int8 [--model RepVGG-A0] [--batch-size 1]`. Each file in each runtime is a process of its own;
+they take turns, several rounds, and each round of each is one measurement of at least `SECONDS`. The median counts.
 """
 
 import argparse
