@@ -98,9 +98,8 @@ def main() -> None:
         contestants = [Contestant(name, "benchmarks.int8", [*map(str, options)]) for name in names]
         alternate(contestants, arguments.rounds)
     speed = {c.name: statistics.median(run["images_per_second"] for run in c.runs) for c in contestants}
-    print(
-        f"{arguments.model}, {arguments.image_size} pixels, batch {arguments.batch_size}; {versions(onnxruntime, openvino)}"
-    )
+    what = f"{arguments.model}, {arguments.image_size} pixels, batch {arguments.batch_size}"
+    print(f"{what}; {versions(onnxruntime, openvino)}")
     print(f"file: {sizes['int8']:,} of {sizes['float32']:,} bytes, {sizes['int8'] / sizes['float32']:.3f}")
     print("| runtime | float32 images/s | int8 images/s | ratio |\n|---|---|---|---|")
     for runtime in RUNTIMES:
