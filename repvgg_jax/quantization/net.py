@@ -76,12 +76,11 @@ class QuantizedNet:
 
     def __call__(self, images: Array | np.ndarray) -> Array:
         """Logits `[N, num_classes]` of normalised images `[N, H, W, C]`."""
-        return _compiled(self)(self.params, jnp.asarray(images))
+        return self._compiled(self.variables, jnp.asarray(images))
 
-
-@functools.lru_cache(maxsize=8)
-def _compiled(net: QuantizedNet) -> Any:
-    return jax.jit(lambda params, images: net.apply({"params": params}, images))
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return jax.jit(self.apply)
 
 
 def is_quantized(layer: Mapping[str, Any]) -> bool:
