@@ -1,6 +1,7 @@
 """Conversion: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
 
 Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `--to` choose the format written.
+`--int8 --calibration DATA` quantises (`int8.py`).
 `python -m convert --inspect FILE` says what a file is.
 """
 
@@ -19,6 +20,8 @@ from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.saving import check_writable
+
+from .int8 import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
@@ -46,6 +49,7 @@ class Arguments:
     """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Say what this file is, and convert nothing."""
+    quantization: tyro.conf.OmitArgPrefixes[Int8Options] = dataclasses.field(default_factory=Int8Options)
 
 
 def relative_difference(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
@@ -76,7 +80,12 @@ def convert(arguments: Arguments) -> str:
         raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
     options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
     info = inspect_weights(arguments.input, arguments.arch, **options)
-    check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
+    int8 = arguments.quantization
+    check_options(int8, arguments.output)
+    if int8.int8 and (arguments.keep_training_form or arguments.to):
+        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
+    if not int8.int8:
+        check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
     model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
@@ -90,6 +99,9 @@ def convert(arguments: Arguments) -> str:
                 "Float32 cannot hold these weights: are they those of a finished training?"
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
+    if int8.int8:
+        done = quantize_and_write(int8, arguments.output, model, variables, info)
+        return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
     save_weights(
         arguments.output,
         model,
@@ -104,7 +116,7 @@ def convert(arguments: Arguments) -> str:
 
 def describe(path: str, info: WeightsInfo) -> str:
     """One line on what a file is."""
-    form = "deploy" if info.deploy else "training"
+    form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name
     if info.variant != VARIANTS.get(variant):

@@ -1,11 +1,21 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
-from .errors import ConfigError, DataError, ExportError, FusionError, RepVGGError, UnknownModelError, WeightsError
-from .export import export_onnx
+from .errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    FusionError,
+    QuantizationError,
+    RepVGGError,
+    UnknownModelError,
+    WeightsError,
+)
+from .export import export_onnx, export_quantized_onnx
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
 from .preprocess import Preprocessing
+from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
 from .variants import Branches, Variant, list_models
 from .version import __version__
 from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
@@ -17,6 +27,8 @@ __all__ = [
     "ExportError",
     "FusionError",
     "Preprocessing",
+    "QuantizationError",
+    "QuantizedNet",
     "RepVGG",
     "RepVGGError",
     "UnknownModelError",
@@ -27,11 +39,16 @@ __all__ = [
     "create_model",
     "equivalent_kernel_bias",
     "export_onnx",
+    "export_quantized_onnx",
     "fuse_variables",
     "inspect_weights",
     "list_models",
+    "load_quantized",
     "load_weights",
     "make_predictor",
+    "quantize",
+    "report_table",
+    "save_quantized",
     "save_weights",
     "to_deploy",
 ]

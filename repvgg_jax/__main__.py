@@ -12,6 +12,7 @@ from .cli import run_command
 from .errors import ConfigError, DataError, WeightsError
 from .predictor import make_predictor
 from .preprocess import decode_image, eval_transform, normalize
+from .quantization import load_quantized
 from .summary import summary_table
 from .variants import VARIANTS, get_variant
 from .weights import inspect_weights, load_weights
@@ -65,9 +66,11 @@ def predict(arguments: Predict) -> None:
             raise DataError(f"{name}: {error}") from error
     if not pixels:
         raise DataError("no image given")
-    model, variables = load_weights(arguments.weights)
-    batch_size = min(len(pixels), 16)
-    classify = make_predictor(model, variables, batch_size, info.preprocessing.image_size)
+    batch_size, size = min(len(pixels), 16), info.preprocessing.image_size
+    if info.quantized:
+        classify = make_predictor(None, None, batch_size, size, quantized=load_quantized(arguments.weights))
+    else:
+        classify = make_predictor(*load_weights(arguments.weights), batch_size, size)
     logits = classify(normalize(np.stack(pixels), info.preprocessing))
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)

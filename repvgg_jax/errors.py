@@ -17,6 +17,10 @@ class WeightsError(RepVGGError):
     """A weight file that cannot be read, or that does not fit the model asked for."""
 
 
+class QuantizationError(RepVGGError, ValueError):
+    """A net that cannot be quantised, or calibration images that it cannot be quantised with."""
+
+
 class ExportError(RepVGGError):
     """A net that cannot be written for another runtime: a library is missing, or the file computes something else."""
 

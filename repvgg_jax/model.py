@@ -88,9 +88,13 @@ class RepVGG(nn.Module):
     frozen_bn: bool = False
     dropout: float = 0.0
 
+    # What a subclass may train with instead, of the same parameters.
+    training_block = RepVGGBlock
+    classifier = Linear
+
     def setup(self):
         variant = self.variant
-        block_class: Any = DeployBlock if self.deploy else RepVGGBlock
+        block_class: Any = DeployBlock if self.deploy else self.training_block
         if self.remat:
             block_class = nn.remat(block_class, static_argnums=(2,))
         for spec in variant.blocks():
@@ -110,7 +114,7 @@ class RepVGG(nn.Module):
                 **({} if self.deploy else training),
             )
             setattr(self, spec.name, block)
-        self.linear = Linear(self.num_classes, self.param_dtype)
+        self.linear = self.classifier(self.num_classes, self.param_dtype)
         self.drop = nn.Dropout(self.dropout)
         if self.has_auxiliary_heads:
             for name in AUX_HEADS:

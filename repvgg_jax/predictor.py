@@ -1,7 +1,7 @@
 """Deploy inference: fused, planned, compiled ahead of time, called with arrays."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from .model import RepVGG
 from .planned_net import compile_for, planned_forward, prepare_params
 from .planner import Plan, default_plan, xla_plan
 from .preprocess import Preprocessing, normalize
+
+if TYPE_CHECKING:
+    from .quantization import QuantizedNet
 
 
 class Predictor:
@@ -85,14 +88,15 @@ class Predictor:
 
 
 def make_predictor(
-    model: RepVGG,
-    variables: Mapping[str, Any],
+    model: RepVGG | None = None,
+    variables: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     image_size: int | tuple[int, int] | None = None,
     *,
     dtype: Any = None,
     tune: bool = False,
     preprocessing: Preprocessing | None = None,
+    quantized: "QuantizedNet | None" = None,
 ) -> Predictor:
     """A function from images to logits: the net fused, its layers planned, compiled once for one shape.
 
@@ -107,28 +111,40 @@ def make_predictor(
       tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of asking the cost model.
         The result is kept in the user's cache folder and used again without measuring.
       preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
+      quantized: a quantised net, in place of `model` and `variables`; `dtype` and `tune` have no say in it.
 
     Returns:
       A `Predictor`: `predict(images)`, `[N, H, W, C] -> [N, num_classes]` float32, for any N >= 1.
 
     Raises:
-      ValueError: a non-positive size, or a preprocessing for another number of channels.
+      ValueError: a non-positive size, a preprocessing for another number of channels, or not exactly one net.
     """
+    if (model is None) != (variables is None) or (model is None) == (quantized is None):
+        raise ValueError("give model and variables, or quantized")
     if image_size is None:
-        image_size = model.variant.image_size
+        image_size = model.variant.image_size if quantized is None else quantized.preprocessing.image_size
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(batch_size, height, width) < 1:
         raise ValueError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
+    if quantized is not None:
+        from .quantization.predictor import QuantizedPredictor
+
+        _check_channels(quantized.in_channels, preprocessing)
+        return QuantizedPredictor(quantized, batch_size, (height, width), preprocessing)
     if not model.deploy:
         model, variables = to_deploy(model, variables)
     if dtype is not None:
         model = model.clone(dtype=dtype)
     params = variables["params"]
     channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
-    if preprocessing is not None and preprocessing.channels != channels:
-        raise ValueError(f"the net takes {channels} channels, the preprocessing gives {preprocessing.channels}")
+    _check_channels(channels, preprocessing)
     plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
     return Predictor(model, params, plan, preprocessing)
+
+
+def _check_channels(channels: int, preprocessing: Preprocessing | None) -> None:
+    if preprocessing is not None and preprocessing.channels != channels:
+        raise ValueError(f"the net takes {channels} channels, the preprocessing gives {preprocessing.channels}")
 
 
 def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:

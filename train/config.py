@@ -43,6 +43,8 @@ class ModelConfig:
     """Stride of the first block; 1 for images as small as 32x32."""
     dropout: float = 0.0
     """Share of the pooled features dropped before the classifier."""
+    quantization: Literal["none", "qat"] = "none"
+    """qat: train the deployed INT8 net itself, starting from the finished training of --init."""
 
     @property
     def branches(self) -> Branches:
@@ -290,6 +292,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} must be below 1, not {value}")
     if config.model.dense_copies > MAX_DENSE_COPIES:
         raise ConfigError(f"--dense-copies must be at most {MAX_DENSE_COPIES}, not {config.model.dense_copies}")
+    if config.model.quantization == "qat" and config.fine_tune.init is None:
+        raise ConfigError("--quantization qat fine-tunes a trained net: give its training form with --init")
     if config.run.seed >= 2**63:
         raise ConfigError(f"--seed must be below 2^63, not {config.run.seed}")
     if config.fine_tune.freeze_stages > 5:

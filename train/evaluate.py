@@ -44,7 +44,7 @@ class Evaluator:
     Unreadable images are named once, however often the source is evaluated.
 
     Args:
-      model: training or deploy form.
+      model: training or deploy form, or a quantised net.
       source: what to evaluate on.
       preprocessing: how its images are prepared.
       batch_size: images in a batch over all devices; rounded up to their multiple.
@@ -54,7 +54,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: rv.RepVGG,
+        model: rv.RepVGG | rv.QuantizedNet,
         source: Source,
         preprocessing: Preprocessing,
         *,
@@ -141,11 +141,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
-    model, variables = rv.load_weights(arguments.weights, arguments.arch)
-    if arguments.form == "train" and model.deploy:
-        raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
-    if arguments.form == "deploy" and not model.deploy:
-        model, variables = rv.to_deploy(model, variables)
+    model, variables = _load(arguments, info)
     preprocessing = info.preprocessing
     if arguments.resolution is not None:
         preprocessing = dataclasses.replace(preprocessing, image_size=arguments.resolution)
@@ -168,6 +164,19 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         strict=arguments.strict,
     )
     return evaluator(replicate(variables))
+
+
+def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.QuantizedNet, Mapping[str, Any]]:
+    """What to evaluate, in the form asked for."""
+    if arguments.form == "train" and info.deploy:
+        raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
+    if info.quantized:
+        net = rv.load_quantized(arguments.weights, arguments.arch)
+        return net, net.variables
+    model, variables = rv.load_weights(arguments.weights, arguments.arch)
+    if arguments.form == "deploy" and not model.deploy:
+        return rv.to_deploy(model, variables)
+    return model, variables
 
 
 def main() -> None:

@@ -170,7 +170,13 @@ def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, wa
     )
 
 
-FORM_NAMES = {"train": "train form", "deploy": "deploy form", "ema": "moving average", "ema_deploy": "its deploy form"}
+FORM_NAMES = {
+    "train": "train form",
+    "deploy": "deploy form",
+    "ema": "moving average",
+    "ema_deploy": "its deploy form",
+    "int8": "INT8 form",
+}
 
 
 class Trace:

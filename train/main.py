@@ -17,6 +17,7 @@ import numpy as np
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import RepVGGError, WeightsError
+from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
 from repvgg_jax.weights import WeightsWarning, save_weights
 
 from . import cluster, data
@@ -113,6 +114,8 @@ def set_up(config: Config) -> Run:
         frozen_stages=config.fine_tune.freeze_stages,
         frozen_bn=config.fine_tune.freeze_bn,
     )
+    if config.model.quantization == "qat":
+        model = quantization_aware(model)
     schedule = learning_rate_schedule(options, steps_per_epoch)
     optimizer = make_optimizer(options, schedule, config.fine_tune)
     return Run(config, dataset, model, optimizer, schedule, workdir, steps_per_epoch)
@@ -153,6 +156,8 @@ def fresh_state(run: Run) -> TrainState:
             print(f"warning: {warning.message}", file=sys.stderr)
         if model.deploy:
             raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
+        if isinstance(run.model, QATRepVGG):
+            variables = with_ranges(variables)
     ema = bool(config.optimizer.ema_decay)
     shape = (size, size, channels)
     return create_state(run.model, run.optimizer, config.run.seed, shape, ema=ema, variables=variables)
@@ -176,7 +181,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
     )
 
 
-def make_evaluator(run: Run, model: rv.RepVGG) -> Evaluator:
+def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
     """Evaluation of `model` on the data set's evaluation split."""
     config, dataset = run.config, run.dataset
     return Evaluator(
@@ -196,9 +201,9 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
     described: dict[str, Any] = dict(
         preprocessing=run.dataset.preprocessing, class_names=tuple(run.dataset.class_names)
     )
-    model = run.model.clone(frozen_stages=0, frozen_bn=False, dropout=0.0)
+    model = rv.create_model(run.model.variant, run.model.num_classes, dtype=run.model.dtype)
     for form, replicated in forms(state).items():
-        variables = to_host(replicated)
+        variables = without_ranges(to_host(replicated))
         deploy_model, deploy_variables = rv.to_deploy(model, variables)
         trained_name, deploy_name = names[form]
         paths |= {name: run.workdir / f"{name}.safetensors" for name in names[form]}
@@ -216,6 +221,14 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
             f"{FORM_NAMES[form]} and {FORM_NAMES[deploy_form]} agree on {same} of {trained.images} test images"
         )
         watchers.progress.note(f"weights: {paths[trained_name]} (training form), {paths[deploy_name]} (deploy form)")
+    if isinstance(run.model, QATRepVGG):
+        net = quantized_net(run.model, to_host(forms(state)["train"]), **described)
+        paths["int8"] = run.workdir / "int8.safetensors"
+        if cluster.is_leader():
+            rv.save_quantized(paths["int8"], net)
+        evaluations["int8"] = make_evaluator(run, net)(replicate(net.variables))
+        record_evaluation(evaluations["int8"], "int8", run.total_steps, epoch, watchers)
+        watchers.progress.note(f"weights: {paths['int8']} (INT8)")
     return Result(evaluations, paths)
 
 

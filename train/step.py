@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from repvgg_jax import RepVGG
+from repvgg_jax import QuantizedNet, RepVGG
 from repvgg_jax.preprocess import Preprocessing, normalize
 
 from .state import TrainState
@@ -150,7 +150,7 @@ def moving_average(average: Any, new: Any, decay: float, step: Array) -> Any:
 
 
 def make_eval_step(
-    model: RepVGG, preprocessing: Preprocessing, *, axis_name: str | None = None
+    model: RepVGG | QuantizedNet, preprocessing: Preprocessing, *, axis_name: str | None = None
 ) -> Callable[[Any, Batch], Metrics]:
     """Sums over a batch: `{"loss", "top1", "top5", "images"}`, and each image's `prediction [N]`.
 

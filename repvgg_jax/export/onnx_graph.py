@@ -40,7 +40,7 @@ class Graph:
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Add a tensor that is part of the file; returns its name."""
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def model(self, net: DeployNet) -> onnx.ModelProto:
@@ -76,6 +76,10 @@ class Layers(Protocol):
         """`x @ kernel + bias` for `x` `[N, C]`, kernel `[C, out]`, bias `[out]`."""
         ...
 
+    def pool(self, graph: Graph, x: str) -> str:
+        """The mean over all pixels, `[N, C, H, W] -> [N, C, 1, 1]`."""
+        ...
+
 
 class FloatLayers:
     """Convolutions and matrix products in float32."""
@@ -89,6 +93,10 @@ class FloatLayers:
         """A `Gemm` node; the kernel lies as PyTorch's exporter lays it, the way runtimes have met most often."""
         kernel = graph.constant(f"{name}/kernel", params["kernel"].T)
         return graph.node("Gemm", [x, kernel, graph.constant(f"{name}/bias", params["bias"])], name, transB=1)
+
+    def pool(self, graph: Graph, x: str) -> str:
+        """A `GlobalAveragePool` node."""
+        return graph.node("GlobalAveragePool", [x], "pool")
 
 
 def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
@@ -108,7 +116,7 @@ def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
         x = graph.node("Transpose", [x], "to_nchw", perm=[0, 3, 1, 2])
     for block in net.blocks:
         x = _add_block(graph, layers, net, block, x)
-    x = graph.node("GlobalAveragePool", [x], "pool")
+    x = layers.pool(graph, x)
     x = graph.node("Flatten", [x], "flatten")
     layers.linear(graph, x, "linear", net.params["linear"])
     return graph.model(net)

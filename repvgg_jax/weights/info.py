@@ -31,6 +31,7 @@ class WeightsInfo:
       preprocessing: how images are to be prepared.
       class_names: names by class index, if the file has them.
       num_batches_tracked: training steps that the BN statistics have seen, if the file tells.
+      quantized: a net in 8 bits, for `load_quantized`; `dtype` is int8 then, though some layers may be in float.
     """
 
     family: str
@@ -43,6 +44,7 @@ class WeightsInfo:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     num_batches_tracked: int | None = None
+    quantized: bool = False
 
 
 def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessing:

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..variants import AUX_HEADS, Variant, get_variant
-from . import native
+from . import int8, native
 from .hub import fetch, is_hub_address
 from .identify import Identity, identify, same_network, without_wrappers
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
@@ -43,7 +43,7 @@ class Contents:
     Attributes:
       file: the open file, its keys without wrappers' prefixes.
       info: what it is.
-      items: all entries that the whole model has.
+      items: all entries that the whole model has; none if it is quantised.
     """
 
     file: TensorFile
@@ -79,13 +79,18 @@ def load_weights(
 
     Raises:
       UnknownModelError: no variant is called `name`.
-      WeightsError: the file is unreadable, unsafe, of another variant, or not exactly one whole RepVGG.
+      WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one whole RepVGG.
       ValueError: `num_classes` is not positive.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
         info, file = contents.info, contents.file
+        if info.quantized:
+            raise WeightsError(
+                f"{path} holds a quantised net (INT8), and float weights are needed here: rounded ones cannot be "
+                "trained, fused or rewritten; take the file that it was made from"
+            )
         wanted = num_classes or info.num_classes
         fresh = wanted != info.num_classes
 
@@ -206,6 +211,9 @@ def _what_else(start: bytes) -> str:
 
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
+    if info.quantized:
+        int8.check(file, info, where)
+        return Contents(file, info, [])
     entries = items(None, info.variant, info.deploy, info.num_classes, info.in_channels)
     _check_entries(file, entries, where, info.variant)
     return Contents(file, info, entries)

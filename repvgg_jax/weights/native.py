@@ -24,6 +24,7 @@ from .tensor_file import Tensor, TensorFile
 
 HEADER = "repvgg_jax"
 FORMAT_VERSION = 1
+FORMS = ("training", "deploy", "int8")
 MAX_STEPS = 2**63 - 1
 """Of a BN step counter, which PyTorch keeps as int64."""
 
@@ -41,12 +42,32 @@ def write(
     Raises:
       RepVGGError: the file cannot be written.
     """
+    described = (preprocessing, class_names, num_batches_tracked)
+    form = FORMS[1] if model.deploy else FORMS[0]
+    write_form(path, form, model.variant, model.num_classes, variables, *described)
+
+
+def write_form(
+    path: str | os.PathLike,
+    form: str,
+    variant: Variant,
+    num_classes: int,
+    variables: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...] | None,
+    num_batches_tracked: int | None = None,
+) -> None:
+    """Write a tree of arrays as a file of one of the `FORMS`, atomically.
+
+    Raises:
+      RepVGGError: the file cannot be written.
+    """
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
     header = {
         "version": FORMAT_VERSION,
-        "variant": _variant_to_json(model.variant),
-        "form": "deploy" if model.deploy else "training",
-        "num_classes": model.num_classes,
+        "variant": _variant_to_json(variant),
+        "form": form,
+        "num_classes": num_classes,
         "preprocessing": preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
     }
@@ -73,15 +94,19 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
             raise WeightsError(
                 f"{file.path} has format version {header['version']}; this release reads {FORMAT_VERSION}"
             )
+        if header["form"] not in FORMS:
+            raise ValueError("an unknown form")
+        quantized = header["form"] == FORMS[2]
         class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
         info = WeightsInfo(
             family="native",
             variant=_variant_from_json(header["variant"], file, expected),
-            deploy={"training": False, "deploy": True}[header["form"]],
+            deploy=header["form"] != "training",
+            quantized=quantized,
             num_classes=_integer(header["num_classes"]),
             in_channels=kernel.shape[2],
-            dtype=kernel.dtype.name,
-            num_parameters=sum(t.size for name, t in file.tensors.items() if name.startswith("params/")),
+            dtype="int8" if quantized else kernel.dtype.name,
+            num_parameters=sum(t.size for name, t in file.tensors.items() if _is_parameter(name)),
             preprocessing=preprocessing_from_file(header["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
             num_batches_tracked=None if steps is None else _integer(steps, largest=MAX_STEPS),
@@ -95,10 +120,16 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
 
 
 def _first_kernel(file: TensorFile) -> Tensor:
-    for name in ("params/stage0/rbr_dense/conv/kernel", "params/stage0/rbr_reparam/kernel"):
+    for layer in ("rbr_dense/conv/", "rbr_reparam/", ""):
+        name = f"params/stage0/{layer}kernel"
         if name in file.tensors and len(file.tensors[name].shape) == 4:
             return file.tensors[name]
     raise KeyError("stage0's kernel")
+
+
+def _is_parameter(name: str) -> bool:
+    """Whether a tensor was learned: neither a running statistic nor a scale."""
+    return name.startswith("params/") and not name.endswith(("/kernel_scale", "/input_scale"))
 
 
 def _variant_to_json(variant: Variant) -> str | dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -169,7 +170,7 @@ def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
     except ImportError as error:
         raise _missing_extra("digits", error) from error
     directory = digits.prepare(data_dir)
-    mean, std = (digits.MEAN,) * preprocessing.channels, (digits.STD,) * preprocessing.channels
+    mean, std = (MEAN,) * preprocessing.channels, (STD,) * preprocessing.channels
     return DataSet(
         "digits",
         tfds_source.TfdsSource(directory, "train"),

@@ -15,12 +15,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from repvgg_jax.digits import held_out, scans
 from repvgg_jax.errors import DataError
 
 NAME, VERSION = "sklearn_digits", "1.0.0"
-TEST_IMAGES = 360
-# Of the training images' pixels, in 0..1.
-MEAN, STD = 0.306, 0.376
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -49,7 +47,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        images, labels = _scans()
+        images, labels = scans()
         test = held_out(labels)
         train = np.setdiff1d(np.arange(len(labels)), test)
         splits = {"train": train, "test": test}
@@ -62,37 +60,6 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             file = io.BytesIO()
             Image.fromarray(images[index]).save(file, "PNG")
             yield index, {"image": file.getvalue(), "label": int(labels[index]), "id": f"digit {index}"}
-
-
-def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [1797, 8, 8] in 0..255 and int [1797]."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("the digits data set needs scikit-learn: pip install scikit-learn") from error
-    images, labels = load_digits(return_X_y=True)
-    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return pixels, labels
-
-
-def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
-    """A stratified random choice of `count` examples, the same for ever.
-
-    Args:
-      labels: int [N].
-      count: how many to choose; every class gives its share, rounded by largest remainder.
-
-    Returns:
-      int [count], ascending.
-    """
-    classes, sizes = np.unique(labels, return_counts=True)
-    shares = sizes * count / len(labels)
-    chosen = np.floor(shares).astype(int)
-    chosen[np.argsort(chosen - shares, kind="stable")[: count - chosen.sum()]] += 1
-    # RandomState, since its streams never change (NEP 19), while those of a Generator may.
-    random = np.random.RandomState(0)
-    picks = [random.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, chosen, strict=True)]
-    return np.sort(np.concatenate(picks))
 
 
 def prepare(data_dir: Path) -> Path:

@@ -12,9 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from repvgg_jax.errors import DataError
-
-# torchvision's IMG_EXTENSIONS, so that a folder holds the same images for both.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from repvgg_jax.preprocess import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,175 @@
+"""What 8 bits cost in accuracy, by method: `python -m benchmarks.int8_accuracy WORKDIR`.
+
+Trains RepVGG-A0 and the same net of QARepVGG blocks on scikit-learn's digits, fine-tunes the first with
+quantisation-aware training, quantises them every way, and evaluates all on distorted copies of the digits that no
+training has seen. Everything is kept in WORKDIR; the same command again goes on from there.
+
+The float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the BN gammas
+of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the small
+deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
+starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG
+without that.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+import repvgg_jax as rv
+from repvgg_jax.cli import run_command
+from repvgg_jax.files import atomic_path
+from repvgg_jax.preprocess import decode_image, normalize
+from repvgg_jax.quantization.images import calibration_images
+from train import data
+from train.cluster import PREEMPTED
+from train.config import PRESETS, Config
+from train.data.sources import Source
+from train.data.transforms import random_affine
+from train.main import train
+
+SIZE = 32
+QUIET_SHARE, QUIET = 0.1, 0.1
+"""How many of a block's channels are turned down before training, and to what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measure what INT8 costs in accuracy."""
+
+    workdir: tyro.conf.Positional[str]
+    """Where runs and results are kept."""
+    epochs: int = 30
+    """Of the float nets."""
+    qat_epochs: int = 4
+    copies: int = 10
+    """Distorted copies of each test digit."""
+    calibration_images: int = 256
+
+
+def make_hard(model: rv.RepVGG, path: Path) -> None:
+    """Write fresh weights with quiet channels."""
+    images = np.zeros((1, SIZE, SIZE, 3), np.float32)
+    variables: Any = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), images))
+    rng = np.random.default_rng(0)
+    for name, block in variables["params"].items():
+        # Stage 4 has no identity branch, and what reads it is the classifier.
+        if not name.startswith("stage") or name.startswith("stage4"):
+            continue
+        outputs = [block["bn"]] if "bn" in block else [block["rbr_dense"]["bn"], block["rbr_1x1"]["bn"]]
+        if "rbr_identity" in block:
+            outputs.append(block["rbr_identity"])
+        quiet = rng.random(outputs[0]["scale"].shape) < QUIET_SHARE
+        for bn in outputs:
+            bn["scale"] = bn["scale"] * np.where(quiet, np.float32(QUIET), np.float32(1))
+    rv.save_weights(path, model, variables)
+
+
+def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) -> Config:
+    """The digits preset in a folder of its own."""
+    preset = PRESETS["digits"]
+    warmup, rate = changes.pop("warmup_epochs", 2), changes.pop("learning_rate", preset.optimizer.learning_rate)
+    optimizer = dataclasses.replace(preset.optimizer, epochs=epochs, warmup_epochs=warmup, learning_rate=rate)
+    return dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, **changes),
+        input=dataclasses.replace(preset.input, data_dir=str(workdir.parent / "data")),
+        optimizer=optimizer,
+        fine_tune=dataclasses.replace(preset.fine_tune, init=None if init is None else str(init)),
+        run=dataclasses.replace(preset.run, workdir=str(workdir)),
+    )
+
+
+def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
+    """Weight files of the trained nets: RepVGG, QARepVGG, and RepVGG after quantisation-aware training."""
+    files = {}
+    for net, block in (("repvgg", "repvgg"), ("qarepvgg", "qarepvgg"), ("easy", "repvgg")):
+        init = None if net == "easy" else workdir / f"{net}-init.safetensors"
+        if init is not None and not init.exists():
+            make_hard(rv.create_model("RepVGG-A0", 10, block=block), init)
+        finish(run_config(workdir / net, arguments.epochs, init, block=block))
+        files[net] = workdir / net / "final.safetensors"
+    fine_tuning = dict(quantization="qat", learning_rate=0.01, warmup_epochs=0)
+    finish(run_config(workdir / "qat", arguments.qat_epochs, files["repvgg"], **fine_tuning))
+    return files | {"qat": workdir / "qat" / "int8.safetensors"}
+
+
+def finish(config: Config) -> None:
+    """Train to the end, or leave as SIGTERM asks to."""
+    if train(config) is None:
+        sys.exit(PREEMPTED)
+
+
+def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 `[N * copies, SIZE, SIZE, 3]` and labels: each image rotated, scaled, sheared and shifted at random."""
+    rng = np.random.default_rng(0)
+    images, labels = [], []
+    for index in range(len(source)):
+        example = source[index]
+        assert isinstance(example.image, bytes)
+        image = decode_image(example.image, example.name)
+        for _ in range(copies):
+            images.append(random_affine(image, rng, SIZE))
+            labels.append(example.label)
+    return np.stack(images), np.array(labels)
+
+
+def measure(arguments: Arguments) -> list[dict[str, Any]]:
+    """Accuracy of every net and method on the same images, in per cent."""
+    workdir = Path(arguments.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    files = trained(workdir, arguments)
+    preprocessing = rv.inspect_weights(files["repvgg"]).preprocessing
+    digits = data.load("digits", image_size=SIZE, data_dir=workdir / "data", evaluation_only=True)
+    pixels, labels = distorted(digits.test, arguments.copies)
+    images = normalize(pixels, preprocessing)
+    calibration = calibration_images("digits", preprocessing, arguments.calibration_images)
+    rows: list[dict[str, Any]] = []
+
+    def accuracy(run: Callable[[np.ndarray], Any]) -> float:
+        parts = [np.asarray(run(images[start : start + 360])) for start in range(0, len(images), 360)]
+        return 100 * float((np.concatenate(parts).argmax(-1) == labels).mean())
+
+    def add(net: str, method: str, top1: float, reference: float) -> None:
+        rows.append({"net": net, "method": method, "top1": top1, "lost": reference - top1, "images": len(images)})
+        print(f"| {net} | {method} | {top1:.2f} | {reference - top1:+.2f} |", flush=True)
+
+    for block, methods in (
+        ("repvgg", ("naive", "per-channel", "equalized", "corrected", "full")),
+        ("qarepvgg", ("naive", "per-channel", "full")),
+        ("easy", ("naive", "full")),
+    ):
+        model, variables = rv.to_deploy(*rv.load_weights(files[block]))
+        run = jax.jit(model.apply)
+        reference = accuracy(lambda batch, run=run, variables=variables: run(variables, batch))
+        add(block, "float32", reference, reference)
+        quantized = {name: dict(method=name) for name in methods}
+        if block == "repvgg":
+            quantized["per-tensor, equalized"] = dict(method="equalized", per_channel=False)
+            quantized["per-tensor, corrected"] = dict(method="corrected", per_channel=False)
+            quantized["per-tensor, full"] = dict(method="full", per_channel=False)
+        for name, options in quantized.items():
+            net = rv.quantize(model, variables, calibration, preprocessing=preprocessing, **options)
+            rv.save_quantized(workdir / f"{block}-{name.replace(', ', '-')}.safetensors", net)
+            add(block, name, accuracy(net), reference)
+        if block == "repvgg":
+            add(block, "quantisation-aware training", accuracy(rv.load_quantized(files["qat"])), reference)
+    return rows
+
+
+def main() -> None:
+    """The command; prints rows of a table as they come."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy")
+    rows = measure(arguments)
+    with atomic_path(Path(arguments.workdir) / "int8_accuracy.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,64 @@
+"""A picture of fused weights before and after equalisation: `python -m benchmarks.int8_weights WEIGHTS OUT.png`."""
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import tyro
+
+import repvgg_jax as rv
+from repvgg_jax.cli import run_command
+from repvgg_jax.files import atomic_path
+from repvgg_jax.quantization.equalize import equalize_weights, output_ranges
+from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS
+from repvgg_jax.quantization.stack import Layers, layers_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Draw the ranges of all channels of all layers."""
+
+    weights: tyro.conf.Positional[str]
+    """A weight file, training or deploy form."""
+    output: tyro.conf.Positional[str]
+    """The picture: .png or .svg."""
+
+
+def draw(before: Layers, after: Layers, path: Path) -> None:
+    """One point a channel, at its largest weight; a line a layer, at what one scale for the layer rounds to zero."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for side, layers, title in zip(axes, (before, after), ("fused", "equalised"), strict=True):
+        for place, layer in enumerate(layers.values()):
+            ranges = output_ranges(layer["kernel"])
+            shown = ranges[ranges > 0]
+            side.scatter(np.full(len(shown), place), shown, s=6, alpha=0.35, color="tab:blue", linewidths=0)
+            lost = ranges.max() / WEIGHT_LEVELS / 2
+            side.plot([place - 0.4, place + 0.4], [lost, lost], color="tab:red", linewidth=1.5)
+        side.set_yscale("log")
+        side.set_xticks(range(len(layers)), list(layers), rotation=90, fontsize=7)
+        side.set_title(title)
+        side.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("largest weight of an output channel")
+    axes[1].plot([], [], color="tab:red", label="with one scale for the layer, smaller weights become 0")
+    axes[1].legend(loc="upper right", fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_weights")
+    model, variables = rv.load_weights(arguments.weights)
+    if not model.deploy:
+        model, variables = rv.to_deploy(model, variables)
+    layers = layers_of(variables["params"])
+    draw(layers, equalize_weights(model.variant, layers), Path(arguments.output))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,101 @@
+"""`python -m convert IN OUT --int8 --calibration DATA`: post-training quantisation of a weight file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import repvgg_jax as rv
+from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.export.onnx_file import check_onnx_installed
+from repvgg_jax.files import check_target
+from repvgg_jax.quantization.adaround import require_optax
+from repvgg_jax.quantization.calibration import Calibration
+from repvgg_jax.quantization.images import DEFAULT_COUNT, calibration_images
+from repvgg_jax.quantization.methods import choose_method
+from repvgg_jax.weights import WeightsInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Options:
+    """Quantisation to 8 bits."""
+
+    int8: bool = False
+    """Quantise: OUT is then .safetensors, or .onnx in QDQ form."""
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Images to calibrate with: a folder, or `digits`."""
+    method: str = "full"
+    """naive, per-channel, equalized, corrected, or full: all of it with learned rounding."""
+    activations: Calibration | None = None
+    """How the ranges of activations are chosen, in place of the method's own choice."""
+    per_tensor: bool = False
+    """One weight scale for a layer instead of one for each output channel."""
+    float_first: bool = False
+    """Leave the first convolution in float."""
+    float_last: bool = False
+    """Leave the classifier in float."""
+    calibration_images: int = DEFAULT_COUNT
+    """How many images of DATA to take."""
+    report: bool = False
+    """Print what quantisation does to each layer."""
+
+
+def check_options(options: Int8Options, output: str) -> None:
+    """Refuse what cannot work, before anything is read.
+
+    Raises:
+      ConfigError: options that do not go together.
+      RepVGGError: the output cannot be written, or a library is missing.
+    """
+    if not options.int8:
+        given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --int8")
+        return
+    if options.calibration is None:
+        raise ConfigError("--int8 needs --calibration DATA: a folder of images, or digits")
+    if options.calibration_images < 1:
+        raise ConfigError(f"--calibration-images must be at least 1, not {options.calibration_images}")
+    if choose_method(options.method).adaround is not None:
+        require_optax()
+    suffix = Path(output).suffix
+    if suffix not in (".safetensors", ".onnx"):
+        raise WeightsError(f"cannot write {output}: quantised nets are .safetensors or .onnx files, not {suffix!r}")
+    if suffix == ".onnx":
+        check_onnx_installed()
+    check_target(output)
+
+
+def quantize_and_write(options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo) -> str:
+    """Calibrate, quantise, write; says what was done.
+
+    Raises:
+      DataError: calibration images that cannot be read.
+      QuantizationError: too few of them.
+      RepVGGError: the output cannot be written.
+    """
+    assert options.calibration is not None
+    images = calibration_images(options.calibration, info.preprocessing, options.calibration_images)
+    net = rv.quantize(
+        model,
+        variables,
+        images,
+        options.method,
+        per_channel=False if options.per_tensor else None,
+        calibration=options.activations,
+        float_first=options.float_first,
+        float_last=options.float_last,
+        preprocessing=info.preprocessing,
+        class_names=info.class_names if model.num_classes == info.num_classes else None,
+    )
+    if Path(output).suffix == ".onnx":
+        rv.export_quantized_onnx(output, net)
+    else:
+        rv.save_quantized(output, net)
+    worst = min(net.report, key=lambda layer: layer.output_sqnr)
+    done = (
+        f"INT8 ({options.method}) from {len(images)} calibration images; logits {net.report[-1].network_sqnr:.1f} dB "
+        f"above the noise, weakest layer {worst.name} with {worst.output_sqnr:.1f} dB"
+    )
+    return f"{rv.report_table(net.report)}\n{done}" if options.report else done

@@ -1,0 +1,19 @@
+"""INT8: post-training quantisation, quantisation-aware training, and nets that compute in integers."""
+
+from .adaround import AdaRoundOptions
+from .files import load_quantized, save_quantized
+from .methods import METHODS, Method, quantize
+from .net import QuantizedNet
+from .report import LayerReport, report_table
+
+__all__ = [
+    "METHODS",
+    "AdaRoundOptions",
+    "LayerReport",
+    "Method",
+    "QuantizedNet",
+    "load_quantized",
+    "quantize",
+    "report_table",
+    "save_quantized",
+]

@@ -1,0 +1,139 @@
+"""AdaRound (Nagel et al., ICML 2020): whether each weight is rounded up or down is learned, layer by layer.
+
+To the nearest is the best rounding of one weight, not of a sum of many. The layer's output on calibration data decides:
+each weight is `floor(w / s) + h`, h between 0 and 1, and a growing penalty drives every h to one of its ends.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..errors import QuantizationError
+from ..variants import BlockSpec
+from .quantizer import WEIGHT_LEVELS
+from .stack import Geometry, geometry, linear_map
+
+ZETA, GAMMA = 1.1, -0.1
+"""The sigmoid's stretch (paper, equation 23): h reaches its ends at finite values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaRoundOptions:
+    """How long and how hard rounding is optimised.
+
+    Attributes:
+      steps: optimiser steps for each layer.
+      batch_size: calibration images in a step.
+      learning_rate: Adam's.
+      penalty: weight of the penalty against the reconstruction error; both are shares of their starting values.
+      warm_up: share of the steps without penalty.
+      hardness: the penalty's exponent, from the first to the last of the steps that have it.
+    """
+
+    steps: int = 400
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    penalty: float = 0.1
+    warm_up: float = 0.2
+    hardness: tuple[float, float] = (20.0, 2.0)
+
+
+def require_optax() -> None:
+    """Raises QuantizationError, with what to install, where there is no optax."""
+    if importlib.util.find_spec("optax") is None:
+        raise QuantizationError("learned rounding needs optax: pip install 'repvgg-jax[train]'")
+
+
+def learn_rounding(
+    spec: BlockSpec | None,
+    layer: dict[str, Any],
+    scale: np.ndarray,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    *,
+    relu: bool,
+    options: AdaRoundOptions,
+) -> np.ndarray:
+    """The weights' integers that bring the layer's output nearest to its float one.
+
+    Args:
+      spec: the block; None for the classifier.
+      layer: float `kernel` and `bias`.
+      scale: of each output channel, `[O]`.
+      inputs: what the layer will read in the quantised net, real values `[N, …]`.
+      targets: the float net's output of this layer, before the ReLU.
+      relu: whether a ReLU follows, behind which errors below zero do not count.
+      options: the optimiser's.
+
+    Returns:
+      Integers of the kernel's shape, as float32.
+    """
+    require_optax()
+    count, batch = len(inputs), min(options.batch_size, len(inputs))
+    places = np.random.default_rng(0).integers(0, count, (options.steps, batch))
+    kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
+    shape = geometry(spec)
+    soft = _optimize(shape, relu, options, kernel, bias, jnp.asarray(scale), inputs, targets, places)
+    return np.asarray(jnp.floor(kernel / scale) + (soft >= 0.5))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _optimize(
+    shape: Geometry | None,
+    relu: bool,
+    options: AdaRoundOptions,
+    kernel: Array,
+    bias: Array,
+    scale: Array,
+    inputs: Array,
+    targets: Array,
+    places: Array,
+) -> Array:
+    """Each weight's h after the last step. Layers of one shape share one compilation."""
+    import optax
+
+    floor = jnp.floor(kernel / scale)
+    optimizer = optax.adam(options.learning_rate)
+
+    def error(weights: Array, x: Array, target: Array) -> Array:
+        output = linear_map(shape, x, weights) + bias
+        if relu:
+            output, target = nn.relu(output), nn.relu(target)
+        return jnp.square(output - target).mean()
+
+    nearest = jnp.clip(jnp.round(kernel / scale), -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
+    first = places[: min(8, options.steps)].reshape(-1)
+    start_error = jnp.maximum(error(nearest, inputs[first], targets[first]), 1e-20)
+
+    def loss(logits: Array, x: Array, target: Array, step: Array) -> Array:
+        h = _rectified_sigmoid(logits)
+        weights = jnp.clip(floor + h, -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
+        progress = (step / options.steps - options.warm_up) / (1 - options.warm_up)
+        high, low = options.hardness
+        # Cosine from soft to hard, as the paper's code anneals.
+        exponent = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.clip(progress, 0, 1) * jnp.pi))
+        undecided = (1 - jnp.abs(2 * h - 1) ** exponent).mean()
+        return error(weights, x, target) / start_error + jnp.where(progress >= 0, options.penalty, 0) * undecided
+
+    def step(carry: tuple[Array, Any], turn: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
+        (logits, state), (number, chosen) = carry, turn
+        gradient = jax.grad(loss)(logits, inputs[chosen], targets[chosen], number)
+        updates, state = optimizer.update(gradient, state)
+        return (logits + updates, state), None
+
+    remainder = jnp.clip((kernel / scale - floor - GAMMA) / (ZETA - GAMMA), 0.01, 0.99)
+    logits = jnp.log(remainder / (1 - remainder))
+    start = (logits, optimizer.init(logits))
+    (logits, _), _ = lax.scan(step, start, (jnp.arange(options.steps), places))
+    return _rectified_sigmoid(logits)
+
+
+def _rectified_sigmoid(logits: Array) -> Array:
+    return jnp.clip(nn.sigmoid(logits) * (ZETA - GAMMA) + GAMMA, 0, 1)

@@ -1,0 +1,150 @@
+"""Ranges of activations: what part of a layer's input 8 bits should cover.
+
+Each layer's input is seen as a histogram of absolute values; a method chooses the threshold that becomes the largest
+integer, everything above it saturates.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import numpy as np
+from jax import Array
+
+from ..variants import Variant
+from .quantizer import SIGNED, UNSIGNED, levels
+from .stack import Layers, in_batches, layer_inputs
+
+BINS = 2048
+PERCENTILE = 99.99
+
+Calibration = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How often absolute values fall into `BINS` equal bins between 0 and `limit`.
+
+    Attributes:
+      counts: `[BINS]`.
+      limit: the largest absolute value seen.
+      levels: integers that the positive values are mapped to, 255 or 127.
+    """
+
+    counts: np.ndarray
+    limit: float
+    levels: int
+
+    @property
+    def centers(self) -> np.ndarray:
+        """The bins' middles, `[BINS]`."""
+        return (np.arange(len(self.counts)) + 0.5) * (self.limit / len(self.counts))
+
+
+def minmax(histogram: Histogram) -> float:
+    """The largest value seen: nothing saturates."""
+    return histogram.limit
+
+
+def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
+    """The value that `share` per cent of all lie below."""
+    below = np.cumsum(histogram.counts)
+    place = int(np.searchsorted(below, below[-1] * share / 100))
+    return histogram.limit * (place + 1) / len(histogram.counts)
+
+
+def mse(histogram: Histogram) -> float:
+    """The threshold with the least mean squared error of rounding and saturation together."""
+    values, candidates = histogram.centers, _candidates(histogram)
+    scales = (candidates / histogram.levels)[:, None]
+    error = values - scales * np.clip(np.rint(values / scales), 0, histogram.levels)
+    return float(candidates[np.argmin((error**2 * histogram.counts).sum(-1))])
+
+
+def entropy(histogram: Histogram) -> float:
+    """The threshold whose quantised distribution loses least information: smallest Kullback-Leibler divergence.
+
+    Migacz, "8-bit inference with TensorRT" (GTC 2017): the distribution up to the threshold, with what lies above
+    heaped onto its last bin, against the same one averaged over each integer's bins.
+    """
+    best, threshold = np.inf, histogram.limit
+    for kept in range(histogram.levels + 1, len(histogram.counts) + 1):
+        divergence = _divergence(histogram, kept)
+        if divergence < best:
+            best, threshold = divergence, histogram.limit * kept / len(histogram.counts)
+    return threshold
+
+
+def _divergence(histogram: Histogram, kept: int) -> float:
+    inside = histogram.counts[:kept].astype(np.float64)
+    heaped = inside.copy()
+    heaped[-1] += histogram.counts[kept:].sum()
+    level = np.arange(kept) * (histogram.levels + 1) // kept
+    occupied = inside > 0
+    totals, members = np.bincount(level, inside), np.bincount(level, occupied)
+    averaged = np.where(occupied, (totals / np.maximum(members, 1))[level], 0)
+    if averaged.sum() == 0:
+        return np.inf
+    p, q = heaped / heaped.sum(), averaged / averaged.sum()
+    if (p[~occupied] > 0).any():  # saturated values where no integer stands for anything
+        return np.inf
+    return float((p[occupied] * np.log(np.maximum(p[occupied], 1e-30) / q[occupied])).sum())
+
+
+def _candidates(histogram: Histogram) -> np.ndarray:
+    return histogram.limit * np.linspace(0.02, 1, 150)
+
+
+METHODS: dict[str, Callable[[Histogram], float]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+    "entropy": entropy,
+}
+
+
+def input_dtype(name: str) -> np.dtype:
+    """int8 for the first layer, which reads the image; uint8 behind a ReLU."""
+    return SIGNED if name == "stage0" else UNSIGNED
+
+
+def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The largest absolute value of every channel of every layer's input, `[C]` each."""
+
+    def largest(batch: Array) -> dict[str, np.ndarray]:
+        inputs = layer_inputs(variant, layers, batch)
+        return {name: np.abs(x).max(tuple(range(x.ndim - 1))) for name, x in jax.tree.map(np.asarray, inputs).items()}
+
+    return jax.tree.map(lambda *found: np.max(found, 0), *in_batches(largest, images))
+
+
+def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: Calibration) -> dict[str, np.float32]:
+    """The scale of every layer's input on calibration images, by name; also `pool`'s.
+
+    Args:
+      variant: the architecture.
+      layers: the float net.
+      images: `[N, H, W, C]`, normalised.
+      method: how a threshold is chosen.
+    """
+    limits = {name: float(found.max()) for name, found in channel_ranges(variant, layers, images).items()}
+    thresholds = limits
+    if method != "minmax":
+        histograms = _histograms(variant, layers, images, limits)
+        thresholds = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
+    tiny = np.finfo(np.float32).tiny
+    return {name: np.float32(max(t / levels(input_dtype(name)), tiny)) for name, t in thresholds.items()}
+
+
+def _histograms(variant: Variant, layers: Layers, images: np.ndarray, limits: dict[str, float]) -> dict[str, Histogram]:
+    counts = {name: np.zeros(BINS, np.int64) for name in limits}
+
+    def count(batch: Array) -> None:
+        for name, x in layer_inputs(variant, layers, batch).items():
+            scaled = np.abs(np.asarray(x).ravel()) * np.float32(BINS / max(limits[name], 1e-30))
+            places = np.minimum(scaled.astype(np.int32), BINS - 1)
+            counts[name] += np.bincount(places, minlength=BINS)
+
+    in_batches(count, images)
+    return {name: Histogram(counts[name], limit, levels(input_dtype(name))) for name, limit in limits.items()}

@@ -1,0 +1,47 @@
+"""Quantised nets in `.safetensors` files: int8 weights with their scales, a quarter of the float file's size."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..errors import WeightsError
+from ..weights import int8, native
+from ..weights.loading import open_weights
+from .net import QuantizedNet
+
+
+def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
+    """Write a quantised net to a `.safetensors` file that describes itself, atomically.
+
+    Raises:
+      WeightsError: another suffix.
+      RepVGGError: the file cannot be written.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise WeightsError(f"cannot write {path}: quantised nets are .safetensors files")
+    arrays = jax.tree.map(np.asarray, net.variables)
+    described = (net.preprocessing, net.class_names)
+    native.write_form(path, native.FORMS[2], net.variant, net.num_classes, arrays, *described)
+
+
+def load_quantized(path: str | os.PathLike, name: str | None = None) -> QuantizedNet:
+    """The quantised net that a file holds.
+
+    Args:
+      path: what `save_quantized` or `python -m convert --int8` wrote.
+      name: variant that it must be.
+
+    Raises:
+      UnknownModelError: no variant is called `name`.
+      WeightsError: the file is unreadable, holds float weights, or is of another variant.
+    """
+    with open_weights(path, name, headless=True) as contents:
+        info = contents.info
+        if not info.quantized:
+            raise WeightsError(
+                f"{path} holds {info.dtype} weights, not a quantised net; make one with python -m convert --int8"
+            )
+        params = int8.read(contents.file, f"{path}")
+    return QuantizedNet(info.variant, info.num_classes, info.in_channels, params, info.preprocessing, info.class_names)

@@ -1,0 +1,154 @@
+"""Post-training quantisation as recipes, from the naive one to the full one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import QuantizationError
+from ..fusion import to_deploy
+from ..model import RepVGG
+from ..preprocess import Preprocessing, normalize
+from ..weights.info import default_preprocessing
+from ..weights.layout import check_arrays, expected_shapes, flatten
+from .adaround import AdaRoundOptions
+from .calibration import Calibration, channel_ranges, input_scales
+from .equalize import equalize_activations, equalize_weights
+from .net import QuantizedNet
+from .reconstruct import Rounding, quantize_layers
+from .stack import LINEAR, layers_of
+
+MIN_IMAGES = 8
+"""Fewer say nothing of the range of an activation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is done to a float net on its way to 8 bits.
+
+    Attributes:
+      per_channel: a weight scale for each output channel instead of one for the layer.
+      calibration: how the range of an activation is chosen.
+      equalize: rescale channels between layers first, for the kind of weight scales that follow.
+      bias_correction: take the mean error of each channel back.
+      adaround: learn the rounding of weights.
+    """
+
+    per_channel: bool = True
+    calibration: Calibration = "minmax"
+    equalize: bool = False
+    bias_correction: bool = False
+    adaround: AdaRoundOptions | None = None
+
+
+METHODS: dict[str, Method] = {
+    "naive": Method(per_channel=False),
+    "per-channel": Method(),
+    "equalized": Method(calibration="mse", equalize=True),
+    "corrected": Method(calibration="mse", equalize=True, bias_correction=True),
+    "full": Method(calibration="mse", equalize=True, bias_correction=True, adaround=AdaRoundOptions()),
+}
+
+
+def quantize(
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    calibration_images: Any,
+    method: str | Method = "full",
+    *,
+    per_channel: bool | None = None,
+    calibration: Calibration | None = None,
+    float_first: bool = False,
+    float_last: bool = False,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> QuantizedNet:
+    """A net with 8-bit weights and activations, made from a trained one without training.
+
+    Args:
+      model: training form (fused here) or deploy form.
+      variables: its variables.
+      calibration_images: a few hundred images like those that the net will see, prepared like them: float
+        `[N, H, W, C]`, normalised; or uint8, if `preprocessing` is given to normalise them with.
+      method: one of `METHODS`, or a `Method` of one's own.
+      per_channel: in place of the method's.
+      calibration: in place of the method's.
+      float_first: leave the first convolution in float.
+      float_last: leave the classifier in float.
+      preprocessing: how images are prepared; kept with the net. Images of another size are refused then.
+      class_names: names by class index, kept with the net.
+
+    Raises:
+      QuantizationError: no such method, another activation than ReLU, or images that are too few, of another shape
+        or with NaN.
+      WeightsError: the variables are not this model's, or have NaN.
+      FusionError: a training form that cannot be fused.
+    """
+    method = choose_method(method, per_channel, calibration)
+    if not model.deploy:
+        model, variables = to_deploy(model, variables)
+    if model.variant.activation != "relu":
+        raise QuantizationError(f"only nets with ReLU are quantised, this one has {model.variant.activation}")
+    arrays = flatten(variables)
+    channels = arrays["params/stage0/rbr_reparam/kernel"].shape[2]
+    check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
+    images = check_images(calibration_images, channels, preprocessing)
+
+    variant, given = model.variant, layers_of(variables["params"])
+    layers = given
+    if method.equalize and method.per_channel:
+        layers = equalize_activations(variant, layers, channel_ranges(variant, layers, images))
+    elif method.equalize:
+        layers = equalize_weights(variant, layers)
+    rounding = Rounding(
+        method.per_channel,
+        method.bias_correction,
+        method.adaround,
+        in_float=("stage0",) * float_first + (LINEAR,) * float_last,
+    )
+    scales = input_scales(variant, layers, images, method.calibration)
+    params, report = quantize_layers(variant, layers, scales, images, rounding, given)
+    if preprocessing is None:
+        preprocessing = dataclasses.replace(default_preprocessing(variant, channels), image_size=images.shape[1])
+    return QuantizedNet(variant, model.num_classes, channels, params, preprocessing, class_names, report)
+
+
+def choose_method(
+    method: str | Method, per_channel: bool | None = None, calibration: Calibration | None = None
+) -> Method:
+    """The method called so, with what replaces its own choices.
+
+    Raises:
+      QuantizationError: there is none of that name.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise QuantizationError(f"unknown quantisation method {method!r}; there are {', '.join(METHODS)}")
+        method = METHODS[method]
+    changes = {"per_channel": per_channel, "calibration": calibration}
+    return dataclasses.replace(method, **{name: value for name, value in changes.items() if value is not None})
+
+
+def check_images(images: Any, channels: int, preprocessing: Preprocessing | None) -> np.ndarray:
+    """Calibration images, normalised, once it is sure that they are fit for it.
+
+    Raises:
+      QuantizationError: says what is wrong, and with which image.
+    """
+    images = np.asarray(images)
+    size = "H, W" if preprocessing is None else f"{preprocessing.image_size}, {preprocessing.image_size}"
+    fits = images.ndim == 4 and images.shape[-1] == channels
+    if not fits or (preprocessing is not None and images.shape[1:3] != (preprocessing.image_size,) * 2):
+        raise QuantizationError(f"calibration images must have shape [N, {size}, {channels}], not {list(images.shape)}")
+    if len(images) < MIN_IMAGES:
+        count = "one image is" if len(images) == 1 else f"{len(images)} images are"
+        raise QuantizationError(f"{count} too few to calibrate with: give at least {MIN_IMAGES}, better some hundreds")
+    if images.dtype == np.uint8:
+        if preprocessing is None:
+            raise QuantizationError("calibration images are uint8: normalise them, or give the preprocessing")
+        return normalize(images, preprocessing)
+    broken = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
+    if len(broken):
+        raise QuantizationError(f"calibration image {broken[0]} has NaN or infinite values ({len(broken)} have)")
+    return images.astype(np.float32)

@@ -1,0 +1,159 @@
+"""Quantisation-aware training: every block trains as the one 8-bit convolution that it will be.
+
+A block's branches stay what is learned, but what runs is their equivalent kernel, fake-quantised with a scale for each
+output channel, on fake-quantised inputs; so the loss sees the deployed net. The running BN statistics are those that
+training started with and stay so: the kernel is then a fixed function of what is learned (gammas and betas included),
+and no batch statistics disturb it. Ranges of activations follow the largest value of each batch by a moving average.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from ..blocks import RepVGGBlock
+from ..errors import QuantizationError
+from ..fusion import equivalent_kernel_bias, fuse_variables
+from ..model import Linear, RepVGG
+from ..preprocess import Preprocessing
+from ..training_conv import materialize, plain_conv, training_conv
+from ..weights.layout import flatten, unflatten
+from .calibration import input_dtype
+from .net import QuantizedNet, quantize_layer, safe_weight_scale
+from .quantizer import fake_quantize_activations, fake_quantize_weights, levels, weight_scale
+from .stack import LINEAR, POOL, layers_of
+
+RANGE = "input_range"
+"""The leaf of `batch_stats` that follows a layer's largest input; 0 before the first batch."""
+
+MOMENTUM = 0.99
+
+
+def _quantized_input(module: nn.Module, x: Array, dtype: np.dtype) -> Array:
+    """`x` through 8 bits, in the range that the module keeps; the first batch sets it, later ones move it."""
+    kept = module.variable("batch_stats", RANGE, jnp.zeros, ())
+    if module.is_mutable_collection("batch_stats"):
+        largest = jnp.abs(lax.stop_gradient(x)).max().astype(jnp.float32)
+        kept.value = jnp.where(kept.value > 0, MOMENTUM * kept.value + (1 - MOMENTUM) * largest, largest)
+    scale = jnp.maximum(kept.value / levels(dtype), np.finfo(np.float32).tiny)
+    return fake_quantize_activations(x, scale, dtype)
+
+
+def _quantized_kernel(kernel: Array) -> Array:
+    return fake_quantize_weights(kernel, lax.stop_gradient(weight_scale(kernel, per_channel=True)))
+
+
+class QuantizedInput(nn.Module):
+    """8 bits on the way to a layer without weights: the pool."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return _quantized_input(self, x, input_dtype(POOL))
+
+
+class QATBlock(RepVGGBlock):
+    """A training-form block, with its parameters and statistics, that computes its quantised deploy form."""
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = _quantized_input(self, x, input_dtype(self.name or ""))
+        if self.is_initializing():
+            return super().__call__(x)
+        kernel, bias = equivalent_kernel_bias(self.variables["params"], self.variables["batch_stats"])
+        compute = training_conv if train else plain_conv
+        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + bias
+        return materialize(self._activate(y))
+
+
+class QATLinear(Linear):
+    """The classifier in 8 bits."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _quantized_input(self, x, input_dtype(LINEAR))
+        if self.is_initializing():
+            return super().__call__(x)
+        params = self.variables["params"]
+        return x @ _quantized_kernel(params["kernel"]) + params["bias"]
+
+
+class QATRepVGG(RepVGG):
+    """A training form that computes its quantised deploy form; `batch_stats` has ranges besides.
+
+    Auxiliary heads, which are not deployed, stay in float.
+    """
+
+    training_block = QATBlock
+    classifier = QATLinear
+
+    def setup(self):
+        super().setup()
+        self.pool = QuantizedInput()
+
+    def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
+        outputs = super()._stage_outputs(images, train)
+        return outputs | {"stage4": self.pool(outputs["stage4"])}
+
+
+def quantization_aware(model: RepVGG) -> QATRepVGG:
+    """The model that trains `model`, a training form, as the quantised net that it will be.
+
+    Raises:
+      QuantizationError: a deploy form, another activation than ReLU, or another dtype than float32.
+    """
+    if model.deploy:
+        raise QuantizationError("quantisation-aware training needs the training form, not the deploy form")
+    if model.variant.activation != "relu":
+        raise QuantizationError(f"only nets with ReLU are quantised, this one has {model.variant.activation}")
+    if model.dtype != jnp.float32:
+        raise QuantizationError(f"quantisation-aware training computes in float32, not {np.dtype(model.dtype).name}")
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(RepVGG)}
+    return QATRepVGG(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
+
+
+def with_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A training form's variables with ranges that the first batch will set."""
+    names = [name for name in variables["params"] if name.startswith("stage") and not name.endswith("_aux")]
+    ranges = {f"batch_stats/{name}/{RANGE}": jnp.zeros(()) for name in (*names, LINEAR, POOL)}
+    return unflatten(flatten(variables) | ranges)
+
+
+def without_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain training form's variables."""
+    return unflatten({name: leaf for name, leaf in flatten(variables).items() if not name.endswith(f"/{RANGE}")})
+
+
+def quantized_net(
+    model: QATRepVGG,
+    variables: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...] | None = None,
+) -> QuantizedNet:
+    """The net that was trained, in integers: nothing is chosen or calibrated any more.
+
+    Args:
+      model: as it was trained.
+      variables: its variables, ranges included.
+      preprocessing: how images are prepared; kept with the net.
+      class_names: names by class index.
+
+    Raises:
+      QuantizationError: no batch has set the ranges.
+    """
+    stats, scales = variables["batch_stats"], {}
+    for name in (*(spec.name for spec in model.variant.blocks()), LINEAR, POOL):
+        found = float(stats[name][RANGE])
+        if found <= 0:
+            raise QuantizationError(f"no training step has set the range of {name}'s input")
+        scales[name] = np.float32(found / levels(input_dtype(name)))
+    layers = layers_of(fuse_variables(without_ranges(variables))["params"])
+    net: dict[str, Any] = {POOL: {"input_scale": scales[POOL]}}
+    for name, layer in layers.items():
+        scale = safe_weight_scale(weight_scale(layer["kernel"], per_channel=True), layer["bias"], scales[name])
+        net[name] = quantize_layer(layer, np.rint(layer["kernel"] / scale), scale, scales[name])
+    channels = net["stage0"]["kernel"].shape[2]
+    return QuantizedNet(model.variant, model.num_classes, channels, net, preprocessing, class_names)

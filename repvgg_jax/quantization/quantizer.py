@@ -1,0 +1,73 @@
+"""Symmetric 8-bit quantisation: real number = scale * integer, without zero-points.
+
+Weights are int8 in -127..127, activations after a ReLU uint8 in 0..255, the image int8 in -128..127. Unsigned
+activations and signed weights are what AVX-512 VNNI and Arm's dot products multiply natively. Rounding is to the
+nearest, ties to even, as ONNX's QuantizeLinear rounds.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+WEIGHT_LEVELS = 127
+"""Largest weight; -128 is left out so that the range is symmetric."""
+
+UNSIGNED, SIGNED = np.dtype(np.uint8), np.dtype(np.int8)
+
+
+def levels(dtype: Any) -> int:
+    """The largest integer of an activation dtype: 255 or 127, what a scale divides the range by."""
+    return int(np.iinfo(dtype).max)
+
+
+def quantize(x: Array, scale: Array, dtype: Any) -> Array:
+    """`round(x / scale)`, saturated to what `dtype` (uint8 or int8) holds."""
+    info = np.iinfo(dtype)
+    return jnp.clip(jnp.round(x / scale), info.min, info.max).astype(dtype)
+
+
+def fake_quantize(x: Array, scale: Array, low: int, high: int) -> Array:
+    """`scale * clip(round(x / scale), low, high)` with the straight-through estimator's gradient.
+
+    To `x` the gradient passes unchanged inside the range and not at all outside of it (Bengio et al., 2013); to
+    `scale` it is that of learned step sizes (LSQ, Esser et al., 2020): the rounding error inside, the bound outside.
+
+    Args:
+      x: any shape.
+      scale: positive, broadcast against `x`.
+      low, high: the integers' bounds.
+    """
+    steps = jnp.clip(x / scale, low, high)
+    return (steps + lax.stop_gradient(jnp.round(steps) - steps)) * scale
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def fake_quantize_activations(x: Array, scale: Array, dtype: Any) -> Array:
+    """`fake_quantize` to the integers of an activation dtype."""
+    info = np.iinfo(dtype)
+    return fake_quantize(x, scale, info.min, info.max)
+
+
+def fake_quantize_weights(kernel: Array, scale: Array) -> Array:
+    """`fake_quantize` of weights, whose output channel is the last axis."""
+    return fake_quantize(kernel, scale, -WEIGHT_LEVELS, WEIGHT_LEVELS)
+
+
+def weight_scale(kernel: Any, per_channel: bool) -> Any:
+    """The scale at which the largest weight, of each output channel or of all, becomes 127.
+
+    Args:
+      kernel: `[…, O]`, NumPy or JAX.
+      per_channel: a scale for each output channel.
+
+    Returns:
+      `[O]`, all the same without `per_channel`. Where there are only zeros, the smallest normal number.
+    """
+    largest = abs(kernel).max(tuple(range(kernel.ndim - 1)))
+    if not per_channel:
+        largest = largest.max() + 0 * largest
+    return (largest / WEIGHT_LEVELS).clip(np.finfo(np.float32).tiny)

@@ -1,0 +1,69 @@
+"""What quantisation does to each layer, so that one sees which of them hurts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .equalize import output_ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+      name: the layer's.
+      largest_weight: of the float net as it was given, absolute.
+      spread: of the same, the largest range of an output channel over the median one: what one scale has to span.
+      equalized_spread: the same after equalisation; equal to `spread` without.
+      largest_input: where the layer's input saturates; None in float.
+      weight_sqnr: signal to quantisation noise of the weights, dB; infinite in float, as the next two may be.
+      output_sqnr: of the output before the ReLU with this layer alone quantised, dB.
+      network_sqnr: of the same with all layers before it quantised too, dB.
+    """
+
+    name: str
+    largest_weight: float
+    spread: float
+    equalized_spread: float
+    largest_input: float | None
+    weight_sqnr: float
+    output_sqnr: float
+    network_sqnr: float
+
+
+def spread(kernel: np.ndarray) -> float:
+    """The largest range of an output channel over the median one; 1 for a kernel of zeros."""
+    ranges = output_ranges(kernel)
+    middle = float(np.median(ranges))
+    return float(ranges.max()) / middle if middle else 1.0
+
+
+def sqnr(expected: Any, found: Any) -> float:
+    """`10 log10(signal power / noise power)`, dB."""
+    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    noise = np.square(expected - found).sum()
+    return float(10 * np.log10(max(np.square(expected).sum(), 1e-300) / noise)) if noise else np.inf
+
+
+def report_table(reports: Sequence[LayerReport]) -> str:
+    """The reports as text, one line a layer."""
+    header = ("layer", "|w| max", "spread", "equalised", "|x| max", "weights dB", "alone dB", "in net dB")
+    rows = [header] + [
+        (
+            report.name,
+            f"{report.largest_weight:.3g}",
+            f"{report.spread:.3g}",
+            f"{report.equalized_spread:.3g}",
+            "float" if report.largest_input is None else f"{report.largest_input:.3g}",
+            f"{report.weight_sqnr:.1f}",
+            f"{report.output_sqnr:.1f}",
+            f"{report.network_sqnr:.1f}",
+        )
+        for report in reports
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
+    return "\n".join("  ".join(line) for line in lines)

@@ -1,0 +1,63 @@
+"""The quantised weight file: a native file of form `int8`, with a layer's scales beside its integers.
+
+`params/stage1_0/{kernel int8, kernel_scale, bias int32, input_scale}`, or `{kernel, bias}` in float32 for a layer left
+in float; `params/pool/input_scale`; gates (`se`, `post_se`) as in the deploy form.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import WeightsError
+from ..variants import Variant
+from .info import WeightsInfo
+from .layout import check_finite, check_shapes, expected_shapes, shown, unflatten
+from .tensor_file import TensorFile
+
+REPARAM, SCALE, INPUT_SCALE = "/rbr_reparam/", "kernel_scale", "input_scale"
+
+
+def expected_tensors(variant: Variant, num_classes: int, in_channels: int, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> (shape, dtype) of all tensors; of `names`, those of the scales decide which layers are quantised."""
+    expected: dict[str, Any] = {"params/pool/input_scale": ((), "float32")}
+    for name, shape in expected_shapes(variant, True, num_classes, in_channels).items():
+        layer, _, leaf = name.replace(REPARAM, "/").rpartition("/")
+        is_gate = layer.count("/") > 1
+        if is_gate or f"{layer}/{SCALE}" not in names:
+            expected[f"{layer}/{leaf}"] = (shape, "float32")
+        else:
+            expected[f"{layer}/{leaf}"] = (shape, "int8" if leaf == "kernel" else "int32")
+            expected[f"{layer}/{SCALE}"] = (shape[-1:], "float32")
+            expected[f"{layer}/{INPUT_SCALE}"] = ((), "float32")
+    return expected
+
+
+def check(file: TensorFile, info: WeightsInfo, where: str) -> None:
+    """All of a quantised net's tensors and nothing else.
+
+    Raises:
+      WeightsError: lists what is missing, unexpected, or of another shape or type.
+    """
+    expected = expected_tensors(info.variant, info.num_classes, info.in_channels, file.tensors)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    check_shapes(shapes, {name: shape for name, (shape, _) in expected.items()}, where, f"an INT8 {info.variant.name}")
+    for name, (_, dtype) in expected.items():
+        if file.tensors[name].dtype != dtype:
+            raise WeightsError(f"{where}: {shown(name)} has {file.tensors[name].dtype} numbers, not {dtype}")
+
+
+def read(file: TensorFile, where: str) -> dict[str, Any]:
+    """The tree under `params`, once it is sure that every number makes sense.
+
+    Raises:
+      WeightsError: numbers that are not finite, or scales that are not positive.
+    """
+    arrays = {}
+    for name, tensor in file.tensors.items():
+        array = arrays[name] = np.array(file.read(tensor))
+        if array.dtype.kind == "f":
+            check_finite(array, name, where)
+        if name.endswith("_scale") and not (array > 0).all():
+            raise WeightsError(f"{where}: {shown(name)} has scales that are not positive")
+    return unflatten(arrays)["params"]
