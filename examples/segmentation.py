@@ -109,7 +109,7 @@ def random_crops(image: np.ndarray, mask: np.ndarray, count: int, rng: np.random
     for _ in range(count):
         top, left = (rng.integers(0, size - CROP + 1) for size in mask.shape)
         window = np.s_[top : top + CROP, left : left + CROP]
-        turns, mirrored = rng.integers(4), rng.random() < 0.5
+        turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
         pair = [np.rot90(a[window], turns) for a in (image, mask)]
         crop, truth = (a[:, ::-1] if mirrored else a for a in pair)
         images.append(crop * rng.uniform(0.8, 1.25) + rng.uniform(-0.2, 0.2))

@@ -1,5 +1,6 @@
 """The RepVGG block in its training and its deploy form, and the layers they are made of (paper section 3)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -90,7 +91,8 @@ class Conv(nn.Module):
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
-        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
+        # The first of them knows only reverse-mode gradients.
+        compute: Callable[..., Array] = training_conv if train else plain_conv
         kernel = kernel.astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
@@ -256,7 +258,7 @@ class RepVGGBlock(_Block):
         x = x.astype(self.dtype)
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         point: dict[str, Any] = dict(stride=self.stride, groups=self.groups, **dtypes)
-        wide = point | dict(dilation=self.dilation)
+        wide: dict[str, Any] = point | dict(dilation=self.dilation)
         bare = self.block == "qarepvgg"
         y = sum(ConvBN(self.features, 3, **wide, name=name)(x, train) for name in self.branches.dense_names())
         y = y + (Conv if bare else ConvBN)(self.features, 1, **point, name="rbr_1x1")(x, train)

@@ -26,6 +26,12 @@ from .variants import AUX_HEADS
 
 Tree = Mapping[str, Any]
 
+BRANCHES = ("rbr_dense", "rbr_1x1", "rbr_identity")
+"""RepVGG's own, in the order in which they are summed and named."""
+
+SUM_BN = "bn"
+"""QARepVGG's BN on the sum of the branches."""
+
 
 def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple[Array, Array]:
     """The 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
@@ -62,13 +68,6 @@ def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple
         _fuse_branch(name, *branch, per_group, channels) for name, branch in branches.items() if name != SUM_BN
     )
     return fuse_conv_bn(kernel, *branches[SUM_BN], bias=bias) if SUM_BN in branches else (kernel, bias)
-
-
-BRANCHES = ("rbr_dense", "rbr_1x1", "rbr_identity")
-"""RepVGG's own, in the order in which they are summed and named."""
-
-SUM_BN = "bn"
-"""QARepVGG's BN on the sum of the branches."""
 
 
 def _is_branch(name: str) -> bool:

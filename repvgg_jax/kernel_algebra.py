@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 BN_EPSILON = 1e-5
+EXACT = lax.Precision.HIGHEST
+"""GPUs and TPUs round the factors of float32 products otherwise."""
 
 Pair = tuple[Array, Array]
 """Kernel `[k, k, C_in / groups, C_out]` and bias `[C_out]` of one convolution."""
@@ -81,14 +83,15 @@ def chain_1x1(first: Pair, second: Pair, groups: int = 1) -> Pair:
     size, _, middle, _ = kernel.shape
     point = point.reshape(point.shape[2], groups, middle)
     kernel = kernel.reshape(size, size, middle, groups, -1)
-    chained = jnp.einsum("igm,hwmgo->hwigo", point, kernel).reshape(size, size, point.shape[0], -1)
+    chained = jnp.einsum("igm,hwmgo->hwigo", point, kernel, precision=EXACT)
+    chained = chained.reshape(size, size, point.shape[0], -1)
     return chained, bias + constant_response(second[0], point_bias, groups)
 
 
 def constant_response(kernel: Array, value: Array, groups: int = 1) -> Array:
     """What a convolution gives, `[C_out]`, where the image is `value` `[C_in]` everywhere, outside of it too."""
     taps = kernel.sum((0, 1)).reshape(kernel.shape[2], groups, -1)
-    return jnp.einsum("gi,igo->go", value.reshape(groups, -1), taps).reshape(-1)
+    return jnp.einsum("gi,igo->go", value.reshape(groups, -1), taps, precision=EXACT).reshape(-1)
 
 
 def identity_kernel(channels: int, groups: int, dtype: Any = jnp.float32) -> Array:

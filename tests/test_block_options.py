@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dbb": dict(branches=rv.Branches(dbb_1x1_3x3=True, dbb_1x1_avg=True)),
     "all": dict(block="qarepvgg", branches=ALL),
 }
+EACH = [option if option in ("qarepvgg", "all") else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
 VARIANT = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 24), groups=2)
 
 
@@ -77,6 +78,7 @@ class TorchBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros(())
+        branch: Any
         for name, branch in self.named_children():
             if name.startswith("rbr_dense"):
                 total = total + branch["bn"](branch["conv"](x))
@@ -92,9 +94,8 @@ class TorchBlock(nn.Module):
 
     def _padded(self, bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
         """BN, then padding with what BN gives for zero: in training with the batch's statistics, as here."""
-        mean, var = (
-            (y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)) if bn.training else (bn.running_mean, bn.running_var)
-        )
+        mean: Any = y.mean((0, 2, 3)) if bn.training else bn.running_mean
+        var: Any = y.var((0, 2, 3), unbiased=False) if bn.training else bn.running_var
         zero = (bn.bias - mean * bn.weight / (var + bn.eps).sqrt())[:, None, None]
         return F.pad(bn(y) - zero, (self.dilation,) * 4) + zero
 
@@ -165,7 +166,7 @@ def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilatio
             trained = theirs.train()(image).numpy().transpose(0, 2, 3, 1)
         found = run(ours.apply, variables, x)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
-        fused = DeployBlock(outputs, **options, **dtypes).apply(fuse_variables(variables), x)
+        fused = run(lambda v: DeployBlock(outputs, **options, **dtypes).apply(fuse_variables(v), x), variables)
         np.testing.assert_allclose(fused, expected, rtol=1e-9, atol=1e-11)
         training, changed = run(lambda v: ours.apply(v, x, True, mutable=["batch_stats"]), variables)
         np.testing.assert_allclose(training, trained, rtol=1e-7, atol=1e-8)
@@ -176,7 +177,7 @@ def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilatio
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", EACH)
 def test_whole_nets_fuse_to_the_same_logits(option, dtype, tolerance):
     with jax.enable_x64(True):
         model = small_model(option, jnp.dtype(dtype))
@@ -238,7 +239,7 @@ def test_missing_statistics_are_an_error_that_names_the_branch(option):
         rv.equivalent_kernel_bias(block, stats)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", EACH)
 def test_predictors_and_native_files_take_every_option(option, tmp_path):
     model = small_model(option)
     variables = random_variables(model)
@@ -268,6 +269,7 @@ def test_layout_and_summary_count_the_tree(option):
 
 
 def test_pytorch_families_have_no_names_for_them(tmp_path):
+    model = small_model("all")
     for option in OPTIONS:
         model = small_model(option)
         with pytest.raises(rv.WeightsError, match="authors files have no name for the"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ TORCH_ACTIVATIONS = {
 }
 
 
-def cube(x):
-    return x + 0.1 * x**3
+def squash(x):
+    return jnp.tanh(x)
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -37,8 +38,9 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def test_lists_of_numbers_are_as_good_as_tuples():
-    assert rv.Variant(num_blocks=[*BLOCKS], widths=[*WIDTHS]) == VARIANT
-    assert hash(rv.Variant([*BLOCKS], [*WIDTHS])) == hash(VARIANT)
+    numbers: Any = dict(num_blocks=[*BLOCKS], widths=[*WIDTHS])
+    assert rv.Variant(**numbers) == VARIANT
+    assert hash(rv.Variant(**numbers)) == hash(VARIANT)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +77,11 @@ def test_options_change_a_published_variant_and_its_figures_no_longer_hold():
 def test_activations_are_pytorchs_and_the_same_in_every_form(name):
     x = np.linspace(-8, 8, 101, dtype=np.float32)
     theirs = TORCH_ACTIVATIONS[name]()(torch.from_numpy(x))
-    np.testing.assert_allclose(ACTIVATIONS[name](x), theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("place", [None, "before_relu", "after_relu"])
-@pytest.mark.parametrize("activation", ["gelu", cube])
+@pytest.mark.parametrize("activation", ["gelu", squash])
 def test_forms_and_predictor_agree_with_another_activation(activation, place):
     variant = dataclasses.replace(VARIANT, squeeze_excite=place, squeeze_excite_ratio=4)
     model = rv.create_model(variant, 5, activation=activation)
@@ -108,16 +110,16 @@ def test_a_stem_of_stride_one_keeps_small_images_large(channels):
 
 
 class TestDropout:
-    model = rv.create_model(VARIANT, 5, dropout=0.5)
+    model = rv.create_model(VARIANT, 24, dropout=0.5)
     images = noise(4, 32, 32, 3)
 
     def test_it_drops_pooled_features_in_training_alone(self):
         variables = random_variables(self.model)
-        kept = rv.create_model(VARIANT, 5)
+        kept = rv.create_model(VARIANT, 24)
         evaluated = [run(model.apply, variables, self.images) for model in (self.model, kept)]
         np.testing.assert_array_equal(*evaluated)
         ones = jax.tree.map(np.copy, variables)
-        ones["params"]["linear"] = {"kernel": np.eye(24, 5, dtype=np.float32), "bias": np.zeros(5, np.float32)}
+        ones["params"]["linear"] = {"kernel": np.eye(24, dtype=np.float32), "bias": np.zeros(24, np.float32)}
 
         def logits(model):
             options = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)})
@@ -125,7 +127,7 @@ class TestDropout:
 
         dropped, whole = logits(self.model), logits(kept)
         gone = dropped == 0
-        assert 0.2 < gone.mean() < 0.8
+        assert 0.3 < gone[whole != 0].mean() < 0.7
         np.testing.assert_allclose(dropped[~gone], 2 * whole[~gone], rtol=1e-5)
 
     def test_training_without_its_rng_is_an_error_that_names_it(self):
@@ -139,7 +141,7 @@ class TestDropout:
             rv.create_model(VARIANT, dropout=rate)
 
 
-OPTIONS = dict(stem_stride=1, output_stride=8, activation="gelu")
+OPTIONS: dict[str, Any] = dict(stem_stride=1, output_stride=8, activation="gelu")
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
@@ -161,7 +163,7 @@ def test_a_changed_published_variant_still_answers_to_its_name(tmp_path):
 
 
 def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
-    model = rv.create_model(VARIANT, 5, activation=cube)
+    model = rv.create_model(VARIANT, 5, activation=squash)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     with pytest.raises(rv.WeightsError, match=r"activation is a function .* give load_weights its Variant"):
         rv.load_weights(tmp_path / "w.safetensors")

@@ -1,5 +1,7 @@
 """Claim: each step of the fusion algebra gives the convolution that equals the unfused computation, also PyTorch's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,10 +47,13 @@ class Case:
         self.inputs, self.outputs = groups * int(self.rng.integers(1, 4)), groups * int(self.rng.integers(1, 4))
         self.x = self.rng.normal(size=(2, *size, self.inputs))
 
-    def kernel(self, size: int, inputs: int, outputs: int) -> np.ndarray:
+    def kernel(self, size: int, inputs: int, outputs: int) -> Any:
         return self.rng.normal(size=(size, size, inputs // self.groups, outputs))
 
-    def bn(self, channels: int) -> tuple[dict, dict]:
+    def noise(self, *shape: int) -> Any:
+        return self.rng.normal(size=shape)
+
+    def bn(self, channels: int) -> tuple[Any, Any]:
         params = {"scale": self.rng.normal(1, 0.5, channels), "bias": self.rng.normal(size=channels)}
         return params, {"mean": self.rng.normal(size=channels), "var": self.rng.uniform(0.3, 2, channels)}
 
@@ -68,8 +73,10 @@ class Case:
 
 
 def torch_bn(x: torch.Tensor, params: dict, stats: dict) -> torch.Tensor:
-    numbers = (torch.from_numpy(a) for a in (stats["mean"], stats["var"], params["scale"], params["bias"]))
-    return F.batch_norm(x, *numbers, eps=BN_EPSILON)
+    mean, var, scale, bias = (
+        torch.from_numpy(a) for a in (stats["mean"], stats["var"], params["scale"], params["bias"])
+    )
+    return F.batch_norm(x, mean, var, scale, bias, eps=BN_EPSILON)
 
 
 def padded_with(x: torch.Tensor, value: torch.Tensor, pad: int) -> torch.Tensor:
@@ -90,7 +97,7 @@ def test_a_convolution_and_its_bn(kernel_size, **geometry):
     kernel, bn = case.kernel(kernel_size, case.inputs, case.outputs), case.bn(case.outputs)
     expected = torch_bn(case.conv(case.image(), kernel, case.stride), *bn)
     assert_equal(case.ours(fuse_conv_bn(kernel, *bn)), expected)
-    bias = case.rng.normal(size=case.outputs)
+    bias = case.noise(case.outputs)
     biased = torch_bn(case.conv(case.image(), kernel, case.stride) + torch.from_numpy(bias)[:, None, None], *bn)
     assert_equal(case.ours(fuse_conv_bn(kernel, *bn, bias=bias)), biased)
 
@@ -100,7 +107,7 @@ def test_a_convolution_and_its_bn(kernel_size, **geometry):
 def test_a_sum_of_branches_with_a_1x1_in_the_centre(**geometry):
     case = Case(**geometry)
     wide, point = case.kernel(3, case.inputs, case.outputs), case.kernel(1, case.inputs, case.outputs)
-    biases = case.rng.normal(size=(2, case.outputs))
+    biases = case.noise(2, case.outputs)
     image, bias = case.image(), torch.from_numpy(biases.sum(0))[:, None, None]
     expected = case.conv(image, wide, case.stride) + case.conv(image, point, case.stride) + bias
     assert_equal(case.ours(add_branches([(wide, biases[0]), (embed_1x1(point), biases[1])])), expected)
@@ -117,7 +124,7 @@ def test_a_1x1_convolution_followed_by_a_3x3_one(**geometry):
     fused = chain_1x1(first, fuse_conv_bn(wide, *second_bn), case.groups)
 
     between = torch_bn(case.conv(case.image(), point), *first_bn)
-    border = torch.from_numpy(np.asarray(first[1]))
+    border = torch.from_numpy(np.array(first[1]))
     between = padded_with(between, border, case.dilation)
     expected = torch_bn(case.conv(between, wide, case.stride, padded=False), *second_bn)
     assert_equal(case.ours(fused), expected)
@@ -126,7 +133,7 @@ def test_a_1x1_convolution_followed_by_a_3x3_one(**geometry):
 def test_zero_padding_between_the_two_would_be_another_function():
     case = Case(0, 1, 1, 1, (5, 5))
     point, wide = case.kernel(1, case.inputs, 4), case.kernel(3, 4, case.outputs)
-    bias = case.rng.normal(size=4)
+    bias = case.noise(4)
     fused = case.ours(chain_1x1((point, bias), (wide, np.zeros(case.outputs))))
     zero_padded = case.conv(case.conv(case.image(), point) + torch.from_numpy(bias)[:, None, None], wide)
     difference = np.abs(fused - zero_padded.numpy().transpose(0, 2, 3, 1))
@@ -138,7 +145,7 @@ def test_zero_padding_between_the_two_would_be_another_function():
 @given(**(GEOMETRY | dict(dilation=st.just(1))))
 def test_a_1x1_convolution_followed_by_average_pooling(**geometry):
     case = Case(**geometry)
-    point, bias = case.kernel(1, case.inputs, case.outputs), case.rng.normal(size=case.outputs)
+    point, bias = case.kernel(1, case.inputs, case.outputs), case.noise(case.outputs)
     constant = torch.from_numpy(bias)
     between = padded_with(case.conv(case.image(), point) + constant[:, None, None], constant, 1)
     assert_equal(case.ours((average_1x1(point), bias)), F.avg_pool2d(between, 3, case.stride))
@@ -159,7 +166,7 @@ def test_average_pooling_is_a_convolution(**geometry):
 @given(**GEOMETRY)
 def test_what_a_convolution_makes_of_a_constant_image(**geometry):
     case = Case(**geometry)
-    kernel, value = case.kernel(3, case.inputs, case.outputs), case.rng.normal(size=case.inputs)
+    kernel, value = case.kernel(3, case.inputs, case.outputs), case.noise(case.inputs)
     constant = torch.from_numpy(value)[None, :, None, None].expand(1, -1, 9, 9)
     expected = case.conv(constant, kernel, padded=False)[0, :, 0, 0]
     np.testing.assert_allclose(constant_response(kernel, value, case.groups), expected, rtol=1e-10, atol=1e-12)
@@ -167,8 +174,8 @@ def test_what_a_convolution_makes_of_a_constant_image(**geometry):
 
 def test_every_step_is_differentiable():
     case = Case(0, 2, 1, 1, (3, 3))
-    first = (case.kernel(1, 4, 6), case.rng.normal(size=6))
-    second = (case.kernel(3, 6, 4), case.rng.normal(size=4))
+    first = (case.kernel(1, 4, 6), case.noise(6))
+    second = (case.kernel(3, 6, 4), case.noise(4))
 
     def steps(first, second, bn):
         kernel, bias = add_branches([chain_1x1(first, second, 2), (average_1x1(first[0])[..., :4], second[1])])
