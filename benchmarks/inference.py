@@ -2,7 +2,7 @@
 
 `python -m benchmarks.inference [--models …] [--batch-sizes …]` on a CPU: the predictor against plain `jit`, PyTorch
 (eager, and through `torch.compile`), ONNX Runtime and OpenVINO. `--device gpu`: against
-`torch.compile(mode="max-autotune")` in float32 (with and without TF32) and bfloat16, and Flax ResNets beside them.
+`torch.compile(mode="max-autotune")` in float32 (with and without TF32) and bfloat16.
 
 All run the same random weights on the same images, each in a process of its own; they take turns, several rounds, and
 each round of each is one measurement of at least `SECONDS`. The median counts. Outputs are compared with float64.
@@ -26,7 +26,6 @@ from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
 CPU_NAMES = ("ours", "ours tuned", "plain jit", "torch", "torch.compile", "onnxruntime", "openvino")
 OURS = ("ours", "ours tuned")
 GPU_NAMES = ("ours", "torch.compile")
-RESNETS = ("ResNet-18", "ResNet-50", "ResNet-101")
 SECONDS = 0.5
 CLASSES = 1000
 
@@ -157,23 +156,8 @@ def make_openvino(case: Case) -> Predict:
     return predict
 
 
-def make_resnet(case: Case) -> Predict:
-    """A Flax ResNet under `jit`."""
-    import jax
-    import jax.numpy as jnp
-
-    from .resnet import create_resnet
-
-    model = create_resnet(case.model, CLASSES, dtype=jnp.dtype(case.dtype))
-    variables = model.init(jax.random.key(0), jnp.zeros((1, case.image_size, case.image_size, 3)))
-    apply = jax.jit(model.apply)
-    return lambda images: np.asarray(apply(variables, images))
-
-
 def contestant_predict(name: str, case: Case) -> Predict:
     """The function that the contestant `name` is timed with."""
-    if case.model in RESNETS:
-        return make_resnet(case)
     makers: dict[str, Callable[[Case], Predict]] = {
         "ours": lambda case: make_ours(case, tune=False),
         "ours tuned": lambda case: make_ours(case, tune=True),
@@ -291,17 +275,16 @@ def run_cpu(arguments: argparse.Namespace) -> None:
 
 def run_gpu(arguments: argparse.Namespace) -> None:
     """The table for a GPU."""
-    for model in [*arguments.models, *RESNETS]:
+    for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            write = model not in RESNETS
+            write = True
             for batch_size in arguments.batch_sizes:
                 for dtype, tf32 in (("float32", False), ("float32", True), ("bfloat16", False)):
                     case = Case(folder, model, batch_size, arguments.image_size, dtype, tf32)
                     if write:
                         write_files(case, onnx=False)
                         write = False
-                    names = ("ours",) if model in RESNETS else GPU_NAMES
-                    report(case, contest(case, names, arguments.rounds), None, None)
+                    report(case, contest(case, GPU_NAMES, arguments.rounds), None, None)
 
 
 def main() -> None:

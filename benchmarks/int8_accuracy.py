@@ -27,6 +27,7 @@ from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
 from repvgg_jax.preprocess import decode_image, normalize
 from repvgg_jax.quantization.images import calibration_images
+from repvgg_jax.variants import BlockKind
 from train import data
 from train.cluster import PREEMPTED
 from train.config import PRESETS, Config
@@ -89,7 +90,8 @@ def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) ->
 def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
     """Weight files of the trained nets: RepVGG, QARepVGG, and RepVGG after quantisation-aware training."""
     files = {}
-    for net, block in (("repvgg", "repvgg"), ("qarepvgg", "qarepvgg"), ("easy", "repvgg")):
+    nets: tuple[tuple[str, BlockKind], ...] = (("repvgg", "repvgg"), ("qarepvgg", "qarepvgg"), ("easy", "repvgg"))
+    for net, block in nets:
         init = None if net == "easy" else workdir / f"{net}-init.safetensors"
         if init is not None and not init.exists():
             make_hard(rv.create_model("RepVGG-A0", 10, block=block), init)
@@ -149,7 +151,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         run = jax.jit(model.apply)
         reference = accuracy(lambda batch, run=run, variables=variables: run(variables, batch))
         add(block, "float32", reference, reference)
-        quantized = {name: dict(method=name) for name in methods}
+        quantized: dict[str, dict[str, Any]] = {name: dict(method=name) for name in methods}
         if block == "repvgg":
             quantized["per-tensor, equalized"] = dict(method="equalized", per_channel=False)
             quantized["per-tensor, corrected"] = dict(method="corrected", per_channel=False)

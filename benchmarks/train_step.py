@@ -1,9 +1,9 @@
 """One training step here and in PyTorch: images/s and peak memory, as ratios.
 
-`python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`. The PyTorch side is the independent
-implementation that the tests use, in channels_last (see `--memory-format`); on a GPU both compute in bfloat16 (autocast there), and PyTorch
-runs both eagerly and through `torch.compile`. Same recipe on both sides: SGD with momentum and the masked weight decay.
-Processes alternate, so that all see the same machine.
+`python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`.
+The PyTorch side is the independent implementation that the tests use, in channels_last (see `--memory-format`); on a
+GPU both compute in bfloat16 (autocast there), and PyTorch runs both eagerly and through `torch.compile`. Same recipe on
+both sides: SGD with momentum and the masked weight decay. Processes alternate, so that all see the same machine.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """The RepVGG block in its training and its deploy form, and the layers they are made of (paper section 3)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -92,9 +91,9 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
         # The first of them knows only reverse-mode gradients.
-        compute: Callable[..., Array] = training_conv if train else plain_conv
-        kernel = kernel.astype(self.dtype)
-        y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
+        kernel, geometry = kernel.astype(self.dtype), (self.stride, self.groups, self.dilation)
+        x = x.astype(self.dtype)
+        y = jnp.asarray(training_conv(x, kernel, *geometry)) if train else plain_conv(x, kernel, *geometry)
         return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
 
 

@@ -119,18 +119,15 @@ def make_predictor(
     Raises:
       ValueError: a non-positive size, a preprocessing for another number of channels, or not exactly one net.
     """
-    if (model is None) != (variables is None) or (model is None) == (quantized is None):
-        raise ValueError("give model and variables, or quantized")
-    if image_size is None:
-        image_size = model.variant.image_size if quantized is None else quantized.preprocessing.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(batch_size, height, width) < 1:
-        raise ValueError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
-    if quantized is not None:
+    if quantized is not None and model is None and variables is None:
         from .quantization.predictor import QuantizedPredictor
 
+        size = _checked_size(batch_size, quantized.preprocessing.image_size if image_size is None else image_size)
         _check_channels(quantized.in_channels, preprocessing)
-        return QuantizedPredictor(quantized, batch_size, (height, width), preprocessing)
+        return QuantizedPredictor(quantized, batch_size, size, preprocessing)
+    if quantized is not None or model is None or variables is None:
+        raise ValueError("give model and variables, or quantized")
+    height, width = _checked_size(batch_size, model.variant.image_size if image_size is None else image_size)
     if not model.deploy:
         model, variables = to_deploy(model, variables)
     if dtype is not None:
@@ -140,6 +137,14 @@ def make_predictor(
     _check_channels(channels, preprocessing)
     plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
     return Predictor(model, params, plan, preprocessing)
+
+
+def _checked_size(batch_size: int, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(batch_size, height, width) < 1:
+        raise ValueError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
+    return height, width
 
 
 def _check_channels(channels: int, preprocessing: Preprocessing | None) -> None:

@@ -181,13 +181,14 @@ def test_mistakes_are_clear_and_leave_nothing_behind(small):
     other = random_variables(rv.create_model(GROUPED, CLASSES))
     broken = jax.tree.map(np.copy, variables)
     broken["params"]["linear"]["bias"][0] = np.nan
-    for given, options, error, words in (
+    mistakes: tuple[tuple[Any, dict[str, Any], type[Exception], str], ...] = (
         (other, {}, rv.WeightsError, "does not fit|do not fit"),
         (broken, {}, rv.WeightsError, "NaN"),
         (variables, {"input_layout": "HWC"}, ValueError, "NCHW or NHWC, not 'HWC'"),
         (variables, {"image_size": 0}, ValueError, "image_size must be positive"),
         (variables, {"class_names": ("a",)}, ValueError, "1 class names for a model of 5 classes"),
-    ):
+    )
+    for given, options, error, words in mistakes:
         with pytest.raises(error, match=words):
             rv.export_onnx(path, model, given, **options)
     with pytest.raises(rv.RepVGGError, match="there is no folder"):

@@ -67,7 +67,7 @@ def test_branches_get_the_gradient_of_the_quantised_equivalent_kernel():
     x = jnp.asarray(images(8))
 
     def loss(params):
-        return jnp.square(model.apply(variables | {"params": params}, x)).mean()
+        return jnp.square(jnp.asarray(model.apply(variables | {"params": params}, x))).mean()
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     for branch in ("rbr_dense", "rbr_1x1"):

@@ -126,7 +126,7 @@ def _optimize(
         (logits, state), (number, chosen) = carry, turn
         gradient = jax.grad(loss)(logits, inputs[chosen], targets[chosen], number)
         updates, state = optimizer.update(gradient, state)
-        return (logits + updates, state), None
+        return (logits + jnp.asarray(updates), state), None
 
     remainder = jnp.clip((kernel / scale - floor - GAMMA) / (ZETA - GAMMA), 0.01, 0.99)
     logits = jnp.log(remainder / (1 - remainder))

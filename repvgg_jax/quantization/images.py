@@ -35,14 +35,18 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
         scans = training_scans()
         total = len(scans)
 
-        def load(index: int) -> Image.Image:
+        def load_scan(index: int) -> Image.Image:
             return to_mode(Image.fromarray(scans[index]), mode)
+
+        load = load_scan
     else:
         files = _image_files(Path(spec))
         total = len(files)
 
-        def load(index: int) -> Image.Image:
+        def load_file(index: int) -> Image.Image:
             return decode_image(_read(files[index]), f"{files[index]}", preprocessing.channels)
+
+        load = load_file
 
     chosen = np.random.default_rng(0).permutation(total)[:count]
     return np.stack([eval_transform(load(index), preprocessing) for index in chosen.tolist()])

@@ -42,7 +42,7 @@ def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def named_specs(variant: Variant) -> list[tuple[str, BlockSpec | None]]:
     """Every layer with weights, in order; the classifier has no `BlockSpec`."""
-    return [(spec.name, spec) for spec in variant.blocks()] + [(LINEAR, None)]
+    return [*((spec.name, spec) for spec in variant.blocks()), (LINEAR, None)]
 
 
 def geometry(spec: BlockSpec | None) -> Geometry | None:
@@ -75,7 +75,7 @@ def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Any
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _activate(place: SqueezeExcitePlace | None, squeeze_width: int, gate: Mapping[str, Any] | None, x: Array) -> Array:
     def gated(x: Array) -> Array:
-        found = SqueezeExcite(squeeze_width).apply({"params": gate}, x)
+        found = SqueezeExcite(squeeze_width).apply({"params": gate or {}}, x)
         assert isinstance(found, Array)
         return found
 
