@@ -1,7 +1,7 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
 from .errors import ConfigError, DataError, ExportError, FusionError, RepVGGError, UnknownModelError, WeightsError
-from .export import export_onnx
+from .export import export_onnx, export_saved_model, export_stablehlo
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
@@ -26,6 +26,8 @@ __all__ = [
     "create_model",
     "equivalent_kernel_bias",
     "export_onnx",
+    "export_saved_model",
+    "export_stablehlo",
     "fuse_variables",
     "inspect_weights",
     "list_models",
