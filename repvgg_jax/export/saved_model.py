@@ -11,7 +11,7 @@ from ..errors import ExportError
 from ..files import atomic_folder
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from .deploy_net import INPUT, OUTPUT, InputLayout, deploy_net
+from .deploy_net import INPUT, OUTPUT, Check, InputLayout, deploy_net
 from .stablehlo import PLATFORMS, forward_function
 
 
@@ -23,6 +23,7 @@ def export_saved_model(
     input_layout: InputLayout = "NHWC",
     image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write the deploy form as a SavedModel, a new folder that appears at once or not at all.
 
@@ -36,6 +37,7 @@ def export_saved_model(
       input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
       image_size: pixels, one number or (height, width); the preprocessing's if None.
       preprocessing: tells the image size; the variant's published evaluation if None.
+      check: sees what was written before it is put in place; what it raises leaves nothing behind.
 
     Raises:
       ExportError: TensorFlow is not installed, or this jax has no jax2tf.
@@ -62,6 +64,8 @@ def export_saved_model(
     logits = tf.function(lambda images: converted(module.params, images), autograph=False, input_signature=[images])
     with atomic_folder(path) as temporary:
         tf.saved_model.save(module, str(temporary), signatures={"serving_default": logits.get_concrete_function()})
+        if check is not None:
+            check(temporary)
 
 
 def check_tensorflow_installed() -> None:

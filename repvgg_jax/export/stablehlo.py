@@ -12,7 +12,7 @@ from jax import export as jax_export
 from ..files import atomic_path
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from .deploy_net import DeployNet, InputLayout, deploy_net
+from .deploy_net import Check, DeployNet, InputLayout, deploy_net
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -25,6 +25,7 @@ def export_stablehlo(
     input_layout: InputLayout = "NHWC",
     image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write the deploy form as a file for `jax.export.deserialize`, atomically.
 
@@ -39,6 +40,7 @@ def export_stablehlo(
       input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
       image_size: pixels, one number or (height, width); the preprocessing's if None.
       preprocessing: tells the image size; the variant's published evaluation if None.
+      check: sees what was written before it is put in place; what it raises leaves nothing behind.
 
     Raises:
       WeightsError: the variables are not this model's, or have NaN.
@@ -50,6 +52,8 @@ def export_stablehlo(
     serialized = export_program(net).serialize()
     with atomic_path(path) as temporary:
         temporary.write_bytes(serialized)
+        if check is not None:
+            check(temporary)
 
 
 def export_program(net: DeployNet) -> jax_export.Exported:
