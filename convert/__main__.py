@@ -1,13 +1,15 @@
 """Conversion: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
 
-Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `--to` choose the format written.
-`--int8 --calibration DATA` quantises (`int8.py`).
+Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `--to` choose the format written: weights
+again, or a file that another runtime runs (`exports`).
+`--int8 --calibration DATA` quantises (`int8`).
 `python -m convert --inspect FILE` says what a file is.
 """
 
 import dataclasses
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -19,8 +21,9 @@ from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
-from repvgg_jax.weights.saving import check_writable
+from repvgg_jax.weights.saving import WRITABLE, check_writable
 
+from .exports import FORMATS, Format, check_batches, choose_format, write_export
 from .int8 import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
@@ -34,19 +37,26 @@ class Arguments:
     input: tyro.conf.Positional[str | None] = None
     """Weight file to read, or hf://OWNER/REPOSITORY."""
     output: tyro.conf.Positional[str | None] = None
-    """Weight file to write: .safetensors (native), or .pth, .pt, .bin, .tar (PyTorch, the authors' names)."""
+    """Weight file to write: .safetensors (native), or .pth, .pt, .tar (PyTorch, the authors' names). Or, fused for
+    another runtime: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a final slash (TensorFlow)."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Variant the file must hold."""
     keep_training_form: bool = False
     """Rewrite the weights in another format without fusing them."""
     to: Literal["native", "authors", "timm", "mmpretrain"] | None = None
-    """Whose names to write."""
+    """Whose names to write into a weight file; also makes a .bin PyTorch's."""
     num_classes: int | None = None
     """Write a fresh classifier of this many classes if the file has another."""
     ema: bool = False
     """Take the moving average of the weights, where a training checkpoint has one."""
     tensors_only: bool = False
     """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
+    input_layout: Literal["NCHW", "NHWC"] | None = None
+    """Exports: how the images lie that they take. NCHW for .onnx, NHWC for the others, unless given."""
+    image_size: int | None = None
+    """Exports: height and width of the images that they take, in pixels. The weights' own unless given."""
+    check_images: tuple[str, ...] = ()
+    """Exports: image files or folders to compare the export with JAX on, instead of two photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Say what this file is, and convert nothing."""
     quantization: tyro.conf.OmitArgPrefixes[Int8Options] = dataclasses.field(default_factory=Int8Options)
@@ -71,20 +81,29 @@ def convert(arguments: Arguments) -> str:
     Raises:
       WeightsError: unreadable input, an output that cannot be written, or a fused net that differs from the
         training form.
+      ExportError: a missing library, or an export that differs from JAX.
+      DataError: images to check with that cannot be read.
       FusionError: `keep_training_form` for an input in deploy form.
-      ConfigError: no input or no output.
+      ConfigError: no input or no output, or options that do not fit the output.
     """
     if arguments.input is None or arguments.output is None:
         raise ConfigError("expected IN and OUT, or --inspect FILE")
     if arguments.num_classes is not None and arguments.num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
+    export = None if arguments.quantization.int8 else _export_format(arguments, arguments.output)
     options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
     info = inspect_weights(arguments.input, arguments.arch, **options)
     int8 = arguments.quantization
     check_options(int8, arguments.output)
     if int8.int8 and (arguments.keep_training_form or arguments.to):
         raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
-    if not int8.int8:
+    preprocessing, batches = info.preprocessing, []
+    if export is not None:
+        export.check(arguments.output)
+        if arguments.image_size is not None:
+            preprocessing = dataclasses.replace(preprocessing, image_size=arguments.image_size)
+        batches = check_batches(arguments.check_images, preprocessing, info.in_channels)
+    elif not int8.int8:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
@@ -102,16 +121,40 @@ def convert(arguments: Arguments) -> str:
     if int8.int8:
         done = quantize_and_write(int8, arguments.output, model, variables, info)
         return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
-    save_weights(
-        arguments.output,
-        model,
-        variables,
-        family=arguments.to,
-        preprocessing=info.preprocessing,
-        class_names=info.class_names if model.num_classes == info.num_classes else None,
-        num_batches_tracked=info.num_batches_tracked,
+    told: dict[str, Any] = dict(
+        preprocessing=preprocessing, class_names=info.class_names if model.num_classes == info.num_classes else None
     )
+    if export is None:
+        tracked = info.num_batches_tracked
+        save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **told)
+    else:
+        layout = arguments.input_layout or export.layout
+        told |= dict(layout=layout, batches=batches, tolerance=TOLERANCE)
+        done += f"; {layout}, {write_export(arguments.output, export, model, variables, **told)}"
     return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
+
+
+def _export_format(arguments: Arguments, output: str) -> Format | None:
+    """The other runtime's format that the output is to have; None for a weight file.
+
+    Raises:
+      ConfigError: options of weight files for an export or the other way round, or a suffix of neither.
+    """
+    export = None if arguments.to is not None and Path(output).suffix == ".bin" else choose_format(output)
+    if export is None:
+        if Path(output).suffix not in WRITABLE:
+            known = ", ".join((*WRITABLE, *(suffix for suffix in FORMATS if suffix not in WRITABLE)))
+            raise ConfigError(f"cannot write {output}: unknown suffix {Path(output).suffix!r}, expected one of {known}")
+        if arguments.input_layout or arguments.image_size is not None or arguments.check_images:
+            raise ConfigError("--input-layout, --image-size and --check-images are for exports, not for weight files")
+        return None
+    if arguments.keep_training_form or arguments.to is not None:
+        raise ConfigError(
+            f"{output} is an export, which is always fused and has no names: no --keep-training-form or --to"
+        )
+    if arguments.image_size is not None and arguments.image_size < 1:
+        raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
+    return export
 
 
 def describe(path: str, info: WeightsInfo) -> str:

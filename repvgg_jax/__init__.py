@@ -10,7 +10,7 @@ from .errors import (
     UnknownModelError,
     WeightsError,
 )
-from .export import export_onnx, export_quantized_onnx
+from .export import export_onnx, export_quantized_onnx, export_saved_model, export_stablehlo
 from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .model import RepVGG, create_model
 from .predictor import make_predictor
@@ -40,6 +40,8 @@ __all__ = [
     "equivalent_kernel_bias",
     "export_onnx",
     "export_quantized_onnx",
+    "export_saved_model",
+    "export_stablehlo",
     "fuse_variables",
     "inspect_weights",
     "list_models",

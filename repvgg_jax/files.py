@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,39 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
+
+    Raises:
+      RepVGGError: `path` exists, or it cannot be made.
+    """
+    target = Path(path)
+    check_new_folder(target)
+    temporary = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(target)
+    except OSError as error:
+        raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: str | os.PathLike) -> None:
+    """Fails where `atomic_folder` would, as far as that shows beforehand.
+
+    Raises:
+      RepVGGError: `path` exists, or its parent does not, or it cannot be written to.
+    """
+    if os.path.lexists(path):
+        raise RepVGGError(f"cannot write {path}: it exists already")
+    check_target(path)
+
+
 def check_target(path: str | os.PathLike) -> None:
     """Fails where `atomic_path` would, as far as that shows beforehand: for before a long computation.
 
@@ -61,10 +95,10 @@ def check_target(path: str | os.PathLike) -> None:
 
 def _adopt_mode(temporary: Path, target: Path) -> None:
     """Permissions as an ordinary `open` would give them: mkstemp's 0600 would shut colleagues out."""
-    if target.exists():
-        mode = target.stat().st_mode & 0o777
-    else:
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask
-    temporary.chmod(mode)
+    temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    return umask

@@ -1,8 +1,6 @@
 """Claim: `python -m convert` takes any weight file to any other, fused and verified, or says why not in one line."""
 
-import contextlib
 import dataclasses
-import io
 import resource
 import subprocess
 import sys
@@ -14,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_variables, relative_difference
+from convert_helpers import convert, error_of
 from weights_helpers import TINY, assert_same_bits, random_model, torch_state
 
 import repvgg_jax as rv
-from convert.__main__ import main
-from repvgg_jax.cli import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
 
@@ -26,35 +23,6 @@ SMALL = dataclasses.replace(TINY, num_blocks=(2, 1, 1, 1))
 TO = {"timm.safetensors": ("--to", "timm")}
 ROOT = Path(__file__).parent.parent
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """What a command left: its status and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def convert(*arguments: object) -> Done:
-    """Run the command, in this process."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", [""]):
-        sys.argv += map(str, arguments)
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return Done(status, out.getvalue(), err.getvalue())
-
-
-def error_of(done: Done) -> str:
-    """Its one line on stderr, once it is sure that it failed as a user's mistake should."""
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
 
 
 @pytest.fixture
@@ -186,7 +154,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
     # What is wrong with the output shows before anything is computed.
     with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):
         for arguments, words in (
-            ((path, tmp_path / "out.onnx"), "unknown suffix"),
+            ((path, tmp_path / "out.weights"), "unknown suffix"),
             ((path, tmp_path / "none" / "out.pth"), "there is no folder"),
             ((path, tmp_path / "short.pth" / "out.pth"), "Not a directory"),
             ((path, tmp_path / ("n" * 300 + ".pth")), "File name too long"),

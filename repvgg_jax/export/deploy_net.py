@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from ..weights.info import default_preprocessing
 from ..weights.layout import check_arrays, expected_shapes, flatten
 
 InputLayout = Literal["NCHW", "NHWC"]
+
+Check = Callable[[Path], object]
+"""What a caller may do with a file, under its temporary name, before it counts as written."""
 
 INPUT, OUTPUT = "images", "logits"
 """Names of the input and the output, in every format that has names."""

@@ -9,7 +9,7 @@ from ..errors import ExportError
 from ..files import atomic_path
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from .deploy_net import InputLayout, deploy_net
+from .deploy_net import Check, InputLayout, deploy_net
 
 
 def export_onnx(
@@ -21,6 +21,7 @@ def export_onnx(
     image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
+    check: Check | None = None,
 ) -> None:
     """Write the deploy form as an ONNX file, atomically.
 
@@ -35,6 +36,7 @@ def export_onnx(
       image_size: pixels, one number or (height, width); the preprocessing's if None.
       preprocessing: what makes an image network input; the variant's published evaluation if None.
       class_names: names by class index.
+      check: sees the written file before it is put in place; what it raises leaves nothing behind.
 
     Raises:
       ExportError: onnx is not installed.
@@ -49,6 +51,8 @@ def export_onnx(
     built = build_onnx(deploy_net(model, variables, input_layout, image_size, preprocessing, class_names))
     with atomic_path(path) as temporary:
         temporary.write_bytes(built.SerializeToString())
+        if check is not None:
+            check(temporary)
 
 
 def check_onnx_installed() -> None:

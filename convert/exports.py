@@ -1,0 +1,205 @@
+"""Outputs for other runtimes: each is run and compared with JAX before it is put in place."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+import repvgg_jax as rv
+from repvgg_jax.errors import DataError, ExportError
+from repvgg_jax.export.deploy_net import InputLayout
+from repvgg_jax.export.onnx_file import check_onnx_installed
+from repvgg_jax.export.saved_model import check_tensorflow_installed
+from repvgg_jax.files import check_new_folder, check_target
+from repvgg_jax.preprocess import decode_image, eval_transform, normalize
+
+MAX_CHECK_IMAGES = 16
+"""Taken from a folder, in order of name."""
+
+Batch = tuple[str, np.ndarray]
+"""What the images are, and the images: float32 `[N, H, W, C]`, normalised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format for another runtime.
+
+    Attributes:
+      write: `write(path, model, variables, …)`.
+      run: `run(path, images)` gives logits, and is called after the program that computed them.
+      layout: of the input, where the user does not say.
+      check_installed: raises ExportError where a library is missing.
+      folder: whether it is a folder and not a file.
+    """
+
+    write: Callable[..., None]
+    run: Callable[[Path, np.ndarray], np.ndarray]
+    layout: InputLayout
+    check_installed: Callable[[], None] = lambda: None
+    folder: bool = False
+
+    def check(self, path: str) -> None:
+        """Raises RepVGGError where writing to `path` would, as far as that shows beforehand."""
+        self.check_installed()
+        (check_new_folder if self.folder else check_target)(path)
+
+
+def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """By ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
+    if importlib.util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    else:
+        from onnx.reference import ReferenceEvaluator
+
+        session = ReferenceEvaluator(str(path))
+    return np.asarray(session.run(None, {"images": images})[0])
+
+
+def stablehlo_logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """By JAX, from the file alone."""
+    return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
+
+
+def saved_model_logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """By TensorFlow."""
+    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    return signature(images=tf.constant(images))["logits"].numpy()
+
+
+ONNX = Format(rv.export_onnx, onnx_logits, "NCHW", check_onnx_installed)
+STABLEHLO = Format(rv.export_stablehlo, stablehlo_logits, "NHWC")
+SAVED_MODEL = Format(rv.export_saved_model, saved_model_logits, "NHWC", check_tensorflow_installed, folder=True)
+FORMATS = {".onnx": ONNX, ".stablehlo": STABLEHLO, ".bin": STABLEHLO, ".savedmodel": SAVED_MODEL}
+
+
+def choose_format(output: str) -> Format | None:
+    """By suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
+    if output.endswith(("/", os.sep)):
+        return SAVED_MODEL
+    return FORMATS.get(Path(output).suffix)
+
+
+def write_export(
+    output: str,
+    chosen: Format,
+    model: rv.RepVGG,
+    variables: Any,
+    *,
+    layout: InputLayout,
+    preprocessing: rv.Preprocessing,
+    class_names: tuple[str, ...] | None,
+    batches: Iterable[Batch],
+    tolerance: float,
+) -> str:
+    """Write `output` if it computes what JAX does, and say how near it comes.
+
+    Args:
+      output: file or folder to write.
+      chosen: its format.
+      model, variables: deploy form.
+      layout: of the input.
+      preprocessing: of the images, which tells their size.
+      class_names: names by class index. Goes into ONNX files only.
+      batches: images to compare on.
+      tolerance: largest relative difference of the logits that is still rounding.
+
+    Raises:
+      ExportError: it computes something else; nothing is written.
+      RepVGGError: it cannot be written.
+    """
+    measured = []
+
+    def check(written: Path) -> None:
+        for name, images in batches:
+            expected = _logits(model, variables, images)
+            given = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            difference = np.linalg.norm(chosen.run(written, given) - expected) / max(np.linalg.norm(expected), 1e-30)
+            if not difference <= tolerance:
+                raise ExportError(
+                    f"{output} differs from JAX by {difference:.1e} (relative) on {name}; nothing written"
+                )
+            measured.append(f"{difference:.1e} on {name}")
+
+    options: dict[str, Any] = dict(input_layout=layout, preprocessing=preprocessing, check=check)
+    if chosen is ONNX:
+        options["class_names"] = class_names
+    chosen.write(output, model, variables, **options)
+    return f"relative difference from JAX {', '.join(measured)}"
+
+
+def _logits(model: rv.RepVGG, variables: Any, images: np.ndarray) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        # Layer by layer, since many have the same shape; compiling the whole net takes longer.
+        return np.asarray(model.apply(variables, images))
+
+
+def check_batches(paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int) -> list[Batch]:
+    """Two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
+
+    Args:
+      paths: image files, and folders of which the first images are taken.
+      preprocessing: makes input of them.
+      channels: that the net takes.
+
+    Raises:
+      DataError: a path that is no image and no folder with images.
+    """
+    size = preprocessing.image_size
+    noise = np.random.default_rng(0).normal(size=(2, size, size, channels)).astype(np.float32)
+    batches = [("2 random images", noise)]
+    if channels != preprocessing.channels:
+        if paths:
+            raise DataError(f"the net takes {channels} channels; image files have 1 or 3")
+        return batches
+    if paths:
+        files = [file for path in paths for file in _image_files(path)]
+        pictures = [(f"{file}", decode_image(_bytes(file), f"{file}", channels)) for file in files]
+        name = f"{len(files)} given image{'s' if len(files) > 1 else ''}"
+    elif importlib.util.find_spec("sklearn") is not None:
+        from sklearn.datasets import load_sample_images
+
+        photographs = load_sample_images()
+        mode = "RGB" if channels == 3 else "L"
+        named = zip(photographs.filenames, photographs.images, strict=True)
+        pictures = [(file, Image.fromarray(pixels).convert(mode)) for file, pixels in named]
+        name = "2 photographs"
+    else:
+        return [("2 random images (no real ones: name some with --check-images, or install scikit-learn)", noise)]
+    pixels = np.stack([_as_input(picture, file, preprocessing) for file, picture in pictures])
+    return [*batches, (name, normalize(pixels, preprocessing))]
+
+
+def _as_input(picture: Image.Image, file: str, preprocessing: rv.Preprocessing) -> np.ndarray:
+    try:
+        return eval_transform(picture, preprocessing)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _image_files(path: str) -> list[Path]:
+    """The file itself, or a folder's first images by name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [folder]
+    known = Image.registered_extensions()
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in known)[:MAX_CHECK_IMAGES]
+    if not found:
+        raise DataError(f"{path}: no images in this folder")
+    return found
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from error

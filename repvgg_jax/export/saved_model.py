@@ -1,0 +1,76 @@
+"""TensorFlow's SavedModel, by way of `jax.experimental.jax2tf`."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ..errors import ExportError
+from ..files import atomic_folder
+from ..model import RepVGG
+from ..preprocess import Preprocessing
+from .deploy_net import INPUT, OUTPUT, Check, InputLayout, deploy_net
+from .stablehlo import PLATFORMS, forward_function
+
+
+def export_saved_model(
+    path: str | os.PathLike,
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    input_layout: InputLayout = "NHWC",
+    image_size: int | tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    check: Check | None = None,
+) -> None:
+    """Write the deploy form as a SavedModel, a new folder that appears at once or not at all.
+
+    Its signature `serving_default` takes `images` (float32, normalised, `[N, H, W, C]` or `[N, C, H, W]`, any N >= 1)
+    and gives `logits` (float32 `[N, classes]`). The weights are `tf.Variable`s.
+
+    Args:
+      path: the folder, which must not exist.
+      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
+      variables: its variables.
+      input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
+      image_size: pixels, one number or (height, width); the preprocessing's if None.
+      preprocessing: tells the image size; the variant's published evaluation if None.
+      check: sees what was written before it is put in place; what it raises leaves nothing behind.
+
+    Raises:
+      ExportError: TensorFlow is not installed, or this jax has no jax2tf.
+      WeightsError: the variables are not this model's, or have NaN.
+      FusionError: a training form that cannot be fused.
+      RepVGGError: the folder exists, or cannot be written.
+      ValueError: an unknown layout or a non-positive size.
+    """
+    check_tensorflow_installed()
+    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+    from jax.experimental import jax2tf
+
+    net = deploy_net(model, variables, input_layout, image_size, preprocessing)
+    forward = forward_function(net)
+    converted = jax2tf.convert(
+        lambda params, images: {OUTPUT: forward(params, images)},
+        polymorphic_shapes=[None, "(N, ...)"],
+        with_gradient=False,
+        native_serialization_platforms=PLATFORMS,
+    )
+    module = tf.Module()
+    module.params = jax.tree.map(tf.Variable, net.params)
+    images = tf.TensorSpec([None, *net.image_shape], tf.float32, name=INPUT)
+    logits = tf.function(lambda images: converted(module.params, images), autograph=False, input_signature=[images])
+    with atomic_folder(path) as temporary:
+        tf.saved_model.save(module, str(temporary), signatures={"serving_default": logits.get_concrete_function()})
+        if check is not None:
+            check(temporary)
+
+
+def check_tensorflow_installed() -> None:
+    """Raises ExportError, with what to install, where there is no TensorFlow or no jax2tf."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ExportError("writing a SavedModel needs TensorFlow: pip install tensorflow")
+    if importlib.util.find_spec("jax.experimental.jax2tf") is None:
+        raise ExportError(f"writing a SavedModel needs jax.experimental.jax2tf, which jax {jax.__version__} has not")
