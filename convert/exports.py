@@ -60,7 +60,8 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
         from onnx.reference import ReferenceEvaluator
 
         session = ReferenceEvaluator(str(path))
-    return np.asarray(session.run(None, {"images": images})[0])
+    (logits,) = session.run(None, {"images": images})
+    return np.asarray(logits)
 
 
 def stablehlo_logits(path: Path, images: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from conftest import random_variables, relative_difference
 
 import repvgg_jax as rv
+from repvgg_jax.export.deploy_net import InputLayout
 from repvgg_jax.files import atomic_folder
 
 GATED = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 20), groups=4, squeeze_excite="after_relu", squeeze_excite_ratio=4)
@@ -24,7 +25,8 @@ def test_tensorflow_gives_the_same_logits(net, tmp_path):
     model, variables = net
     images = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
     expected = np.asarray(jax.jit(model.apply)(variables, images))
-    for layout, batch in (("NHWC", images), ("NCHW", images.transpose(0, 3, 1, 2))):
+    layouts: dict[InputLayout, np.ndarray] = {"NHWC": images, "NCHW": images.transpose(0, 3, 1, 2)}
+    for layout, batch in layouts.items():
         rv.export_saved_model(tmp_path / layout, model, variables, image_size=32, input_layout=layout)
         signature = tf.saved_model.load(str(tmp_path / layout)).signatures["serving_default"]
         for count in (1, 3):

@@ -58,10 +58,10 @@ def export_saved_model(
         with_gradient=False,
         native_serialization_platforms=PLATFORMS,
     )
-    module = tf.Module()
-    module.params = jax.tree.map(tf.Variable, net.params)
+    module, weights = tf.Module(), jax.tree.map(tf.Variable, net.params)
+    setattr(module, "params", weights)  # noqa: B010 (TensorFlow saves what is an attribute; its type has none)
     images = tf.TensorSpec([None, *net.image_shape], tf.float32, name=INPUT)
-    logits = tf.function(lambda images: converted(module.params, images), autograph=False, input_signature=[images])
+    logits = tf.function(lambda images: converted(weights, images), autograph=False, input_signature=[images])
     with atomic_folder(path) as temporary:
         tf.saved_model.save(module, str(temporary), signatures={"serving_default": logits.get_concrete_function()})
         if check is not None:
