@@ -17,7 +17,7 @@ from repvgg_jax.export.deploy_net import InputLayout
 from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
-from repvgg_jax.preprocess import decode_image, eval_transform, normalize
+from repvgg_jax.preprocess import eval_transform, normalize, open_image
 
 MAX_CHECK_IMAGES = 16
 """Taken from a folder, in order of name."""
@@ -164,7 +164,7 @@ def check_batches(paths: tuple[str, ...], preprocessing: rv.Preprocessing, chann
         return batches
     if paths:
         files = [file for path in paths for file in _image_files(path)]
-        pictures = [(f"{file}", decode_image(_bytes(file), f"{file}", channels)) for file in files]
+        pictures = [(f"{file}", open_image(file, channels)) for file in files]
         name = f"{len(files)} given image{'s' if len(files) > 1 else ''}"
     elif importlib.util.find_spec("sklearn") is not None:
         from sklearn.datasets import load_sample_images
@@ -197,10 +197,3 @@ def _image_files(path: str) -> list[Path]:
     if not found:
         raise DataError(f"{path}: no images in this folder")
     return found
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from error

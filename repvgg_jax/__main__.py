@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -11,7 +10,7 @@ import tyro
 from .cli import run_command
 from .errors import ConfigError, DataError, WeightsError
 from .predictor import make_predictor
-from .preprocess import decode_image, eval_transform, normalize
+from .preprocess import eval_transform, normalize, open_image
 from .quantization import load_quantized
 from .summary import summary_table
 from .variants import VARIANTS, get_variant
@@ -55,11 +54,7 @@ def predict(arguments: Predict) -> None:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     pixels = []
     for name in arguments.images:
-        try:
-            encoded = Path(name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{name}: {error.strerror or error}") from error
-        image = decode_image(encoded, name, info.in_channels)
+        image = open_image(name, info.in_channels)
         try:
             pixels.append(eval_transform(image, info.preprocessing))
         except DataError as error:

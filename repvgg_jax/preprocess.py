@@ -6,8 +6,10 @@ measured with it. Images stay uint8 until `normalize`, which is meant to run on 
 
 import dataclasses
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -83,6 +85,19 @@ class Preprocessing:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a preprocessing description: {dict(fields)}") from error
+
+
+def open_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
+    """`decode_image` of a file.
+
+    Raises:
+      DataError: it cannot be read, or as `decode_image`.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return decode_image(data, f"{path}", channels)
 
 
 def decode_image(data: bytes, name: str, channels: int = 3) -> Image.Image:

@@ -1,7 +1,6 @@
 """Calibration images from disk, prepared as evaluation prepares them."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image
 
 from ..digits import training_scans
 from ..errors import DataError
-from ..preprocess import IMAGE_SUFFIXES, Preprocessing, decode_image, eval_transform, to_mode
+from ..preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_image, to_mode
 
 DEFAULT_COUNT = 256
 
@@ -29,27 +28,17 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
     Raises:
       DataError: no such folder, no image in it, or one that cannot be read.
     """
-    mode = "L" if preprocessing.channels == 1 else "RGB"
-    load: Callable[[int], Image.Image]
     if os.fspath(spec) == "digits" and not Path(spec).is_dir():
-        scans = training_scans()
-        total = len(scans)
-
-        def load_scan(index: int) -> Image.Image:
-            return to_mode(Image.fromarray(scans[index]), mode)
-
-        load = load_scan
+        scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
+        pictures = (to_mode(Image.fromarray(scans[index]), mode) for index in _choice(len(scans), count))
     else:
         files = _image_files(Path(spec))
-        total = len(files)
+        pictures = (open_image(files[index], preprocessing.channels) for index in _choice(len(files), count))
+    return np.stack([eval_transform(picture, preprocessing) for picture in pictures])
 
-        def load_file(index: int) -> Image.Image:
-            return decode_image(_read(files[index]), f"{files[index]}", preprocessing.channels)
 
-        load = load_file
-
-    chosen = np.random.default_rng(0).permutation(total)[:count]
-    return np.stack([eval_transform(load(index), preprocessing) for index in chosen.tolist()])
+def _choice(total: int, count: int) -> list[int]:
+    return np.random.default_rng(0).permutation(total)[:count].tolist()
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -62,10 +51,3 @@ def _image_files(folder: Path) -> list[Path]:
     if not files:
         raise DataError(f"calibration images: {inside} holds none ({', '.join(IMAGE_SUFFIXES)})")
     return files
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
