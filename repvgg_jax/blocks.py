@@ -90,10 +90,9 @@ class Conv(nn.Module):
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
-        # The first of them knows only reverse-mode gradients.
-        kernel, geometry = kernel.astype(self.dtype), (self.stride, self.groups, self.dilation)
-        x = x.astype(self.dtype)
-        y = jnp.asarray(training_conv(x, kernel, *geometry)) if train else plain_conv(x, kernel, *geometry)
+        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
+        kernel = kernel.astype(self.dtype)
+        y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
 
 

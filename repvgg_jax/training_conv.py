@@ -14,6 +14,7 @@ and images of a few pixels fall into a path 20 times slower than one product. So
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ SMALL_FORWARD = {1: 9, 2: 64}
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """Convolution without bias, padded so that the size depends on the stride alone.
 
@@ -44,7 +44,7 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dil
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
-    return plain_conv(x, kernel, stride, groups, dilation)
+    return _training_conv(x, kernel, stride, groups, dilation)
 
 
 def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
@@ -54,6 +54,11 @@ def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilati
         return xla(x, kernel)
     product = functools.partial(_product_conv, stride=stride, dilation=dilation)
     return _on_cpu(lambda x, kernel: _by_group(product, groups, x, kernel), xla, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _training_conv(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> Any:
+    return plain_conv(x, kernel, stride, groups, dilation)
 
 
 def _forward(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> tuple[Array, tuple[Array, Array]]:
@@ -79,7 +84,7 @@ def _backward(
     return _on_cpu(products, own, x, kernel, gradient)
 
 
-training_conv.defvjp(_forward, _backward)
+_training_conv.defvjp(_forward, _backward)
 
 
 @jax.custom_jvp

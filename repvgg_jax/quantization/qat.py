@@ -65,7 +65,7 @@ class QATBlock(RepVGGBlock):
             return super().__call__(x)
         kernel, bias = equivalent_kernel_bias(self.variables["params"], self.variables["batch_stats"])
         compute = training_conv if train else plain_conv
-        y = jnp.asarray(compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation)) + bias
+        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + bias
         return materialize(self._activate(y))
 
 
