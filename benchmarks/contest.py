@@ -72,12 +72,17 @@ def serve(run: Callable[[], Numbers], summary: Callable[[], Numbers]) -> None:
         print(json.dumps(run()), flush=True)
 
 
-def peak_resident_bytes() -> int:
-    """The largest resident set of this process so far, as Linux counts it (`getrusage` adds the parent's)."""
+def resident_bytes(field: str) -> int:
+    """This process's resident set now (`VmRSS`) or at its peak (`VmHWM`), as Linux counts it."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise OSError("no VmHWM in /proc/self/status")
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process so far; its parent's, which `getrusage` counts too, left out."""
+    return resident_bytes("VmHWM")
 
 
 def versions(*modules: Any) -> str:

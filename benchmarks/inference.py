@@ -266,10 +266,9 @@ def run_cpu(arguments: argparse.Namespace) -> None:
     print(f"matrix product: {peak / 1e9:.0f} G multiply-adds/s; `roofline`: direct multiplications a second over that")
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            for position, batch_size in enumerate(arguments.batch_sizes):
+            write_files(Case(folder, model, 1, arguments.image_size), onnx=True)
+            for batch_size in arguments.batch_sizes:
                 case = Case(folder, model, batch_size, arguments.image_size)
-                if position == 0:
-                    write_files(case, onnx=True)
                 report(case, contest(case, arguments.contestants, arguments.rounds), peak, reference_logits(case))
 
 
@@ -277,13 +276,10 @@ def run_gpu(arguments: argparse.Namespace) -> None:
     """The table for a GPU."""
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            write = True
+            write_files(Case(folder, model, 1, arguments.image_size), onnx=False)
             for batch_size in arguments.batch_sizes:
                 for dtype, tf32 in (("float32", False), ("float32", True), ("bfloat16", False)):
                     case = Case(folder, model, batch_size, arguments.image_size, dtype, tf32)
-                    if write:
-                        write_files(case, onnx=False)
-                        write = False
                     report(case, contest(case, GPU_NAMES, arguments.rounds), None, None)
 
 
@@ -305,7 +301,7 @@ def main() -> None:
     if arguments.batch_sizes is None:
         arguments.batch_sizes = [1, 16, 64] if arguments.device == "cpu" else [1, 128, 1024]
     print(f"Python {sys.version.split()[0]}, {arguments.rounds} rounds", flush=True)
-    run_cpu(arguments) if arguments.device == "cpu" else run_gpu(arguments)
+    (run_cpu if arguments.device == "cpu" else run_gpu)(arguments)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Each measurement runs in a process of its own, with imports, JAX's start and PyTorch's model construction outside
 the clock; memory is the peak resident set above what the process has after importing torch (in ours too, although
-loading needs no torch). Run: `python benchmarks/load_weights.py`.
+loading needs no torch). Run: `python -m benchmarks.load_weights`.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from repvgg_jax.weights.key_maps import AUTHORS
 from repvgg_jax.weights.layout import expected_shapes
 from repvgg_jax.weights.state_dict import state_dict
 
+from .contest import resident_bytes
+
 RUNS = 7
 
 
@@ -32,14 +34,6 @@ def write_file(path: Path, name: str) -> None:
     arrays = {leaf: rng.random(shape, np.float32) + 0.1 for leaf, shape in shapes.items()}
     state = state_dict(AUTHORS, arrays, variant, False, 1000, 3)
     torch.save({key: torch.from_numpy(value) for key, value in state.items()}, path)
-
-
-def resident_bytes(field: str) -> int:
-    """This process's resident set now (`VmRSS`) or at its peak (`VmHWM`), as Linux counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
 
 
 def measure_ours(path: str) -> dict[str, float]:
@@ -75,7 +69,7 @@ def measure_torch(path: str) -> dict[str, float]:
 
 def measure(which: str, path: Path) -> dict[str, float]:
     """One measurement in a fresh process, the file in the page cache."""
-    command = [sys.executable, __file__, "--measure", which, "--file", str(path)]
+    command = [sys.executable, "-m", "benchmarks.load_weights", "--measure", which, "--file", str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

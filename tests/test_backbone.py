@@ -1,6 +1,5 @@
 """Claim: as a backbone, RepVGG gives features of known strides, dilated as timm does, and parts of it can be frozen."""
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torchvision_reference  # noqa: F401 (timm imports torchvision)
 from conftest import random_variables, relative_difference
 from parity_helpers import fuse, run
 from weights_helpers import assert_same_bits
@@ -17,14 +17,6 @@ from weights_helpers import assert_same_bits
 import repvgg_jax as rv
 from repvgg_jax.conv3x3 import convolve
 from repvgg_jax.weights.layout import flatten
-
-_operators = torch.library.Library("torchvision", "FRAGMENT")
-for _declaration in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # torchvision's own operators are there where its build matches torch's
-        _operators.define(_declaration)
 
 SMALL = rv.Variant((1, 2, 2, 2), (8, 8, 12, 16, 24))
 GATED = dataclasses.replace(SMALL, squeeze_excite="after_relu", squeeze_excite_ratio=4, auxiliary_heads=True)

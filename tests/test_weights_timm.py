@@ -1,22 +1,14 @@
 """Claim: timm and this library compute the same from the same file, in both directions and both forms."""
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
+import torchvision_reference  # noqa: F401 (timm imports torchvision)
 from conftest import relative_difference
 
 import repvgg_jax as rv
-
-_operators = torch.library.Library("torchvision", "FRAGMENT")
-for _declaration in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # torchvision's own operators are there where its build matches torch's
-        _operators.define(_declaration)
 
 timm = pytest.importorskip("timm")
 reparameterize_model = pytest.importorskip("timm.utils.model").reparameterize_model
