@@ -23,7 +23,7 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
         raise WeightsError(f"cannot write {path}: quantised nets are .safetensors files")
     arrays = jax.tree.map(np.asarray, net.variables)
     described = (net.preprocessing, net.class_names)
-    native.write_form(path, native.FORMS[2], net.variant, net.num_classes, arrays, *described)
+    native.write_form(path, native.INT8, net.variant, net.num_classes, arrays, *described)
 
 
 def load_quantized(path: str | os.PathLike, name: str | None = None) -> QuantizedNet:

@@ -24,7 +24,10 @@ from .tensor_file import Tensor, TensorFile
 
 HEADER = "repvgg_jax"
 FORMAT_VERSION = 1
-FORMS = ("training", "deploy", "int8")
+TRAINING, DEPLOY, INT8 = "training", "deploy", "int8"
+IS_DEPLOY = {TRAINING: False, DEPLOY: True, INT8: True}
+"""The forms of a net that a file can hold."""
+
 MAX_STEPS = 2**63 - 1
 """Of a BN step counter, which PyTorch keeps as int64."""
 
@@ -43,7 +46,7 @@ def write(
       RepVGGError: the file cannot be written.
     """
     described = (preprocessing, class_names, num_batches_tracked)
-    form = FORMS[1] if model.deploy else FORMS[0]
+    form = DEPLOY if model.deploy else TRAINING
     write_form(path, form, model.variant, model.num_classes, variables, *described)
 
 
@@ -57,7 +60,7 @@ def write_form(
     class_names: tuple[str, ...] | None,
     num_batches_tracked: int | None = None,
 ) -> None:
-    """Write a tree of arrays as a file of one of the `FORMS`, atomically.
+    """Write a tree of arrays as a file of one of the forms in `IS_DEPLOY`, atomically.
 
     Raises:
       RepVGGError: the file cannot be written.
@@ -94,14 +97,12 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
             raise WeightsError(
                 f"{file.path} has format version {header['version']}; this release reads {FORMAT_VERSION}"
             )
-        if header["form"] not in FORMS:
-            raise ValueError("an unknown form")
-        quantized = header["form"] == FORMS[2]
+        quantized = header["form"] == INT8
         class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
         info = WeightsInfo(
             family="native",
             variant=_variant_from_json(header["variant"], file, expected),
-            deploy=header["form"] != "training",
+            deploy=IS_DEPLOY[header["form"]],
             quantized=quantized,
             num_classes=_integer(header["num_classes"]),
             in_channels=kernel.shape[2],
