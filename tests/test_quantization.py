@@ -16,6 +16,8 @@ from repvgg_jax.quantization.net import LARGEST_BIAS, forward
 from repvgg_jax.quantization.quantizer import fake_quantize_activations, fake_quantize_weights
 from repvgg_jax.quantization.stack import activate, affine
 
+OPEN = pytest.mark.xfail(reason="never reached yet: its bound was not measured, INT8 is unfinished", strict=False)
+
 
 def sqnr(net: rv.QuantizedNet, model: rv.RepVGG, variables, x: np.ndarray) -> float:
     """Of the logits, dB."""
@@ -61,8 +63,9 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
     assert equal / total > 0.999
 
 
-@pytest.mark.xfail(reason="never reached yet: its bound was not measured, INT8 is unfinished", strict=False)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=OPEN) if name in ("plain", "SE before ReLU") else name for name in VARIANTS]
+)
 def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
     model, variables = deploy_net(name)
     test = images(32, seed=1)
@@ -75,7 +78,7 @@ def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
     assert equalized > max(20, by_channel + 10)
 
 
-@pytest.mark.xfail(reason="never reached yet: its bound was not measured, INT8 is unfinished", strict=False)
+@OPEN
 def test_learned_rounding_brings_them_nearer_than_rounding_to_the_nearest():
     model, variables = deploy_net()
     test = images(32, seed=1)
@@ -137,7 +140,7 @@ def test_dead_channels_do_no_harm():
     assert sqnr(net, model, variables, images(32, seed=1)) > 15
 
 
-@pytest.mark.xfail(reason="never reached yet: its bound was not measured, INT8 is unfinished", strict=False)
+@OPEN
 def test_the_report_shows_which_layer_hurts():
     model, variables = deploy_net()
     worst = variables["params"]["stage2_1"]["rbr_reparam"]
