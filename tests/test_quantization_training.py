@@ -81,14 +81,13 @@ def test_branches_get_the_gradient_of_the_quantised_equivalent_kernel():
     np.testing.assert_allclose(dense[1, 1] / factors[0], point[0, 0] / factors[1], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.xfail(reason="never reached yet: its bound was not measured, INT8 is unfinished", strict=False)
 def test_a_few_steps_take_the_loss_of_quantisation_back():
     plain = rv.create_model(VARIANTS["plain"], 10)
     start = random_variables(plain)
     x = jnp.asarray(images(64))
     target = jax.jit(plain.apply)(start, x)
     model = quantization_aware(plain)
-    optimizer = optax.adam(1e-3)
+    optimizer = optax.adam(3e-5)
 
     @jax.jit
     def step(params, stats, state):

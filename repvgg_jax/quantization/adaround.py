@@ -2,6 +2,9 @@
 
 To the nearest is the best rounding of one weight, not of a sum of many. The layer's output on calibration data decides:
 each weight is `floor(w / s) + h`, h between 0 and 1, and a growing penalty drives every h to one of its ends.
+
+A late layer of small images has more weights than the calibration images have pixels there, and would learn them by
+heart: some images are held out, and where they come out no better the layer is rounded to the nearest after all.
 """
 
 import dataclasses
@@ -22,6 +25,11 @@ from .stack import Geometry, geometry, linear_map
 
 ZETA, GAMMA = 1.1, -0.1
 """The sigmoid's stretch (paper, equation 23): h reaches its ends at finite values."""
+
+HELD_OUT = 4
+"""One of so many calibration images is not learned from but decides, up to `MAX_HELD_OUT` of them."""
+
+MAX_HELD_OUT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +84,33 @@ def learn_rounding(
       Integers of the kernel's shape, as float32.
     """
     require_optax()
-    count, batch = len(inputs), min(options.batch_size, len(inputs))
+    held_out = min(len(inputs) // HELD_OUT, MAX_HELD_OUT)
+    count = len(inputs) - held_out
+    batch = min(options.batch_size, count)
     places = np.random.default_rng(0).integers(0, count, (options.steps, batch))
     kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
     shape = geometry(spec)
-    soft = _optimize(shape, relu, options, kernel, bias, jnp.asarray(scale), inputs, targets, places)
-    return np.asarray(jnp.floor(kernel / scale) + (soft >= 0.5))
+    soft = _optimize(shape, relu, options, kernel, bias, jnp.asarray(scale), inputs[:count], targets[:count], places)
+    nearest, learned = jnp.round(kernel / scale), jnp.floor(kernel / scale) + (soft >= 0.5)
+
+    def held_out_error(integers: Array) -> float:
+        return float(_error(shape, relu, _weights(integers, scale), bias, inputs[count:], targets[count:]))
+
+    better = held_out > 0 and held_out_error(learned) < held_out_error(nearest)
+    return np.asarray(learned if better else nearest)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _error(shape: Geometry | None, relu: bool, weights: Array, bias: Array, x: Array, target: Array) -> Array:
+    """Mean squared error of a layer's output, behind the ReLU if there is one."""
+    output = linear_map(shape, x, weights) + bias
+    if relu:
+        output, target = nn.relu(output), nn.relu(target)
+    return jnp.square(output - target).mean()
+
+
+def _weights(integers: Array, scale: Array | np.ndarray) -> Array:
+    return jnp.clip(integers, -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -102,25 +131,20 @@ def _optimize(
     floor = jnp.floor(kernel / scale)
     optimizer = optax.adam(options.learning_rate)
 
-    def error(weights: Array, x: Array, target: Array) -> Array:
-        output = linear_map(shape, x, weights) + bias
-        if relu:
-            output, target = nn.relu(output), nn.relu(target)
-        return jnp.square(output - target).mean()
+    def error(integers: Array, x: Array, target: Array) -> Array:
+        return _error(shape, relu, _weights(integers, scale), bias, x, target)
 
-    nearest = jnp.clip(jnp.round(kernel / scale), -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
     first = places[: min(8, options.steps)].reshape(-1)
-    start_error = jnp.maximum(error(nearest, inputs[first], targets[first]), 1e-20)
+    start_error = jnp.maximum(error(jnp.round(kernel / scale), inputs[first], targets[first]), 1e-20)
 
     def loss(logits: Array, x: Array, target: Array, step: Array) -> Array:
         h = _rectified_sigmoid(logits)
-        weights = jnp.clip(floor + h, -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
         progress = (step / options.steps - options.warm_up) / (1 - options.warm_up)
         high, low = options.hardness
         # Cosine from soft to hard, as the paper's code anneals.
         exponent = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.clip(progress, 0, 1) * jnp.pi))
         undecided = (1 - jnp.abs(2 * h - 1) ** exponent).mean()
-        return error(weights, x, target) / start_error + jnp.where(progress >= 0, options.penalty, 0) * undecided
+        return error(floor + h, x, target) / start_error + jnp.where(progress >= 0, options.penalty, 0) * undecided
 
     def step(carry: tuple[Array, Any], turn: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
         (logits, state), (number, chosen) = carry, turn

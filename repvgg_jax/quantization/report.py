@@ -19,7 +19,7 @@ class LayerReport:
       spread: of the same, the largest range of an output channel over the median one: what one scale has to span.
       equalized_spread: the same after equalisation; equal to `spread` without.
       largest_input: where the layer's input saturates; None in float.
-      weight_sqnr: signal to quantisation noise of the weights, dB; infinite in float, as the next two may be.
+      weight_sqnr: signal to quantisation noise of the weights, dB (`sqnr`); infinite in float, as the next two may be.
       output_sqnr: of the output before the ReLU with this layer alone quantised, dB.
       network_sqnr: of the same with all layers before it quantised too, dB.
     """
@@ -42,10 +42,20 @@ def spread(kernel: np.ndarray) -> float:
 
 
 def sqnr(expected: Any, found: Any) -> float:
-    """`10 log10(signal power / noise power)`, dB."""
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    noise = np.square(expected - found).sum()
-    return float(10 * np.log10(max(np.square(expected).sum(), 1e-300) / noise)) if noise else np.inf
+    """Signal to quantisation noise, `10 log10(signal power / noise power)`, dB, over channels alike.
+
+    The noise's share of the power is taken channel by channel, at most 1, and averaged: powers added over all channels
+    would be the largest channel's, which one scale for all of them serves well, and hide that it has ruined the others.
+
+    Args:
+      expected: `[…, C]`; channels of zeros are left out.
+      found: the same after quantisation.
+    """
+    expected, found = (np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in (expected, found))
+    signal, noise = np.square(expected).sum(0), np.square(expected - found).sum(0)
+    alive = signal > 0
+    share = np.minimum(noise[alive] / signal[alive], 1).mean() if alive.any() else 0.0
+    return float(-10 * np.log10(share)) if share else np.inf
 
 
 def report_table(reports: Sequence[LayerReport]) -> str:
