@@ -17,6 +17,7 @@ from repvgg_jax.quantization.net import LARGEST_BIAS, forward
 from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS, fake_quantize_activations, fake_quantize_weights
 from repvgg_jax.quantization.stack import activate, affine
 
+
 def sqnr(net: rv.QuantizedNet, model: rv.RepVGG, variables, x: np.ndarray) -> float:
     """Of the logits, dB."""
     return -20 * np.log10(relative_difference(jax.jit(model.apply)(variables, x), net(x)))
