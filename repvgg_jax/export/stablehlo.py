@@ -31,7 +31,7 @@ def export_stablehlo(
 
     `jax.export.deserialize(bytearray(file))` gives an object whose `call(images)` takes float32 normalised images
     (`[N, H, W, C]` or `[N, C, H, W]`, any N >= 1) and gives float32 logits `[N, classes]`, on CPU, CUDA and TPU.
-    Loading needs jax and nothing else; weights are part of the program.
+    Loading needs jax and flatbuffers, which `jax.export` uses, and nothing else; weights are part of the program.
 
     Args:
       path: where to write.
