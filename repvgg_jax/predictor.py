@@ -12,7 +12,7 @@ from .fusion import to_deploy
 from .model import RepVGG
 from .planned_net import compile_for, planned_forward, prepare_params
 from .planner import Plan, default_plan, xla_plan
-from .preprocess import Preprocessing, normalize
+from .preprocess import Preprocessing, height_and_width, normalize
 
 if TYPE_CHECKING:
     from .quantization import QuantizedNet
@@ -141,10 +141,9 @@ def make_predictor(
 
 def _checked_size(batch_size: int, image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(batch_size, height, width) < 1:
-        raise ValueError(f"batch_size and image_size must be positive, not {batch_size} and {image_size}")
-    return height, width
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, not {batch_size}")
+    return height_and_width(image_size)
 
 
 def _check_channels(channels: int, preprocessing: Preprocessing | None) -> None:

@@ -27,6 +27,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
+def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """What one number, a square's side, or two say of an image's size, pixels.
+
+    Raises:
+      ValueError: a size that is not positive.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise ValueError(f"image_size must be positive, not {image_size}")
+    return height, width
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What turns an image into network input; stored in the header of weight files.

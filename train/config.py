@@ -325,15 +325,17 @@ def save_or_compare(config: Config, workdir: Path) -> None:
       ConfigError: an option that moves the weights has changed, or the file is damaged.
     """
     path = workdir / "config.json"
-    current: Any = json.loads(json.dumps(dataclasses.asdict(config)))  # lists, not tuples, as the file has them
+    current, default = _as_json(config), _as_json(Config())
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         try:
             earlier: Any = json.loads(path.read_text())
+            # A run may be older than an option: it did what the option does by default.
+            earlier = {group: values | earlier.get(group, {}) for group, values in default.items()}
             changes = [
-                f"{name} {earlier.get(group, {}).get(name)} -> {value}"
+                f"{name} {earlier[group][name]} -> {value}"
                 for group, values in current.items()
                 for name, value in values.items()
-                if (group, name) not in _FREE and earlier.get(group, {}).get(name) != value
+                if (group, name) not in _FREE and earlier[group][name] != value
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
@@ -344,3 +346,8 @@ def save_or_compare(config: Config, workdir: Path) -> None:
             )
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(current, indent=2) + "\n")
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    """As `config.json` has it: lists, not tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

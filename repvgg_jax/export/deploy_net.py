@@ -11,7 +11,7 @@ import numpy as np
 
 from ..fusion import to_deploy
 from ..model import RepVGG
-from ..preprocess import Preprocessing
+from ..preprocess import Preprocessing, height_and_width
 from ..variants import BlockSpec
 from ..weights.info import default_preprocessing
 from ..weights.layout import check_arrays, expected_shapes, flatten
@@ -109,9 +109,7 @@ def deploy_net(
     preprocessing = preprocessing or default_preprocessing(model.variant, channels)
     if image_size is None:
         image_size = preprocessing.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise ValueError(f"image_size must be positive, not {image_size}")
+    height, width = height_and_width(image_size)
     params = _float32(variables["params"])
     model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
     return DeployNet(model, params, channels, height, width, input_layout, preprocessing, class_names)

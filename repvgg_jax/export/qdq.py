@@ -13,6 +13,7 @@ import numpy as np
 
 from ..files import atomic_path
 from ..model import RepVGG
+from ..preprocess import height_and_width
 from ..quantization.calibration import input_dtype
 from ..quantization.net import QuantizedNet, is_quantized
 from ..quantization.quantizer import SIGNED
@@ -42,13 +43,14 @@ def export_quantized_onnx(
     Raises:
       ExportError: onnx is not installed.
       RepVGGError: the file cannot be written.
+      ValueError: a non-positive size.
     """
     check_onnx_installed()
     from .onnx_graph import build_onnx
 
     if image_size is None:
         image_size = net.preprocessing.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_and_width(image_size)
     params = jax.tree.map(np.asarray, net.params)
     blocks = {name: {"rbr_reparam": layer, **layer} for name, layer in params.items() if name not in (LINEAR, POOL)}
     described = DeployNet(
