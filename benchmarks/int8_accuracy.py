@@ -9,9 +9,12 @@ of a tenth of every block's channels are turned down to a tenth. The next block'
 deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
 starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG
 without that.
+
+Each quantised net is exported in QDQ form too, and ONNX Runtime's predictions are compared with JAX's.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -122,6 +125,22 @@ def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array(labels)
 
 
+def quantized_net(path: Path, make: Callable[[], rv.QuantizedNet]) -> rv.QuantizedNet:
+    """From the file of an earlier run, if there was one."""
+    if not path.exists():
+        rv.save_quantized(path, make())
+    return rv.load_quantized(path)
+
+
+def onnxruntime_logits(path: Path, net: rv.QuantizedNet) -> Callable[[np.ndarray], np.ndarray]:
+    """What the net's QDQ export at `path` says of images `[N, H, W, C]`."""
+    import onnxruntime
+
+    rv.export_quantized_onnx(path, net, image_size=SIZE)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0])
+
+
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """Accuracy of every net and method on the same images, in per cent."""
     workdir = Path(arguments.workdir)
@@ -134,13 +153,27 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     calibration = calibration_images("digits", preprocessing, arguments.calibration_images)
     rows: list[dict[str, Any]] = []
 
-    def accuracy(run: Callable[[np.ndarray], Any]) -> float:
-        parts = [np.asarray(run(images[start : start + 360])) for start in range(0, len(images), 360)]
-        return 100 * float((np.concatenate(parts).argmax(-1) == labels).mean())
+    def logits(run: Callable[[np.ndarray], Any]) -> np.ndarray:
+        return np.concatenate([np.asarray(run(images[start : start + 360])) for start in range(0, len(images), 360)])
 
-    def add(net: str, method: str, top1: float, reference: float) -> None:
-        rows.append({"net": net, "method": method, "top1": top1, "lost": reference - top1, "images": len(images)})
-        print(f"| {net} | {method} | {top1:.2f} | {reference - top1:+.2f} |", flush=True)
+    def top1(found: np.ndarray) -> float:
+        return 100 * float((found.argmax(-1) == labels).mean())
+
+    def add(net: str, method: str, found: np.ndarray, reference: float, exported: np.ndarray | None = None) -> None:
+        row: dict[str, Any] = {"net": net, "method": method, "top1": top1(found), "images": len(images)}
+        row["lost"] = reference - row["top1"]
+        text = f"| {net} | {method} | {row['top1']:.2f} | {row['lost']:+.2f} |"
+        if exported is not None:
+            row["onnxruntime_agrees"] = int((exported.argmax(-1) == found.argmax(-1)).sum())
+            row["ties"] = int((np.diff(np.sort(found)[:, -2:]) == 0).sum())
+            text += f" {row['onnxruntime_agrees']} of {len(images)} alike in ONNX Runtime, {row['ties']} ties |"
+        rows.append(row)
+        print(text, flush=True)
+
+    def add_quantized(net: str, method: str, path: Path, make: Callable[[], rv.QuantizedNet], reference: float) -> None:
+        found = quantized_net(path, make)
+        exported = onnxruntime_logits(path.with_suffix(".onnx"), found)
+        add(net, method, logits(found), reference, logits(exported))
 
     for block, methods in (
         ("repvgg", ("naive", "per-channel", "equalized", "corrected", "full")),
@@ -148,20 +181,22 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         ("easy", ("naive", "full")),
     ):
         model, variables = rv.to_deploy(*rv.load_weights(files[block]))
-        run = jax.jit(model.apply)
-        reference = accuracy(lambda batch, run=run, variables=variables: run(variables, batch))
-        add(block, "float32", reference, reference)
+        found = logits(functools.partial(jax.jit(model.apply), variables))
+        reference = top1(found)
+        add(block, "float32", found, reference)
         quantized: dict[str, dict[str, Any]] = {name: dict(method=name) for name in methods}
         if block == "repvgg":
             quantized["per-tensor, equalized"] = dict(method="equalized", per_channel=False)
             quantized["per-tensor, corrected"] = dict(method="corrected", per_channel=False)
             quantized["per-tensor, full"] = dict(method="full", per_channel=False)
         for name, options in quantized.items():
-            net = rv.quantize(model, variables, calibration, preprocessing=preprocessing, **options)
-            rv.save_quantized(workdir / f"{block}-{name.replace(', ', '-')}.safetensors", net)
-            add(block, name, accuracy(net), reference)
+            make = functools.partial(rv.quantize, model, variables, calibration, preprocessing=preprocessing, **options)
+            path = workdir / f"{block}-{name.replace(', ', '-')}.safetensors"
+            add_quantized(block, name, path, make, reference)
         if block == "repvgg":
-            add(block, "quantisation-aware training", accuracy(rv.load_quantized(files["qat"])), reference)
+            load = functools.partial(rv.load_quantized, files["qat"])
+            path = workdir / "repvgg-qat.safetensors"
+            add_quantized(block, "quantisation-aware training", path, load, reference)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""How a deploy-form 3x3 convolution is computed: four algorithms behind one signature.
+"""How a deploy-form 3x3 convolution is computed: seven algorithms behind one signature.
 
 Costs a layer with `P` output pixels (over the batch), in multiplications and in float32 numbers that pass through
 memory besides input, kernel and output:
@@ -9,7 +9,10 @@ memory besides input, kernel and output:
 | im2col | 1, 2 | the same, as one matrix product | 9 `P` `C_in` |
 | winograd2 | 1 | 4 `P` `C_in` `C_out` / groups | 4 `P` (`C_in` + `C_out`), see `winograd` |
 | winograd4 | 1 | 2.25 `P` `C_in` `C_out` / groups | about 4 `P` (`C_in` + `C_out`) |
+| native | 1, 2 | as direct | input, once in the cache |
+| native_winograd2, native_winograd4 | 1 | as winograd2, winograd4 | none: tiles stay in the cache |
 
+The last three are C++ for CPUs, float32, where a compiler is found (`native`); the others are XLA's operations.
 Which is fastest depends on layer, batch and machine: `planner` chooses.
 """
 
@@ -19,13 +22,17 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from . import native
 from .winograd import transform_kernel, winograd
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
-Algorithm = Literal["direct", "im2col", "winograd2", "winograd4"]
+Algorithm = Literal["direct", "im2col", "winograd2", "winograd4", "native", "native_winograd2", "native_winograd4"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
-_TILE: dict[Algorithm, int] = {"winograd2": 2, "winograd4": 4}
+XLA: tuple[Algorithm, ...] = ("direct", "im2col", "winograd2", "winograd4")
+NATIVE: tuple[Algorithm, ...] = ("native", "native_winograd2", "native_winograd4")
+TILE: dict[Algorithm, int] = {"winograd2": 2, "winograd4": 4, "native_winograd2": 2, "native_winograd4": 4}
+"""Winograd's m."""
 
 
 def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
@@ -59,7 +66,7 @@ def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: in
 
 def supports(algorithm: Algorithm, stride: int, dilation: int = 1) -> bool:
     """Whether `algorithm` can compute a convolution of that stride and dilation."""
-    return algorithm == "direct" or (dilation == 1 and (algorithm not in _TILE or stride == 1))
+    return algorithm == "direct" or (dilation == 1 and (algorithm not in TILE or stride == 1))
 
 
 def prepare_kernel(kernel: np.ndarray, algorithm: Algorithm, *, groups: int = 1) -> np.ndarray:
@@ -72,14 +79,17 @@ def prepare_kernel(kernel: np.ndarray, algorithm: Algorithm, *, groups: int = 1)
 
     Returns:
       direct: the kernel; im2col: `[groups, 9 * C_in // groups, C_out // groups]`; Winograd with tile m:
-      `[groups, (m + 2)^2, C_in // groups, C_out // groups]`.
+      `[groups, (m + 2)^2, C_in // groups, C_out // groups]`; the native ones: as `native.pack_kernel` packs it.
     """
     if algorithm == "direct":
         return kernel
     parts = np.split(kernel, groups, axis=3)
     if algorithm == "im2col":
         return np.stack([part.reshape(-1, part.shape[3]) for part in parts])
-    return np.stack([transform_kernel(part, _TILE[algorithm]) for part in parts])
+    if algorithm == "native":
+        return native.pack_kernel(np.stack([part.reshape(9, *part.shape[2:]) for part in parts]))
+    transformed = np.stack([transform_kernel(part, TILE[algorithm]) for part in parts])
+    return native.pack_kernel(transformed) if algorithm in NATIVE else transformed
 
 
 def convolve(
@@ -109,14 +119,19 @@ def convolve(
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
 
     Raises:
-      ValueError: the algorithm cannot do that stride or dilation.
+      ValueError: the algorithm cannot do that stride, dilation or dtype.
     """
     if not supports(algorithm, stride):
         raise ValueError(f"{algorithm} needs stride 1, not {stride}")
     if not supports(algorithm, stride, dilation):
         raise ValueError(f"{algorithm} needs dilation 1, not {dilation}")
-    if algorithm in _TILE:
-        return winograd(x, prepared, bias, tile=_TILE[algorithm], groups=groups, relu=relu)
+    if algorithm in NATIVE:
+        if x.dtype != jnp.float32:
+            raise ValueError(f"{algorithm} computes in float32, not {x.dtype}")
+        tile = TILE.get(algorithm, 0)
+        return native.convolve(x, prepared, bias, tile=tile, stride=stride, groups=groups, relu=relu)
+    if algorithm in TILE:
+        return winograd(x, prepared, bias, tile=TILE[algorithm], groups=groups, relu=relu)
     if algorithm == "im2col":
         y = _im2col(x, prepared, stride) + bias
     else:

@@ -7,27 +7,21 @@ is not what it claims to be, counts as absent.
 import dataclasses
 import hashlib
 import json
-import os
-import platform as host
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib.version
 
+from . import native
 from .conv3x3 import ALGORITHMS
 from .errors import RepVGGError
 from .files import atomic_path
+from .machine import cache_folder, cores, cpu_model
 from .planner import Plan, StagePlan, candidates, divisors
 from .version import __version__
 
-FORMAT = 1
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/repvgg_jax/plans`, or under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "repvgg_jax" / "plans"
+FORMAT = 2
 
 
 def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
@@ -38,6 +32,7 @@ def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
         "device": device_name(),
+        "native": native.available(),
         "dtype": dtype,
         "batch_size": plan.batch_size,
         "outer": plan.outer,
@@ -78,25 +73,12 @@ def device_name() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_model()}, {cores} cores"
-
-
-def _cpu_model() -> str:
-    """Model name, and a digest of the instruction sets: virtual machines share names."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return host.processor() or host.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    sets = sorted({line for line in lines if line.startswith(("flags", "Features"))})
-    digest = hashlib.sha256("\n".join(sets).encode()).hexdigest()[:12]
-    return f"{names[0] if names else host.machine()} {digest}"
+    return f"{cpu_model()}, {cores()} cores"
 
 
 def _path(key: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder() / f"{digest}.json"
+    return cache_folder("plans") / f"{digest}.json"
 
 
 def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:

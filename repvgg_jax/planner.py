@@ -13,7 +13,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from .conv3x3 import ALGORITHMS, Algorithm, supports
+from . import native
+from .conv3x3 import ALGORITHMS, NATIVE, TILE, XLA, Algorithm, supports
 from .variants import Variant
 
 OUTER = 16
@@ -127,29 +128,31 @@ def xla_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_
     return Plan(batch_size, batch_size, tuple(stages), source)
 
 
-def default_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3) -> Plan:
+def default_plan(
+    variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3, *, dtype: str = "float32"
+) -> Plan:
     """The cost model's choice for a CPU: by stage, the portion and the algorithms of least estimated time."""
     outer = outer_portion(batch_size)
+
+    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
+        costs: list[tuple[Algorithm, float]] = [
+            (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape, dtype)
+        ]
+        return min(costs, key=lambda pair: pair[1])
+
     stages = []
     for layers in stage_layers(variant, image_size, in_channels):
-        portions = {p: sum(best_algorithm(layer.shape, p)[1] for layer in layers) for p in divisors(outer)}
+        portions = {p: sum(best(layer.shape, p)[1] for layer in layers) for p in divisors(outer)}
         portion = min(portions, key=lambda p: portions[p])
-        chosen = (dataclasses.replace(layer, algorithm=best_algorithm(layer.shape, portion)[0]) for layer in layers)
+        chosen = (dataclasses.replace(layer, algorithm=best(layer.shape, portion)[0]) for layer in layers)
         stages.append(StagePlan(portion, tuple(chosen)))
     return Plan(batch_size, outer, tuple(stages), "cost model")
 
 
-def candidates(shape: LayerShape) -> list[Algorithm]:
-    """Algorithms that can compute this layer."""
-    return [algorithm for algorithm in ALGORITHMS if supports(algorithm, shape.stride, shape.dilation)]
-
-
-def best_algorithm(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
-    """The cost model's algorithm for a layer on `portion` images at a time, and its seconds an image."""
-    costs: list[tuple[Algorithm, float]] = [
-        (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape)
-    ]
-    return min(costs, key=lambda pair: pair[1])
+def candidates(shape: LayerShape, dtype: str = "float32") -> list[Algorithm]:
+    """Algorithms that can compute this layer on this machine's CPU."""
+    usable = ALGORITHMS if dtype == "float32" and native.available() else XLA
+    return [algorithm for algorithm in usable if supports(algorithm, shape.stride, shape.dilation)]
 
 
 # Fitted on two cores of a 2.3 GHz AVX-512 server. Only their ratios decide.
@@ -162,10 +165,16 @@ MEMORY_BANDWIDTH = 12e9
 OPERATION_SECONDS = 6e-6  # starting one XLA operation
 TINY_PIXELS = 4  # images of at most so many output pixels, for which XLA's convolution is TINY_FACTOR times slower
 TINY_FACTOR = 20.0
+NATIVE_RATE = 95e9  # multiplications a second of the native convolutions, with both transforms of a tile left out
+NATIVE_TRANSFORM_RATE = 12e9  # numbers a second that their transforms read or write
+NATIVE_SECONDS = 8e-6  # starting one
+CHANNELS_IN_VECTOR = 16  # what the last vector of output channels has too many is computed in vain
 
 
 def estimated_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> float:
     """Time of one layer on one image, in portions of `portion` images: products, traffic and dispatch."""
+    if algorithm in NATIVE:
+        return _native_seconds(shape, algorithm, portion)
     inner, outer = shape.in_channels / shape.groups, shape.out_channels / shape.groups
     pixels = shape.out_pixels * portion
     products = _products(shape, algorithm) * portion
@@ -179,7 +188,7 @@ def estimated_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> 
         numbers, matrices, rows, depth = 18 * pixels * shape.in_channels, 1, pixels, 9 * inner
         operations = 12
     else:
-        tile = 2 if algorithm == "winograd2" else 4
+        tile = TILE[algorithm]
         matrices, rows, depth = (tile + 2) ** 2, _tiles(shape, tile) * portion, inner
         passes = 2 if tile == 2 else 3.5
         numbers = passes * matrices * rows * (shape.in_channels + shape.out_channels)
@@ -192,15 +201,29 @@ def estimated_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> 
     return seconds / portion
 
 
+def _native_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> float:
+    outer = shape.out_channels / shape.groups
+    vain = math.ceil(outer / CHANNELS_IN_VECTOR) * CHANNELS_IN_VECTOR / outer
+    seconds = _products(shape, algorithm) * vain / NATIVE_RATE
+    positions = 9
+    if algorithm in TILE:
+        tile = TILE[algorithm]
+        positions = (tile + 2) ** 2
+        numbers = _tiles(shape, tile) * (2 * positions + tile**2) * (shape.in_channels + shape.out_channels)
+        seconds += numbers / NATIVE_TRANSFORM_RATE
+    weights = 4 * positions * shape.in_channels * shape.out_channels / shape.groups / MEMORY_BANDWIDTH
+    return seconds + (weights + NATIVE_SECONDS) / portion
+
+
 def _tiles(shape: LayerShape, tile: int) -> int:
     return math.ceil(shape.height / tile) * math.ceil(shape.width / tile)
 
 
 def _products(shape: LayerShape, algorithm: Algorithm) -> int:
     """Multiplications in matrix products, for one image."""
-    if algorithm in ("direct", "im2col"):
+    if algorithm not in TILE:
         return shape.multiplications
-    tile = 2 if algorithm == "winograd2" else 4
+    tile = TILE[algorithm]
     return _tiles(shape, tile) * (tile + 2) ** 2 * shape.in_channels * shape.out_channels // shape.groups
 
 

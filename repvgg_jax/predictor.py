@@ -157,7 +157,7 @@ def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], cha
     if platform != "cpu" or name not in ("float32", "float64"):
         source = f"platform ({platform}, {name})"
         return xla_plan(model.variant, batch_size, image_size, channels, source)
-    plan = default_plan(model.variant, batch_size, image_size, channels)
+    plan = default_plan(model.variant, batch_size, image_size, channels, dtype=name)
     if not tune or name != "float32":
         return plan
     cached = plan_cache.load_plan(plan, name)

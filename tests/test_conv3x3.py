@@ -8,7 +8,12 @@ from conftest import relative_difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repvgg_jax.conv3x3 import ALGORITHMS, convolve, prepare_kernel, supports
+from repvgg_jax import native
+from repvgg_jax.conv3x3 import ALGORITHMS, NATIVE, XLA, convolve, prepare_kernel, supports
+from repvgg_jax.planner import LayerShape, candidates
+
+HERE = ALGORITHMS if native.available() else XLA
+"""Those that this machine has: the native ones need a C++ compiler."""
 
 
 def direct_sum(x, kernel, bias, stride, groups, relu):
@@ -37,7 +42,7 @@ def compute(algorithm, x, kernel, bias, stride, groups, relu):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    algorithm=st.sampled_from(ALGORITHMS),
+    algorithm=st.sampled_from(XLA),
     height=st.integers(1, 13),
     width=st.integers(1, 13),
     stride=st.sampled_from([1, 2]),
@@ -58,16 +63,80 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, group
         np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "limit"), [("direct", 1e-6), ("im2col", 1e-6), ("winograd2", 1e-6), ("winograd4", 5e-6)]
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@settings(max_examples=60, deadline=None)
+@given(
+    algorithm=st.sampled_from(NATIVE),
+    images=st.integers(1, 3),
+    height=st.integers(1, 31),
+    width=st.integers(1, 31),
+    stride=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 3]),
+    inner=st.integers(1, 40),
+    outer=st.integers(1, 70),
+    relu=st.booleans(),
 )
-def test_float32_error_of_one_layer(algorithm, limit):
+def test_any_native_algorithm_is_the_direct_sum(algorithm, images, height, width, stride, groups, inner, outer, relu):
+    if not supports(algorithm, stride):
+        stride = 1
+    rng = np.random.default_rng(height + 40 * width)
+    x = rng.normal(size=(images, height, width, groups * inner)).astype(np.float32)
+    kernel = (rng.normal(size=(3, 3, inner, groups * outer)) / np.sqrt(9 * inner)).astype(np.float32)
+    bias = rng.normal(size=groups * outer).astype(np.float32)
+    found = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
+    # Far above what rounding does to sums of this size, far below what a missing tap would.
+    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("algorithm", NATIVE)
+def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
+    # More tasks than threads, several images in one task, and products of uneven height.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(37, 9, 11, 48)).astype(np.float32)
+    kernel = (rng.normal(size=(3, 3, 48, 80)) / np.sqrt(9 * 48)).astype(np.float32)
+    bias = rng.normal(size=80).astype(np.float32)
+    found = np.asarray(compute(algorithm, x, kernel, bias, 1, 1, True))
+    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, 1, 1, True), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", HERE)
+def test_float32_error_of_one_layer(algorithm):
+    limit = 3e-6 if algorithm.endswith("winograd4") else 1e-6
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 14, 14, 96)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 96, 96)) / np.sqrt(9 * 96)).astype(np.float32)
     bias = rng.normal(size=96).astype(np.float32)
     found = compute(algorithm, x, kernel, bias, 1, 1, False)
     assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), found) <= limit
+
+
+def test_native_convolutions_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert not native.available()
+    assert not set(candidates(LayerShape(14, 14, 16, 16))) & set(NATIVE)
+
+
+def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert native._compiled() is None
+    assert not caplog.records
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho no such thing >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    for _ in range(2):
+        assert native._compiled() is None
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    assert [record.getMessage() for record in caplog.records] == [f"no native convolutions: {compiler} failed"]
+    (kept,) = (tmp_path / "cache" / "repvgg_jax" / "native").iterdir()
+    assert "no such thing" in kept.read_text()
+
+
+def test_native_convolutions_are_float32s_alone():
+    with pytest.raises(ValueError, match="native computes in float32, not bfloat16"):
+        convolve(jnp.zeros((1, 4, 4, 2), jnp.bfloat16), jnp.zeros(9), jnp.zeros(2), algorithm="native")
 
 
 def test_winograd_of_a_strided_layer_is_an_error():

@@ -1,0 +1,146 @@
+"""3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: compiled for this machine the first time they are needed.
+
+They need a C++ compiler, as `torch.compile` does on a CPU, and what JAX installs; without one, or with
+`REPVGG_JAX_NATIVE=0` in the environment, `available` is False and everything runs on XLA's own operations. The library
+lies in the user's cache folder, named by a digest of what it depends on; so does the compiler's message where it
+failed, so that no process tries in vain again.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jaxlib.version
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from ..errors import RepVGGError
+from ..files import atomic_path
+from ..machine import cache_folder, cpu_model
+
+SOURCE = Path(__file__).parent / "conv3x3.cc"
+SWITCH = "REPVGG_JAX_NATIVE"
+TARGET = "repvgg_conv3x3"
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_SECONDS = 300
+
+_FOR_THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
+_log = logging.getLogger(__name__)
+
+
+def available() -> bool:
+    """Whether these convolutions can be used; compiles them if that has not been done on this machine."""
+    return os.environ.get(SWITCH, "1") != "0" and _library() is not None
+
+
+def lanes() -> int:
+    """Output channels in a vector of this machine."""
+    library = _library()
+    if library is None:
+        raise RepVGGError("there are no native convolutions here: no C++ compiler, or it failed")
+    return library.repvgg_lanes()
+
+
+def pack_kernel(matrices: np.ndarray) -> np.ndarray:
+    """Matrices with their columns in panels of `lanes()`, zeros in what the last one has too many.
+
+    Args:
+      matrices: `[groups, P, C_in // groups, C_out // groups]`: the 9 taps of a kernel, or the positions of a Winograd
+        tile.
+
+    Returns:
+      `[groups, panels, P, C_in // groups, lanes]`.
+    """
+    width = lanes()
+    groups, positions, inner, outer = matrices.shape
+    padded = np.pad(matrices, ((0, 0), (0, 0), (0, 0), (0, -outer % width)))
+    return np.ascontiguousarray(padded.reshape(groups, positions, inner, -1, width).transpose(0, 3, 1, 2, 4))
+
+
+def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, groups: int, relu: bool) -> Array:
+    """3x3 convolution with padding 1, bias and, where asked for, ReLU.
+
+    Args:
+      x: float32 `[N, H, W, C_in]`.
+      packed: from `pack_kernel`.
+      bias: `[C_out]`.
+      tile: 0 for the direct sum, else Winograd's m (2 or 4), with stride 1.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+      relu: apply it.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
+    """
+    n, height, width, _ = x.shape
+    by_group = bias.reshape(groups, -1)
+    padded = jnp.pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
+    shape = (n, -(-height // stride), -(-width // stride), bias.size)
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    attributes = {"stride": np.int64(stride), "groups": np.int64(groups), "tile": np.int64(tile), "relu": relu}
+    return call(x, packed, padded, **attributes)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library, its function made known to XLA; None where it cannot be."""
+    path = _compiled()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(os.fspath(path))
+    except OSError as error:
+        _log.warning("no native convolutions: cannot load %s (%s)", path, error)
+        return None
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    return library
+
+
+def _compiled() -> Path | None:
+    """The compiled library; None where there is no compiler for this machine, or it fails."""
+    flag = _FOR_THIS_CPU.get(platform.machine())
+    compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if flag is None or compiler is None or sys.platform == "win32":
+        return None
+    command = [compiler, "-std=c++17", "-O3", flag, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread"]
+    dependencies = (SOURCE.read_text(), *command, jaxlib.version.__version__, cpu_model())
+    digest = hashlib.sha256("\n".join(dependencies).encode()).hexdigest()[:24]
+    path = cache_folder("native") / f"{digest}.so"
+    failure = path.with_suffix(".failed")
+    if path.exists() or failure.exists():
+        return path if path.exists() else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            message = _compile([*command, "-isystem", jax.ffi.include_dir(), os.fspath(SOURCE), "-o", f"{temporary}"])
+            if message:
+                raise RepVGGError(message)
+    except (OSError, RepVGGError) as error:
+        _log.warning("no native convolutions: %s", str(error).splitlines()[0])
+        _keep(failure, str(error))
+        return None
+    return path
+
+
+def _compile(command: list[str]) -> str:
+    """What went wrong; empty if nothing did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} took longer than {COMPILE_SECONDS} s"
+    return "" if done.returncode == 0 else f"{command[0]} failed\n{done.stderr}"
+
+
+def _keep(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # nothing can be kept here: the next process tries again
+        path.write_text(text)
