@@ -58,7 +58,7 @@ def write_files(case: Case, *, onnx: bool) -> None:
     import jax
 
     import repvgg_jax as rv
-    from tests.conftest import random_variables
+    from tests.random_weights import random_variables
 
     model = rv.create_model(case.model, CLASSES)
     deploy, variables = rv.to_deploy(model, jax.tree.map(np.asarray, random_variables(model)))

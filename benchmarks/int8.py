@@ -22,7 +22,7 @@ FILES, RUNTIMES = ("float32", "int8"), ("onnxruntime", "openvino")
 def write_files(folder: Path, name: str, image_size: int) -> None:
     """`float32.onnx` and `int8.onnx` of a net with random weights, on which speed does not depend."""
     import repvgg_jax as rv
-    from tests.conftest import random_variables
+    from tests.random_weights import random_variables
 
     model = rv.create_model(name, deploy=True)
     variables = random_variables(model)

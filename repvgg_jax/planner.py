@@ -167,7 +167,7 @@ TINY_PIXELS = 4  # images of at most so many output pixels, for which XLA's conv
 TINY_FACTOR = 20.0
 NATIVE_RATE = 95e9  # multiplications a second of the native convolutions, with both transforms of a tile left out
 NATIVE_TRANSFORM_RATE = 12e9  # numbers a second that their transforms read or write
-NATIVE_SECONDS = 8e-6  # starting one
+NATIVE_SECONDS = 5e-6  # starting one
 CHANNELS_IN_VECTOR = 16  # what the last vector of output channels has too many is computed in vain
 
 
@@ -211,8 +211,9 @@ def _native_seconds(shape: LayerShape, algorithm: Algorithm, portion: int) -> fl
         positions = (tile + 2) ** 2
         numbers = _tiles(shape, tile) * (2 * positions + tile**2) * (shape.in_channels + shape.out_channels)
         seconds += numbers / NATIVE_TRANSFORM_RATE
+    # The kernel is fetched while products run.
     weights = 4 * positions * shape.in_channels * shape.out_channels / shape.groups / MEMORY_BANDWIDTH
-    return seconds + (weights + NATIVE_SECONDS) / portion
+    return max(seconds, weights / portion) + NATIVE_SECONDS / portion
 
 
 def _tiles(shape: LayerShape, tile: int) -> int:

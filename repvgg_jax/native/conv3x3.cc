@@ -36,6 +36,7 @@ constexpr int LANES = 4, MAX_ROWS = 12;  // 24, 2 and 1 of 32 (Arm)
 #endif
 constexpr int PANELS = 2;             // vectors of output channels in one product
 constexpr int WIDTH = PANELS * LANES;
+constexpr int64_t AHEAD = 6144;       // numbers: the kernel is fetched before it is needed, as it rarely fits the cache
 constexpr int64_t CACHE = 1 << 19;    // bytes of a core's cache that a task's inputs may take
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
@@ -94,7 +95,10 @@ void multiply(const Left& left, const float* a, const float* b, int64_t panel, c
       for (int64_t k = 0; k < left.length; k++, b += LANES) {
         Vec w[COUNT];
 #pragma GCC unroll 2
-        for (int v = 0; v < COUNT; v++) w[v] = load(b + v * panel);
+        for (int v = 0; v < COUNT; v++) {
+          w[v] = load(b + v * panel);
+          __builtin_prefetch(b + v * panel + AHEAD);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
@@ -171,7 +175,7 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 // Into how many parts the panels of a group are cut, so that `tasks` tasks keep all threads busy.
 int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
-  if (tasks >= 3 * threads) return 1;
+  if (tasks >= 3 * threads || tasks % threads == 0) return 1;
   return std::min(pairs, (3 * threads + tasks - 1) / tasks);
 }
 
