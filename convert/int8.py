@@ -25,8 +25,8 @@ class Int8Options:
     """Quantise: OUT is then .safetensors, or .onnx in QDQ form."""
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     """Images to calibrate with: a folder, or `digits`."""
-    method: str = "full"
-    """naive, per-channel, equalized, corrected, or full: all of it with learned rounding."""
+    method: str = "corrected"
+    """naive, per-channel, equalized, corrected, or full: all of it with learned rounding, which takes long."""
     activations: Calibration | None = None
     """How the ranges of activations are chosen, in place of the method's own choice."""
     per_tensor: bool = False

@@ -55,7 +55,7 @@ def quantize(
     model: RepVGG,
     variables: Mapping[str, Any],
     calibration_images: Any,
-    method: str | Method = "full",
+    method: str | Method = "corrected",
     *,
     per_channel: bool | None = None,
     calibration: Calibration | None = None,
@@ -71,7 +71,8 @@ def quantize(
       variables: its variables.
       calibration_images: a few hundred images like those that the net will see, prepared like them: float
         `[N, H, W, C]`, normalised; or uint8, if `preprocessing` is given to normalise them with.
-      method: one of `METHODS`, or a `Method` of one's own.
+      method: one of `METHODS`, or a `Method` of one's own. "full" learns the rounding of weights as well, which takes
+        optax and many times as long, and pays where weights have one scale for a layer.
       per_channel: in place of the method's.
       calibration: in place of the method's.
       float_first: leave the first convolution in float.
