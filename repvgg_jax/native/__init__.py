@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -30,7 +31,7 @@ from ..machine import cache_folder, cpu_model
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
 SWITCH = "REPVGG_JAX_NATIVE"
-TARGET = "repvgg_conv3x3"
+TARGET, INT8_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8"
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300
 
@@ -41,6 +42,14 @@ _log = logging.getLogger(__name__)
 def available() -> bool:
     """Whether these convolutions can be used; compiles them if that has not been done on this machine."""
     return os.environ.get(SWITCH, "1") != "0" and _library() is not None
+
+
+def int8_available() -> bool:
+    """Whether there are integer convolutions too: the processor needs AVX-512 VNNI."""
+    if not available():
+        return False
+    library = _library()
+    return library is not None and bool(library.repvgg_has_int8())
 
 
 def lanes() -> int:
@@ -91,6 +100,69 @@ def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, gr
     return call(x, packed, padded, **attributes)
 
 
+def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
+    """An integer kernel with its output channels in panels of `lanes()`, four input channels side by side.
+
+    Args:
+      kernel: int8 `[3, 3, C_in // groups, C_out]`.
+      groups: of the convolution.
+
+    Returns:
+      int8 `[groups, panels, 9, ceil(C_in // groups / 4), lanes, 4]`, zeros in what has too many.
+    """
+    width = lanes()
+    _, _, inner, outputs = kernel.shape
+    parts = kernel.reshape(9, inner, groups, outputs // groups).transpose(2, 0, 1, 3)
+    padded = np.pad(parts, ((0, 0), (0, 0), (0, -inner % 4), (0, -parts.shape[3] % width)))
+    split = padded.reshape(groups, 9, padded.shape[2] // 4, 4, -1, width)
+    return np.ascontiguousarray(split.transpose(0, 4, 1, 2, 5, 3))
+
+
+def pad_channels(values: np.ndarray, groups: int) -> np.ndarray:
+    """`[C_out]` with each group's channels filled up to whole vectors with zeros, as a packed kernel has them."""
+    by_group = values.reshape(groups, -1)
+    return np.pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
+
+
+def supports_int8(in_channels: int, groups: int) -> bool:
+    """Whether the integer convolution takes that many input channels: groups must be whole fours of them."""
+    return groups == 1 or in_channels // groups % 4 == 0
+
+
+def convolve_int8(
+    x: Array,
+    packed: Array,
+    bias: Array,
+    factor: Array,
+    *,
+    outputs: int,
+    stride: int,
+    groups: int,
+    zero: int,
+    dtype: Any,
+) -> Array:
+    """3x3 convolution of bytes with int32 sums, padding 1.
+
+    Args:
+      x: uint8 `[N, H, W, C_in]`.
+      packed: from `pack_int8_kernel`.
+      bias: int32, from `pad_channels`.
+      factor: float32, from `pad_channels`: what a sum is multiplied by before it is rounded to uint8.
+      outputs: `C_out`.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+      zero: the integer that stands for zero around the image.
+      dtype: uint8 for rounded and saturated results, int32 for sums.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C_out]` of that dtype.
+    """
+    n, height, width, _ = x.shape
+    shape = (n, -(-height // stride), -(-width // stride), outputs)
+    call = jax.ffi.ffi_call(INT8_TARGET, jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
+    return call(x, packed, bias, factor, stride=np.int64(stride), groups=np.int64(groups), zero=np.int64(zero))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, its function made known to XLA; None where it cannot be."""
@@ -102,7 +174,8 @@ def _library() -> ctypes.CDLL | None:
     except OSError as error:
         _log.warning("no native convolutions: cannot load %s (%s)", path, error)
         return None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    for target in (TARGET, INT8_TARGET) if library.repvgg_has_int8() else (TARGET,):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
 
 

@@ -1,10 +1,10 @@
 // 3x3 convolutions for CPUs, as calls that XLA makes (its foreign function interface).
 //
-// Two algorithms on float32 NHWC images, padding 1, each with bias and, if asked for, ReLU:
+// Two algorithms on NHWC images, padding 1, each with bias and, if asked for, ReLU:
 //
 // - direct: rows of output pixels times panels of output channels, straight from a zero-padded copy of a few input
-//   rows; stride 1 and 2.
-// - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), stride 1: a block of tiles is transformed,
+//   rows; stride 1 and 2; in float32, or of uint8 images and int8 kernels with int32 sums (AVX-512 VNNI).
+// - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), float32, stride 1: a block of tiles is transformed,
 //   multiplied and transformed back before the next one is begun, so that nothing leaves the core's cache but the
 //   result. m = 4 takes 2.25, m = 2 takes 4 multiplications for the direct sum's 9.
 //
@@ -19,7 +19,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <thread>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -80,15 +85,22 @@ struct Left {
   int64_t row, outer, outer_step, inner, inner_step, length;
 };
 
-// ROWS x (COUNT * LANES) numbers of a product, begun at the bias if there is one; `width` of them are stored.
+// What a float product begins and ends with, from one channel on.
+struct Ends {
+  const float* bias;  // none if null
+  bool relu;
+  Ends from(int64_t channel) const { return {bias + channel, relu}; }
+};
+
+// ROWS x (COUNT * LANES) numbers of a product; `width` columns are stored.
 template <int ROWS, int COUNT>
-void multiply(const Left& left, const float* a, const float* b, int64_t panel, const float* bias, bool relu, float* out,
+void multiply(const Left& left, const float* a, const float* b, int64_t panel, const Ends& ends, float* out,
               int64_t out_row, int64_t width) {
   Vec sums[ROWS][COUNT];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
-    for (int v = 0; v < COUNT; v++) sums[m][v] = bias ? load(bias + v * LANES) : Vec{};
+    for (int v = 0; v < COUNT; v++) sums[m][v] = ends.bias ? load(ends.bias + v * LANES) : Vec{};
   for (int64_t i = 0; i < left.outer; i++)
     for (int64_t j = 0; j < left.inner; j++) {
       const float* x = a + i * left.outer_step + j * left.inner_step;
@@ -109,26 +121,110 @@ void multiply(const Left& left, const float* a, const float* b, int64_t panel, c
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++) {
-      Vec y = relu ? positive(sums[m][v]) : sums[m][v];
+      Vec y = ends.relu ? positive(sums[m][v]) : sums[m][v];
       store(out + m * out_row + v * LANES, y, width - v * LANES);
     }
 }
 
-using Multiply = void (*)(const Left&, const float*, const float*, int64_t, const float*, bool, float*, int64_t,
-                          int64_t);
+// Float32: one number at a time.
+struct Floats {
+  using Element = float;
+  using Weight = float;
+  using Out = float;
+  using Ends = ::Ends;
+  static constexpr int STEP = 1;
+  template <int ROWS, int COUNT>
+  static constexpr auto product = multiply<ROWS, COUNT>;
+};
 
-template <int ROWS>
-constexpr void fill(Multiply (&table)[MAX_ROWS + 1][PANELS + 1]) {
-  table[ROWS][1] = multiply<ROWS, 1>;
-  table[ROWS][2] = multiply<ROWS, 2>;
-  if constexpr (ROWS > 1) fill<ROWS - 1>(table);
+#if defined(__AVX512VNNI__)
+// What an integer product begins and ends with: an int32 bias, and the factor that makes a sum a uint8.
+struct IntegerEnds {
+  const int32_t* bias;
+  const float* factor;
+  IntegerEnds from(int64_t channel) const { return {bias + channel, factor + channel}; }
+};
+
+inline void finish(__m512i sum, const float*, int32_t* out, __mmask16 mask) {
+  _mm512_mask_storeu_epi32(out, mask, sum);
 }
 
-struct Table {
-  Multiply of[MAX_ROWS + 1][PANELS + 1] = {};
-  constexpr Table() { fill<MAX_ROWS>(of); }
+// To the nearest, ties to even, saturated: as `QuantizedNet` rounds.
+inline void finish(__m512i sum, const float* factor, uint8_t* out, __mmask16 mask) {
+  const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(factor));
+  const __m512 inside = _mm512_min_ps(_mm512_max_ps(real, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+  _mm512_mask_cvtepi32_storeu_epi8(out, mask, _mm512_cvtps_epi32(inside));
+}
+
+// The same product of bytes, four channels at a time: `left.length` counts bytes.
+template <typename Out, int ROWS, int COUNT>
+void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t panel, const IntegerEnds& ends,
+                    Out* out, int64_t out_row, int64_t width) {
+  __m512i sums[ROWS][COUNT];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) sums[m][v] = _mm512_loadu_si512(ends.bias + v * LANES);
+  for (int64_t i = 0; i < left.outer; i++)
+    for (int64_t j = 0; j < left.inner; j++) {
+      const uint8_t* x = a + i * left.outer_step + j * left.inner_step;
+      for (int64_t k = 0; k < left.length; k += 4, b += 4 * LANES) {
+        __m512i w[COUNT];
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT; v++) {
+          w[v] = _mm512_loadu_si512(b + v * panel);
+          __builtin_prefetch(b + v * panel + AHEAD);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; m++) {
+          int32_t four;
+          std::memcpy(&four, x + m * left.row + k, 4);
+          const __m512i pixels = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+          for (int v = 0; v < COUNT; v++) sums[m][v] = _mm512_dpbusd_epi32(sums[m][v], pixels, w[v]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) {
+      const int64_t stored = std::min<int64_t>(std::max<int64_t>(width - v * LANES, 0), LANES);
+      finish(sums[m][v], ends.factor + v * LANES, out + m * out_row + v * LANES, __mmask16((1u << stored) - 1));
+    }
+}
+
+// uint8 times int8, to int32 or rounded to uint8.
+template <typename Result>
+struct Bytes {
+  using Element = uint8_t;
+  using Weight = int8_t;
+  using Out = Result;
+  using Ends = IntegerEnds;
+  static constexpr int STEP = 4;
+  template <int ROWS, int COUNT>
+  static constexpr auto product = multiply_bytes<Result, ROWS, COUNT>;
 };
-constexpr Table TABLE;
+#endif
+
+// The products of one kind, by rows and panels.
+template <typename Kind>
+struct Table {
+  using Multiply = void (*)(const Left&, const typename Kind::Element*, const typename Kind::Weight*, int64_t,
+                            const typename Kind::Ends&, typename Kind::Out*, int64_t, int64_t);
+  Multiply of[MAX_ROWS + 1][PANELS + 1] = {};
+  constexpr Table() { fill<MAX_ROWS>(); }
+
+ private:
+  template <int ROWS>
+  constexpr void fill() {
+    of[ROWS][1] = Kind::template product<ROWS, 1>;
+    of[ROWS][2] = Kind::template product<ROWS, 2>;
+    if constexpr (ROWS > 1) fill<ROWS - 1>();
+  }
+};
+template <typename Kind>
+constexpr Table<Kind> TABLE;
 
 // `count` rows in products of nearly equal height: `act(first, height)`.
 template <typename Act>
@@ -141,17 +237,19 @@ void in_rows(int64_t count, Act act) {
 }
 
 // Memory of the thread's own, kept for its next task.
-float* scratch(int64_t numbers) {
-  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, &std::free);
+template <typename Element>
+Element* scratch(int64_t count) {
+  thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
   thread_local int64_t size = 0;
-  if (size < numbers) {
+  const int64_t bytes = count * sizeof(Element);
+  if (size < bytes) {
     memory.reset();
     void* found = nullptr;
-    if (posix_memalign(&found, 64, numbers * sizeof(float))) std::abort();
-    memory.reset(static_cast<float*>(found));
-    size = numbers;
+    if (posix_memalign(&found, 64, bytes)) std::abort();
+    memory.reset(found);
+    size = bytes;
   }
-  return memory.get();
+  return static_cast<Element*>(memory.get());
 }
 
 // Tasks 0 … count - 1, by the pool's threads and the caller.
@@ -189,59 +287,74 @@ Range panel_range(int64_t panels, int64_t part, int64_t parts) {
   return {pairs * part / parts * PANELS, std::min(panels, pairs * (part + 1) / parts * PANELS)};
 }
 
-// Rows `first` … `first + count - 1` of the output read these of the input, copied with zeros around.
-void copy_padded(const Shape& s, const float* image, int64_t first, int64_t count, float* to) {
-  const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * s.inputs;
+// The rows of the input that output rows `first` … `first + count - 1` read, copied with `zero` around them; a pixel takes
+// `pixel` elements, zeros in what it has too many.
+template <typename Element>
+void copy_padded(const Shape& s, const Element* image, int64_t first, int64_t count, int64_t pixel, Element zero,
+                 Element* to) {
+  const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
+  const int64_t copied = std::min(s.width, width - 1);
   for (int64_t r = 0; r < (count - 1) * s.stride + 3; r++, to += line) {
     const int64_t row = first * s.stride + r - 1;
     if (row < 0 || row >= s.height) {
-      std::memset(to, 0, line * sizeof(float));
+      std::fill(to, to + line, zero);
       continue;
     }
-    const int64_t copied = std::min(s.width, width - 1), left = width - 1 - copied;
-    std::memset(to, 0, s.inputs * sizeof(float));
-    std::memcpy(to + s.inputs, image + row * s.width * s.inputs, copied * s.inputs * sizeof(float));
-    std::memset(to + (1 + copied) * s.inputs, 0, left * s.inputs * sizeof(float));
+    const Element* from = image + row * s.width * s.inputs;
+    std::fill(to, to + pixel, zero);
+    if (pixel == s.inputs)
+      std::memcpy(to + pixel, from, copied * pixel * sizeof(Element));
+    else
+      for (int64_t c = 0; c < copied; c++) {
+        std::memcpy(to + (1 + c) * pixel, from + c * s.inputs, s.inputs * sizeof(Element));
+        std::fill(to + (1 + c) * pixel + s.inputs, to + (2 + c) * pixel, Element(0));
+      }
+    std::fill(to + (1 + copied) * pixel, to + line, zero);
   }
 }
 
-void direct(const Shape& s, const float* x, const float* packed, const float* bias, bool relu, float* y,
+template <typename Kind>
+void direct(const Shape& s, const typename Kind::Element* x, const typename Kind::Weight* packed,
+            const typename Kind::Ends& ends, typename Kind::Element zero, typename Kind::Out* y,
             ffi::ThreadPool& pool) {
-  const int64_t inner = s.group_inputs(), width = (s.columns() - 1) * s.stride + 3, line = width * s.inputs;
+  using Element = typename Kind::Element;
+  constexpr int64_t STEP = Kind::STEP, BUDGET = CACHE / sizeof(Element);
+  const int64_t inner = (s.group_inputs() + STEP - 1) / STEP * STEP, pixel = s.groups * inner;
+  const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
   const int64_t panels = s.panels(), panel = 9 * inner * LANES, threads = std::max<int64_t>(pool.num_threads(), 1);
   // Some rows of one image, or several whole images, at a time.
-  const int64_t fit = std::max<int64_t>(1, (CACHE / int64_t(sizeof(float)) / line - 3) / s.stride + 1);
+  const int64_t fit = std::max<int64_t>(1, (BUDGET / line - 3) / s.stride + 1);
   int64_t rows = std::min(fit, s.rows());
   if (s.images * ((s.rows() + rows - 1) / rows) < 2 * threads) rows = std::max<int64_t>(1, std::min(rows, s.rows() / 2));
   const int64_t parts_of_image = (s.rows() + rows - 1) / rows;
   const int64_t patch = ((rows - 1) * s.stride + 3) * line;
-  int64_t together = parts_of_image > 1 ? 1 : std::max<int64_t>(1, CACHE / int64_t(sizeof(float)) / patch);
+  int64_t together = parts_of_image > 1 ? 1 : std::max<int64_t>(1, BUDGET / patch);
   together = std::min(together, std::max<int64_t>(1, s.images / threads));
   const int64_t blocks = parts_of_image * ((s.images + together - 1) / together);
   const int64_t cuts = panel_parts(blocks, (panels + PANELS - 1) / PANELS, threads);
   const bool whole = s.groups == 1;  // then the three pixels of a row are one run
-  const Left left{s.stride * s.inputs, 3, line, whole ? 1 : 3, s.inputs, whole ? 3 * inner : inner};
+  const Left left{s.stride * pixel, 3, line, whole ? 1 : 3, pixel, whole ? 3 * inner : inner};
   in_parallel(pool, blocks * cuts, [&](int64_t task) {
     const int64_t block = task / cuts, cut = task % cuts;
     const int64_t image = block / parts_of_image * together, first = block % parts_of_image * rows;
     const int64_t images = std::min(together, s.images - image), count = std::min(rows, s.rows() - first);
-    float* patches = scratch(images * patch);
+    Element* patches = scratch<Element>(images * patch);
     for (int64_t n = 0; n < images; n++)
-      copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, patches + n * patch);
+      copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
     for (int64_t group = 0; group < s.groups; group++) {
       const Range range = panel_range(panels, cut, cuts);
       for (int64_t p = range.first; p < range.end; p += PANELS) {
         const int64_t used = std::min<int64_t>(PANELS, range.end - p), channel = group * s.group_outputs() + p * LANES;
         const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
-        const float* weights = packed + (group * panels + p) * panel;
-        const float* start = bias + (group * panels + p) * LANES;
+        const auto* weights = packed + (group * panels + p) * panel;
+        const auto own = ends.from((group * panels + p) * LANES);
         for (int64_t n = 0; n < images; n++)
           for (int64_t r = 0; r < count; r++) {
-            const float* a = patches + n * patch + r * s.stride * line + group * inner;
-            float* out = y + (((image + n) * s.rows() + first + r) * s.columns()) * s.outputs + channel;
+            const Element* a = patches + n * patch + r * s.stride * line + group * inner;
+            auto* out = y + (((image + n) * s.rows() + first + r) * s.columns()) * s.outputs + channel;
             in_rows(s.columns(), [&](int64_t c, int64_t height) {
-              TABLE.of[height][used](left, a + c * left.row, weights, panel, start, relu, out + c * s.outputs,
-                                     s.outputs, stored);
+              TABLE<Kind>.of[height][used](left, a + c * left.row, weights, panel, own, out + c * s.outputs, s.outputs,
+                                           stored);
             });
           }
       }
@@ -357,7 +470,7 @@ void winograd(const Shape& s, const float* x, const float* packed, const float* 
   in_parallel(pool, blocks * s.groups * cuts, [&](int64_t task) {
     const int64_t cut = task % cuts, group = task / cuts % s.groups, block = task / cuts / s.groups;
     const int64_t first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
-    float* zeros = scratch(inner + POSITIONS * longest * (inner + WIDTH));
+    float* zeros = scratch<float>(inner + POSITIONS * longest * (inner + WIDTH));
     float *transformed = zeros + inner, *products = transformed + POSITIONS * step;
     std::memset(zeros, 0, inner * sizeof(float));
     for (int64_t t = 0; t < count; t++) {
@@ -379,8 +492,9 @@ void winograd(const Shape& s, const float* x, const float* packed, const float* 
       const float* weights = packed + (group * panels + p) * panel;
       for (int64_t position = 0; position < POSITIONS; position++)
         in_rows(count, [&](int64_t t, int64_t height) {
-          TABLE.of[height][used](left, transformed + position * step + t * inner, weights + position * inner * LANES,
-                                 panel, nullptr, false, products + (position * longest + t) * WIDTH, WIDTH, WIDTH);
+          TABLE<Floats>.of[height][used](left, transformed + position * step + t * inner,
+                                         weights + position * inner * LANES, panel, Ends{nullptr, false},
+                                         products + (position * longest + t) * WIDTH, WIDTH, WIDTH);
         });
       const int64_t channel = group * s.group_outputs() + p * LANES;
       const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
@@ -395,20 +509,33 @@ void winograd(const Shape& s, const float* x, const float* packed, const float* 
   });
 }
 
+// Whether `to` is the result of that convolution of `from`; the convolution.
+template <typename Dimensions>
+std::optional<Shape> shape_of(Dimensions from, Dimensions to, int64_t stride, int64_t groups) {
+  if (from.size() != 4 || to.size() != 4 || stride < 1 || groups < 1) return std::nullopt;
+  const Shape s{from[0], from[1], from[2], from[3], to[3], stride, groups};
+  const bool fits = to[0] == s.images && to[1] == s.rows() && to[2] == s.columns();
+  return fits && s.inputs % groups == 0 && s.outputs % groups == 0 ? std::optional(s) : std::nullopt;
+}
+
+ffi::Error bad_shapes() { return ffi::Error::InvalidArgument("the shapes do not fit together"); }
+
+ffi::Error bad_packing() {
+  return ffi::Error::InvalidArgument("the kernel is packed for another shape or machine");
+}
+
 ffi::Error convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
                     ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups,
                     int64_t tile, bool relu) {
-  const auto from = x.dimensions(), to = y->dimensions();
-  if (from.size() != 4 || to.size() != 4) return ffi::Error::InvalidArgument("images must have four dimensions");
-  const Shape s{from[0], from[1], from[2], from[3], to[3], stride, groups};
-  if (to[0] != s.images || to[1] != s.rows() || to[2] != s.columns() || s.inputs % groups || s.outputs % groups)
-    return ffi::Error::InvalidArgument("the shapes do not fit together");
+  const std::optional<Shape> found = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!found) return bad_shapes();
+  const Shape& s = *found;
   const int64_t taps = tile ? (tile + 2) * (tile + 2) : 9, lanes = groups * s.panels() * LANES;
   if (int64_t(packed.element_count()) != taps * s.group_inputs() * lanes || int64_t(bias.element_count()) != lanes)
-    return ffi::Error::InvalidArgument("the kernel is packed for another shape or machine");
+    return bad_packing();
   const float *in = x.typed_data(), *weights = packed.typed_data(), *start = bias.typed_data();
   if (tile == 0) {
-    direct(s, in, weights, start, relu, y->typed_data(), pool);
+    direct<Floats>(s, in, weights, Ends{start, relu}, 0.0f, y->typed_data(), pool);
     return ffi::Error::Success();
   }
   if (stride != 1) return ffi::Error::InvalidArgument("Winograd needs stride 1");
@@ -421,9 +548,56 @@ ffi::Error convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   return ffi::Error::Success();
 }
 
+#if defined(__AVX512VNNI__)
+// `zero` is the integer that lies around the image: 128 for an int8 image that was shifted to be unsigned.
+ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> packed,
+                          ffi::Buffer<ffi::S32> bias, ffi::Buffer<ffi::F32> factor, ffi::Result<ffi::AnyBuffer> y,
+                          int64_t stride, int64_t groups, int64_t zero) {
+  const std::optional<Shape> found = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!found) return bad_shapes();
+  const Shape& s = *found;
+  const int64_t inner = (s.group_inputs() + 3) / 4 * 4, lanes = groups * s.panels() * LANES;
+  if (groups > 1 && s.group_inputs() % 4) return bad_shapes();
+  const bool fits = int64_t(packed.element_count()) == 9 * inner * lanes;
+  if (!fits || int64_t(bias.element_count()) != lanes || int64_t(factor.element_count()) != lanes) return bad_packing();
+  const IntegerEnds ends{bias.typed_data(), factor.typed_data()};
+  const uint8_t* in = x.typed_data();
+  if (y->element_type() == ffi::U8)
+    direct<Bytes<uint8_t>>(s, in, packed.typed_data(), ends, uint8_t(zero), y->typed_data<uint8_t>(), pool);
+  else if (y->element_type() == ffi::S32)
+    direct<Bytes<int32_t>>(s, in, packed.typed_data(), ends, uint8_t(zero), y->typed_data<int32_t>(), pool);
+  else
+    return ffi::Error::InvalidArgument("the result is uint8 or int32");
+  return ffi::Error::Success();
+}
+#endif
+
 }  // namespace
 
 extern "C" int repvgg_lanes() { return LANES; }
+
+// Whether there is `repvgg_conv3x3_int8`.
+extern "C" int repvgg_has_int8() {
+#if defined(__AVX512VNNI__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_int8, convolve_bytes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("zero"));
+#endif
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, convolve,
                               ffi::Ffi::Bind()

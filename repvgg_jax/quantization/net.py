@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 LARGEST_BIAS = 2**30
 """Of an int32 bias; what is left of the range is for the sum of the products."""
 
-_SHIFT = 128
+SHIFT = 128
+"""Between int8 and uint8."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,15 +121,52 @@ def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> 
     return np.maximum(scale, least).astype(np.float32)
 
 
-def forward(variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool) -> dict[str, Array]:
+class Arithmetic(Protocol):
+    """How a quantised layer of the body is computed. All give the same integers."""
+
+    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
+        """Products of uint8 or int8 `x`, their sum and the bias: int32, or float32 that holds the same."""
+        ...
+
+    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
+        """`totals` times `factor` (`[O]`), rounded and saturated to uint8."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InXla:
+    """XLA's convolutions, of integers or of floats that hold them."""
+
+    integer: bool
+
+    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
+        """See `accumulate`."""
+        return accumulate(spec, x, layer, self.integer)
+
+    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
+        """In float32, ties to even."""
+        return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * factor)
+
+
+def forward(
+    variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool, arithmetic: Arithmetic | None = None
+) -> dict[str, Array]:
     """The quantised net's layers, one after another.
 
     An accumulator becomes the next layer's input by `round(accumulator * (input_scale * kernel_scale / next_scale))`
     in float32, ties to even, saturated to 0..255 (which is the ReLU): what ONNX Runtime's QLinearConv computes too.
 
+    Args:
+      variant: the architecture.
+      params: `QuantizedNet.params`, the kernels of the body as the arithmetic wants them.
+      images: `[N, H, W, C]` float, normalised.
+      integer: in integers, or in floats that hold them.
+      arithmetic: computes the body's quantised layers; XLA if None.
+
     Returns:
       What each layer reads, by name, integers where it is quantised; and `logits`.
     """
+    arithmetic = arithmetic or InXla(integer)
     specs, seen = variant.blocks(), {}
     x, scale = images.astype(jnp.float32), None  # scale: of the integers x; None where x is real
     for spec, following in zip(specs, [spec.name for spec in specs[1:]] + [POOL], strict=True):
@@ -140,12 +178,11 @@ def forward(variant: Variant, params: Mapping[str, Any], images: Array, *, integ
             if scale is None:
                 x = quantize(x, layer["input_scale"], input_dtype(spec.name))
             seen[spec.name] = x
-            total = accumulate(spec, x, layer, integer)
             unit = layer["input_scale"] * layer["kernel_scale"]
             if variant.squeeze_excite is None and next_scale is not None:
-                x, scale = _saturate(total.astype(jnp.float32) * (unit / next_scale)), next_scale
+                x, scale = arithmetic.rounded(spec, x, layer, unit / next_scale), next_scale
                 continue
-            y = total.astype(jnp.float32) * unit
+            y = arithmetic.totals(spec, x, layer).astype(jnp.float32) * unit
         x, scale = activate(variant, spec, layer, y), None
 
     pool, linear = params.get(POOL), params[LINEAR]
@@ -174,7 +211,7 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
     kernel, bias = layer["kernel"], layer["bias"]
     if not integer:
         return linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)
-    shift = _SHIFT if x.dtype == jnp.uint8 else 0
+    shift = SHIFT if x.dtype == jnp.uint8 else 0
     signed = (x.astype(jnp.int32) - shift).astype(jnp.int8)
     if shift:
         bias = bias + shift * kernel.astype(jnp.int32).sum(tuple(range(kernel.ndim - 1)))
