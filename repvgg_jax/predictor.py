@@ -26,7 +26,10 @@ class Predictor:
       batch_size: images a compiled call takes.
       image_shape: `(height, width, channels)`.
       image_dtype: uint8 where normalisation is folded in, else float32.
+      integer: whether the body computes in 8-bit integers, natively.
     """
+
+    integer = False
 
     def __init__(self, model: RepVGG, params: Mapping[str, Any], plan: Plan, preprocessing: Preprocessing | None):
         stem = plan.stages[0].layers[0].shape

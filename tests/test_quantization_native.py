@@ -11,7 +11,7 @@ from quantization_helpers import VARIANTS, deploy_net, images
 
 import repvgg_jax as rv
 from repvgg_jax import native
-from repvgg_jax.quantization.native_layers import NativeIntegers, pack_layers
+from repvgg_jax.quantization.native_layers import NativeIntegers, pack_layer, pack_layers
 from repvgg_jax.quantization.net import InXla, forward
 from repvgg_jax.variants import BlockSpec
 
@@ -40,23 +40,15 @@ def test_any_layer_gives_the_references_integers(signed, images, height, width, 
     spec = BlockSpec(name, "stage1", groups * inner, groups * outer, stride, groups, 1, stride)
     layer = {
         "kernel": rng.integers(-127, 128, (3, 3, inner, groups * outer)).astype(np.int8),
-        "kernel_scale": np.ones(groups * outer, np.float32),
+        "kernel_scale": rng.uniform(1e-5, 1e-2, groups * outer).astype(np.float32),
         "bias": rng.integers(-100_000, 100_000, groups * outer).astype(np.int32),
         "input_scale": np.float32(1),
     }
-    factor = jnp.asarray(rng.uniform(1e-5, 1e-2, groups * outer).astype(np.float32))
-    packed = pack_layer(spec, layer)
+    factor = jnp.asarray(layer["kernel_scale"])
+    packed = pack_layer(spec, layer, 1)
     reference, found = InXla(integer=True), NativeIntegers()
     np.testing.assert_array_equal(reference.totals(spec, x, layer), found.totals(spec, x, packed))
     np.testing.assert_array_equal(reference.rounded(spec, x, layer, factor), found.rounded(spec, x, packed, factor))
-
-
-def pack_layer(spec, layer):
-    class One:
-        def blocks(self, in_channels):
-            return [spec]
-
-    return pack_layers(One(), {spec.name: layer}, spec.in_channels)[spec.name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

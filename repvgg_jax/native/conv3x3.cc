@@ -138,6 +138,9 @@ struct Floats {
 };
 
 #if defined(__AVX512VNNI__)
+// Unlike __m512i, whose pointers may alias anything, the compiler keeps arrays of these in registers.
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+
 // What an integer product begins and ends with: an int32 bias, and the factor that makes a sum a uint8.
 struct IntegerEnds {
   const int32_t* bias;
@@ -160,28 +163,28 @@ inline void finish(__m512i sum, const float* factor, uint8_t* out, __mmask16 mas
 template <typename Out, int ROWS, int COUNT>
 void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t panel, const IntegerEnds& ends,
                     Out* out, int64_t out_row, int64_t width) {
-  __m512i sums[ROWS][COUNT];
+  Ints sums[ROWS][COUNT];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
-    for (int v = 0; v < COUNT; v++) sums[m][v] = _mm512_loadu_si512(ends.bias + v * LANES);
+    for (int v = 0; v < COUNT; v++) std::memcpy(&sums[m][v], ends.bias + v * LANES, sizeof(Ints));
   for (int64_t i = 0; i < left.outer; i++)
     for (int64_t j = 0; j < left.inner; j++) {
       const uint8_t* x = a + i * left.outer_step + j * left.inner_step;
       for (int64_t k = 0; k < left.length; k += 4, b += 4 * LANES) {
-        __m512i w[COUNT];
+        Ints w[COUNT];
 #pragma GCC unroll 2
         for (int v = 0; v < COUNT; v++) {
-          w[v] = _mm512_loadu_si512(b + v * panel);
+          std::memcpy(&w[v], b + v * panel, sizeof(Ints));
           __builtin_prefetch(b + v * panel + AHEAD);
         }
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {
           int32_t four;
           std::memcpy(&four, x + m * left.row + k, 4);
-          const __m512i pixels = _mm512_set1_epi32(four);
+          const Ints pixels = four - Ints{};
 #pragma GCC unroll 2
-          for (int v = 0; v < COUNT; v++) sums[m][v] = _mm512_dpbusd_epi32(sums[m][v], pixels, w[v]);
+          for (int v = 0; v < COUNT; v++) sums[m][v] = Ints(_mm512_dpbusd_epi32(__m512i(sums[m][v]), __m512i(pixels), __m512i(w[v])));
         }
       }
     }
@@ -190,7 +193,7 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++) {
       const int64_t stored = std::min<int64_t>(std::max<int64_t>(width - v * LANES, 0), LANES);
-      finish(sums[m][v], ends.factor + v * LANES, out + m * out_row + v * LANES, __mmask16((1u << stored) - 1));
+      finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, __mmask16((1u << stored) - 1));
     }
 }
 

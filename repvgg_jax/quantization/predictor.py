@@ -21,9 +21,6 @@ class QuantizedPredictor(Predictor):
     On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held in float32,
     exactly, since XLA has no fast integer convolution on CPUs: where 8 bits should buy speed there, export the net
     (`export_quantized_onnx`) for a runtime with integer kernels.
-
-    Attributes:
-      integer: whether native integer convolutions compute the body.
     """
 
     def __init__(
