@@ -173,16 +173,16 @@ def _smooth(pixels: np.ndarray, scale_x: float, scale_y: float) -> np.ndarray:
         return pixels
     # Three taps, the fastest, can do variances below 2/3 (each neighbour's weight is half of it): a scale of 2.23.
     taps = 3 if max(variances) < 0.666 else 2 * math.ceil(2 * math.sqrt(max(variances))) + 1
-    sigma_x, sigma_y = (_sigma(variance, taps) for variance in variances)
-    return cv2.GaussianBlur(pixels, (taps, taps), sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE)
+    kernel_x, kernel_y = (_kernel(variance, taps) for variance in variances)
+    return cv2.sepFilter2D(pixels, -1, kernel_x, kernel_y, borderType=cv2.BORDER_REPLICATE)
 
 
-def _sigma(variance: float, taps: int) -> float:
-    """The sigma with which OpenCV's sampled Gaussian has this variance."""
-    variance = max(variance, 1e-4)  # OpenCV takes 0 to mean "choose one"
-    if taps > 3:
-        return math.sqrt(variance)
-    return math.sqrt(-0.5 / math.log(variance / 2 / (1 - variance)))
+def _kernel(variance: float, taps: int) -> np.ndarray:
+    """Weights of that variance: three exactly, more as a Gaussian."""
+    variance = max(variance, 0.0)
+    if taps == 3:
+        return np.array([variance / 2, 1 - variance, variance / 2], np.float32)
+    return cv2.getGaussianKernel(taps, max(math.sqrt(variance), 1e-2)).astype(np.float32)
 
 
 def _with_channels(pixels: np.ndarray) -> np.ndarray:
