@@ -1,4 +1,4 @@
-"""The float32 and the INT8 (QDQ) ONNX file of one net, in ONNX Runtime and OpenVINO: images/s, ratios, file sizes.
+"""A net in float32 and in INT8, in the predictor, ONNX Runtime and OpenVINO (QDQ): images/s, ratios, file sizes.
 
 `python -m benchmarks.int8 [--model RepVGG-A0] [--batch-size 1]`. Each file in each runtime is a process of its own;
 they take turns, several rounds, and each round of each is one measurement of at least `SECONDS`. The median counts.
@@ -16,11 +16,11 @@ import numpy as np
 from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve, versions
 
 SECONDS = 1.0
-FILES, RUNTIMES = ("float32", "int8"), ("onnxruntime", "openvino")
+FILES, RUNTIMES = ("float32", "int8"), ("repvgg_jax", "onnxruntime", "openvino")
 
 
 def write_files(folder: Path, name: str, image_size: int) -> None:
-    """`float32.onnx` and `int8.onnx` of a net with random weights, on which speed does not depend."""
+    """A net with random weights, on which speed does not depend: `float32` and `int8`, `.onnx` and `.safetensors`."""
     import repvgg_jax as rv
     from tests.random_weights import random_variables
 
@@ -31,6 +31,21 @@ def write_files(folder: Path, name: str, image_size: int) -> None:
     rv.export_onnx(folder / "float32.onnx", model, variables, preprocessing=preprocessing)
     net = rv.quantize(model, variables, images, "per-channel", preprocessing=preprocessing)
     rv.export_quantized_onnx(folder / "int8.onnx", net)
+    rv.save_weights(folder / "float32.safetensors", model, variables)
+    rv.save_quantized(folder / "int8.safetensors", net)
+
+
+def make_ours(path: Path, images: np.ndarray) -> Callable[[], object]:
+    """The predictor, on the same images in its own layout."""
+    import repvgg_jax as rv
+
+    count, _, height, width = images.shape
+    own = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    if path.stem == "int8":
+        predict = rv.make_predictor(None, None, count, (height, width), quantized=rv.load_quantized(path))
+    else:
+        predict = rv.make_predictor(*rv.load_weights(path), count, (height, width))
+    return lambda: predict(own)
 
 
 def make_onnxruntime(path: Path, images: np.ndarray) -> Callable[[], object]:
@@ -57,8 +72,8 @@ def work(contestant: str, folder: Path, batch_size: int, image_size: int) -> Non
     """A worker: load, warm up, then time on demand."""
     file, runtime = contestant.split("-")
     images = np.random.default_rng(0).standard_normal((batch_size, 3, image_size, image_size), np.float32)
-    make = {"onnxruntime": make_onnxruntime, "openvino": make_openvino}[runtime]
-    predict = make(folder / f"{file}.onnx", images)
+    make = {"repvgg_jax": make_ours, "onnxruntime": make_onnxruntime, "openvino": make_openvino}[runtime]
+    predict = make(folder / f"{file}{'.safetensors' if runtime == 'repvgg_jax' else '.onnx'}", images)
     for _ in range(3):
         predict()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -13,13 +13,14 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 
 from . import data
 from .data import BadImages, Source, eval_batches
 from .parallel import AXIS, parallel, replicate
-from .step import make_eval_step
+from .step import make_eval_step, predictor_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Evaluator:
     Unreadable images are named once, however often the source is evaluated.
 
     Args:
-      model: training or deploy form, or a quantised net.
+      model: training or deploy form, or a quantised net; or a predictor, on one device, which has its variables.
       source: what to evaluate on.
       preprocessing: how its images are prepared.
       batch_size: images in a batch over all devices; rounded up to their multiple.
@@ -54,7 +55,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: rv.RepVGG | rv.QuantizedNet,
+        model: rv.RepVGG | rv.QuantizedNet | Predictor,
         source: Source,
         preprocessing: Preprocessing,
         *,
@@ -63,7 +64,12 @@ class Evaluator:
         strict: bool = False,
     ):
         devices = jax.device_count()
-        self._step = parallel(make_eval_step(model, preprocessing, axis_name=AXIS))
+        self._step: Callable[[Any, Any], Mapping[str, Any]]
+        if isinstance(model, Predictor):
+            assert devices == 1
+            self._step = predictor_step(model)
+        else:
+            self._step = parallel(make_eval_step(model, preprocessing, axis_name=AXIS))
         self._source = source
         self._options: dict[str, Any] = dict(
             batch_size=-(-batch_size // devices) * devices,
@@ -77,16 +83,16 @@ class Evaluator:
         )
 
     def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
-        """Evaluate variables with a leading axis of devices.
+        """Evaluate variables with a leading axis of devices; none for a predictor.
 
         Raises:
           DataError: no image of the source can be read, or with `strict` any cannot.
         """
-        totals = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
+        totals: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
         predictions = []
         with eval_batches(self._source, **self._options) as batches:
             for batch in batches:
-                sums = dict(self._step(replicated_variables, batch))
+                sums: dict[str, Any] = dict(self._step(replicated_variables, batch))
                 predicted = np.asarray(sums.pop("prediction"))
                 predictions.append(predicted[batch["mask"] > 0])
                 for name, value in sums.items():
@@ -155,15 +161,30 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise WeightsError(
             f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
         )
+    evaluated, placed = model, {}
+    if arguments.form == "deploy" and jax.device_count() == 1:
+        evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
+    else:
+        placed = replicate(variables)
     evaluator = Evaluator(
-        model,
+        evaluated,
         dataset.test,
         preprocessing,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         strict=arguments.strict,
     )
-    return evaluator(replicate(variables))
+    return evaluator(placed)
+
+
+def _predictor(
+    model: rv.RepVGG | rv.QuantizedNet, variables: Mapping[str, Any], batch_size: int, preprocessing: Preprocessing
+) -> Predictor:
+    """What is deployed: planned, compiled, normalising its images itself."""
+    size = preprocessing.image_size
+    if isinstance(model, rv.QuantizedNet):
+        return rv.make_predictor(None, None, batch_size, size, quantized=model, preprocessing=preprocessing)
+    return rv.make_predictor(model, variables, batch_size, size, preprocessing=preprocessing)
 
 
 def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.QuantizedNet, Mapping[str, Any]]:

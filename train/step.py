@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
 from repvgg_jax import QuantizedNet, RepVGG
+from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing, normalize
 
 from .state import TrainState
@@ -161,15 +163,32 @@ def make_eval_step(
     def eval_step(variables: Any, batch: Batch) -> Metrics:
         logits = model.apply(variables, normalize(batch["image"], preprocessing), train=False)
         assert isinstance(logits, Array)
-        labels, mask = batch["label"], batch["mask"]
-        sums = {
-            "loss": (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask).sum(),
-            "top1": (correct_at(logits, labels, 1) * mask).sum(),
-            "top5": (correct_at(logits, labels, 5) * mask).sum(),
-            "images": mask.sum(),
-        }
+        sums = evaluation_sums(logits, batch["label"], batch["mask"])
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
         return sums | {"prediction": logits.argmax(-1)}
 
     return eval_step
+
+
+def predictor_step(predict: Predictor) -> Callable[[Any, Batch], Metrics]:
+    """The same on one device with a predictor, which has its variables already: the batch has an axis of one device."""
+    sums_of = jax.jit(evaluation_sums)
+
+    def eval_step(variables: Any, batch: Batch) -> Metrics:
+        del variables
+        logits = jnp.asarray(predict(np.asarray(batch["image"])[0]))
+        sums = sums_of(logits, jnp.asarray(batch["label"])[0], jnp.asarray(batch["mask"])[0])
+        return sums | {"prediction": logits.argmax(-1)[None]}
+
+    return eval_step
+
+
+def evaluation_sums(logits: Array, labels: Array, mask: Array) -> Metrics:
+    """`{"loss", "top1", "top5", "images"}` over the images `[N]` whose mask is 1."""
+    return {
+        "loss": (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask).sum(),
+        "top1": (correct_at(logits, labels, 1) * mask).sum(),
+        "top5": (correct_at(logits, labels, 5) * mask).sum(),
+        "images": mask.sum(),
+    }
