@@ -111,6 +111,17 @@ def test_float32_error_of_one_layer(algorithm):
     assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), found) <= limit
 
 
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("algorithm", NATIVE)
+def test_what_is_not_a_number_does_not_become_one(algorithm):
+    x = np.ones((1, 8, 8, 16), np.float32)
+    x[0, 4, 4, 3] = np.nan
+    kernel = np.ones((3, 3, 16, 16), np.float32)
+    found = np.asarray(compute(algorithm, x, kernel, np.zeros(16, np.float32), 1, 1, True))
+    assert np.isnan(found[0, 3:6, 3:6]).all()
+    assert np.isfinite(found[0, 0, 0]).all()
+
+
 def test_native_convolutions_can_be_switched_off(monkeypatch):
     monkeypatch.setenv(native.SWITCH, "0")
     assert not native.available()

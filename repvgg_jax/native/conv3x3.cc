@@ -4,14 +4,14 @@
 //
 // - direct: rows of output pixels times panels of output channels, straight from a zero-padded copy of a few input
 //   rows; stride 1 and 2; in float32, or of uint8 images and int8 kernels with int32 sums (AVX-512 VNNI).
-// - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), float32, stride 1: a block of tiles is transformed,
-//   multiplied and transformed back before the next one is begun, so that nothing leaves the core's cache but the
-//   result. m = 4 takes 2.25, m = 2 takes 4 multiplications for the direct sum's 9.
+// - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), float32, stride 1: a block of tiles is
+//   transformed, multiplied and transformed back before the next one is begun, so that nothing leaves the core's cache
+//   but the result. m = 4 takes 2.25, m = 2 takes 4 multiplications for the direct sum's 9.
 //
 // Both end in the same product: up to MAX_ROWS rows of the left matrix, each number broadcast, times two vectors of
 // output channels, all accumulators in registers. The kernel comes packed in panels of one vector's channels
-// (`native.pack_kernel`), zeros in what its last vector has too many. Threads are XLA's own: tasks are taken from a counter, by the caller as well, so that a busy
-// pool makes a call slower but never stops it.
+// (`native.pack_kernel`), zeros in what its last vector has too many. Threads are XLA's own: tasks are taken from a
+// counter, by the caller as well, so that a busy pool makes a call slower but never stops it.
 
 #include <algorithm>
 #include <atomic>
@@ -69,7 +69,8 @@ inline void store(float* p, Vec v, int64_t count) {
     std::memcpy(p, &v, count * sizeof(float));
 }
 
-inline Vec positive(Vec v) { return v > 0.0f ? v : Vec{}; }
+// ReLU; what is not a number stays so.
+inline Vec positive(Vec v) { return v < 0.0f ? Vec{} : v; }
 
 struct Shape {
   int64_t images, height, width, inputs, outputs, stride, groups;
@@ -184,7 +185,8 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
           std::memcpy(&four, x + m * left.row + k, 4);
           const Ints pixels = four - Ints{};
 #pragma GCC unroll 2
-          for (int v = 0; v < COUNT; v++) sums[m][v] = Ints(_mm512_dpbusd_epi32(__m512i(sums[m][v]), __m512i(pixels), __m512i(w[v])));
+          for (int v = 0; v < COUNT; v++)
+            sums[m][v] = Ints(_mm512_dpbusd_epi32(__m512i(sums[m][v]), __m512i(pixels), __m512i(w[v])));
         }
       }
     }
@@ -193,7 +195,8 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++) {
       const int64_t stored = std::min<int64_t>(std::max<int64_t>(width - v * LANES, 0), LANES);
-      finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, __mmask16((1u << stored) - 1));
+      const __mmask16 mask = (1u << stored) - 1;
+      finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, mask);
     }
 }
 
@@ -268,7 +271,8 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
     for (int64_t i; (i = state->next.fetch_add(1)) < count; finished++) task(i);
     state->done.fetch_add(finished);
   };
-  for (int64_t helpers = std::min(pool.num_threads(), count) - 1; helpers > 0; helpers--) pool.Schedule(decltype(work)(work));
+  for (int64_t helpers = std::min(pool.num_threads(), count) - 1; helpers > 0; helpers--)
+    pool.Schedule(decltype(work)(work));  // a copy: the pool outlives this call
   work();
   for (int spins = 0; state->done.load() < count; spins++)
     if (spins > 1000) std::this_thread::yield();
@@ -290,8 +294,8 @@ Range panel_range(int64_t panels, int64_t part, int64_t parts) {
   return {pairs * part / parts * PANELS, std::min(panels, pairs * (part + 1) / parts * PANELS)};
 }
 
-// The rows of the input that output rows `first` … `first + count - 1` read, copied with `zero` around them; a pixel takes
-// `pixel` elements, zeros in what it has too many.
+// The rows of the input that output rows `first` ... `first + count - 1` read, copied with `zero` around them; a pixel
+// takes `pixel` elements, zeros in what it has too many.
 template <typename Element>
 void copy_padded(const Shape& s, const Element* image, int64_t first, int64_t count, int64_t pixel, Element zero,
                  Element* to) {
@@ -328,7 +332,8 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   // Some rows of one image, or several whole images, at a time.
   const int64_t fit = std::max<int64_t>(1, (BUDGET / line - 3) / s.stride + 1);
   int64_t rows = std::min(fit, s.rows());
-  if (s.images * ((s.rows() + rows - 1) / rows) < 2 * threads) rows = std::max<int64_t>(1, std::min(rows, s.rows() / 2));
+  if (s.images * ((s.rows() + rows - 1) / rows) < 2 * threads)
+    rows = std::max<int64_t>(1, std::min(rows, s.rows() / 2));
   const int64_t parts_of_image = (s.rows() + rows - 1) / rows;
   const int64_t patch = ((rows - 1) * s.stride + 3) * line;
   int64_t together = parts_of_image > 1 ? 1 : std::max<int64_t>(1, BUDGET / patch);
