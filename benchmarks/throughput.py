@@ -6,7 +6,6 @@ repository): speed does not depend on the weights' values.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,6 @@ def main() -> None:
         rows.append(row)
         speeds = f"{row['ours']:.1f} | {row[peer]:.1f} | {row['ours'] / row[peer]:.2f}"
         print(f"| {name} | {row['image_size']} | {row['top1']} | {speeds} |", flush=True)
-        with atomic_path(arguments.output.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1) + "\n")
     title = f"float32, batch {arguments.batch_size}" + (f", {arguments.title}" if arguments.title else "")
     draw([row for row in rows if row["top1"] is not None], peer, title, arguments.output)
 
