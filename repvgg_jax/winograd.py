@@ -21,7 +21,7 @@ from jax import numpy as jnp
 
 _A, _B = 0.625, 1.5
 """m = 4 interpolates at 0, +-A, +-B and infinity. With 5/8 and 3/2, exact in binary, the rounding error is half of that
-with the usual 1 and 2; those of `native/conv3x3.cc` must be the same."""
+with the usual 1 and 2; those of `native/winograd.h` must be the same."""
 
 
 def _matrices() -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]:

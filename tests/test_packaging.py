@@ -67,8 +67,10 @@ def test_the_wheel_holds_the_library_alone(built):
     assert {name.split("/")[0] for name in names} == {"repvgg_jax", f"repvgg_jax-{rv.__version__}.dist-info"}
     assert "repvgg_jax/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "repvgg_jax").rglob("*.py")}
-    assert modules <= set(names)
+    for suffix in ("py", "cc", "h"):
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / "repvgg_jax").rglob(f"*.{suffix}")}
+        assert sources
+        assert sources <= set(names)
 
 
 def test_the_source_distribution_holds_the_whole_checkout(built):

@@ -186,7 +186,8 @@ def _compiled() -> Path | None:
     if flag is None or compiler is None or sys.platform == "win32":
         return None
     command = [compiler, "-std=c++17", "-O3", flag, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread"]
-    dependencies = (SOURCE.read_text(), *command, jaxlib.version.__version__, cpu_model())
+    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]*")))
+    dependencies = (*sources, *command, jaxlib.version.__version__, cpu_model())
     digest = hashlib.sha256("\n".join(dependencies).encode()).hexdigest()[:24]
     path = cache_folder("native") / f"{digest}.so"
     failure = path.with_suffix(".failed")

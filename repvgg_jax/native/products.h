@@ -1,0 +1,226 @@
+// The product that every convolution ends in: rows of pixels or tiles, each number broadcast, times vectors of output
+// channels, all sums in registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace repvgg {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MAX_ROWS = 14;  // 28 accumulators, 2 panels and a broadcast in 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, MAX_ROWS = 6;  // 12, 2 and 1 of 16
+#else
+constexpr int LANES = 4, MAX_ROWS = 12;  // 24, 2 and 1 of 32 (Arm)
+#endif
+constexpr int PANELS = 2;             // vectors of output channels in one product
+constexpr int WIDTH = PANELS * LANES;
+constexpr int64_t AHEAD = 6144;       // numbers: the kernel is fetched before it is needed, as it rarely fits the cache
+constexpr int64_t CACHE = 1 << 19;    // bytes of a core's cache that a task's inputs may take
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// The first `count` numbers; zeros behind them.
+inline Vec load(const float* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  Vec v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+
+inline void store(float* p, Vec v, int64_t count) {
+  if (count >= LANES)
+    store(p, v);
+  else
+    std::memcpy(p, &v, count * sizeof(float));
+}
+
+// ReLU; what is not a number stays so.
+inline Vec positive(Vec v) { return v < 0.0f ? Vec{} : v; }
+
+struct Shape {
+  int64_t images, height, width, inputs, outputs, stride, groups;
+  int64_t rows() const { return (height - 1) / stride + 1; }
+  int64_t columns() const { return (width - 1) / stride + 1; }
+  int64_t group_inputs() const { return inputs / groups; }
+  int64_t group_outputs() const { return outputs / groups; }
+  int64_t panels() const { return (group_outputs() + LANES - 1) / LANES; }  // of a group
+};
+
+// The left matrix of a product: `row` apart lie its rows, each made of `outer` x `inner` runs of `length` numbers.
+struct Left {
+  int64_t row, outer, outer_step, inner, inner_step, length;
+};
+
+// What a float product begins and ends with, from one channel on.
+struct FloatEnds {
+  const float* bias;  // none if null
+  bool relu;
+  FloatEnds from(int64_t channel) const { return {bias + channel, relu}; }
+};
+
+// ROWS x (COUNT * LANES) numbers of a product; `width` columns are stored.
+template <int ROWS, int COUNT>
+void multiply(const Left& left, const float* a, const float* b, int64_t panel, const FloatEnds& ends,
+              float* out, int64_t out_row, int64_t width) {
+  Vec sums[ROWS][COUNT];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) sums[m][v] = ends.bias ? load(ends.bias + v * LANES) : Vec{};
+  for (int64_t i = 0; i < left.outer; i++)
+    for (int64_t j = 0; j < left.inner; j++) {
+      const float* x = a + i * left.outer_step + j * left.inner_step;
+      for (int64_t k = 0; k < left.length; k++, b += LANES) {
+        Vec w[COUNT];
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT; v++) {
+          w[v] = load(b + v * panel);
+          __builtin_prefetch(b + v * panel + AHEAD);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+          for (int v = 0; v < COUNT; v++) sums[m][v] += x[m * left.row + k] * w[v];
+      }
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) {
+      Vec y = ends.relu ? positive(sums[m][v]) : sums[m][v];
+      store(out + m * out_row + v * LANES, y, width - v * LANES);
+    }
+}
+
+// Float32: one number at a time.
+struct Floats {
+  using Element = float;
+  using Weight = float;
+  using Out = float;
+  using Ends = FloatEnds;
+  static constexpr int STEP = 1;
+  template <int ROWS, int COUNT>
+  static constexpr auto product = multiply<ROWS, COUNT>;
+};
+
+#if defined(__AVX512VNNI__)
+// Unlike __m512i, whose pointers may alias anything, the compiler keeps arrays of these in registers.
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+// What an integer product begins and ends with: an int32 bias, and the factor that makes a sum a uint8.
+struct IntegerEnds {
+  const int32_t* bias;
+  const float* factor;
+  IntegerEnds from(int64_t channel) const { return {bias + channel, factor + channel}; }
+};
+
+inline void finish(__m512i sum, const float*, int32_t* out, __mmask16 mask) {
+  _mm512_mask_storeu_epi32(out, mask, sum);
+}
+
+// To the nearest, ties to even, saturated: as `QuantizedNet` rounds.
+inline void finish(__m512i sum, const float* factor, uint8_t* out, __mmask16 mask) {
+  const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(factor));
+  const __m512 inside = _mm512_min_ps(_mm512_max_ps(real, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+  _mm512_mask_cvtepi32_storeu_epi8(out, mask, _mm512_cvtps_epi32(inside));
+}
+
+// The same product of bytes, four channels at a time: `left.length` counts bytes.
+template <typename Out, int ROWS, int COUNT>
+void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t panel, const IntegerEnds& ends,
+                    Out* out, int64_t out_row, int64_t width) {
+  Ints sums[ROWS][COUNT];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) std::memcpy(&sums[m][v], ends.bias + v * LANES, sizeof(Ints));
+  for (int64_t i = 0; i < left.outer; i++)
+    for (int64_t j = 0; j < left.inner; j++) {
+      const uint8_t* x = a + i * left.outer_step + j * left.inner_step;
+      for (int64_t k = 0; k < left.length; k += 4, b += 4 * LANES) {
+        Ints w[COUNT];
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT; v++) {
+          std::memcpy(&w[v], b + v * panel, sizeof(Ints));
+          __builtin_prefetch(b + v * panel + AHEAD);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; m++) {
+          int32_t four;
+          std::memcpy(&four, x + m * left.row + k, 4);
+          const Ints pixels = four - Ints{};
+#pragma GCC unroll 2
+          for (int v = 0; v < COUNT; v++)
+            sums[m][v] = Ints(_mm512_dpbusd_epi32(__m512i(sums[m][v]), __m512i(pixels), __m512i(w[v])));
+        }
+      }
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) {
+      const int64_t stored = std::min<int64_t>(std::max<int64_t>(width - v * LANES, 0), LANES);
+      const __mmask16 mask = (1u << stored) - 1;
+      finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, mask);
+    }
+}
+
+// uint8 times int8, to int32 or rounded to uint8.
+template <typename Result>
+struct Bytes {
+  using Element = uint8_t;
+  using Weight = int8_t;
+  using Out = Result;
+  using Ends = IntegerEnds;
+  static constexpr int STEP = 4;
+  template <int ROWS, int COUNT>
+  static constexpr auto product = multiply_bytes<Result, ROWS, COUNT>;
+};
+#endif
+
+// The products of one kind, by rows and panels.
+template <typename Kind>
+struct Table {
+  using Multiply = void (*)(const Left&, const typename Kind::Element*, const typename Kind::Weight*, int64_t,
+                            const typename Kind::Ends&, typename Kind::Out*, int64_t, int64_t);
+  Multiply of[MAX_ROWS + 1][PANELS + 1] = {};
+  constexpr Table() { fill<MAX_ROWS>(); }
+
+ private:
+  template <int ROWS>
+  constexpr void fill() {
+    of[ROWS][1] = Kind::template product<ROWS, 1>;
+    of[ROWS][2] = Kind::template product<ROWS, 2>;
+    if constexpr (ROWS > 1) fill<ROWS - 1>();
+  }
+};
+template <typename Kind>
+constexpr Table<Kind> TABLE;
+
+// `count` rows in products of nearly equal height: `act(first, height)`.
+template <typename Act>
+void in_rows(int64_t count, Act act) {
+  const int64_t parts = (count + MAX_ROWS - 1) / MAX_ROWS;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = count * part / parts, end = count * (part + 1) / parts;
+    act(first, end - first);
+  }
+}
+
+}  // namespace repvgg

@@ -1,0 +1,71 @@
+// Work cut into tasks for all threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+
+#include "products.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace repvgg {
+
+namespace ffi = xla::ffi;
+
+// Memory of the thread's own, kept for its next task.
+template <typename Element>
+Element* scratch(int64_t count) {
+  thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
+  thread_local int64_t size = 0;
+  const int64_t bytes = count * sizeof(Element);
+  if (size < bytes) {
+    memory.reset();
+    void* found = nullptr;
+    if (posix_memalign(&found, 64, bytes)) std::abort();
+    memory.reset(found);
+    size = bytes;
+  }
+  return static_cast<Element*>(memory.get());
+}
+
+// Tasks 0 … count - 1, by the pool's threads and the caller.
+template <typename Task>
+void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  // `task` is only touched by who has claimed a number, and the caller waits for those.
+  auto work = [state, count, &task] {
+    int64_t finished = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count; finished++) task(i);
+    state->done.fetch_add(finished);
+  };
+  for (int64_t helpers = std::min(pool.num_threads(), count) - 1; helpers > 0; helpers--)
+    pool.Schedule(decltype(work)(work));  // a copy: the pool outlives this call
+  work();
+  for (int spins = 0; state->done.load() < count; spins++)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+// Into how many parts the panels of a group are cut, so that `tasks` tasks keep all threads busy.
+inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
+  if (tasks >= 3 * threads || tasks % threads == 0) return 1;
+  return std::min(pairs, (3 * threads + tasks - 1) / tasks);
+}
+
+struct Range {
+  int64_t first, end;
+};
+
+// The panels of part `part` of `parts`; whole pairs.
+inline Range panel_range(int64_t panels, int64_t part, int64_t parts) {
+  const int64_t pairs = (panels + PANELS - 1) / PANELS;
+  return {pairs * part / parts * PANELS, std::min(panels, pairs * (part + 1) / parts * PANELS)};
+}
+
+}  // namespace repvgg

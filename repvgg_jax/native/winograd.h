@@ -1,0 +1,157 @@
+// Winograd F(m x m, 3x3), float32: transform a block of tiles, multiply, transform back, begin the next one.
+
+#pragma once
+
+#include "products.h"
+#include "tasks.h"
+
+namespace repvgg {
+
+// One pass of B^T over a column or row of a tile, and of A^T back. m = 4 interpolates at 0, +-A, +-B and infinity: with
+// A = 5/8 and B = 3/2, exact in binary, the rounding error is half of that with the usual 1 and 2.
+constexpr float A = 0.625f, B = 1.5f, AA = A * A, BB = B * B;
+
+inline void input_pass(const Vec (&d)[4], Vec (&t)[4]) {
+  t[0] = d[0] - d[2];
+  t[1] = d[1] + d[2];
+  t[2] = d[2] - d[1];
+  t[3] = d[1] - d[3];
+}
+
+inline void input_pass(const Vec (&d)[6], Vec (&t)[6]) {
+  const Vec even = d[4] - BB * d[2], odd = A * (d[3] - BB * d[1]);
+  const Vec even2 = d[4] - AA * d[2], odd2 = B * (d[3] - AA * d[1]);
+  t[0] = AA * BB * d[0] - (AA + BB) * d[2] + d[4];
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = even2 + odd2;
+  t[4] = even2 - odd2;
+  t[5] = AA * BB * d[1] - (AA + BB) * d[3] + d[5];
+}
+
+inline void output_pass(const Vec (&m)[4], Vec (&y)[2]) {
+  y[0] = m[0] + m[1] + m[2];
+  y[1] = m[1] - m[2] - m[3];
+}
+
+inline void output_pass(const Vec (&m)[6], Vec (&y)[4]) {
+  const Vec sum = m[1] + m[2], difference = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  y[0] = m[0] + sum + sum2;
+  y[1] = A * difference + B * difference2;
+  y[2] = AA * sum + BB * sum2;
+  y[3] = A * AA * difference + B * BB * difference2 + m[5];
+}
+
+// B^T d B of one tile whose pixels lie at `pixels`; position p of channel c goes to `out[p * step + c]`.
+template <int SIZE>
+void transform_input(const float* const* pixels, int64_t channels, float* out, int64_t step) {
+  for (int64_t c = 0; c < channels; c += LANES) {
+    Vec passed[SIZE][SIZE];
+#pragma GCC unroll 6
+    for (int j = 0; j < SIZE; j++) {
+      Vec d[SIZE], t[SIZE];
+#pragma GCC unroll 6
+      for (int i = 0; i < SIZE; i++) d[i] = load(pixels[i * SIZE + j] + c, channels - c);
+      input_pass(d, t);
+#pragma GCC unroll 6
+      for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < SIZE; i++) {
+      Vec t[SIZE];
+      input_pass(passed[i], t);
+#pragma GCC unroll 6
+      for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step + c, t[j], channels - c);
+    }
+  }
+}
+
+// A^T m A of one tile for `channels` channels, plus bias; `height` x `width` of it is inside the image.
+template <int TILE>
+void transform_output(const float* products, int64_t step, int64_t channels, const float* bias, bool relu, float* y,
+                      int64_t line, int64_t pixel, int64_t height, int64_t width) {
+  constexpr int SIZE = TILE + 2;
+  for (; channels > 0; channels -= LANES, products += LANES, bias += LANES, y += LANES) {
+    const Vec start = load(bias);
+    Vec passed[TILE][SIZE];
+#pragma GCC unroll 6
+    for (int j = 0; j < SIZE; j++) {
+      Vec m[SIZE], t[TILE];
+#pragma GCC unroll 6
+      for (int i = 0; i < SIZE; i++) m[i] = load(products + (i * SIZE + j) * step);
+      output_pass(m, t);
+#pragma GCC unroll 4
+      for (int i = 0; i < TILE; i++) passed[i][j] = t[i];
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++) {
+      if (i >= height) break;
+      Vec t[TILE];
+      output_pass(passed[i], t);
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE; j++) {
+        if (j >= width) break;
+        const Vec found = t[j] + start;
+        store(y + i * line + j * pixel, relu ? positive(found) : found, channels);
+      }
+    }
+  }
+}
+
+template <int TILE>
+void winograd(const Shape& s, const float* x, const float* packed, const float* bias, bool relu, float* y,
+              ffi::ThreadPool& pool) {
+  constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
+  const int64_t inner = s.group_inputs(), panels = s.panels(), panel = POSITIONS * inner * LANES;
+  const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
+  const int64_t tiles = s.images * down * across, threads = std::max<int64_t>(pool.num_threads(), 1);
+  // Whole products' worth of tiles in a block, and blocks of equal size.
+  const int64_t fit = CACHE / int64_t(sizeof(float)) / (POSITIONS * inner);
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit / MAX_ROWS, 8)) * MAX_ROWS;
+  const int64_t blocks = (tiles + most - 1) / most, longest = (tiles + blocks - 1) / blocks;
+  const int64_t cuts = panel_parts(blocks * s.groups, (panels + PANELS - 1) / PANELS, threads);
+  const Left left{inner, 1, 0, 1, 0, inner};
+  const int64_t step = longest * inner;
+  in_parallel(pool, blocks * s.groups * cuts, [&](int64_t task) {
+    const int64_t cut = task % cuts, group = task / cuts % s.groups, block = task / cuts / s.groups;
+    const int64_t first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
+    float* zeros = scratch<float>(inner + POSITIONS * longest * (inner + WIDTH));
+    float *transformed = zeros + inner, *products = transformed + POSITIONS * step;
+    std::memset(zeros, 0, inner * sizeof(float));
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t tile = first + t, image = tile / (down * across);
+      const int64_t top = tile / across % down * TILE - 1, side = tile % across * TILE - 1;
+      const float* pixels[POSITIONS];
+      for (int i = 0; i < SIZE; i++)
+        for (int j = 0; j < SIZE; j++) {
+          const int64_t r = top + i, c = side + j;
+          const bool inside = r >= 0 && r < s.height && c >= 0 && c < s.width;
+          pixels[i * SIZE + j] =
+              inside ? x + ((image * s.height + r) * s.width + c) * s.inputs + group * inner : zeros;
+        }
+      transform_input<SIZE>(pixels, inner, transformed + t * inner, step);
+    }
+    const Range range = panel_range(panels, cut, cuts);
+    for (int64_t p = range.first; p < range.end; p += PANELS) {
+      const int64_t used = std::min<int64_t>(PANELS, range.end - p);
+      const float* weights = packed + (group * panels + p) * panel;
+      for (int64_t position = 0; position < POSITIONS; position++)
+        in_rows(count, [&](int64_t t, int64_t height) {
+          TABLE<Floats>.of[height][used](left, transformed + position * step + t * inner,
+                                         weights + position * inner * LANES, panel, FloatEnds{nullptr, false},
+                                         products + (position * longest + t) * WIDTH, WIDTH, WIDTH);
+        });
+      const int64_t channel = group * s.group_outputs() + p * LANES;
+      const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
+      for (int64_t t = 0; t < count; t++) {
+        const int64_t tile = first + t, image = tile / (down * across);
+        const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
+        float* out = y + ((image * s.height + top) * s.width + side) * s.outputs + channel;
+        transform_output<TILE>(products + t * WIDTH, longest * WIDTH, stored, bias + (group * panels + p) * LANES,
+                               relu, out, s.width * s.outputs, s.outputs, s.height - top, s.width - side);
+      }
+    }
+  });
+}
+
+}  // namespace repvgg
