@@ -187,7 +187,8 @@ def _compiled() -> Path | None:
         return None
     command = [compiler, "-std=c++17", "-O3", flag, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread"]
     sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]*")))
-    dependencies = (*sources, *command, jaxlib.version.__version__, cpu_model())
+    installed = f"{Path(compiler).stat().st_mtime_ns}"  # another one may succeed where this one fails
+    dependencies = (*sources, *command, installed, jaxlib.version.__version__, cpu_model())
     digest = hashlib.sha256("\n".join(dependencies).encode()).hexdigest()[:24]
     path = cache_folder("native") / f"{digest}.so"
     failure = path.with_suffix(".failed")
