@@ -3,6 +3,7 @@
 Some hundred mutations in CI; by hand `FUZZ_EXAMPLES=100000 pytest tests/test_weights_fuzz.py`.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import encodings.cp437  # noqa: F401 (zipfile's codec for odd names: imported now, not while watching)
@@ -72,6 +73,10 @@ class Watch:
             cls.on = False
         assert not cls.seen
 
+
+# Python imports a text encoding of its own when it first meets one; a file can name these.
+for _encoding in ("ascii", "cp437", "latin-1", "utf-8", "raw_unicode_escape", "unicode_escape"):
+    codecs.lookup(_encoding)
 
 sys.addaudithook(Watch.hook)
 
