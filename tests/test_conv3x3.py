@@ -14,6 +14,7 @@ from repvgg_jax.planner import LayerShape, candidates
 
 HERE = ALGORITHMS if native.available() else XLA
 """Those that this machine has: the native ones need a C++ compiler."""
+NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
 def direct_sum(x, kernel, bias, stride, groups, relu):
@@ -63,7 +64,7 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, group
         np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@NEEDS_COMPILER
 @settings(max_examples=60, deadline=None)
 @given(
     algorithm=st.sampled_from(NATIVE),
@@ -88,7 +89,7 @@ def test_any_native_algorithm_is_the_direct_sum(algorithm, images, height, width
     np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
 def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
     # More tasks than threads, several images in one task, and products of uneven height.
@@ -111,7 +112,7 @@ def test_float32_error_of_one_layer(algorithm):
     assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), found) <= limit
 
 
-@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
 def test_what_is_not_a_number_does_not_become_one(algorithm):
     x = np.ones((1, 8, 8, 16), np.float32)

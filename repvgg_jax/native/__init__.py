@@ -92,12 +92,10 @@ def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, gr
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
     n, height, width, _ = x.shape
-    by_group = bias.reshape(groups, -1)
-    padded = jnp.pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
     shape = (n, -(-height // stride), -(-width // stride), bias.size)
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     attributes = {"stride": np.int64(stride), "groups": np.int64(groups), "tile": np.int64(tile), "relu": relu}
-    return call(x, packed, padded, **attributes)
+    return call(x, packed, pad_channels(bias, groups), **attributes)
 
 
 def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
@@ -118,10 +116,11 @@ def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
     return np.ascontiguousarray(split.transpose(0, 4, 1, 2, 5, 3))
 
 
-def pad_channels(values: np.ndarray, groups: int) -> np.ndarray:
+def pad_channels(values: Any, groups: int) -> Any:
     """`[C_out]` with each group's channels filled up to whole vectors with zeros, as a packed kernel has them."""
     by_group = values.reshape(groups, -1)
-    return np.pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
+    pad = jnp.pad if isinstance(values, Array) else np.pad
+    return pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
 
 
 def supports_int8(in_channels: int, groups: int) -> bool:

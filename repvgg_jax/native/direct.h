@@ -41,7 +41,7 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   constexpr int64_t STEP = Kind::STEP, BUDGET = CACHE / sizeof(Element);
   const int64_t inner = (s.group_inputs() + STEP - 1) / STEP * STEP, pixel = s.groups * inner;
   const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
-  const int64_t panels = s.panels(), panel = 9 * inner * LANES, threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t panels = s.panels(), panel = 9 * inner * LANES, threads = thread_count(pool);
   // Some rows of one image, or several whole images, at a time.
   const int64_t fit = std::max<int64_t>(1, (BUDGET / line - 3) / s.stride + 1);
   int64_t rows = std::min(fit, s.rows());
@@ -62,8 +62,8 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
     Element* patches = scratch<Element>(images * patch);
     for (int64_t n = 0; n < images; n++)
       copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
+    const Range range = panel_range(panels, cut, cuts);
     for (int64_t group = 0; group < s.groups; group++) {
-      const Range range = panel_range(panels, cut, cuts);
       for (int64_t p = range.first; p < range.end; p += PANELS) {
         const int64_t used = std::min<int64_t>(PANELS, range.end - p), channel = group * s.group_outputs() + p * LANES;
         const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);

@@ -52,6 +52,8 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
     if (spins > 1000) std::this_thread::yield();
 }
 
+inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
+
 // Into how many parts the panels of a group are cut, so that `tasks` tasks keep all threads busy.
 inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
   if (tasks >= 3 * threads || tasks % threads == 0) return 1;

@@ -104,7 +104,7 @@ void winograd(const Shape& s, const float* x, const float* packed, const float* 
   constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
   const int64_t inner = s.group_inputs(), panels = s.panels(), panel = POSITIONS * inner * LANES;
   const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
-  const int64_t tiles = s.images * down * across, threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t tiles = s.images * down * across, threads = thread_count(pool);
   // Whole products' worth of tiles in a block, and blocks of equal size.
   const int64_t fit = CACHE / int64_t(sizeof(float)) / (POSITIONS * inner);
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit / MAX_ROWS, 8)) * MAX_ROWS;

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from .. import native
 from ..variants import BlockSpec, Variant
 from .net import SHIFT, InXla, is_quantized
-from .stack import LINEAR, POOL
+from .stack import LINEAR, with_readers
 
 
 def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
@@ -20,8 +20,7 @@ def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -
     The classifier's integers become float32, as its product is computed in.
     """
     packed = dict(params)
-    specs = variant.blocks(in_channels)
-    for spec, following in zip(specs, [spec.name for spec in specs[1:]] + [POOL], strict=True):
+    for spec, following in with_readers(variant.blocks(in_channels)):
         takes = spec.dilation == 1 and native.supports_int8(spec.in_channels, spec.groups)
         if takes and is_quantized(params[spec.name]):
             packed[spec.name] = pack_layer(spec, params[spec.name], params.get(following, {}).get("input_scale", 1))

@@ -15,7 +15,7 @@ from ..preprocess import Preprocessing
 from ..variants import BlockSpec, Variant
 from .calibration import input_dtype
 from .quantizer import UNSIGNED, WEIGHT_LEVELS, quantize
-from .stack import LINEAR, POOL, activate, geometry, linear_map
+from .stack import LINEAR, POOL, activate, geometry, linear_map, with_readers
 
 if TYPE_CHECKING:
     from .report import LayerReport
@@ -167,9 +167,9 @@ def forward(
       What each layer reads, by name, integers where it is quantised; and `logits`.
     """
     arithmetic = arithmetic or InXla(integer)
-    specs, seen = variant.blocks(), {}
+    seen = {}
     x, scale = images.astype(jnp.float32), None  # scale: of the integers x; None where x is real
-    for spec, following in zip(specs, [spec.name for spec in specs[1:]] + [POOL], strict=True):
+    for spec, following in with_readers(variant.blocks()):
         layer, next_scale = params[spec.name], params.get(following, {}).get("input_scale")
         if not is_quantized(layer):
             seen[spec.name] = x = _real(x, scale)

@@ -7,7 +7,7 @@ Functions on one layer are compiled one by one: many layers of a net have the sa
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +43,11 @@ def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def named_specs(variant: Variant) -> list[tuple[str, BlockSpec | None]]:
     """Every layer with weights, in order; the classifier has no `BlockSpec`."""
     return [*((spec.name, spec) for spec in variant.blocks()), (LINEAR, None)]
+
+
+def with_readers(specs: Sequence[BlockSpec]) -> list[tuple[BlockSpec, str]]:
+    """Each block of the body with the name of what reads its output: the next block, or the pool."""
+    return list(zip(specs, [*(spec.name for spec in specs[1:]), POOL], strict=True))
 
 
 def geometry(spec: BlockSpec | None) -> Geometry | None:
