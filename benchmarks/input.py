@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, de
 from train.data.augmentation import Augmentation, make_transform
 from train.data.pictures import open_picture, resized_crop
 from train.data.pipeline import RandomNumbers, train_batches
+from train.data.resize import resize
 from train.data.sources import FolderSource
 from train.data.transforms import random_crop_box
 
@@ -74,19 +75,19 @@ def processor_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(batches: Iterable[Any], count: int) -> Speed:
-    """The speed over `count` batches, once the pipeline is full."""
-    iterator = iter(batches)
+def measure(batches: Iterable[Any], seconds: float) -> Speed:
+    """The speed over so many seconds, once the pipeline is full."""
+    iterator, images = iter(batches), 0
     for _ in range(WARM_UP):
         next(iterator)
     start, used = time.perf_counter(), processor_seconds()
-    for _ in range(count):
+    while (passed := time.perf_counter() - start) < seconds:
         next(iterator)
-    images = count * BATCH
-    return Speed(images / (time.perf_counter() - start), 1000 * (processor_seconds() - used) / images)
+        images += BATCH
+    return Speed(images / passed, 1000 * (processor_seconds() - used) / images)
 
 
-def torchvision_speed(folder: Path, workers: int, count: int) -> Speed:
+def torchvision_speed(folder: Path, workers: int, seconds: float) -> Speed:
     """Of the official recipe."""
     import torch
 
@@ -108,17 +109,11 @@ def torchvision_speed(folder: Path, workers: int, count: int) -> Speed:
     loader = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(folder), recipe), BATCH, shuffle=True, num_workers=workers, drop_last=True
     )
-
-    def endless() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    # One epoch is longer than a measurement: its workers are started once.
-    assert len(loader) >= WARM_UP + count
-    return measure(endless(), count)
+    # One epoch is longer than a measurement, else StopIteration tells: its workers are started once.
+    return measure(loader, seconds)
 
 
-def our_speed(folder: Path, workers: int, count: int, augmentation: Augmentation) -> Speed:
+def our_speed(folder: Path, workers: int, seconds: float, augmentation: Augmentation) -> Speed:
     """Of `train_batches`."""
     transform = make_transform("random_resized_crop_flip", augmentation, IMAGENET_MEAN)
     with train_batches(
@@ -130,7 +125,7 @@ def our_speed(folder: Path, workers: int, count: int, augmentation: Augmentation
         seed=0,
         num_workers=workers,
     ) as batches:
-        return measure(batches, count)
+        return measure(batches, seconds)
 
 
 CONTESTANTS: dict[str, Augmentation] = {
@@ -174,8 +169,7 @@ def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, f
         "  read the header": lambda index: jpeg.open_jpeg(data[index], "", 3),
         "  decode down to the crop's last row": decode,
         "    of it, entropy decoding (decoded at 1/8)": functools.partial(decode, reduction=8),
-        "  smooth and resize the crop": lambda index: jpeg.resize(crops[index], SIZE),
-        "  mirror (every second)": lambda index: jpeg.flip(slots[index]) if index % 2 else None,
+        "  resize the crop": lambda index: resize(crops[index], (0, 0, *crops[index].shape[1::-1]), SIZE),
         "  copy into the batch": lambda index: slots.__setitem__(index, slots[index - 1]),
         "for comparison, PIL decodes": lambda index: decode_image(data[index], ""),
         "for comparison, PIL crops and resizes": lambda index: resized_crop(
@@ -201,10 +195,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=1536, help="files to make; a round reads fewer")
+    parser.add_argument("--seconds", type=float, default=3, help="of a measurement")
+    parser.add_argument("--images", type=int, default=3072, help="files to make: more than torchvision reads")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="for both; default: cores")
     arguments = parser.parse_args()
-    count = arguments.images // BATCH - WARM_UP - 2
     speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
     theirs = speeds["torchvision, DataLoader"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -212,9 +206,9 @@ def main() -> None:
         size = write_photos(folder, arguments.images)
         print(f"{arguments.images} files of 500x375, {size / 1000:.0f} kB on average; {arguments.workers} workers each")
         for number in range(arguments.rounds):
-            theirs.append(torchvision_speed(folder, arguments.workers, count))
+            theirs.append(torchvision_speed(folder, arguments.workers, arguments.seconds))
             for name, augmentation in CONTESTANTS.items():
-                speeds[name].append(our_speed(folder, arguments.workers, count, augmentation))
+                speeds[name].append(our_speed(folder, arguments.workers, arguments.seconds, augmentation))
             line = ", ".join(f"{values[-1].rate:.0f}" for values in speeds.values())
             print(f"round {number + 1} of {arguments.rounds}: {line}", file=sys.stderr)
         stages = breakdown(folder)

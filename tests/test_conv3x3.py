@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from repvgg_jax import native
 from repvgg_jax.conv3x3 import ALGORITHMS, NATIVE, XLA, convolve, prepare_kernel, supports
+from repvgg_jax.native import compiler
 from repvgg_jax.planner import LayerShape, candidates
 
 HERE = ALGORITHMS if native.available() else XLA
@@ -124,7 +125,7 @@ def test_what_is_not_a_number_does_not_become_one(algorithm):
 
 
 def test_native_convolutions_can_be_switched_off(monkeypatch):
-    monkeypatch.setenv(native.SWITCH, "0")
+    monkeypatch.setenv(compiler.SWITCH, "0")
     assert not native.available()
     assert not set(candidates(LayerShape(14, 14, 16, 16))) & set(NATIVE)
 
@@ -133,15 +134,15 @@ def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert native._compiled() is None
+    assert compiler.compiled(native.SOURCE, "convolutions") is None
     assert not caplog.records
-    compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho no such thing >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    failing = tmp_path / "c++"
+    failing.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho no such thing >&2\nexit 1\n")
+    failing.chmod(0o755)
     for _ in range(2):
-        assert native._compiled() is None
+        assert compiler.compiled(native.SOURCE, "convolutions") is None
     assert (tmp_path / "asked").read_text() == "asked\n"
-    assert [record.getMessage() for record in caplog.records] == [f"no native convolutions: {compiler} failed"]
+    assert [record.getMessage() for record in caplog.records] == [f"no native convolutions: {failing} failed"]
     (kept,) = (tmp_path / "cache" / "repvgg_jax" / "native").iterdir()
     assert "no such thing" in kept.read_text()
 

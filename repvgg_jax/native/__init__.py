@@ -1,47 +1,29 @@
 """3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: compiled for this machine the first time they are needed.
 
-They need a C++ compiler, as `torch.compile` does on a CPU, and what JAX installs; without one, or with
-`REPVGG_JAX_NATIVE=0` in the environment, `available` is False and everything runs on XLA's own operations. The library
-lies in the user's cache folder, named by a digest of what it depends on; so does the compiler's message where it
-failed, so that no process tries in vain again.
+They need a C++ compiler (`compiler.py`) and what JAX installs; without, `available` is False and everything runs on
+XLA's own operations.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib.version
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
 from ..errors import RepVGGError
-from ..files import atomic_path
-from ..machine import cache_folder, cpu_model
+from .compiler import load, switched_on
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
-SWITCH = "REPVGG_JAX_NATIVE"
 TARGET, INT8_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8"
-COMPILERS = ("c++", "g++", "clang++")
-COMPILE_SECONDS = 300
-
-_FOR_THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
-_log = logging.getLogger(__name__)
 
 
 def available() -> bool:
     """Whether these convolutions can be used; compiles them if that has not been done on this machine."""
-    return os.environ.get(SWITCH, "1") != "0" and _library() is not None
+    return switched_on() and _library() is not None
 
 
 def int8_available() -> bool:
@@ -164,57 +146,9 @@ def convolve_int8(
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library, its function made known to XLA; None where it cannot be."""
-    path = _compiled()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(os.fspath(path))
-    except OSError as error:
-        _log.warning("no native convolutions: cannot load %s (%s)", path, error)
-        return None
-    for target in (TARGET, INT8_TARGET) if library.repvgg_has_int8() else (TARGET,):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    """The library, its functions made known to XLA; None where it cannot be."""
+    library = load(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
+    if library is not None:
+        for target in (TARGET, INT8_TARGET) if library.repvgg_has_int8() else (TARGET,):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library
-
-
-def _compiled() -> Path | None:
-    """The compiled library; None where there is no compiler for this machine, or it fails."""
-    flag = _FOR_THIS_CPU.get(platform.machine())
-    compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if flag is None or compiler is None or sys.platform == "win32":
-        return None
-    command = [compiler, "-std=c++17", "-O3", flag, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread"]
-    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]*")))
-    installed = f"{Path(compiler).stat().st_mtime_ns}"  # another one may succeed where this one fails
-    dependencies = (*sources, *command, installed, jaxlib.version.__version__, cpu_model())
-    digest = hashlib.sha256("\n".join(dependencies).encode()).hexdigest()[:24]
-    path = cache_folder("native") / f"{digest}.so"
-    failure = path.with_suffix(".failed")
-    if path.exists() or failure.exists():
-        return path if path.exists() else None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            message = _compile([*command, "-isystem", jax.ffi.include_dir(), os.fspath(SOURCE), "-o", f"{temporary}"])
-            if message:
-                raise RepVGGError(message)
-    except (OSError, RepVGGError) as error:
-        _log.warning("no native convolutions: %s", str(error).splitlines()[0])
-        _keep(failure, str(error))
-        return None
-    return path
-
-
-def _compile(command: list[str]) -> str:
-    """What went wrong; empty if nothing did."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"{command[0]} took longer than {COMPILE_SECONDS} s"
-    return "" if done.returncode == 0 else f"{command[0]} failed\n{done.stderr}"
-
-
-def _keep(path: Path, text: str) -> None:
-    with contextlib.suppress(OSError):  # nothing can be kept here: the next process tries again
-        path.write_text(text)

@@ -1,6 +1,6 @@
 """What a training transform takes: a PIL image, or a file of which only what is needed gets decoded.
 
-The fast road for JPEG files (`jpeg.py`) is taken where simplejpeg and OpenCV are installed. PIL goes everywhere.
+The fast road for JPEG files (`jpeg.py`) is taken where simplejpeg is installed. PIL goes everywhere.
 """
 
 from typing import Protocol
@@ -31,7 +31,7 @@ class Undecoded(Protocol):
         """The whole image, decoded by PIL; raises DataError."""
         ...
 
-    def resized_crop(self, box: Box, size: int) -> np.ndarray | None:
+    def resized_crop(self, box: Box, size: int, mirrored: bool) -> np.ndarray | None:
         """As the function of that name; None if the image has to go through PIL."""
         ...
 
@@ -61,16 +61,16 @@ def to_pil(picture: Picture) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else picture.to_pil()
 
 
-def resized_crop(picture: Picture, box: Box, size: int) -> np.ndarray:
-    """torchvision's `resized_crop` (bilinear, antialiased), uint8 [size, size, C].
+def resized_crop(picture: Picture, box: Box, size: int, *, mirrored: bool = False) -> np.ndarray:
+    """torchvision's `resized_crop` (bilinear, antialiased), uint8 [size, size, C], then perhaps its `hflip`.
 
-    To the pixel for a PIL image; for a JPEG file nearly so (`jpeg.resize`).
+    To the pixel for a PIL image; for a JPEG file nearly so (`jpeg.py`).
 
     Raises:
       DataError: the picture cannot be decoded.
     """
     if not isinstance(picture, Image.Image):
-        pixels = picture.resized_crop(box, size)
+        pixels = picture.resized_crop(box, size, mirrored)
         if pixels is not None:
             return pixels
         picture = picture.to_pil()
@@ -78,9 +78,5 @@ def resized_crop(picture: Picture, box: Box, size: int) -> np.ndarray:
     # Cropped first, as torchvision does: `resize(box=...)` would filter across the box's edges and mix in
     # pixels from outside the crop.
     crop = picture.crop((left, top, left + width, top + height))
-    return to_array(crop.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def flip(pixels: np.ndarray) -> np.ndarray:
-    """Mirror uint8 [H, W, C] left to right."""
-    return jpeg.flip(pixels) if jpeg else pixels[:, ::-1]
+    pixels = to_array(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels

@@ -15,7 +15,7 @@ from PIL import Image
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.preprocess import to_array
 
-from .pictures import Picture, flip, resized_crop, to_pil
+from .pictures import Picture, resized_crop, to_pil
 
 Transform = Callable[[Picture, np.random.Generator, int], np.ndarray]
 
@@ -50,9 +50,7 @@ def random_resized_crop_flip(
       DataError: the file cannot be decoded.
     """
     box = random_crop_box(image.width, image.height, rng, area)
-    mirrored = rng.random() < flip_probability
-    pixels = resized_crop(image, box, size)
-    return flip(pixels) if mirrored else pixels
+    return resized_crop(image, box, size, mirrored=bool(rng.random() < flip_probability))
 
 
 def random_crop_box(
