@@ -83,7 +83,7 @@ def test_the_predictor_says_whether_it_computes_in_integers(monkeypatch):
     model, variables = deploy_net()
     net = rv.quantize(model, variables, images(), "per-channel")
     fast = rv.make_predictor(quantized=net, batch_size=4, image_size=32)
-    monkeypatch.setenv(native.SWITCH, "0")
+    monkeypatch.setenv(compiler.SWITCH, "0")
     slow = rv.make_predictor(quantized=net, batch_size=4, image_size=32)
     assert (fast.integer, slow.integer) == (True, False)
     np.testing.assert_array_equal(fast(images(4)), slow(images(4)))
