@@ -155,6 +155,12 @@ def candidates(shape: LayerShape, dtype: str = "float32") -> list[Algorithm]:
     return [algorithm for algorithm in usable if supports(algorithm, shape.stride, shape.dilation)]
 
 
+def fastest_native(shape: LayerShape, images: int) -> Algorithm:
+    """The native algorithm of least estimated time for a batch of one layer."""
+    usable = [algorithm for algorithm in NATIVE if supports(algorithm, shape.stride, shape.dilation)]
+    return min(usable, key=lambda algorithm: estimated_seconds(shape, algorithm, images))
+
+
 # Fitted on two cores of a 2.3 GHz AVX-512 server. Only their ratios decide.
 PRODUCT_RATE = 100e9  # multiplications a second of a large float32 matrix product
 CONVOLUTION_RATE = 72e9  # of XLA's own convolution, where channels fill vectors

@@ -1,8 +1,9 @@
 """The training form's convolutions, with a gradient that does not stall on CPUs, and a fence between blocks.
 
-On GPU and TPU everything here is XLA's own convolution and XLA's own gradient. XLA's CPU backend has a good forward
-convolution for large images, but its kernel gradient takes 2 to 7 times the time of the same sum as matrix products,
-and images of a few pixels fall into a path 20 times slower than one product. So on CPUs
+On GPU and TPU everything here is XLA's own convolution and XLA's own gradient. On CPUs, in float32 and where there is a
+C++ compiler, 3x3 convolutions and both their gradients are `native`'s (Winograd's where that is faster). XLA's CPU
+backend has a usable forward convolution for large images, but its kernel gradient takes 2 to 7 times the time of the
+same sum as matrix products, and images of a few pixels fall into a path 20 times slower than one product. So otherwise
 
 * a 1x1 convolution is a matrix product;
 * the gradient to a kernel is one product for each of its positions (taps), `[C_in, P] @ [P, C_out]`;
@@ -20,11 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .conv3x3 import DIMENSION_NUMBERS
+from . import native
+from .conv3x3 import DIMENSION_NUMBERS, TILE
+from .native import training as native_training
+from .planner import LayerShape, fastest_native
 
 # Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
 SMALL_FORWARD = {1: 9, 2: 64}
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
+# Up to so many output columns, rows of pixels are too short for the native convolutions of stride 2.
+NARROW = 4
 
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
@@ -58,11 +64,15 @@ def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilati
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _training_conv(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> Any:
-    return plain_conv(x, kernel, stride, groups, dilation)
+    tile = _native_tile(x, kernel, stride, groups, dilation)
+    if tile is None:
+        return plain_conv(x, kernel, stride, groups, dilation)
+    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
+    return _on_cpu(lambda x, kernel: native_training.conv(x, kernel, stride, groups, tile), xla, x, kernel)
 
 
 def _forward(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> tuple[Array, tuple[Array, Array]]:
-    return plain_conv(x, kernel, stride, groups, dilation), (x, kernel)
+    return _training_conv(x, kernel, stride, groups, dilation), (x, kernel)
 
 
 def _backward(
@@ -71,6 +81,12 @@ def _backward(
     x, kernel = saved
     xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
     to_kernels = functools.partial(_kernel_gradient, size=kernel.shape[0], stride=stride, dilation=dilation)
+    tile = _native_tile(x, kernel, stride, groups, dilation)
+
+    def natively(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+        assert tile is not None
+        to_input = native_training.input_gradient(gradient, kernel, x.shape[1:3], stride, groups, tile)
+        return to_input, native_training.kernel_gradient(x, gradient, stride, groups, tile)
 
     def products(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         to_kernel = _by_group(to_kernels, groups, x, gradient)
@@ -81,7 +97,7 @@ def _backward(
     def own(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         return jax.vjp(xla, x, kernel)[1](gradient)
 
-    return _on_cpu(products, own, x, kernel, gradient)
+    return _on_cpu(products if tile is None else natively, own, x, kernel, gradient)
 
 
 _training_conv.defvjp(_forward, _backward)
@@ -113,6 +129,17 @@ def _materialize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 
 def _on_cpu(cpu: Callable, default: Callable, *arguments: Array):
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> int | None:
+    """Winograd's m, or 0 for the direct sum, where the native convolution is to be used; else None."""
+    suits = kernel.shape[0] == 3 and dilation == 1 and x.dtype == jnp.float32
+    large = _out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
+    # On an accelerator's host nothing is compiled in vain.
+    if not (suits and large and jax.default_backend() == "cpu" and native.available()):
+        return None
+    shape = LayerShape(*x.shape[1:], kernel.shape[3], stride, groups)
+    return TILE.get(fastest_native(shape, x.shape[0]), 0)
 
 
 def _out_pixels(x: Array, stride: int) -> int:

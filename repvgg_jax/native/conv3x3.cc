@@ -18,6 +18,7 @@
 #include <optional>
 
 #include "direct.h"
+#include "gradients.h"
 #include "products.h"
 #include "tasks.h"
 #include "winograd.h"
@@ -88,6 +89,39 @@ ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buf
 }
 #endif
 
+// For training: a kernel `[3, 3, inputs / groups, outputs]` packed for its use, and the gradients.
+ffi::Error pack_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kernel, ffi::ResultBuffer<ffi::F32> packed,
+                       int64_t groups, int64_t tile, int64_t use) {
+  const auto d = kernel.dimensions();
+  if (d.size() != 4 || d[0] != 3 || d[1] != 3 || groups < 1 || d[3] % groups) return bad_shapes();
+  if (tile != 0 && tile != 2 && tile != 4) return ffi::Error::InvalidArgument("there are tiles of 2 and 4");
+  if (use < 0 || use > 2 || (use == int64_t(Use::SPREAD) && tile)) return ffi::Error::InvalidArgument("no such use");
+  const bool forward = use == int64_t(Use::FORWARD);
+  const int64_t inner = forward ? d[2] : d[3] / groups, columns = forward ? d[3] / groups : d[2];
+  const int64_t taps = tile ? (tile + 2) * (tile + 2) : 9, panels = (columns + LANES - 1) / LANES;
+  if (int64_t(packed->element_count()) != groups * panels * taps * inner * LANES) return bad_packing();
+  pack(kernel.typed_data(), d[2], d[3], groups, Use(use), tile, packed->typed_data(), pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::Buffer<ffi::F32> packed,
+                    ffi::ResultBuffer<ffi::F32> x, int64_t groups) {
+  const std::optional<Shape> found = shape_of(x->dimensions(), gradient.dimensions(), 2, groups);
+  if (!found) return bad_shapes();
+  const int64_t panels = (found->group_inputs() + LANES - 1) / LANES;
+  if (int64_t(packed.element_count()) != 9 * found->outputs * panels * LANES) return bad_packing();
+  spread(*found, gradient.typed_data(), packed.typed_data(), x->typed_data(), pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gradient,
+                     ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups) {
+  const std::optional<Shape> found = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
+  if (!found || int64_t(kernel->element_count()) != 9 * found->group_inputs() * found->outputs) return bad_shapes();
+  kernel_gradient(*found, x.typed_data(), gradient.typed_data(), kernel->typed_data(), pool);
+  return ffi::Error::Success();
+}
+
 }  // namespace repvgg
 
 extern "C" int repvgg_lanes() { return repvgg::LANES; }
@@ -126,3 +160,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve,
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("tile")
                                   .Attr<bool>("relu"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_pack_kernel, repvgg::pack_kernel,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("tile")
+                                  .Attr<int64_t>("use"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_input_gradient, repvgg::to_input,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("groups"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_kernel_gradient, repvgg::to_kernel,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("groups"));

@@ -42,27 +42,16 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   const int64_t inner = (s.group_inputs() + STEP - 1) / STEP * STEP, pixel = s.groups * inner;
   const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
   const int64_t panels = s.panels(), panel = 9 * inner * LANES, threads = thread_count(pool);
-  // Some rows of one image, or several whole images, at a time.
-  const int64_t fit = std::max<int64_t>(1, (BUDGET / line - 3) / s.stride + 1);
-  int64_t rows = std::min(fit, s.rows());
-  if (s.images * ((s.rows() + rows - 1) / rows) < 2 * threads)
-    rows = std::max<int64_t>(1, std::min(rows, s.rows() / 2));
-  const int64_t parts_of_image = (s.rows() + rows - 1) / rows;
-  const int64_t patch = ((rows - 1) * s.stride + 3) * line;
-  int64_t together = parts_of_image > 1 ? 1 : std::max<int64_t>(1, BUDGET / patch);
-  together = std::min(together, std::max<int64_t>(1, s.images / threads));
-  const int64_t blocks = parts_of_image * ((s.images + together - 1) / together);
-  const int64_t cuts = panel_parts(blocks, (panels + PANELS - 1) / PANELS, threads);
+  const Blocks blocks(s.images, s.rows(), line, s.stride, 3, BUDGET, threads);
+  const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, threads), patch = blocks.patch;
   const bool whole = s.groups == 1;  // then the three pixels of a row are one run
   const Left left{s.stride * pixel, 3, line, whole ? 1 : 3, pixel, whole ? 3 * inner : inner};
-  in_parallel(pool, blocks * cuts, [&](int64_t task) {
-    const int64_t block = task / cuts, cut = task % cuts;
-    const int64_t image = block / parts_of_image * together, first = block % parts_of_image * rows;
-    const int64_t images = std::min(together, s.images - image), count = std::min(rows, s.rows() - first);
+  in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
+    const auto [image, images, first, count] = blocks[task / cuts];
     Element* patches = scratch<Element>(images * patch);
     for (int64_t n = 0; n < images; n++)
       copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
-    const Range range = panel_range(panels, cut, cuts);
+    const Range range = panel_range(panels, task % cuts, cuts);
     for (int64_t group = 0; group < s.groups; group++) {
       for (int64_t p = range.first; p < range.end; p += PANELS) {
         const int64_t used = std::min<int64_t>(PANELS, range.end - p), channel = group * s.group_outputs() + p * LANES;

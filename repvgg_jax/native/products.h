@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -197,8 +198,7 @@ struct Bytes {
 // The products of one kind, by rows and panels.
 template <typename Kind>
 struct Table {
-  using Multiply = void (*)(const Left&, const typename Kind::Element*, const typename Kind::Weight*, int64_t,
-                            const typename Kind::Ends&, typename Kind::Out*, int64_t, int64_t);
+  using Multiply = std::decay_t<decltype(Kind::template product<1, 1>)>;
   Multiply of[MAX_ROWS + 1][PANELS + 1] = {};
   constexpr Table() { fill<MAX_ROWS>(); }
 

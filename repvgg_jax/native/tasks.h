@@ -54,6 +54,34 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
+// Some rows of one image, or several whole images, at a time: as much as `budget` numbers hold, but enough blocks for all
+// threads. Rows are those of a result, each made of `window` rows of `line` numbers, the next of those `stride` below.
+struct Blocks {
+  int64_t rows_of_image, parts, rows, images, together, patch, count;
+
+  Blocks(int64_t images, int64_t rows_of_image, int64_t line, int64_t stride, int64_t window, int64_t budget,
+         int64_t threads)
+      : rows_of_image(rows_of_image), images(images) {
+    rows = std::min(rows_of_image, std::max<int64_t>(1, (budget / line - window) / stride + 1));
+    if (images * ((rows_of_image + rows - 1) / rows) < 2 * threads)
+      rows = std::max<int64_t>(1, std::min(rows, rows_of_image / 2));
+    parts = (rows_of_image + rows - 1) / rows;
+    patch = ((rows - 1) * stride + window) * line;
+    together = parts > 1 ? 1 : std::max<int64_t>(1, budget / patch);
+    together = std::min(together, std::max<int64_t>(1, images / threads));
+    count = parts * ((images + together - 1) / together);
+  }
+
+  struct Block {
+    int64_t image, images, row, rows;
+  };
+
+  Block operator[](int64_t block) const {
+    const int64_t image = block / parts * together, row = block % parts * rows;
+    return {image, std::min(together, images - image), row, std::min(rows, rows_of_image - row)};
+  }
+};
+
 // Into how many parts the panels of a group are cut, so that `tasks` tasks keep all threads busy.
 inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
   if (tasks >= 3 * threads || tasks % threads == 0) return 1;

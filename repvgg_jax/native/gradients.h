@@ -1,0 +1,245 @@
+// What training needs besides the convolution itself: its kernel packed on the spot, and its two gradients.
+
+#pragma once
+
+#include <vector>
+
+#include "direct.h"
+#include "products.h"
+#include "tasks.h"
+#include "winograd.h"
+
+namespace repvgg {
+
+// Which convolution a kernel is packed for.
+enum class Use {
+  FORWARD,
+  BACKWARD,  // of stride 1, from the result's gradient to the input's: the kernel turned by 180 degrees
+  SPREAD,    // the same of stride 2, whose taps are sorted by the pixels of the input that they reach (`spread`)
+};
+
+// Taps that reach the input's pixels of even row and column; even row, odd column; odd row, even column; both odd. They
+// go with the result's pixel at half the place, then with the ones right of it, below it and right below it.
+constexpr int SPREAD_TAPS[9] = {4, 5, 3, 7, 1, 8, 6, 2, 0};
+constexpr int SPREAD_FIRST[4] = {0, 1, 3, 5};
+
+inline int tap_for(Use use, int position) {
+  return use == Use::FORWARD ? position : use == Use::BACKWARD ? 8 - position : SPREAD_TAPS[position];
+}
+
+// G of a tile (see `winograd.py`), for a column or row of a kernel.
+inline void kernel_pass(const Vec (&g)[3], Vec (&t)[4]) {
+  const Vec even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
+  t[0] = g[0];
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = g[2];
+}
+
+inline void kernel_pass(const Vec (&g)[3], Vec (&t)[6]) {
+  constexpr float AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
+  const Vec even = AT_A * (g[0] + AA * g[2]), odd = AT_A * A * g[1];
+  const Vec even2 = AT_B * (g[0] + BB * g[2]), odd2 = AT_B * B * g[1];
+  t[0] = 1 / (AA * BB) * g[0];
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = even2 + odd2;
+  t[4] = even2 - odd2;
+  t[5] = g[2];
+}
+
+template <int SIZE>
+void transform_kernel(const Vec (&taps)[9], float* out, int64_t step) {
+  Vec passed[SIZE][3];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; j++) {
+    const Vec g[3] = {taps[j], taps[3 + j], taps[6 + j]};
+    Vec t[SIZE];
+    kernel_pass(g, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < SIZE; i++) {
+    Vec t[SIZE];
+    kernel_pass(passed[i], t);
+#pragma GCC unroll 6
+    for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step, t[j]);
+  }
+}
+
+// `kernel`: [3, 3, inputs / groups, outputs] of the forward convolution; `packed`: as `native.pack_kernel` makes it of
+// the kernel, or its Winograd transform, for that use.
+inline void pack(const float* kernel, int64_t inputs, int64_t outputs, int64_t groups, Use use, int64_t tile,
+                 float* packed, ffi::ThreadPool& pool) {
+  const bool forward = use == Use::FORWARD;
+  const int64_t group_outputs = outputs / groups, inner = forward ? inputs : group_outputs;
+  const int64_t columns = forward ? group_outputs : inputs, panels = (columns + LANES - 1) / LANES;
+  const int64_t positions = tile ? (tile + 2) * (tile + 2) : 9, step = inner * LANES;
+  in_parallel(pool, groups * panels, [&](int64_t task) {
+    const int64_t group = task / panels, first = task % panels * LANES;
+    const int64_t count = std::min<int64_t>(LANES, columns - first);
+    float* out = packed + task * positions * step;
+    for (int64_t k = 0; k < inner; k++, out += LANES) {
+      Vec taps[9];
+      for (int p = 0; p < 9; p++) {
+        const float* matrix = kernel + tap_for(use, p) * inputs * outputs + group * group_outputs;
+        if (forward) {
+          taps[p] = load(matrix + k * outputs + first, count);
+        } else {
+          taps[p] = Vec{};
+          for (int64_t v = 0; v < count; v++) taps[p][v] = matrix[(first + v) * outputs + k];
+        }
+      }
+      if (tile == 2)
+        transform_kernel<4>(taps, out, step);
+      else if (tile == 4)
+        transform_kernel<6>(taps, out, step);
+      else
+        for (int p = 0; p < 9; p++) store(out + p * step, taps[p]);
+    }
+  });
+}
+
+// From the gradient of a stride 2 convolution's result, whose shape is `s`, to that of its input. Each pixel of the
+// input was read by one, two or four taps, depending on whether its row and column are odd: four convolutions of the
+// gradient, whose results interleave.
+inline void spread(const Shape& s, const float* gradient, const float* packed, float* to_input, ffi::ThreadPool& pool) {
+  const int64_t inner = s.group_outputs(), panels = (s.group_inputs() + LANES - 1) / LANES, panel = 9 * inner * LANES;
+  const int64_t line = (s.columns() + 1) * s.outputs;
+  const Blocks blocks(s.images, s.rows(), line, 1, 2, CACHE / int64_t(sizeof(float)), thread_count(pool));
+  const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, thread_count(pool));
+  in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
+    const Blocks::Block block = blocks[task / cuts];
+    float* patches = scratch<float>(block.images * blocks.patch);
+    for (int64_t n = 0; n < block.images; n++) {
+      float* to = patches + n * blocks.patch;
+      for (int64_t r = block.row; r <= block.row + block.rows; r++, to += line) {
+        const int64_t copied = r < s.rows() ? line - s.outputs : 0;
+        const float* from = gradient + ((block.image + n) * s.rows() + r) * s.columns() * s.outputs;
+        std::copy(from, from + copied, to);
+        std::fill(to + copied, to + line, 0.0f);
+      }
+    }
+    const Range range = panel_range(panels, task % cuts, cuts);
+    for (int64_t group = 0; group < s.groups; group++)
+      for (int64_t p = range.first; p < range.end; p += PANELS) {
+        const int64_t used = std::min<int64_t>(PANELS, range.end - p);
+        const int64_t channel = group * s.group_inputs() + p * LANES;
+        const int64_t stored = std::min<int64_t>(used * LANES, s.group_inputs() - p * LANES);
+        for (int parity = 0; parity < 4; parity++) {
+          const int64_t down = parity / 2, right = parity % 2, columns = (s.width - right + 1) / 2;
+          const Left left{s.outputs, 1 + down, line, 1 + right, s.outputs, inner};
+          const float* weights = packed + (group * panels + p) * panel + SPREAD_FIRST[parity] * inner * LANES;
+          for (int64_t n = 0; n < block.images; n++)
+            for (int64_t r = 0; r < block.rows; r++) {
+              const int64_t row = 2 * (block.row + r) + down;
+              if (row >= s.height) continue;
+              const float* a = patches + n * blocks.patch + r * line + group * inner;
+              float* out = to_input + (((block.image + n) * s.height + row) * s.width + right) * s.inputs + channel;
+              in_rows(columns, [&](int64_t c, int64_t height) {
+                TABLE<Floats>.of[height][used](left, a + c * s.outputs, weights, panel, FloatEnds{nullptr, false},
+                                               out + 2 * c * s.inputs, 2 * s.inputs, stored);
+              });
+            }
+        }
+      }
+  });
+}
+
+// Where the products of a kernel gradient walk: pixels of some images, by row. The left matrix's numbers lie in the
+// convolution's input, the right one's rows follow each other.
+struct Walk {
+  int64_t images, image_step, image_pixels, rows, row_step, row_pixels, columns, column_step;
+};
+
+// Adds to ROWS x (COUNT * LANES) numbers the product of the left matrix, transposed, and the right one.
+template <int ROWS, int COUNT>
+void accumulate(const Walk& walk, const float* a, const float* b, float* out, int64_t out_row, int64_t width) {
+  Vec sums[ROWS][COUNT];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) sums[m][v] = load(out + m * out_row + v * LANES, width - v * LANES);
+  for (int64_t n = 0; n < walk.images; n++)
+    for (int64_t r = 0; r < walk.rows; r++) {
+      const float* x = a + n * walk.image_step + r * walk.row_step;
+      const float* g = b + (n * walk.image_pixels + r * walk.row_pixels) * WIDTH;
+      for (int64_t c = 0; c < walk.columns; c++, x += walk.column_step, g += WIDTH) {
+        Vec w[COUNT];
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT; v++) w[v] = load(g + v * LANES);
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+          for (int v = 0; v < COUNT; v++) sums[m][v] += x[m] * w[v];
+      }
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < COUNT; v++) store(out + m * out_row + v * LANES, sums[m][v], width - v * LANES);
+}
+
+struct Accumulating {
+  template <int ROWS, int COUNT>
+  static constexpr auto product = accumulate<ROWS, COUNT>;
+};
+
+// The gradient to the kernel, [3, 3, inputs / groups, outputs]. How the sum is cut depends on the shape alone: the same
+// numbers come out on any number of threads.
+inline void kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
+                            ffi::ThreadPool& pool) {
+  constexpr int64_t TASKS = 16;
+  const int64_t inner = s.group_inputs(), pairs = (s.panels() + PANELS - 1) / PANELS, size = 9 * inner * s.outputs;
+  const int64_t pixels = s.rows() * s.columns();
+  // Pixels whose inputs and gradients fit the cache: some rows of an image, or some images.
+  const int64_t fit = CACHE / int64_t(sizeof(float)) / (s.stride * s.stride * s.inputs + WIDTH);
+  const int64_t rows = std::max<int64_t>(1, std::min(s.rows(), fit / s.columns()));
+  const int64_t parts = (s.rows() + rows - 1) / rows, together = std::max<int64_t>(1, parts > 1 ? 1 : fit / pixels);
+  const int64_t blocks = parts * ((s.images + together - 1) / together);
+  const int64_t tasks = 3 * s.groups * pairs;
+  const int64_t chunks = std::max<int64_t>(1, std::min((TASKS + tasks - 1) / tasks, blocks));
+  std::vector<float> others((chunks - 1) * size);
+  std::fill(to_kernel, to_kernel + size, 0.0f);
+  in_parallel(pool, chunks * tasks, [&](int64_t task) {
+    const int64_t pair = task % pairs, group = task / pairs % s.groups, i = task / pairs / s.groups % 3;
+    const int64_t chunk = task / tasks;
+    float* total = (chunk ? others.data() + (chunk - 1) * size : to_kernel) + i * 3 * inner * s.outputs;
+    const int64_t channel = group * s.group_outputs() + pair * WIDTH;
+    const int64_t used = std::min<int64_t>(PANELS, s.panels() - pair * PANELS);
+    const int64_t width = std::min<int64_t>(WIDTH, s.group_outputs() - pair * WIDTH);
+    for (int64_t block = blocks * chunk / chunks; block < blocks * (chunk + 1) / chunks; block++) {
+      const int64_t image = block / parts * together, images = std::min(together, s.images - image);
+      // Rows of the result whose tap `i` lies inside the image.
+      int64_t first = block % parts * rows, end = std::min(s.rows(), first + rows);
+      while (first < end && first * s.stride + i - 1 < 0) first++;
+      while (first < end && (end - 1) * s.stride + i - 1 >= s.height) end--;
+      if (first == end) continue;
+      const int64_t count = end - first, run = count * s.columns();
+      float* right = scratch<float>(images * run * WIDTH);
+      for (int64_t n = 0; n < images; n++) {
+        const float* from = gradient + ((image + n) * pixels + first * s.columns()) * s.outputs + channel;
+        for (int64_t k = 0; k < run; k++)
+          for (int v = 0; v < used; v++)
+            store(right + (n * run + k) * WIDTH + v * LANES, load(from + k * s.outputs + v * LANES, width - v * LANES));
+      }
+      for (int64_t j = 0; j < 3; j++) {
+        const int64_t start = j == 0 ? 1 : 0, stop = s.width < j ? 0 : std::min(s.columns(), (s.width - j) / s.stride + 1);
+        if (start >= stop) continue;
+        const Walk walk{images,       s.height * s.width * s.inputs, run,          count, s.stride * s.width * s.inputs,
+                        s.columns(), stop - start,                   s.stride * s.inputs};
+        const float* a = x + ((image * s.height + first * s.stride + i - 1) * s.width + start * s.stride + j - 1) *
+                                 s.inputs + group * inner;
+        in_rows(inner, [&](int64_t c, int64_t height) {
+          TABLE<Accumulating>.of[height][used](walk, a + c, right + start * WIDTH, total + (j * inner + c) * s.outputs + channel,
+                                      s.outputs, width);
+        });
+      }
+    }
+  });
+  for (int64_t chunk = 1; chunk < chunks; chunk++)
+    for (int64_t k = 0; k < size; k++) to_kernel[k] += others[(chunk - 1) * size + k];
+}
+
+}  // namespace repvgg
