@@ -85,7 +85,8 @@ def _backward(
 
     def natively(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         assert tile is not None
-        to_input = native_training.input_gradient(gradient, kernel, x.shape[1:3], stride, groups, tile)
+        size = (x.shape[1], x.shape[2])
+        to_input = native_training.input_gradient(gradient, kernel, size, stride, groups, tile)
         return to_input, native_training.kernel_gradient(x, gradient, stride, groups, tile)
 
     def products(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
@@ -138,7 +139,8 @@ def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: in
     # On an accelerator's host nothing is compiled in vain.
     if not (suits and large and jax.default_backend() == "cpu" and native.available()):
         return None
-    shape = LayerShape(*x.shape[1:], kernel.shape[3], stride, groups)
+    _, height, width, inputs = x.shape
+    shape = LayerShape(height, width, inputs, kernel.shape[3], stride, groups)
     return TILE.get(fastest_native(shape, x.shape[0]), 0)
 
 

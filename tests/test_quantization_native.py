@@ -11,6 +11,7 @@ from quantization_helpers import VARIANTS, deploy_net, images
 
 import repvgg_jax as rv
 from repvgg_jax import native
+from repvgg_jax.native import compiler
 from repvgg_jax.quantization.native_layers import NativeIntegers, pack_layer, pack_layers
 from repvgg_jax.quantization.net import InXla, forward
 from repvgg_jax.variants import BlockSpec

@@ -179,20 +179,22 @@ def test_ten_steps_in_float32(name, tmp_path):
     """To rounding: about as far from exact arithmetic as PyTorch in float32 is, with the real preprocessing.
 
     Within ten steps a rounding now and then decides on which side of zero a ReLU's input falls, and the loss jumps, by
-    the same amount here and there but not in the same run. So PyTorch runs several times, from weights that differ in
-    their last bit, and what its runs differ from exact arithmetic is granted.
+    the same amount here and there but not in the same run. So steps are short, and PyTorch runs several times, from
+    weights that differ in their last two bits, as much as a Winograd convolution rounds; what its runs differ from
+    exact arithmetic is granted.
 
     Not for the full-size nets: there PyTorch's own float32 moves some weights by percents within ten steps.
     """
-    config, batches, preprocessing = CASES[name], photograph_batches(), Preprocessing(SIZE)
+    config = dataclasses.replace(CASES[name], learning_rate=0.01)
+    batches, preprocessing = photograph_batches(), Preprocessing(SIZE)
     start = to_flax(make_oracle(name, CLASSES), name, tmp_path)
     losses, state = train_ours(flax_model(name, "float32", CLASSES), start, batches, config, preprocessing)
     variant, exact = variant_of(name), make_oracle(name, CLASSES).double()
     exact_losses = train_oracle(exact, batches, config, preprocessing)
     exact_leaves = leaves_of(exact, variant)
     their_losses, their_leaves = [], []
-    for seed in range(6):
-        oracle = in_the_last_bit(make_oracle(name, CLASSES), seed)
+    for seed in range(8):
+        oracle = in_the_last_bits(make_oracle(name, CLASSES), seed)
         their_losses.append(relative_difference(exact_losses, train_oracle(oracle, batches, config, preprocessing)))
         their_leaves.append(largest_difference(exact_leaves, unflatten(leaves_of(oracle, variant))))
 
@@ -204,12 +206,12 @@ def test_ten_steps_in_float32(name, tmp_path):
     assert largest_difference(exact_leaves, state.variables) <= far(their_leaves)
 
 
-def in_the_last_bit(oracle: torch_oracle.RepVGG, seed: int) -> torch_oracle.RepVGG:
-    """Its weights moved by one rounding or none, at random; seed 0 leaves them alone."""
+def in_the_last_bits(oracle: torch_oracle.RepVGG, seed: int) -> torch_oracle.RepVGG:
+    """Its weights moved by up to four roundings, at random; seed 0 leaves them alone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in oracle.parameters():
-            steps = torch.randint(-1, 2, parameter.shape, generator=generator) * bool(seed)
+            steps = torch.randint(-4, 5, parameter.shape, generator=generator) * bool(seed)
             parameter.mul_(1 + torch.finfo(torch.float32).eps * steps)
     return oracle
 
