@@ -157,7 +157,7 @@ def candidates(shape: LayerShape, dtype: str = "float32") -> list[Algorithm]:
 
 def fastest_native(shape: LayerShape, images: int) -> Algorithm:
     """The native algorithm of least estimated time for a batch of one layer."""
-    usable = [algorithm for algorithm in NATIVE if supports(algorithm, shape.stride, shape.dilation)]
+    usable: list[Algorithm] = [a for a in NATIVE if supports(a, shape.stride, shape.dilation)]
     return min(usable, key=lambda algorithm: estimated_seconds(shape, algorithm, images))
 
 

@@ -7,6 +7,7 @@ times.
 import functools
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def pack(kernel: Array, groups: int, tile: int, use: Use) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def conv(x: Array, kernel: Array, stride: int, groups: int, tile: int) -> Array:
+def conv(x: Array, kernel: Array, stride: int, groups: int, tile: int) -> Any:
     """3x3 convolution with padding 1: `[N, H, W, C_in]` to `[N, ceil(H / stride), ceil(W / stride), C_out]`."""
     return _convolve(x, pack(kernel, groups, tile, Use.FORWARD), kernel.shape[3], stride, groups, tile)
 
@@ -59,7 +60,7 @@ def input_gradient(gradient: Array, kernel: Array, size: tuple[int, int], stride
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def kernel_gradient(x: Array, gradient: Array, stride: int, groups: int, tile: int) -> Array:
+def kernel_gradient(x: Array, gradient: Array, stride: int, groups: int, tile: int) -> Any:
     """`conv`'s gradient to its kernel, `[3, 3, C_in // groups, C_out]`; `tile` is for its own gradients."""
     del tile
     shape = (3, 3, x.shape[3] // groups, gradient.shape[3])
