@@ -83,7 +83,7 @@ def _backward(
     to_kernels = functools.partial(_kernel_gradient, size=kernel.shape[0], stride=stride, dilation=dilation)
     tile = _native_tile(x, kernel, stride, groups, dilation)
 
-    def natively(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+    def natively(x: Array, kernel: Array, gradient: Array) -> tuple[Any, Any]:
         assert tile is not None
         size = (x.shape[1], x.shape[2])
         to_input = native_training.input_gradient(gradient, kernel, size, stride, groups, tile)

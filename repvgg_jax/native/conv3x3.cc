@@ -22,6 +22,7 @@
 #include "products.h"
 #include "tasks.h"
 #include "winograd.h"
+#include "winograd_gradient.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace repvgg {
@@ -115,10 +116,13 @@ ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::B
 }
 
 ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gradient,
-                     ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups) {
+                     ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> found = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
   if (!found || int64_t(kernel->element_count()) != 9 * found->group_inputs() * found->outputs) return bad_shapes();
-  kernel_gradient(*found, x.typed_data(), gradient.typed_data(), kernel->typed_data(), pool);
+  const auto way = stride == 1 && tile == 4   ? winograd_kernel_gradient<4>
+                   : stride == 1 && tile == 2 ? winograd_kernel_gradient<2>
+                                              : kernel_gradient;
+  way(*found, x.typed_data(), gradient.typed_data(), kernel->typed_data(), pool);
   return ffi::Error::Success();
 }
 
@@ -185,4 +189,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_kernel_gradient, repvgg::to_kernel,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("stride")
-                                  .Attr<int64_t>("groups"));
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("tile"));

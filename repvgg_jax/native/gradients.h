@@ -27,6 +27,8 @@ inline int tap_for(Use use, int position) {
   return use == Use::FORWARD ? position : use == Use::BACKWARD ? 8 - position : SPREAD_TAPS[position];
 }
 
+constexpr float AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
+
 // G of a tile (see `winograd.py`), for a column or row of a kernel.
 inline void kernel_pass(const Vec (&g)[3], Vec (&t)[4]) {
   const Vec even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
@@ -37,7 +39,6 @@ inline void kernel_pass(const Vec (&g)[3], Vec (&t)[4]) {
 }
 
 inline void kernel_pass(const Vec (&g)[3], Vec (&t)[6]) {
-  constexpr float AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
   const Vec even = AT_A * (g[0] + AA * g[2]), odd = AT_A * A * g[1];
   const Vec even2 = AT_B * (g[0] + BB * g[2]), odd2 = AT_B * B * g[1];
   t[0] = 1 / (AA * BB) * g[0];

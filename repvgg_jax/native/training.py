@@ -61,11 +61,10 @@ def input_gradient(gradient: Array, kernel: Array, size: tuple[int, int], stride
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def kernel_gradient(x: Array, gradient: Array, stride: int, groups: int, tile: int) -> Any:
-    """`conv`'s gradient to its kernel, `[3, 3, C_in // groups, C_out]`; `tile` is for its own gradients."""
-    del tile
+    """`conv`'s gradient to its kernel, `[3, 3, C_in // groups, C_out]`."""
     shape = (3, 3, x.shape[3] // groups, gradient.shape[3])
     call = jax.ffi.ffi_call(KERNEL_GRADIENT, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return call(x, gradient, stride=np.int64(stride), groups=np.int64(groups))
+    return call(x, gradient, stride=np.int64(stride), groups=np.int64(groups), tile=np.int64(tile))
 
 
 def _convolve(x: Array, packed: Array, outputs: int, stride: int, groups: int, tile: int) -> Array:

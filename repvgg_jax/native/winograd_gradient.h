@@ -1,0 +1,188 @@
+// The kernel gradient of a stride 1 convolution by Winograd's algorithm, backwards: with Y = A^T [(G k G^T) * (B^T d B)] A
+// the gradient to k is G^T [sum over tiles of (B^T d B) * (A y A^T)] G. Each position of the transformed tiles is one
+// matrix product over the tiles, m = 4 with 2.25, m = 2 with 4 multiplications for the direct sum's 9.
+
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "gradients.h"
+#include "products.h"
+#include "tasks.h"
+#include "winograd.h"
+
+namespace repvgg {
+
+// A over a column or row of a gradient's tile.
+inline void gradient_pass(const Vec (&y)[2], Vec (&t)[4]) {
+  t[0] = y[0];
+  t[1] = y[0] + y[1];
+  t[2] = y[0] - y[1];
+  t[3] = -y[1];
+}
+
+inline void gradient_pass(const Vec (&y)[4], Vec (&t)[6]) {
+  const Vec even = y[0] + AA * y[2], odd = A * (y[1] + AA * y[3]);
+  const Vec even2 = y[0] + BB * y[2], odd2 = B * (y[1] + BB * y[3]);
+  t[0] = y[0];
+  t[1] = even + odd;
+  t[2] = even - odd;
+  t[3] = even2 + odd2;
+  t[4] = even2 - odd2;
+  t[5] = y[3];
+}
+
+// G^T over a column or row of the sums.
+inline void kernel_pass_back(const Vec (&u)[4], Vec (&k)[3]) {
+  k[0] = u[0] + 0.5f * (u[1] + u[2]);
+  k[1] = 0.5f * (u[1] - u[2]);
+  k[2] = 0.5f * (u[1] + u[2]) + u[3];
+}
+
+inline void kernel_pass_back(const Vec (&u)[6], Vec (&k)[3]) {
+  const Vec even = AT_A * (u[1] + u[2]), even2 = AT_B * (u[3] + u[4]);
+  k[0] = 1 / (AA * BB) * u[0] + even + even2;
+  k[1] = AT_A * A * (u[1] - u[2]) + AT_B * B * (u[3] - u[4]);
+  k[2] = AA * even + BB * even2 + u[5];
+}
+
+// A y A^T of one tile of which `height` x `width` pixels are inside the image; `line` and `pixel` apart.
+template <int TILE>
+void transform_gradient(const float* y, int64_t line, int64_t pixel, int64_t height, int64_t width, int64_t channels,
+                        float* out, int64_t step) {
+  constexpr int SIZE = TILE + 2;
+  Vec passed[SIZE][TILE];
+#pragma GCC unroll 4
+  for (int j = 0; j < TILE; j++) {
+    Vec column[TILE], t[SIZE];
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+      column[i] = i < height && j < width ? load(y + i * line + j * pixel, channels) : Vec{};
+    gradient_pass(column, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < SIZE; i++) {
+    Vec t[SIZE];
+    gradient_pass(passed[i], t);
+#pragma GCC unroll 6
+    for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step, t[j]);
+  }
+}
+
+// G^T u G.
+template <int SIZE>
+void transform_sums(const float* sums, int64_t step, int64_t channels, float* to_kernel, int64_t tap) {
+  Vec passed[3][SIZE];
+#pragma GCC unroll 6
+  for (int j = 0; j < SIZE; j++) {
+    Vec u[SIZE], k[3];
+#pragma GCC unroll 6
+    for (int i = 0; i < SIZE; i++) u[i] = load(sums + (i * SIZE + j) * step);
+    kernel_pass_back(u, k);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) passed[i][j] = k[i];
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; i++) {
+    Vec k[3];
+    kernel_pass_back(passed[i], k);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; j++) store(to_kernel + (i * 3 + j) * tap, k[j], channels);
+  }
+}
+
+// Memory that one call after the other uses: allocated anew, it would cost a page fault every 4 KiB.
+class Borrowed {
+ public:
+  explicit Borrowed(int64_t count) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (!free_ones().empty()) {
+      memory_ = std::move(free_ones().back());
+      free_ones().pop_back();
+    }
+    if (int64_t(memory_.size()) < count) memory_ = std::vector<float>(count);
+  }
+  ~Borrowed() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    free_ones().push_back(std::move(memory_));
+  }
+  float* data() { return memory_.data(); }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex own;
+    return own;
+  }
+  static std::vector<std::vector<float>>& free_ones() {
+    static std::vector<std::vector<float>> own;
+    return own;
+  }
+  std::vector<float> memory_;
+};
+
+template <int TILE>
+void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
+                              ffi::ThreadPool& pool) {
+  constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
+  constexpr int64_t TOGETHER = 128;  // tiles: enough that the sums are rarely fetched, few enough to stay in a cache
+  constexpr int64_t SLAB = 4;          // tiles that a task transforms
+  const int64_t inner = s.group_inputs(), pairs = (s.panels() + PANELS - 1) / PANELS;
+  const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
+  const int64_t tiles = s.images * down * across, tile_numbers = POSITIONS * (inner + pairs * WIDTH);
+  const int64_t blocks = (tiles + TOGETHER - 1) / TOGETHER, longest = (tiles + blocks - 1) / blocks;
+  const int64_t sums_of_pair = POSITIONS * inner * WIDTH;
+  Borrowed memory(inner + longest * tile_numbers + pairs * sums_of_pair);
+  float *zeros = memory.data(), *inputs = zeros + inner, *gradients = inputs + longest * POSITIONS * inner;
+  float* sums = gradients + longest * POSITIONS * pairs * WIDTH;
+  std::fill(zeros, zeros + inner, 0.0f);
+  for (int64_t group = 0; group < s.groups; group++) {
+    const int64_t channel = group * s.group_outputs();
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
+      in_parallel(pool, (count + SLAB - 1) / SLAB, [&](int64_t slab) {
+        for (int64_t t = slab * SLAB; t < std::min(count, (slab + 1) * SLAB); t++) {
+          const int64_t tile = first + t, image = tile / (down * across);
+          const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
+          const float* pixels[POSITIONS];
+          for (int i = 0; i < SIZE; i++)
+            for (int j = 0; j < SIZE; j++) {
+              const int64_t r = top + i - 1, c = side + j - 1;
+              const bool inside = r >= 0 && r < s.height && c >= 0 && c < s.width;
+              pixels[i * SIZE + j] =
+                  inside ? x + ((image * s.height + r) * s.width + c) * s.inputs + group * inner : zeros;
+            }
+          transform_input<SIZE>(pixels, inner, inputs + t * inner, count * inner);
+          const float* y = gradient + ((image * s.height + top) * s.width + side) * s.outputs + channel;
+          for (int64_t v = 0; v < s.panels(); v++)
+            transform_gradient<TILE>(y + v * LANES, s.width * s.outputs, s.outputs, s.height - top, s.width - side,
+                                     s.group_outputs() - v * LANES,
+                                     gradients + (v / PANELS * POSITIONS * count + t) * WIDTH + v % PANELS * LANES,
+                                     count * WIDTH);
+        }
+      });
+      in_parallel(pool, POSITIONS * pairs, [&](int64_t task) {
+        const int64_t position = task % POSITIONS, pair = task / POSITIONS;
+        const int64_t used = std::min<int64_t>(PANELS, s.panels() - pair * PANELS);
+        float* total = sums + task * inner * WIDTH;
+        if (block == 0) std::fill(total, total + inner * WIDTH, 0.0f);
+        const Walk walk{1, 0, 0, 1, 0, 0, count, inner};
+        in_rows(inner, [&](int64_t c, int64_t height) {
+          TABLE<Accumulating>.of[height][used](walk, inputs + position * count * inner + c,
+                                               gradients + task * count * WIDTH, total + c * WIDTH, WIDTH, WIDTH);
+        });
+      });
+    }
+    in_parallel(pool, inner, [&](int64_t c) {
+      for (int64_t v = 0; v < s.panels(); v++)
+        transform_sums<SIZE>(sums + v / PANELS * sums_of_pair + c * WIDTH + v % PANELS * LANES, inner * WIDTH,
+                             s.group_outputs() - v * LANES, to_kernel + c * s.outputs + channel + v * LANES,
+                             inner * s.outputs);
+    });
+  }
+}
+
+}  // namespace repvgg
