@@ -136,8 +136,10 @@ def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: in
     """Winograd's m, or 0 for the direct sum, where the native convolution is to be used; else None."""
     suits = kernel.shape[0] == 3 and dilation == 1 and x.dtype == jnp.float32
     large = _out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
+    # XLA cannot divide a call among devices, as `jit` would; in `pmap` and `shard_map` each device has its own.
+    divided = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     # On an accelerator's host nothing is compiled in vain.
-    if not (suits and large and jax.default_backend() == "cpu" and native.available()):
+    if divided or not (suits and large and jax.default_backend() == "cpu" and native.available()):
         return None
     _, height, width, inputs = x.shape
     shape = LayerShape(height, width, inputs, kernel.shape[3], stride, groups)

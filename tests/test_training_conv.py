@@ -167,15 +167,18 @@ def test_large_float32_layers_are_native_and_others_are_not(monkeypatch):
     conv = training.conv
     monkeypatch.setattr(training, "conv", lambda *a: used.append(a[2:]) or conv(*a))
 
-    def count(side, stride=1, size=3, dilation=1, dtype=jnp.float32):
+    def count(side, stride=1, size=3, dilation=1, dtype=jnp.float32, wrap=jax.pmap):
         used.clear()
-        x, kernel = jnp.ones((8, side, side, 16), dtype), jnp.ones((size, size, 16, 16), dtype)
-        training_conv(x, kernel, stride, 1, dilation)
+        x, kernel = jnp.ones((1, 8, side, side, 16), dtype), jnp.ones((1, size, size, 16, 16), dtype)
+        wrap(lambda x, kernel: training_conv(x, kernel, stride, 1, dilation))(x, kernel)
         return len(used)
 
     assert count(16) == count(16, stride=2) == count(4) == 1
     assert count(3) == count(8, stride=2) == count(16, size=1) == count(16, dilation=2) == 0
     assert count(16, dtype=jnp.bfloat16) == 0
+    # jit may divide the batch among these devices.
+    assert jax.device_count() > 1
+    assert count(16, wrap=lambda function: jax.jit(jax.vmap(function))) == 0
     monkeypatch.setenv(compiler.SWITCH, "0")
     assert count(16) == 0
 

@@ -125,7 +125,8 @@ def make_train_step(
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
         grads, batch_stats, metrics = gradients(state, batch, key)
-        if axis_name is not None:
+        # XLA's CPU backend would copy all gradients to average them over one device.
+        if axis_name is not None and lax.axis_size(axis_name) > 1:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
