@@ -24,7 +24,7 @@ from jax import Array, lax
 from . import native
 from .conv3x3 import DIMENSION_NUMBERS, TILE
 from .native import training as native_training
-from .planner import LayerShape, fastest_native
+from .planner import LayerShape, training_algorithm
 
 # Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
 SMALL_FORWARD = {1: 9, 2: 64}
@@ -143,7 +143,7 @@ def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: in
         return None
     _, height, width, inputs = x.shape
     shape = LayerShape(height, width, inputs, kernel.shape[3], stride, groups)
-    return TILE.get(fastest_native(shape, x.shape[0]), 0)
+    return TILE.get(training_algorithm(shape, x.shape[0]), 0)
 
 
 def _out_pixels(x: Array, stride: int) -> int:

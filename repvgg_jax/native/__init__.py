@@ -19,7 +19,11 @@ from .compiler import load, switched_on
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
 TARGET, INT8_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8"
-PACK, INPUT_GRADIENT, KERNEL_GRADIENT = "repvgg_pack_kernel", "repvgg_input_gradient", "repvgg_kernel_gradient"
+TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT = (
+    "repvgg_training_conv3x3",
+    "repvgg_input_gradient",
+    "repvgg_kernel_gradient",
+)
 
 
 def available() -> bool:
@@ -150,7 +154,7 @@ def _library() -> ctypes.CDLL | None:
     """The library, its functions made known to XLA; None where it cannot be."""
     library = load(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
     if library is not None:
-        targets = [TARGET, PACK, INPUT_GRADIENT, KERNEL_GRADIENT] + [INT8_TARGET] * library.repvgg_has_int8()
+        targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT] + [INT8_TARGET] * library.repvgg_has_int8()
         for target in targets:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library

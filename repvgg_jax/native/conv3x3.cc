@@ -42,27 +42,34 @@ inline ffi::Error bad_packing() {
   return ffi::Error::InvalidArgument("the kernel is packed for another shape or machine");
 }
 
-ffi::Error convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
-                    ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups,
-                    int64_t tile, bool relu) {
-  const std::optional<Shape> found = shape_of(x.dimensions(), y->dimensions(), stride, groups);
-  if (!found) return bad_shapes();
-  const Shape& s = *found;
-  const int64_t taps = tile ? (tile + 2) * (tile + 2) : 9, lanes = groups * s.panels() * LANES;
-  if (int64_t(packed.element_count()) != taps * s.group_inputs() * lanes || int64_t(bias.element_count()) != lanes)
-    return bad_packing();
-  const float *in = x.typed_data(), *weights = packed.typed_data(), *start = bias.typed_data();
-  if (tile == 0) {
-    direct<Floats>(s, in, weights, FloatEnds{start, relu}, 0.0f, y->typed_data(), pool);
-    return ffi::Error::Success();
-  }
-  if (stride != 1) return ffi::Error::InvalidArgument("Winograd needs stride 1");
-  if (tile == 2)
-    winograd<2>(s, in, weights, start, relu, y->typed_data(), pool);
-  else if (tile == 4)
-    winograd<4>(s, in, weights, start, relu, y->typed_data(), pool);
+// Of a packed kernel.
+void convolve(const Shape& s, int64_t tile, const float* x, const float* packed, const FloatEnds& ends, float* y,
+              ffi::ThreadPool& pool) {
+  if (tile == 0)
+    direct<Floats>(s, x, packed, ends, 0.0f, y, pool);
+  else if (tile == 2)
+    winograd<2>(s, x, packed, ends, y, pool);
   else
-    return ffi::Error::InvalidArgument("there are tiles of 2 and 4");
+    winograd<4>(s, x, packed, ends, y, pool);
+}
+
+inline std::optional<ffi::Error> bad_tile(int64_t tile, int64_t stride) {
+  if (tile != 0 && tile != 2 && tile != 4) return ffi::Error::InvalidArgument("there are tiles of 2 and 4");
+  if (tile != 0 && stride != 1) return ffi::Error::InvalidArgument("Winograd needs stride 1");
+  return std::nullopt;
+}
+
+ffi::Error convolve_packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
+                           ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups,
+                           int64_t tile, bool relu) {
+  const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!s) return bad_shapes();
+  if (const auto error = bad_tile(tile, stride)) return *error;
+  const int64_t lanes = groups * s->panels() * LANES;
+  if (int64_t(packed.element_count()) != positions(tile) * s->group_inputs() * lanes) return bad_packing();
+  if (int64_t(bias.element_count()) != lanes) return bad_packing();
+  const FloatEnds ends{bias.typed_data(), relu};
+  convolve(*s, tile, x.typed_data(), packed.typed_data(), ends, y->typed_data(), pool);
   return ffi::Error::Success();
 }
 
@@ -90,39 +97,41 @@ ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buf
 }
 #endif
 
-// For training: a kernel `[3, 3, inputs / groups, outputs]` packed for its use, and the gradients.
-ffi::Error pack_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> kernel, ffi::ResultBuffer<ffi::F32> packed,
-                       int64_t groups, int64_t tile, int64_t use) {
-  const auto d = kernel.dimensions();
-  if (d.size() != 4 || d[0] != 3 || d[1] != 3 || groups < 1 || d[3] % groups) return bad_shapes();
-  if (tile != 0 && tile != 2 && tile != 4) return ffi::Error::InvalidArgument("there are tiles of 2 and 4");
-  if (use < 0 || use > 2 || (use == int64_t(Use::SPREAD) && tile)) return ffi::Error::InvalidArgument("no such use");
-  const bool forward = use == int64_t(Use::FORWARD);
-  const int64_t inner = forward ? d[2] : d[3] / groups, columns = forward ? d[3] / groups : d[2];
-  const int64_t taps = tile ? (tile + 2) * (tile + 2) : 9, panels = (columns + LANES - 1) / LANES;
-  if (int64_t(packed->element_count()) != groups * panels * taps * inner * LANES) return bad_packing();
-  pack(kernel.typed_data(), d[2], d[3], groups, Use(use), tile, packed->typed_data(), pool);
+// For training, with a kernel `[3, 3, inputs / groups, outputs]` that is packed on the spot.
+ffi::Error train(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
+                 ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups, int64_t tile) {
+  const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!s || int64_t(kernel.element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
+  if (const auto error = bad_tile(tile, stride)) return *error;
+  const Packed packed(*s, kernel.typed_data(), Use::FORWARD, tile, pool);
+  convolve(*s, tile, x.typed_data(), packed.data(), FloatEnds{nullptr, false}, y->typed_data(), pool);
   return ffi::Error::Success();
 }
 
-ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::Buffer<ffi::F32> packed,
-                    ffi::ResultBuffer<ffi::F32> x, int64_t groups) {
-  const std::optional<Shape> found = shape_of(x->dimensions(), gradient.dimensions(), 2, groups);
-  if (!found) return bad_shapes();
-  const int64_t panels = (found->group_inputs() + LANES - 1) / LANES;
-  if (int64_t(packed.element_count()) != 9 * found->outputs * panels * LANES) return bad_packing();
-  spread(*found, gradient.typed_data(), packed.typed_data(), x->typed_data(), pool);
+ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::Buffer<ffi::F32> kernel,
+                    ffi::ResultBuffer<ffi::F32> x, int64_t stride, int64_t groups, int64_t tile) {
+  const std::optional<Shape> s = shape_of(x->dimensions(), gradient.dimensions(), stride, groups);
+  if (!s || stride > 2 || int64_t(kernel.element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
+  if (const auto error = bad_tile(tile, stride)) return *error;
+  const Packed packed(*s, kernel.typed_data(), stride == 1 ? Use::BACKWARD : Use::SPREAD, tile, pool);
+  if (stride == 2) {
+    spread(*s, gradient.typed_data(), packed.data(), x->typed_data(), pool);
+    return ffi::Error::Success();
+  }
+  const Shape back{s->images, s->height, s->width, s->outputs, s->inputs, 1, groups};
+  convolve(back, tile, gradient.typed_data(), packed.data(), FloatEnds{nullptr, false}, x->typed_data(), pool);
   return ffi::Error::Success();
 }
 
 ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gradient,
                      ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups, int64_t tile) {
-  const std::optional<Shape> found = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
-  if (!found || int64_t(kernel->element_count()) != 9 * found->group_inputs() * found->outputs) return bad_shapes();
-  const auto way = stride == 1 && tile == 4   ? winograd_kernel_gradient<4>
-                   : stride == 1 && tile == 2 ? winograd_kernel_gradient<2>
-                                              : kernel_gradient;
-  way(*found, x.typed_data(), gradient.typed_data(), kernel->typed_data(), pool);
+  const std::optional<Shape> s = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
+  if (!s || int64_t(kernel->element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
+  if (const auto error = bad_tile(tile, stride)) return *error;
+  const auto way = tile == 4   ? winograd_kernel_gradient<4>
+                   : tile == 2 ? winograd_kernel_gradient<2>
+                               : kernel_gradient;
+  way(*s, x.typed_data(), gradient.typed_data(), kernel->typed_data(), pool);
   return ffi::Error::Success();
 }
 
@@ -153,7 +162,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_int8, repvgg::convolve_bytes,
                                   .Attr<int64_t>("zero"));
 #endif
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve_packed,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
@@ -165,29 +174,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve,
                                   .Attr<int64_t>("tile")
                                   .Attr<bool>("relu"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_pack_kernel, repvgg::pack_kernel,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("groups")
-                                  .Attr<int64_t>("tile")
-                                  .Attr<int64_t>("use"));
+// Two arrays and one result.
+#define BILINEAR                           \
+  xla::ffi::Ffi::Bind()                    \
+      .Ctx<xla::ffi::ThreadPool>()         \
+      .Arg<xla::ffi::Buffer<xla::ffi::F32>>() \
+      .Arg<xla::ffi::Buffer<xla::ffi::F32>>() \
+      .Ret<xla::ffi::Buffer<xla::ffi::F32>>() \
+      .Attr<int64_t>("stride")             \
+      .Attr<int64_t>("groups")             \
+      .Attr<int64_t>("tile")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_input_gradient, repvgg::to_input,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("groups"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_kernel_gradient, repvgg::to_kernel,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("stride")
-                                  .Attr<int64_t>("groups")
-                                  .Attr<int64_t>("tile"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_training_conv3x3, repvgg::train, BILINEAR);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_input_gradient, repvgg::to_input, BILINEAR);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_kernel_gradient, repvgg::to_kernel, BILINEAR);

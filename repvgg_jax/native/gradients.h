@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <vector>
-
 #include "direct.h"
 #include "products.h"
 #include "tasks.h"
@@ -69,38 +67,53 @@ void transform_kernel(const Vec (&taps)[9], float* out, int64_t step) {
   }
 }
 
-// `kernel`: [3, 3, inputs / groups, outputs] of the forward convolution; `packed`: as `native.pack_kernel` makes it of
-// the kernel, or its Winograd transform, for that use.
-inline void pack(const float* kernel, int64_t inputs, int64_t outputs, int64_t groups, Use use, int64_t tile,
-                 float* packed, ffi::ThreadPool& pool) {
-  const bool forward = use == Use::FORWARD;
-  const int64_t group_outputs = outputs / groups, inner = forward ? inputs : group_outputs;
-  const int64_t columns = forward ? group_outputs : inputs, panels = (columns + LANES - 1) / LANES;
-  const int64_t positions = tile ? (tile + 2) * (tile + 2) : 9, step = inner * LANES;
-  in_parallel(pool, groups * panels, [&](int64_t task) {
-    const int64_t group = task / panels, first = task % panels * LANES;
-    const int64_t count = std::min<int64_t>(LANES, columns - first);
-    float* out = packed + task * positions * step;
-    for (int64_t k = 0; k < inner; k++, out += LANES) {
-      Vec taps[9];
-      for (int p = 0; p < 9; p++) {
-        const float* matrix = kernel + tap_for(use, p) * inputs * outputs + group * group_outputs;
-        if (forward) {
-          taps[p] = load(matrix + k * outputs + first, count);
-        } else {
-          taps[p] = Vec{};
-          for (int64_t v = 0; v < count; v++) taps[p][v] = matrix[(first + v) * outputs + k];
+inline int64_t positions(int64_t tile) { return tile ? (tile + 2) * (tile + 2) : 9; }
+
+// A kernel [3, 3, inputs / groups, outputs] of the convolution `s`, or its Winograd transform, for that use as
+// `native.pack_kernel` packs it.
+class Packed {
+ public:
+  Packed(const Shape& s, const float* kernel, Use use, int64_t tile, ffi::ThreadPool& pool)
+      : memory_(count(s, use, tile)) {
+    const bool forward = use == Use::FORWARD;
+    const int64_t inputs = s.group_inputs(), outputs = s.group_outputs();
+    const int64_t inner = forward ? inputs : outputs, columns = forward ? outputs : inputs;
+    const int64_t panels = (columns + LANES - 1) / LANES, step = inner * LANES;
+    in_parallel(pool, s.groups * panels, [&](int64_t task) {
+      const int64_t group = task / panels, first = task % panels * LANES;
+      const int64_t count = std::min<int64_t>(LANES, columns - first);
+      float* out = memory_.data() + task * positions(tile) * step;
+      for (int64_t k = 0; k < inner; k++, out += LANES) {
+        Vec taps[9];
+        for (int p = 0; p < 9; p++) {
+          const float* matrix = kernel + tap_for(use, p) * inputs * s.outputs + group * outputs;
+          if (forward) {
+            taps[p] = load(matrix + k * s.outputs + first, count);
+          } else {
+            taps[p] = Vec{};
+            for (int64_t v = 0; v < count; v++) taps[p][v] = matrix[(first + v) * s.outputs + k];
+          }
         }
+        if (tile == 2)
+          transform_kernel<4>(taps, out, step);
+        else if (tile == 4)
+          transform_kernel<6>(taps, out, step);
+        else
+          for (int p = 0; p < 9; p++) store(out + p * step, taps[p]);
       }
-      if (tile == 2)
-        transform_kernel<4>(taps, out, step);
-      else if (tile == 4)
-        transform_kernel<6>(taps, out, step);
-      else
-        for (int p = 0; p < 9; p++) store(out + p * step, taps[p]);
-    }
-  });
-}
+    });
+  }
+  const float* data() const { return memory_.data(); }
+
+ private:
+  static int64_t count(const Shape& s, Use use, int64_t tile) {
+    const bool forward = use == Use::FORWARD;
+    const int64_t inner = forward ? s.group_inputs() : s.group_outputs();
+    const int64_t columns = forward ? s.group_outputs() : s.group_inputs();
+    return s.groups * ((columns + LANES - 1) / LANES) * LANES * positions(tile) * inner;
+  }
+  Borrowed memory_;
+};
 
 // From the gradient of a stride 2 convolution's result, whose shape is `s`, to that of its input. Each pixel of the
 // input was read by one, two or four taps, depending on whether its row and column are odd: four convolutions of the
@@ -201,7 +214,8 @@ inline void kernel_gradient(const Shape& s, const float* x, const float* gradien
   const int64_t blocks = parts * ((s.images + together - 1) / together);
   const int64_t tasks = 3 * s.groups * pairs;
   const int64_t chunks = std::max<int64_t>(1, std::min((TASKS + tasks - 1) / tasks, blocks));
-  std::vector<float> others((chunks - 1) * size);
+  Borrowed others((chunks - 1) * size);
+  std::fill(others.data(), others.data() + (chunks - 1) * size, 0.0f);
   std::fill(to_kernel, to_kernel + size, 0.0f);
   in_parallel(pool, chunks * tasks, [&](int64_t task) {
     const int64_t pair = task % pairs, group = task / pairs % s.groups, i = task / pairs / s.groups % 3;
@@ -240,7 +254,7 @@ inline void kernel_gradient(const Shape& s, const float* x, const float* gradien
     }
   });
   for (int64_t chunk = 1; chunk < chunks; chunk++)
-    for (int64_t k = 0; k < size; k++) to_kernel[k] += others[(chunk - 1) * size + k];
+    for (int64_t k = 0; k < size; k++) to_kernel[k] += others.data()[(chunk - 1) * size + k];
 }
 
 }  // namespace repvgg

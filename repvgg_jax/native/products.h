@@ -72,7 +72,7 @@ struct Left {
 struct FloatEnds {
   const float* bias;  // none if null
   bool relu;
-  FloatEnds from(int64_t channel) const { return {bias + channel, relu}; }
+  FloatEnds from(int64_t channel) const { return {bias ? bias + channel : nullptr, relu}; }
 };
 
 // ROWS x (COUNT * LANES) numbers of a product; `width` columns are stored.

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <thread>
+#include <vector>
 
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
@@ -31,6 +33,41 @@ Element* scratch(int64_t count) {
   }
   return static_cast<Element*>(memory.get());
 }
+
+// Memory that one call after the other uses: allocated anew, it would cost a page fault every 4 KiB.
+class Borrowed {
+ public:
+  explicit Borrowed(int64_t count) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (!free_ones().empty()) {
+      memory_ = std::move(free_ones().back());
+      free_ones().pop_back();
+    }
+    if (int64_t(memory_.size()) < count + ALIGNMENT) memory_ = std::vector<float>(count + ALIGNMENT);
+  }
+  ~Borrowed() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    free_ones().push_back(std::move(memory_));
+  }
+  // Where vectors do not straddle cache lines.
+  float* data() {
+    const int64_t behind = reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(float) % ALIGNMENT;
+    return memory_.data() + (ALIGNMENT - behind) % ALIGNMENT;
+  }
+  const float* data() const { return const_cast<Borrowed*>(this)->data(); }
+
+ private:
+  static constexpr int64_t ALIGNMENT = 16;  // numbers
+  static std::mutex& mutex() {
+    static std::mutex own;
+    return own;
+  }
+  static std::vector<std::vector<float>>& free_ones() {
+    static std::vector<std::vector<float>> own;
+    return own;
+  }
+  std::vector<float> memory_;
+};
 
 // Tasks 0 … count - 1, by the pool's threads and the caller.
 template <typename Task>

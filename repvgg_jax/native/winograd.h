@@ -68,11 +68,11 @@ void transform_input(const float* const* pixels, int64_t channels, float* out, i
 
 // A^T m A of one tile for `channels` channels, plus bias; `height` x `width` of it is inside the image.
 template <int TILE>
-void transform_output(const float* products, int64_t step, int64_t channels, const float* bias, bool relu, float* y,
-                      int64_t line, int64_t pixel, int64_t height, int64_t width) {
+void transform_output(const float* products, int64_t step, int64_t channels, FloatEnds ends, float* y, int64_t line,
+                      int64_t pixel, int64_t height, int64_t width) {
   constexpr int SIZE = TILE + 2;
-  for (; channels > 0; channels -= LANES, products += LANES, bias += LANES, y += LANES) {
-    const Vec start = load(bias);
+  for (; channels > 0; channels -= LANES, products += LANES, ends = ends.from(LANES), y += LANES) {
+    const Vec start = ends.bias ? load(ends.bias) : Vec{};
     Vec passed[TILE][SIZE];
 #pragma GCC unroll 6
     for (int j = 0; j < SIZE; j++) {
@@ -92,14 +92,14 @@ void transform_output(const float* products, int64_t step, int64_t channels, con
       for (int j = 0; j < TILE; j++) {
         if (j >= width) break;
         const Vec found = t[j] + start;
-        store(y + i * line + j * pixel, relu ? positive(found) : found, channels);
+        store(y + i * line + j * pixel, ends.relu ? positive(found) : found, channels);
       }
     }
   }
 }
 
 template <int TILE>
-void winograd(const Shape& s, const float* x, const float* packed, const float* bias, bool relu, float* y,
+void winograd(const Shape& s, const float* x, const float* packed, const FloatEnds& ends, float* y,
               ffi::ThreadPool& pool) {
   constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
   const int64_t inner = s.group_inputs(), panels = s.panels(), panel = POSITIONS * inner * LANES;
@@ -147,8 +147,8 @@ void winograd(const Shape& s, const float* x, const float* packed, const float* 
         const int64_t tile = first + t, image = tile / (down * across);
         const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
         float* out = y + ((image * s.height + top) * s.width + side) * s.outputs + channel;
-        transform_output<TILE>(products + t * WIDTH, longest * WIDTH, stored, bias + (group * panels + p) * LANES,
-                               relu, out, s.width * s.outputs, s.outputs, s.height - top, s.width - side);
+        transform_output<TILE>(products + t * WIDTH, longest * WIDTH, stored, ends.from((group * panels + p) * LANES),
+                               out, s.width * s.outputs, s.outputs, s.height - top, s.width - side);
       }
     }
   });

@@ -4,10 +4,6 @@
 
 #pragma once
 
-#include <memory>
-#include <mutex>
-#include <vector>
-
 #include "gradients.h"
 #include "products.h"
 #include "tasks.h"
@@ -94,35 +90,6 @@ void transform_sums(const float* sums, int64_t step, int64_t channels, float* to
     for (int j = 0; j < 3; j++) store(to_kernel + (i * 3 + j) * tap, k[j], channels);
   }
 }
-
-// Memory that one call after the other uses: allocated anew, it would cost a page fault every 4 KiB.
-class Borrowed {
- public:
-  explicit Borrowed(int64_t count) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    if (!free_ones().empty()) {
-      memory_ = std::move(free_ones().back());
-      free_ones().pop_back();
-    }
-    if (int64_t(memory_.size()) < count) memory_ = std::vector<float>(count);
-  }
-  ~Borrowed() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    free_ones().push_back(std::move(memory_));
-  }
-  float* data() { return memory_.data(); }
-
- private:
-  static std::mutex& mutex() {
-    static std::mutex own;
-    return own;
-  }
-  static std::vector<std::vector<float>>& free_ones() {
-    static std::vector<std::vector<float>> own;
-    return own;
-  }
-  std::vector<float> memory_;
-};
 
 template <int TILE>
 void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
