@@ -12,6 +12,9 @@
 // output channels, all accumulators in registers. The kernel comes packed in panels of one vector's channels
 // (`native.pack_kernel`), zeros in what its last vector has too many. Threads are XLA's own: tasks are taken from a
 // counter, by the caller as well, so that a busy pool makes a call slower but never stops it.
+//
+// Training packs the kernel inside the call, as it changes with every step, and has both gradients (`gradients.h`,
+// `winograd_gradient.h`), float32.
 
 #include <algorithm>
 #include <cstdint>
