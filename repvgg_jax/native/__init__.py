@@ -1,7 +1,7 @@
 """3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: compiled for this machine the first time they are needed.
 
-Training's are in `training.py`. They need a C++ compiler (`compiler.py`) and what JAX installs; without, `available` is False and everything runs on
-XLA's own operations.
+They need a C++ compiler (`compiler.py`) and what JAX installs; without, `available` is False and everything runs on
+XLA's own operations. Training has its own, in `training.py`.
 """
 
 import ctypes
