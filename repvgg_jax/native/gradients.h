@@ -49,22 +49,8 @@ inline void kernel_pass(const Vec (&g)[3], Vec (&t)[6]) {
 
 template <int SIZE>
 void transform_kernel(const Vec (&taps)[9], float* out, int64_t step) {
-  Vec passed[SIZE][3];
-#pragma GCC unroll 3
-  for (int j = 0; j < 3; j++) {
-    const Vec g[3] = {taps[j], taps[3 + j], taps[6 + j]};
-    Vec t[SIZE];
-    kernel_pass(g, t);
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < SIZE; i++) {
-    Vec t[SIZE];
-    kernel_pass(passed[i], t);
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step, t[j]);
-  }
+  transform<3, SIZE>([&](int i, int j) { return taps[i * 3 + j]; }, [](const auto& g, auto& t) { kernel_pass(g, t); },
+                     [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step, t); });
 }
 
 inline int64_t positions(int64_t tile) { return tile ? (tile + 2) * (tile + 2) : 9; }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -74,19 +75,29 @@ template <typename Task>
 void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
   };
   auto state = std::make_shared<State>();
   // `task` is only touched by who has claimed a number, and the caller waits for those.
   auto work = [state, count, &task] {
     int64_t finished = 0;
     for (int64_t i; (i = state->next.fetch_add(1)) < count; finished++) task(i);
-    state->done.fetch_add(finished);
+    if (finished && state->done.fetch_add(finished) + finished == count) {
+      const std::lock_guard<std::mutex> lock(state->mutex);
+      state->all_done.notify_one();
+    }
   };
   for (int64_t helpers = std::min(pool.num_threads(), count) - 1; helpers > 0; helpers--)
     pool.Schedule(decltype(work)(work));  // a copy: the pool outlives this call
   work();
-  for (int spins = 0; state->done.load() < count; spins++)
+  // Mostly the others are about to finish. Where more threads than cores want to run, waiting awake would delay them.
+  for (int spins = 0; spins < 1200; spins++) {
+    if (state->done.load() == count) return;
     if (spins > 1000) std::this_thread::yield();
+  }
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done.load() == count; });
 }
 
 inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }

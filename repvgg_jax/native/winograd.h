@@ -42,28 +42,35 @@ inline void output_pass(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = A * AA * difference + B * BB * difference2 + m[5];
 }
 
+// A pass over the columns of a tile, then one over the rows of what came out: FROM x FROM vectors become TO x TO.
+template <int FROM, int TO, typename Load, typename Pass, typename Store>
+inline void transform(const Load& load_at, const Pass& pass, const Store& store_at) {
+  Vec passed[TO][FROM];
+#pragma GCC unroll 6
+  for (int j = 0; j < FROM; j++) {
+    Vec column[FROM], t[TO];
+#pragma GCC unroll 6
+    for (int i = 0; i < FROM; i++) column[i] = load_at(i, j);
+    pass(column, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < TO; i++) passed[i][j] = t[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < TO; i++) {
+    Vec t[TO];
+    pass(passed[i], t);
+#pragma GCC unroll 6
+    for (int j = 0; j < TO; j++) store_at(i, j, t[j]);
+  }
+}
+
 // B^T d B of one tile whose pixels lie at `pixels`; position p of channel c goes to `out[p * step + c]`.
 template <int SIZE>
 void transform_input(const float* const* pixels, int64_t channels, float* out, int64_t step) {
-  for (int64_t c = 0; c < channels; c += LANES) {
-    Vec passed[SIZE][SIZE];
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; j++) {
-      Vec d[SIZE], t[SIZE];
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; i++) d[i] = load(pixels[i * SIZE + j] + c, channels - c);
-      input_pass(d, t);
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; i++) {
-      Vec t[SIZE];
-      input_pass(passed[i], t);
-#pragma GCC unroll 6
-      for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step + c, t[j], channels - c);
-    }
-  }
+  for (int64_t c = 0; c < channels; c += LANES)
+    transform<SIZE, SIZE>([&](int i, int j) { return load(pixels[i * SIZE + j] + c, channels - c); },
+                          [](const auto& d, auto& t) { input_pass(d, t); },
+                          [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step + c, t, channels - c); });
 }
 
 // A^T m A of one tile for `channels` channels, plus bias; `height` x `width` of it is inside the image.
@@ -73,28 +80,13 @@ void transform_output(const float* products, int64_t step, int64_t channels, Flo
   constexpr int SIZE = TILE + 2;
   for (; channels > 0; channels -= LANES, products += LANES, ends = ends.from(LANES), y += LANES) {
     const Vec start = ends.bias ? load(ends.bias) : Vec{};
-    Vec passed[TILE][SIZE];
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; j++) {
-      Vec m[SIZE], t[TILE];
-#pragma GCC unroll 6
-      for (int i = 0; i < SIZE; i++) m[i] = load(products + (i * SIZE + j) * step);
-      output_pass(m, t);
-#pragma GCC unroll 4
-      for (int i = 0; i < TILE; i++) passed[i][j] = t[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++) {
-      if (i >= height) break;
-      Vec t[TILE];
-      output_pass(passed[i], t);
-#pragma GCC unroll 4
-      for (int j = 0; j < TILE; j++) {
-        if (j >= width) break;
-        const Vec found = t[j] + start;
-        store(y + i * line + j * pixel, ends.relu ? positive(found) : found, channels);
-      }
-    }
+    transform<SIZE, TILE>([&](int i, int j) { return load(products + (i * SIZE + j) * step); },
+                          [](const auto& m, auto& t) { output_pass(m, t); },
+                          [&](int i, int j, Vec t) {
+                            if (i >= height || j >= width) return;
+                            const Vec found = t + start;
+                            store(y + i * line + j * pixel, ends.relu ? positive(found) : found, channels);
+                          });
   }
 }
 

@@ -49,46 +49,18 @@ template <int TILE>
 void transform_gradient(const float* y, int64_t line, int64_t pixel, int64_t height, int64_t width, int64_t channels,
                         float* out, int64_t step) {
   constexpr int SIZE = TILE + 2;
-  Vec passed[SIZE][TILE];
-#pragma GCC unroll 4
-  for (int j = 0; j < TILE; j++) {
-    Vec column[TILE], t[SIZE];
-#pragma GCC unroll 4
-    for (int i = 0; i < TILE; i++)
-      column[i] = i < height && j < width ? load(y + i * line + j * pixel, channels) : Vec{};
-    gradient_pass(column, t);
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; i++) passed[i][j] = t[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < SIZE; i++) {
-    Vec t[SIZE];
-    gradient_pass(passed[i], t);
-#pragma GCC unroll 6
-    for (int j = 0; j < SIZE; j++) store(out + (i * SIZE + j) * step, t[j]);
-  }
+  transform<TILE, SIZE>(
+      [&](int i, int j) { return i < height && j < width ? load(y + i * line + j * pixel, channels) : Vec{}; },
+      [](const auto& d, auto& t) { gradient_pass(d, t); },
+      [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step, t); });
 }
 
 // G^T u G.
 template <int SIZE>
 void transform_sums(const float* sums, int64_t step, int64_t channels, float* to_kernel, int64_t tap) {
-  Vec passed[3][SIZE];
-#pragma GCC unroll 6
-  for (int j = 0; j < SIZE; j++) {
-    Vec u[SIZE], k[3];
-#pragma GCC unroll 6
-    for (int i = 0; i < SIZE; i++) u[i] = load(sums + (i * SIZE + j) * step);
-    kernel_pass_back(u, k);
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; i++) passed[i][j] = k[i];
-  }
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; i++) {
-    Vec k[3];
-    kernel_pass_back(passed[i], k);
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; j++) store(to_kernel + (i * 3 + j) * tap, k[j], channels);
-  }
+  transform<SIZE, 3>([&](int i, int j) { return load(sums + (i * SIZE + j) * step); },
+                     [](const auto& u, auto& k) { kernel_pass_back(u, k); },
+                     [&](int i, int j, Vec k) { store(to_kernel + (i * 3 + j) * tap, k, channels); });
 }
 
 template <int TILE>
