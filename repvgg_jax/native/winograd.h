@@ -64,9 +64,20 @@ inline void transform(const Load& load_at, const Pass& pass, const Store& store_
   }
 }
 
-// B^T d B of one tile whose pixels lie at `pixels`; position p of channel c goes to `out[p * step + c]`.
-template <int SIZE>
-void transform_input(const float* const* pixels, int64_t channels, float* out, int64_t step) {
+// B^T d B of the tile for the outputs from (top, side) on, for a group whose first channel lies at `image`; position p
+// of channel c goes to `out[p * step + c]`. Beyond the image lie `zeros`.
+template <int TILE>
+void transform_input(const Shape& s, const float* image, int64_t top, int64_t side, const float* zeros, float* out,
+                     int64_t step) {
+  constexpr int SIZE = TILE + 2;
+  const float* pixels[SIZE * SIZE];
+  for (int i = 0; i < SIZE; i++)
+    for (int j = 0; j < SIZE; j++) {
+      const int64_t r = top + i - 1, c = side + j - 1;
+      const bool inside = r >= 0 && r < s.height && c >= 0 && c < s.width;
+      pixels[i * SIZE + j] = inside ? image + (r * s.width + c) * s.inputs : zeros;
+    }
+  const int64_t channels = s.group_inputs();
   for (int64_t c = 0; c < channels; c += LANES)
     transform<SIZE, SIZE>([&](int i, int j) { return load(pixels[i * SIZE + j] + c, channels - c); },
                           [](const auto& d, auto& t) { input_pass(d, t); },
@@ -112,16 +123,9 @@ void winograd(const Shape& s, const float* x, const float* packed, const FloatEn
     std::memset(zeros, 0, inner * sizeof(float));
     for (int64_t t = 0; t < count; t++) {
       const int64_t tile = first + t, image = tile / (down * across);
-      const int64_t top = tile / across % down * TILE - 1, side = tile % across * TILE - 1;
-      const float* pixels[POSITIONS];
-      for (int i = 0; i < SIZE; i++)
-        for (int j = 0; j < SIZE; j++) {
-          const int64_t r = top + i, c = side + j;
-          const bool inside = r >= 0 && r < s.height && c >= 0 && c < s.width;
-          pixels[i * SIZE + j] =
-              inside ? x + ((image * s.height + r) * s.width + c) * s.inputs + group * inner : zeros;
-        }
-      transform_input<SIZE>(pixels, inner, transformed + t * inner, step);
+      const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
+      transform_input<TILE>(s, x + image * s.height * s.width * s.inputs + group * inner, top, side, zeros,
+                            transformed + t * inner, step);
     }
     const Range range = panel_range(panels, cut, cuts);
     for (int64_t p = range.first; p < range.end; p += PANELS) {

@@ -68,7 +68,7 @@ void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradi
                               ffi::ThreadPool& pool) {
   constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
   constexpr int64_t TOGETHER = 128;  // tiles: enough that the sums are rarely fetched, few enough to stay in a cache
-  constexpr int64_t SLAB = 4;          // tiles that a task transforms
+  constexpr int64_t SLAB = 4;        // tiles that a task transforms
   const int64_t inner = s.group_inputs(), pairs = (s.panels() + PANELS - 1) / PANELS;
   const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
   const int64_t tiles = s.images * down * across, tile_numbers = POSITIONS * (inner + pairs * WIDTH);
@@ -86,15 +86,8 @@ void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradi
         for (int64_t t = slab * SLAB; t < std::min(count, (slab + 1) * SLAB); t++) {
           const int64_t tile = first + t, image = tile / (down * across);
           const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
-          const float* pixels[POSITIONS];
-          for (int i = 0; i < SIZE; i++)
-            for (int j = 0; j < SIZE; j++) {
-              const int64_t r = top + i - 1, c = side + j - 1;
-              const bool inside = r >= 0 && r < s.height && c >= 0 && c < s.width;
-              pixels[i * SIZE + j] =
-                  inside ? x + ((image * s.height + r) * s.width + c) * s.inputs + group * inner : zeros;
-            }
-          transform_input<SIZE>(pixels, inner, inputs + t * inner, count * inner);
+          transform_input<TILE>(s, x + image * s.height * s.width * s.inputs + group * inner, top, side, zeros,
+                                inputs + t * inner, count * inner);
           const float* y = gradient + ((image * s.height + top) * s.width + side) * s.outputs + channel;
           for (int64_t v = 0; v < s.panels(); v++)
             transform_gradient<TILE>(y + v * LANES, s.width * s.outputs, s.outputs, s.height - top, s.width - side,
