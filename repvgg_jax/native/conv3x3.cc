@@ -100,12 +100,17 @@ ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buf
 }
 #endif
 
+// What is wrong with a training call for that convolution, if anything is.
+inline std::optional<ffi::Error> bad_training(const std::optional<Shape>& s, size_t kernel, int64_t tile) {
+  if (!s || int64_t(kernel) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
+  return bad_tile(tile, s->stride);
+}
+
 // For training, with a kernel `[3, 3, inputs / groups, outputs]` that is packed on the spot.
 ffi::Error train(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                  ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
-  if (!s || int64_t(kernel.element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
-  if (const auto error = bad_tile(tile, stride)) return *error;
+  if (const auto error = bad_training(s, kernel.element_count(), tile)) return *error;
   const Packed packed(*s, kernel.typed_data(), Use::FORWARD, tile, pool);
   convolve(*s, tile, x.typed_data(), packed.data(), FloatEnds{nullptr, false}, y->typed_data(), pool);
   return ffi::Error::Success();
@@ -114,23 +119,21 @@ ffi::Error train(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
 ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::Buffer<ffi::F32> kernel,
                     ffi::ResultBuffer<ffi::F32> x, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> s = shape_of(x->dimensions(), gradient.dimensions(), stride, groups);
-  if (!s || stride > 2 || int64_t(kernel.element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
-  if (const auto error = bad_tile(tile, stride)) return *error;
+  if (stride > 2) return bad_shapes();
+  if (const auto error = bad_training(s, kernel.element_count(), tile)) return *error;
   const Packed packed(*s, kernel.typed_data(), stride == 1 ? Use::BACKWARD : Use::SPREAD, tile, pool);
   if (stride == 2) {
     spread(*s, gradient.typed_data(), packed.data(), x->typed_data(), pool);
     return ffi::Error::Success();
   }
-  const Shape back{s->images, s->height, s->width, s->outputs, s->inputs, 1, groups};
-  convolve(back, tile, gradient.typed_data(), packed.data(), FloatEnds{nullptr, false}, x->typed_data(), pool);
+  convolve(s->turned(), tile, gradient.typed_data(), packed.data(), FloatEnds{nullptr, false}, x->typed_data(), pool);
   return ffi::Error::Success();
 }
 
 ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> gradient,
                      ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> s = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
-  if (!s || int64_t(kernel->element_count()) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
-  if (const auto error = bad_tile(tile, stride)) return *error;
+  if (const auto error = bad_training(s, kernel->element_count(), tile)) return *error;
   const auto way = tile == 4   ? winograd_kernel_gradient<4>
                    : tile == 2 ? winograd_kernel_gradient<2>
                                : kernel_gradient;

@@ -60,11 +60,17 @@ inline int64_t positions(int64_t tile) { return tile ? (tile + 2) * (tile + 2) :
 class Packed {
  public:
   Packed(const Shape& s, const float* kernel, Use use, int64_t tile, ffi::ThreadPool& pool)
-      : memory_(count(s, use, tile)) {
+      : Packed(s, use == Use::FORWARD ? s : s.turned(), kernel, use, tile, pool) {}
+  const float* data() const { return memory_.data(); }
+
+ private:
+  // `own`: the convolution that it is packed for.
+  Packed(const Shape& s, const Shape& own, const float* kernel, Use use, int64_t tile, ffi::ThreadPool& pool)
+      : memory_(own.groups * own.panels() * LANES * positions(tile) * own.group_inputs()) {
     const bool forward = use == Use::FORWARD;
     const int64_t inputs = s.group_inputs(), outputs = s.group_outputs();
-    const int64_t inner = forward ? inputs : outputs, columns = forward ? outputs : inputs;
-    const int64_t panels = (columns + LANES - 1) / LANES, step = inner * LANES;
+    const int64_t inner = own.group_inputs(), columns = own.group_outputs();
+    const int64_t panels = own.panels(), step = inner * LANES;
     in_parallel(pool, s.groups * panels, [&](int64_t task) {
       const int64_t group = task / panels, first = task % panels * LANES;
       const int64_t count = std::min<int64_t>(LANES, columns - first);
@@ -89,15 +95,7 @@ class Packed {
       }
     });
   }
-  const float* data() const { return memory_.data(); }
 
- private:
-  static int64_t count(const Shape& s, Use use, int64_t tile) {
-    const bool forward = use == Use::FORWARD;
-    const int64_t inner = forward ? s.group_inputs() : s.group_outputs();
-    const int64_t columns = forward ? s.group_outputs() : s.group_inputs();
-    return s.groups * ((columns + LANES - 1) / LANES) * LANES * positions(tile) * inner;
-  }
   Borrowed memory_;
 };
 
@@ -105,7 +103,7 @@ class Packed {
 // input was read by one, two or four taps, depending on whether its row and column are odd: four convolutions of the
 // gradient, whose results interleave.
 inline void spread(const Shape& s, const float* gradient, const float* packed, float* to_input, ffi::ThreadPool& pool) {
-  const int64_t inner = s.group_outputs(), panels = (s.group_inputs() + LANES - 1) / LANES, panel = 9 * inner * LANES;
+  const int64_t inner = s.group_outputs(), panels = s.turned().panels(), panel = 9 * inner * LANES;
   const int64_t line = (s.columns() + 1) * s.outputs;
   const Blocks blocks(s.images, s.rows(), line, 1, 2, CACHE / int64_t(sizeof(float)), thread_count(pool));
   const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, thread_count(pool));
@@ -233,8 +231,8 @@ inline void kernel_gradient(const Shape& s, const float* x, const float* gradien
         const float* a = x + ((image * s.height + first * s.stride + i - 1) * s.width + start * s.stride + j - 1) *
                                  s.inputs + group * inner;
         in_rows(inner, [&](int64_t c, int64_t height) {
-          TABLE<Accumulating>.of[height][used](walk, a + c, right + start * WIDTH, total + (j * inner + c) * s.outputs + channel,
-                                      s.outputs, width);
+          TABLE<Accumulating>.of[height][used](walk, a + c, right + start * WIDTH,
+                                               total + (j * inner + c) * s.outputs + channel, s.outputs, width);
         });
       }
     }

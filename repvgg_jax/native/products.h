@@ -61,6 +61,8 @@ struct Shape {
   int64_t group_inputs() const { return inputs / groups; }
   int64_t group_outputs() const { return outputs / groups; }
   int64_t panels() const { return (group_outputs() + LANES - 1) / LANES; }  // of a group
+  // The channels of the convolution that takes the result's gradient to the input's.
+  Shape turned() const { return {images, height, width, outputs, inputs, stride, groups}; }
 };
 
 // The left matrix of a product: `row` apart lie its rows, each made of `outer` x `inner` runs of `length` numbers.
