@@ -41,42 +41,51 @@ def timed(step: Callable[[], None], wait: Callable[[], None]) -> Callable[[], Nu
     return run
 
 
-def serve_ours(arguments: argparse.Namespace) -> None:
-    """This library's pmapped step on one device."""
+def make_ours(model_name: str, batch_size: int, size: int) -> tuple[Callable[[], None], dict[str, Any]]:
+    """This library's pmapped step on one device: what takes one step, and the `state` and `metrics` it leaves."""
     import jax
 
     import repvgg_jax as rv
     from repvgg_jax.preprocess import Preprocessing
     from train.config import PRESETS
     from train.optimizer import learning_rate_schedule, make_optimizer
-    from train.parallel import AXIS, parallel, replicate
+    from train.parallel import AXIS, parallel, put_batch, replicate
     from train.state import create_state
     from train.step import make_train_step
-    from train.utilization import peak_flops, training_flops
 
-    device = jax.devices()[0]
-    dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    size, options = arguments.image_size, PRESETS["imagenet_120"].optimizer
-    model = rv.create_model(
-        arguments.model, CLASSES, dtype=np.dtype(dtype) if dtype == "float32" else jax.numpy.bfloat16
-    )
+    options = PRESETS["imagenet_120"].optimizer
+    on_cpu = jax.devices()[0].platform == "cpu"
+    model = rv.create_model(model_name, CLASSES, dtype=jax.numpy.float32 if on_cpu else jax.numpy.bfloat16)
     schedule = learning_rate_schedule(options, 5000)
     optimizer = make_optimizer(options, schedule)
     step = make_train_step(model, optimizer, schedule, Preprocessing(size), axis_name=AXIS)
     run = parallel(step, donate=True)
-    images, labels = batch(size, arguments.batch_size)
-    inputs = jax.device_put({"image": images[None], "label": labels[None]})
+    images, labels = batch(size, batch_size)
+    inputs = put_batch({"image": images[None], "label": labels[None]})
     held: dict[str, Any] = {"state": replicate(create_state(model, optimizer, 0, (size, size, 3)))}
 
     def advance() -> None:
         held["state"], held["metrics"] = run(held["state"], inputs)
 
+    return advance, held
+
+
+def serve_ours(arguments: argparse.Namespace) -> None:
+    """This library's pmapped step on one device."""
+    import jax
+
+    import repvgg_jax as rv
+    from train.utilization import peak_flops, training_flops
+
+    size = arguments.image_size
+    advance, held = make_ours(arguments.model, arguments.batch_size, size)
     measure = timed(advance, lambda: jax.block_until_ready(held["metrics"]))
-    peak = peak_flops(device.device_kind, dtype)
+    device = jax.devices()[0]
+    peak = peak_flops(device.device_kind, "float32" if device.platform == "cpu" else "bfloat16")
 
     def summary() -> Numbers:
         stats = device.memory_stats() or {}
-        flops = training_flops(model.variant, size, CLASSES) * arguments.batch_size
+        flops = training_flops(rv.create_model(arguments.model).variant, size, CLASSES) * arguments.batch_size
         return {
             "bytes": stats.get("peak_bytes_in_use", peak_resident_bytes()),
             "flops": flops,

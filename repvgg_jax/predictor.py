@@ -62,15 +62,31 @@ class Predictor:
         Raises:
           ValueError: another shape, or the other kind of numbers.
         """
+        # All pieces are on their way before the first result is waited for.
+        logits = [np.asarray(result)[:count] for result, count in self._start_pieces(images)]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def start(self, images: Any) -> jax.Array:
+        """Start computing logits and return without waiting for them, so that a caller can keep the device busy.
+
+        Args and raises as for a call.
+
+        Returns:
+          `[N, num_classes]` float32 on the device.
+        """
+        logits = [result[:count] if count < len(result) else result for result, count in self._start_pieces(images)]
+        return logits[0] if len(logits) == 1 else jnp.concatenate(logits)
+
+    def _start_pieces(self, images: Any) -> list[tuple[jax.Array, int]]:
+        """Logits of `batch_size` images each, not waited for, and how many of them count."""
         if not isinstance(images, jax.Array):
             images = np.asarray(images)
         self._check(images)
         if images.dtype != self.image_dtype:
             images = images.astype(self.image_dtype)
-        pieces = [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
-        # All pieces are on their way before the first result is waited for.
-        logits = [np.asarray(result)[:count] for result, count in pieces]
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        if len(images) == self.batch_size:  # even a slice that takes everything would be an operation on the device
+            return [(self._compiled(self._params, images), self.batch_size)]
+        return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
 
     def _piece(self, images: Any) -> tuple[jax.Array, int]:
         count = len(images)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tyro
-
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 from repvgg_jax.variants import MAX_DENSE_COPIES, BlockKind, Branches, get_variant
@@ -211,6 +209,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Raises:
       ConfigError: they are understood but make no sense.
     """
+    import tyro  # here, so that recipes can be read where only JAX is installed
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     preset = _preset_name(arguments)
     chosen = tyro.cli(
