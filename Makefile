@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 # Memory in huge pages: a training step on a CPU takes a fifth less time.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs gpu clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -28,6 +28,9 @@ lint: $(VENV)/dev.installed  ## Style and types
 
 docs: $(VENV)/docs.installed  ## The documentation as a site in build/site; broken links are errors
 	$(RUN) -m mkdocs build
+
+gpu:  ## Correctness and speed on this machine's GPU, with the Python that has JAX for it; a row for benchmarks/RESULTS.md
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:  ## Forget the environment and the runs
 	rm -rf $(VENV) runs build/site

@@ -14,10 +14,30 @@ from typing import Any
 Numbers = dict[str, float]
 
 
-class Contestant:
-    """A worker process: `python -m MODULE --worker NAME …`, started here."""
+class ContestantDiedError(RuntimeError):
+    """A worker process ended before it was told to."""
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], environment: dict[str, str] | None = None):
+
+class Contestant:
+    """A worker process: `python -m MODULE --worker NAME …`, started here.
+
+    Args:
+      name: what it runs.
+      module: the benchmark that it is a worker of.
+      arguments: passed on.
+      environment: its own, if not this process's.
+      ready: wait until it is; else call `expect_ready` later.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        environment: dict[str, str] | None = None,
+        *,
+        ready: bool = True,
+    ):
         self.name = name
         self.runs: list[Numbers] = []
         self.summary: Numbers = {}
@@ -25,7 +45,13 @@ class Contestant:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._expect("ready")
+        if ready:
+            self.expect_ready()
+
+    def expect_ready(self) -> None:
+        """Wait until it has compiled and warmed up."""
+        while self._line() != "ready":  # libraries print what they like before that
+            pass
 
     def run(self) -> None:
         """One measured run."""
@@ -43,18 +69,17 @@ class Contestant:
 
     def _ask(self, word: str) -> Numbers:
         assert self._process.stdin is not None
-        print(word, file=self._process.stdin, flush=True)
+        try:
+            print(word, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise ContestantDiedError(f"{self.name} has died") from None
         return json.loads(self._line())
-
-    def _expect(self, word: str) -> None:
-        while self._line() != word:  # libraries print what they like before that
-            pass
 
     def _line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} has died (exit status {self._process.wait()})")
+            raise ContestantDiedError(f"{self.name} has died (exit status {self._process.wait()})")
         return line.strip()
 
 

@@ -1,17 +1,19 @@
-"""One script for a GPU: is it right, how fast is it beside `torch.compile`, and what does a train step spend its time on.
+"""One script for a GPU: correctness, speed beside `torch.compile`, and what a train step spends its time on.
 
 `python -m benchmarks.gpu` takes at most `--minutes` (8) on one H100 or H200. It needs what a CUDA image for JAX and
 PyTorch holds: jax, flax, optax, torch, safetensors, pillow and OpenCV; no tensorflow, tyro or simplejpeg.
 
 1. `correctness`: every variant, both forms, native and PyTorch files, float32 and bfloat16, one train step
    against the host's CPU.
-2. `training`: the bfloat16 train step beside `torch.compile`.
-3. `inference`: bfloat16, TF32 and float32 at several batch sizes beside `torch.compile(mode="max-autotune")`.
-4. `headlines`: the paper's pairs, A2 beside ResNet-50 and B1g4 beside ResNet-101.
-5. `profile`: the kernels of one train step.
+2. `headlines`: the paper's pairs, A2 beside ResNet-50 and B1g4 beside ResNet-101.
+3. `profile`: the kernels of one train step.
+4. `inference`: bfloat16, TF32 and float32 at several batch sizes, ours alone and then beside
+   `torch.compile(mode="max-autotune")`.
+5. `training`: the bfloat16 train step beside `torch.compile`.
 
-What does not fit into the minutes is left out and named. One dated row goes into `RESULTS.md`. `--dry` walks through
-everything on a CPU with small images, without `torch.compile`.
+Cheap things come first: ours takes seconds to compile, `torch.compile` minutes. What does not fit into the minutes is
+stopped or left out, and named; `--sections` and `--minutes` spread the rest over several runs. One dated row goes into
+`RESULTS.md`. `--dry` walks through everything on a CPU with small images, without `torch.compile`.
 """
 
 import argparse
@@ -23,16 +25,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .contest import Contestant, alternate
+from .contest import Contestant, ContestantDiedError, alternate
 from .inference import HEADLINES, Case, write_files
 
-SECTIONS = ("correctness", "training", "inference", "headlines", "profile")
+SECTIONS = ("correctness", "headlines", "profile", "inference", "training")
 PRECISIONS = {"bfloat16": ("bfloat16", False), "tf32": ("float32", True), "float32": ("float32", False)}
 LIMITS = {"deploy": 1e-5, "bfloat16": 5e-2, "torch": 1e-5}
 """Largest relative differences of logits that are rounding; the last two of deep nets on random weights."""
@@ -92,6 +95,21 @@ class Clock:
         """Until the end; negative after it."""
         return self._end - time.monotonic()
 
+    @contextmanager
+    def stops(self, what: str, contestants: Sequence[Contestant]) -> Iterator[None]:
+        """Kill the contestants when the minutes are over, and note `what` as left out."""
+        timer = threading.Timer(max(self.seconds_left(), 0), lambda: [contestant.kill() for contestant in contestants])
+        timer.start()
+        try:
+            yield
+        except ContestantDiedError:
+            if self.seconds_left() > 0:
+                raise
+            self.left_out.append(what)
+            print(f"{what}: stopped, the minutes are over", flush=True)
+        finally:
+            timer.cancel()
+
     def allows(self, what: str, seconds: float) -> bool:
         """Whether about `seconds` are left; else `what` is noted as left out."""
         if self.seconds_left() >= seconds:
@@ -144,36 +162,63 @@ def take_turns(case: Case, contestants: dict[str, Worker], rounds: int) -> dict[
 
 
 def inference(settings: Settings, clock: Clock) -> list[str]:
-    """Ours beside PyTorch's, precision by precision; phrases for the row in RESULTS.md."""
+    """Ours alone, then beside PyTorch's, precision by precision; phrases for the row in RESULTS.md."""
     names = ["ours", "torch.compile" if settings.torch_mode else "torch"]
-    model, done = settings.models[0] if settings.models else "RepVGG-A0", []
+    model, phrases = settings.models[0] if settings.models else "RepVGG-A0", []
     print(f"\n{model}, {settings.image_size}x{settings.image_size}, inputs on the device")
     print(f"{'':9} {'batch':>6} {'':14} {'images/s':>10} {'ratio':>7} {'ms a call':>10} {'ratio':>7} {'compile s':>10}")
     with tempfile.TemporaryDirectory() as folder, workers(names, settings) as started:
         write_files(Case(folder, model, 1, settings.image_size), onnx=False)
-        for precision in settings.precisions:
-            dtype, tf32 = PRECISIONS[precision]
-            for batch_size in settings.batch_sizes:
-                if not clock.allows(f"{model} {precision} at batch {batch_size}", 60 if settings.torch_mode else 0):
-                    continue
-                case = Case(folder, model, batch_size, settings.image_size, dtype, tf32)
-                results = take_turns(case, started, settings.rounds)
-                ours, theirs = (results[name] for name in names)
-                ratios = {kind: theirs[kind] / ours[kind] for kind in ("throughput", "latency")}
-                for name, own in results.items():
-                    shown = ratios if name == "ours" else dict.fromkeys(ratios)
-                    through, latency = (f"{r:.2f} x" if r else "" for r in shown.values())
-                    print(
-                        f"{precision:9} {batch_size:6} {name:14} {batch_size / own['throughput']:10.0f} {through:>7} "
-                        f"{1e3 * own['latency']:10.3f} {latency:>7} {own['compile']:10.1f}",
-                        flush=True,
-                    )
-                done.append(
-                    f"{precision} {batch_size}: {batch_size / ours['throughput']:.0f} / "
-                    f"{batch_size / theirs['throughput']:.0f} ({ratios['throughput']:.2f} x), latency "
-                    f"{1e3 * ours['latency']:.2f} / {1e3 * theirs['latency']:.2f} ms ({ratios['latency']:.2f} x)"
-                )
-    return [f"{model}, images/s ours / {names[1]}: " + "; ".join(done)] if done else []
+        cases = [
+            Case(folder, model, batch_size, settings.image_size, *PRECISIONS[precision])
+            for precision in settings.precisions
+            for batch_size in settings.batch_sizes
+        ]
+        for contestants, least in ((names[:1], 15), (names, 60)):
+            done = []
+            for case in cases:
+                what = f"{' and '.join(contestants)}: {precision_of(case)} at batch {case.batch_size}"
+                if clock.allows(what, least if settings.torch_mode else 0):
+                    with clock.stops(what, list(started.values())):
+                        results = take_turns(case, {name: started[name] for name in contestants}, settings.rounds)
+                        print_inference(case, results)
+                        done.append(inference_phrase(case, results))
+            if done:
+                phrases.append(f"{model}, images/s and latency, {' / '.join(contestants)}: " + "; ".join(done))
+    return phrases
+
+
+def precision_of(case: Case) -> str:
+    """`bfloat16`, `tf32` or `float32`."""
+    return "tf32" if case.tf32 else case.dtype
+
+
+def ratios(results: dict[str, dict[str, float]], kind: str) -> str:
+    """How many times as fast ours is; empty if it ran alone."""
+    ours, *others = (seconds[kind] for seconds in results.values())
+    return f"{others[0] / ours:.2f} x" if others else ""
+
+
+def print_inference(case: Case, results: dict[str, dict[str, float]]) -> None:
+    """One line per contestant."""
+    for name, own in results.items():
+        through, latency = (ratios(results, kind) if name == "ours" else "" for kind in ("throughput", "latency"))
+        print(
+            f"{precision_of(case):9} {case.batch_size:6} {name:14} {case.batch_size / own['throughput']:10.0f} "
+            f"{through:>7} {1e3 * own['latency']:10.3f} {latency:>7} {own['compile']:10.1f}",
+            flush=True,
+        )
+
+
+def inference_phrase(case: Case, results: dict[str, dict[str, float]]) -> str:
+    """The same for the row."""
+    rates = " / ".join(f"{case.batch_size / own['throughput']:.0f}" for own in results.values())
+    latencies = " / ".join(f"{1e3 * own['latency']:.2f}" for own in results.values())
+    through, latency = (ratios(results, kind) for kind in ("throughput", "latency"))
+    return (
+        f"{precision_of(case)} {case.batch_size}: {rates}{through and f' ({through})'}, "
+        f"{latencies} ms{latency and f' ({latency})'}"
+    )
 
 
 def headlines(settings: Settings, clock: Clock) -> list[str]:
@@ -182,13 +227,15 @@ def headlines(settings: Settings, clock: Clock) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, workers(["ours"], settings) as started:
         for name, resnet, published in HEADLINES if settings.torch_mode else HEADLINES[:1]:
             for precision in settings.precisions[:2]:
-                if not clock.allows(f"{name} beside {resnet}, {precision}", 45 if settings.torch_mode else 0):
+                if not clock.allows(f"{name} beside {resnet}, {precision}", 20 if settings.torch_mode else 0):
                     continue
                 dtype, tf32 = PRECISIONS[precision]
                 case = Case(folder, name, batch_size, settings.image_size, dtype, tf32)
                 write_files(case, onnx=False)
                 cases = (case, dataclasses.replace(case, model=resnet))
-                ours, theirs = (batch_size / take_turns(c, started, settings.rounds)["ours"]["throughput"] for c in cases)
+                ours, theirs = (
+                    batch_size / take_turns(c, started, settings.rounds)["ours"]["throughput"] for c in cases
+                )
                 phrase = (
                     f"{name} {ours:.0f} images/s, {resnet} {theirs:.0f}: {ours / theirs - 1:+.0%} in {precision} at "
                     f"batch {batch_size} (paper: {published})"
@@ -207,8 +254,15 @@ def training(settings: Settings, clock: Clock) -> list[str]:
         if not clock.allows(f"train step of {model}", 150 if settings.torch_mode else 0):
             continue
         options = ["--model", model, "--batch-size", str(batch_size), "--image-size", str(settings.image_size)]
-        contestants = [Contestant(name, "benchmarks.train_step", options, _environment()) for name in names]
-        alternate(contestants, settings.rounds)
+        begin, contestants = time.monotonic(), []
+        with clock.stops(f"train step of {model}", contestants):
+            for name in names:
+                contestants.append(Contestant(name, "benchmarks.train_step", options, _environment(), ready=False))
+                contestants[-1].expect_ready()
+            compiled = time.monotonic() - begin
+            alternate(contestants, settings.rounds)
+        if not all(contestant.summary for contestant in contestants):
+            continue
         seconds = {c.name: statistics.median(run["seconds"] for run in c.runs) for c in contestants}
         ratio = seconds[names[1]] / seconds["ours"]
         for contestant in contestants:
@@ -219,7 +273,7 @@ def training(settings: Settings, clock: Clock) -> list[str]:
                 flush=True,
             )
         share = 100 * contestants[0].summary["utilization_a_second"] / seconds["ours"]
-        print(f"{model:12} model FLOP utilisation {share:.1f} %", flush=True)
+        print(f"{model:12} model FLOP utilisation {share:.1f} %; both compiled in {compiled:.0f} s", flush=True)
         done.append(
             f"{model} at {batch_size}: {batch_size / seconds['ours']:.0f} / {batch_size / seconds[names[1]]:.0f} "
             f"({ratio:.2f} x), {share:.0f} % of the peak FLOP/s"
@@ -245,7 +299,11 @@ def correctness(settings: Settings, clock: Clock) -> list[str]:
         raise SystemExit("the correctness checks did not finish")
     report = json.loads(run.stdout.splitlines()[-1])
     wrong = [f"train step: {what} {report['train_step'][what]:.1e}" for what in STEP_LIMITS]
-    wrong = [text for text, what in zip(wrong, STEP_LIMITS, strict=True) if not report["train_step"][what] <= STEP_LIMITS[what]]
+    wrong = [
+        text
+        for text, what in zip(wrong, STEP_LIMITS, strict=True)
+        if not report["train_step"][what] <= STEP_LIMITS[what]
+    ]
     print(f"{'relative difference':18} {'deploy form':>12} {'bfloat16':>9} {'PyTorch':>9} {'from file':>10}")
     for name, row in report["variants"].items():
         print(
@@ -347,7 +405,7 @@ def main() -> None:
     clock, phrases = Clock(settings.minutes), []
     device = facts()
     print(", ".join(f"{name}: {value if isinstance(value, str) else round(value)}" for name, value in device.items()))
-    measure = {function.__name__: function for function in (correctness, training, inference, headlines, profile)}
+    measure = {function.__name__: function for function in (correctness, headlines, profile, inference, training)}
     for section in SECTIONS:
         if section in arguments.sections:
             phrases += measure[section](settings, clock)

@@ -19,9 +19,6 @@ import numpy as np
 
 from .inference import CLASSES, Case, torch_model
 
-SECONDS = 0.3
-"""Length of one measurement."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -30,11 +27,6 @@ class Prepared:
     start: Callable[[], Any]
     wait: Callable[[Any], None]
     fetch: Callable[[], np.ndarray]
-
-
-def precision(case: Case) -> str:
-    """How the case's arithmetic is called: `bfloat16`, `tf32` or `float32`."""
-    return "tf32" if case.tf32 else case.dtype
 
 
 def prepare_jax(case: Case) -> Prepared:
@@ -56,9 +48,7 @@ def prepare_jax(case: Case) -> Prepared:
             start: Callable[[], Any] = functools.partial(compiled, variables, images)
         else:
             net, variables = rv.load_weights(case.file(".safetensors"))
-            predict = rv.make_predictor(
-                net, variables, case.batch_size, case.image_size, dtype=jnp.dtype(case.dtype)
-            )
+            predict = rv.make_predictor(net, variables, case.batch_size, case.image_size, dtype=jnp.dtype(case.dtype))
             start = functools.partial(predict.start, images)
     return Prepared(start, lambda result: result.block_until_ready(), lambda: np.asarray(start()))
 
@@ -118,7 +108,7 @@ def work(name: str, least: float, mode: str | None) -> None:
             case, prepared, begin = Case(**request["prepare"]), None, time.perf_counter()
             prepared = prepare_jax(case) if name == "ours" else prepare_torch(case, mode)
             logits = prepared.fetch()
-            np.save(case.file(f"-{name}-{precision(case)}-{case.batch_size}.npy"), logits)
+            np.save(case.file(f"-{name}-{case.batch_size}.npy"), logits)
             answer: dict[str, Any] = {"seconds": time.perf_counter() - begin}
             for kind in ("throughput", "latency"):  # CUDA graphs are recorded in the first calls
                 seconds_per_call(prepared, kind, least / 3)
@@ -147,9 +137,7 @@ def device_facts() -> dict[str, Any]:
         times = []
         for _ in range(6):
             begin = time.perf_counter()
-            for _ in range(3):
-                result = function()
-            result.block_until_ready()
+            jax.block_until_ready([function() for _ in range(3)])
             times.append((time.perf_counter() - begin) / 3)
         return min(times)
 
@@ -253,13 +241,14 @@ def _check_train_step(image_size: int) -> dict[str, float]:
     return {
         "loss": abs(float(here_metrics["loss"] / there_metrics["loss"]) - 1),
         "update": _relative(moved[1], moved[0]),
-        "statistics": _relative(*(np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.batch_stats)]) for s in (there, here))),
+        "statistics": _relative(
+            *(np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.batch_stats)]) for s in (there, here))
+        ),
     }
 
 
 def profile_step(model_name: str, batch_size: int, image_size: int) -> list[tuple[str, float]]:
     """The kernels of one bfloat16 train step, `(name without numbers, share of the device's time)`, largest first."""
-    import glob
     import re
     import tempfile
     from collections import Counter
@@ -277,8 +266,8 @@ def profile_step(model_name: str, batch_size: int, image_size: int) -> list[tupl
         with jax.profiler.trace(folder):
             advance()
             jax.block_until_ready(held["metrics"])
-        for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-            for plane in jax.profiler.ProfileData.from_file(path).planes:
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
                 if "/device:GPU" not in plane.name:
                     continue
                 for line in plane.lines:
