@@ -42,6 +42,8 @@ IMAGE_SUFFIXES = (
 """What the names of image files end with, in lower case: PIL's suffixes of `IMAGE_FORMATS`, torchvision's among them.
 Without `.pfm`, whose numbers have no fixed range."""
 
+_WHOLE_FROM = 320  # pixels: nothing is cropped off the shorter side of images evaluated at this size or a larger one
+
 
 def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """What one number, a square's side, or two say of an image's size, pixels.
@@ -93,6 +95,19 @@ class Preprocessing:
     def resize_size(self) -> int:
         """Length of the shorter side before the central crop."""
         return round(self.image_size / self.crop_fraction)
+
+    def at_size(self, image_size: int) -> "Preprocessing":
+        """Return the preprocessing of the same net at another size, by the authors' rule.
+
+        From 320 pixels on the shorter side is resized to `image_size` itself (crop fraction 1), below that to 8/7 of
+        it (0.875, as 256 is to 224). A net with a crop of its own below 320 keeps it below 320.
+        """
+        if image_size == self.image_size:
+            return self
+        crop = self.crop_fraction if self.image_size < _WHOLE_FROM else 0.875
+        if image_size >= _WHOLE_FROM:
+            crop = 1.0
+        return dataclasses.replace(self, image_size=image_size, crop_fraction=crop)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

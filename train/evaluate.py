@@ -120,7 +120,10 @@ class Arguments:
     """Variant the file must hold."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Side of the evaluation crops, pixels; the weight file's own if not given."""
+    """Side of the evaluation crops, pixels; the weight file's own if not given. As the authors do, the shorter side is
+    resized to this size itself from 320 on, and to 8/7 of it below (256 for 224)."""
+    crop_fraction: float | None = None
+    """Share of the resized shorter side that the crops keep, to override both the file's own and that rule."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
     workers: int | None = None
@@ -133,7 +136,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     """Load, fuse if asked to, and evaluate.
 
     Raises:
-      ConfigError: a size that is not positive.
+      ConfigError: a size that is not positive, a crop fraction outside of 0 to 1.
       WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
       DataError: unreadable data, or data of another number of classes.
     """
@@ -144,13 +147,23 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}")
+    if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
+        raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     model, variables = _load(arguments, info)
     preprocessing = info.preprocessing
     if arguments.resolution is not None:
-        preprocessing = dataclasses.replace(preprocessing, image_size=arguments.resolution)
+        preprocessing = preprocessing.at_size(arguments.resolution)
+    if arguments.crop_fraction is not None:
+        preprocessing = dataclasses.replace(preprocessing, crop_fraction=arguments.crop_fraction)
+    if preprocessing != info.preprocessing:
+        print(
+            f"evaluating at {preprocessing.image_size} pixels, cropped from images resized to "
+            f"{preprocessing.resize_size} on the shorter side",
+            file=sys.stderr,
+        )
     dataset = data.load(
         arguments.data,
         image_size=preprocessing.image_size,

@@ -18,6 +18,7 @@ import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import RepVGGError, WeightsError
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
+from repvgg_jax.variants import get_variant
 from repvgg_jax.weights import WeightsWarning, save_weights
 
 from . import cluster, data
@@ -98,7 +99,13 @@ def set_up(config: Config) -> Run:
     """
     options = config.optimizer
     per_device_batch(options.batch_size, options.accumulate)
-    dataset = data.load(config.input.data, image_size=config.input.test_image_size, data_dir=config.input.data_dir)
+    dataset = data.load(
+        config.input.data,
+        image_size=config.input.test_image_size,
+        data_dir=config.input.data_dir,
+        crop_fraction=config.input.crop_fraction,
+        variant=get_variant(config.model.model),
+    )
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
     workdir = make_workdir(config)
     model = rv.create_model(

@@ -12,6 +12,7 @@ from pathlib import Path
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from repvgg_jax.variants import Variant
 
 from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
@@ -74,10 +75,11 @@ class DataSet:
 def load(
     spec: str,
     *,
-    image_size: int,
+    image_size: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     channels: int = 3,
-    crop_fraction: float = 0.875,
+    crop_fraction: float | None = None,
+    variant: Variant | None = None,
     evaluation_only: bool = False,
 ) -> DataSet:
     """Open a data set; images are read later.
@@ -87,10 +89,12 @@ def load(
         benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*`, or a TFDS name
         `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An existing folder wins over a
         TFDS name.
-      image_size: height and width of the network's input.
+      image_size: height and width of the network's input in evaluation; None takes the variant's published one.
       data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       channels: 3 for RGB, 1 for grey.
-      crop_fraction: of the evaluation transform, for photographs (the others are never cropped).
+      crop_fraction: of the evaluation transform; None crops photographs as the variant's published evaluation does
+        (at another size, as `Preprocessing.at_size` has it), and the others not at all.
+      variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
       evaluation_only: do without a training split.
 
     Returns:
@@ -100,11 +104,17 @@ def load(
       DataError: one line that says what is missing or wrong, where, and what to do.
       ValueError: `image_size`, `channels` or `crop_fraction` is out of range.
     """
-    preprocessing = _preprocessing(image_size, channels, crop_fraction)
+    preprocessing = _published(variant, channels)
+    if image_size is not None:
+        preprocessing = preprocessing.at_size(image_size)
+    if crop_fraction is None and spec in ("digits", "synthetic"):
+        crop_fraction = 1.0
+    if crop_fraction is not None:
+        preprocessing = dataclasses.replace(preprocessing, crop_fraction=crop_fraction)
     if spec == "digits":
         return _digits(_data_dir(data_dir), preprocessing)
     if spec == "synthetic":
-        return _synthetic(dataclasses.replace(preprocessing, crop_fraction=1.0))
+        return _synthetic(preprocessing)
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return _folder(folder, preprocessing, evaluation_only)
@@ -114,11 +124,14 @@ def load(
     return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only)
 
 
-def _preprocessing(image_size: int, channels: int, crop_fraction: float) -> Preprocessing:
+def _published(variant: Variant | None, channels: int) -> Preprocessing:
+    """The variant's evaluation as published, or most variants'."""
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, got {channels}")
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (_GREY_MEAN, _GREY_STD)
-    return Preprocessing(image_size, crop_fraction, mean, std)
+    if variant is None:
+        return Preprocessing(mean=mean, std=std)
+    return Preprocessing(variant.image_size, variant.crop_fraction, mean, std)
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
@@ -175,7 +188,7 @@ def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
         "digits",
         tfds_source.TfdsSource(directory, "train"),
         tfds_source.TfdsSource(directory, "test"),
-        Preprocessing(preprocessing.image_size, 1.0, mean, std),
+        dataclasses.replace(preprocessing, mean=mean, std=std),
         "random_affine",
     )
 
