@@ -112,8 +112,10 @@ class FineTuneConfig:
     """Where it starts, and what of it trains."""
 
     init: str | None = None
-    """Weight file to start from, anything that `rv.load_weights` reads, in training form; another class count gives
-    a fresh classifier."""
+    """Weight file to start from, anything that `rv.load_weights` reads, in training form; classes other than the
+    data's, in number or by name, give a fresh classifier."""
+    keep_classifier: bool = False
+    """Keep the classifier of --init though the file names other classes than the data, as many of them."""
     freeze_stages: int = 0
     """How many of the five stages, from the first, keep their weights and BN statistics."""
     freeze_bn: bool = False

@@ -18,6 +18,7 @@ from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 
 from . import data
+from .class_names import matched_source
 from .data import BadImages, Source, eval_batches
 from .parallel import AXIS, parallel, replicate
 from .step import make_eval_step, predictor_step
@@ -130,6 +131,8 @@ class Arguments:
     """Decoding threads; one for each core if not given."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping it."""
+    ignore_class_names: bool = False
+    """Evaluate by index although the weight file names other classes than the data."""
 
 
 def evaluate_file(arguments: Arguments) -> Evaluation:
@@ -138,7 +141,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     Raises:
       ConfigError: a size that is not positive, a crop fraction outside of 0 to 1.
       WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
-      DataError: unreadable data, or data of another number of classes.
+      DataError: unreadable data, or data of other classes.
     """
     for option, value in (
         ("--batch-size", arguments.batch_size),
@@ -174,6 +177,9 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise WeightsError(
             f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
         )
+    source, note = matched_source(dataset, info, arguments.weights, ignore=arguments.ignore_class_names)
+    if note:
+        print(note, file=sys.stderr)
     evaluated, placed = model, {}
     if arguments.form == "deploy" and jax.device_count() == 1:
         evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
@@ -181,7 +187,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         placed = replicate(variables)
     evaluator = Evaluator(
         evaluated,
-        dataset.test,
+        source,
         preprocessing,
         batch_size=arguments.batch_size,
         workers=arguments.workers,

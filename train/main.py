@@ -23,6 +23,7 @@ from repvgg_jax.weights import WeightsWarning, save_weights
 
 from . import cluster, data
 from .checkpoint import Checkpoints
+from .class_names import fit_classifier
 from .config import Config, parse, save_or_compare
 from .data.augmentation import make_transform
 from .data.prefetch import Prefetch
@@ -159,6 +160,8 @@ def fresh_state(run: Run) -> TrainState:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", WeightsWarning)
             model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
+            info, keep = rv.inspect_weights(path, run.model.variant), config.fine_tune.keep_classifier
+            variables = fit_classifier(variables, info, run.dataset, path, keep=keep)
         for warning in caught:
             print(f"warning: {warning.message}", file=sys.stderr)
         if model.deploy:

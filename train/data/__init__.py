@@ -67,6 +67,11 @@ class DataSet:
         return self.test.class_names
 
     @property
+    def has_class_names(self) -> bool:
+        """Whether the names mean anything: those of synthetic images do not."""
+        return self.name != "synthetic"
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.test.class_names)
