@@ -205,10 +205,10 @@ def _identify(data: bytes, name: str) -> ImageFile.ImageFile:
       UnidentifiedImageError: it is in none of `IMAGE_FORMATS`.
     """
     for factory, accept in _openers():
-        answer = accept is None or accept(data[:16])
-        if not answer or isinstance(answer, str):  # a text says why PIL was built without the format
-            continue
         with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Image.open: try the next
+            answer = accept is None or accept(data[:16])
+            if not answer or isinstance(answer, str):  # a text says why PIL was built without the format
+                continue
             image = factory(io.BytesIO(data), "")
             _check_pixels(image.size, name)
             return image

@@ -43,7 +43,8 @@ class Evaluation:
 class Evaluator:
     """Compiles one model's evaluation over a source once, to be called with variables as they train.
 
-    Unreadable images are named once, however often the source is evaluated.
+    Unreadable images are named once, however often the source is evaluated: once for all evaluators that share
+    `bad_images`.
 
     Args:
       model: training or deploy form, or a quantised net; or a predictor, on one device, which has its variables.
@@ -52,6 +53,7 @@ class Evaluator:
       batch_size: images in a batch over all devices; rounded up to their multiple.
       workers: decoding threads, None for one each core.
       strict: raise on unreadable images instead of skipping them.
+      bad_images: where unreadable images are recorded; None makes a new record.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Evaluator:
         batch_size: int,
         workers: int | None = None,
         strict: bool = False,
+        bad_images: BadImages | None = None,
     ):
         devices = jax.device_count()
         self._step: Callable[[Any, Any], Mapping[str, Any]]
@@ -80,7 +83,7 @@ class Evaluator:
             preprocessing=preprocessing,
             num_workers=workers,
             strict=strict,
-            bad_images=BadImages(),
+            bad_images=BadImages() if bad_images is None else bad_images,
         )
 
     def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
@@ -177,6 +180,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise WeightsError(
             f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
         )
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
     source, note = matched_source(dataset, info, arguments.weights, ignore=arguments.ignore_class_names)
     if note:
         print(note, file=sys.stderr)
@@ -219,12 +224,17 @@ def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.Qu
     return model, variables
 
 
+def skipped_line(count: int) -> str:
+    """Say how many images could not be read."""
+    return f"{count} image{'s' if count > 1 else ''} could not be read and {'were' if count > 1 else 'was'} skipped"
+
+
 def main() -> None:
     """The command; its last line on stdout is one JSON object."""
     arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
     result = evaluate_file(arguments)
     if result.skipped:
-        print(f"{result.skipped} images could not be read and were skipped", file=sys.stderr)
+        print(skipped_line(result.skipped), file=sys.stderr)
     print(json.dumps({"top1": result.top1, "top5": result.top5, "images": result.images}))
 
 

@@ -27,7 +27,7 @@ from .class_names import fit_classifier
 from .config import Config, parse, save_or_compare
 from .data.augmentation import make_transform
 from .data.prefetch import Prefetch
-from .evaluate import Evaluation, Evaluator
+from .evaluate import Evaluation, Evaluator, skipped_line
 from .loop import FORM_NAMES, Run, Watchers, forms, record_evaluation, run_steps
 from .metrics import MetricsLog
 from .optimizer import learning_rate_schedule, make_optimizer
@@ -63,7 +63,8 @@ def train(config: Config) -> Result | None:
         state = checkpoints.restore(fresh_state(run), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
-        progress.note(opening_line(run, start_step))
+        for line in (*run.dataset.notes, opening_line(run, start_step)):
+            progress.note(line)
 
         finished = start_step == run.total_steps
         log = MetricsLog(run.workdir, start_step, finished=finished) if cluster.is_leader() else MetricsLog.silent()
@@ -85,7 +86,7 @@ def train(config: Config) -> Result | None:
         log.close()
         skipped = batches.skipped + result.evaluations["train"].skipped
         if skipped:
-            progress.note(f"{skipped} images could not be read and were skipped")
+            progress.note(skipped_line(skipped))
         if cluster.is_leader():
             progress.note(f"curves: {plot_curves([run.workdir], run.workdir / 'curves.png')}")
     cluster.barrier("finished")
@@ -201,6 +202,7 @@ def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
         batch_size=config.optimizer.batch_size,
         workers=config.input.workers,
         strict=config.input.strict,
+        bad_images=dataset.bad_test_images,
     )
 
 

@@ -6,11 +6,12 @@ splits, `Prefetch` takes batches to the devices.
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
+from repvgg_jax.image_files import describe_left_out
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from repvgg_jax.variants import Variant
 
@@ -18,7 +19,7 @@ from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
 from .pipeline import eval_batches, steps_per_epoch, train_batches
 from .prefetch import Prefetch
-from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource
+from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource, no_images
 from .transforms import TRANSFORMS, Transform, get_transform
 
 __all__ = [
@@ -53,6 +54,8 @@ class DataSet:
       train, test: the two splits. `train` is empty if only evaluation was asked for.
       preprocessing: how its images become network input.
       train_transform: name of the transform (crop, or none) that suits it; `make_transform` builds on it.
+      notes: what a user should know of it, such as files that were left out, a line each.
+      bad_test_images: where evaluations record images of `test` that they cannot read, to name each once.
     """
 
     name: str
@@ -60,6 +63,8 @@ class DataSet:
     test: Source
     preprocessing: Preprocessing
     train_transform: str
+    notes: tuple[str, ...] = ()
+    bad_test_images: BadImages = field(default_factory=BadImages, compare=False)
 
     @property
     def class_names(self) -> list[str]:
@@ -149,21 +154,41 @@ def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> 
     if missing:
         wanted = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in needed)
         raise DataError(f"{root} holds no {' and no '.join(missing)}; expected {wanted}")
-    test = FolderSource(root / "val")
-    train = EmptySource(test.class_names) if evaluation_only else FolderSource(root / "train")
-    if train.class_names != test.class_names:
-        raise _classes_differ(root, set(train.class_names), set(test.class_names))
-    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip")
+    test = FolderSource(root / "val", allow_empty=True)
+    if evaluation_only:
+        train = EmptySource(test.class_names)
+        listed, notes = [test], [f"no image of class {name} in {test.root}" for name in test.empty]
+    else:
+        train = FolderSource(root / "train", allow_empty=True)
+        _check_classes(train, test)
+        listed, notes = [train, test], []
+    notes += [f"{s.root}: left out {describe_left_out(s.left_out)}" for s in listed if s.left_out]
+    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", tuple(notes))
 
 
-def _classes_differ(root: Path, train: set[str], test: set[str]) -> DataError:
-    sides = (("train/", train - test), ("val/", test - train))
-    texts = [f"only in {side}: {_some(names)}" for side, names in sides if names]
-    return DataError(f"{root / 'train'} and {root / 'val'} hold different classes ({'; '.join(texts)})")
+def _check_classes(train: FolderSource, test: FolderSource) -> None:
+    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
+
+    Raises:
+      DataError: there is one.
+    """
+    for source, other in ((test, train), (train, test)):
+        for name in source.empty:
+            there = name in other.class_names
+            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
+    sides = ((train, test), (test, train))
+    differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
+    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
+    if texts:
+        one, other, names = next(difference for difference in differences if difference[2])
+        raise DataError(
+            f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
+            f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
+        )
 
 
-def _some(names: set[str], limit: int = 5) -> str:
-    shown = ", ".join(sorted(names)[:limit])
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

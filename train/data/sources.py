@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from repvgg_jax.errors import DataError
-from repvgg_jax.image_files import ImageFiles, describe_left_out, image_files
+from repvgg_jax.image_files import describe_left_out, image_files
 from repvgg_jax.preprocess import IMAGE_SUFFIXES
 
 
@@ -51,25 +51,30 @@ class FolderSource:
 
     Args:
       root: the folder of one split.
+      allow_empty: accept class folders without images, if there is any image at all.
 
     Raises:
       DataError: no such folder, no class folders in it, or a class folder without images.
 
     Attributes:
       left_out: how many files below the class folders are not images, by suffix.
+      empty: names of the classes without images.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, allow_empty: bool = False) -> None:
         self.root = Path(root)
         self._class_names = class_folders(self.root)
         self.left_out: Counter[str] = Counter()
         self._paths: list[str] = []
         counts = []
         for name in self._class_names:
-            paths, left_out = class_images(self.root / name)
+            paths, left_out = image_files(self.root / name)
             self._paths += paths
             self.left_out += left_out
             counts.append(len(paths))
+        self.empty = [name for name, count in zip(self._class_names, counts, strict=True) if not count]
+        if self.empty and not (allow_empty and self._paths):
+            raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     @property
@@ -105,19 +110,12 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def class_images(folder: Path) -> ImageFiles:
-    """List the images of a class.
-
-    Raises:
-      DataError: `folder` cannot be listed, or holds no images.
-    """
-    files = image_files(folder)
-    if not files.paths:
-        others = f", but {describe_left_out(files.left_out)}" if files.left_out else ""
-        raise DataError(
-            f"class folder {folder} holds no images{others}; add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
-        )
-    return files
+def no_images(folder: Path, or_remove: str = "it") -> DataError:
+    """The error of a class folder without images: what it holds besides, and what to do."""
+    left_out = image_files(folder).left_out
+    others = f", but {describe_left_out(left_out)}" if left_out else ""
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    return DataError(f"class folder {folder} holds no images{others}; add some ({suffixes}) or remove {or_remove}")
 
 
 class SyntheticSource:
