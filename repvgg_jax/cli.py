@@ -1,11 +1,14 @@
 """What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 
 from .errors import RepVGGError
+
+_PACKAGES = ("repvgg_jax", "train", "convert")
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -29,7 +32,7 @@ def run_command(main: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the place in the code that gave them, of which a command's user has no use."""
+    """Warnings, and what our own loggers say, without the place in the code, of which a command's user has no use."""
 
     def one_line(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
@@ -37,9 +40,19 @@ def _one_line_warnings() -> Iterator[None]:
         del category, filename, lineno, line
         return f"warning: {' '.join(str(message).split())}\n"
 
-    before = warnings.formatwarning
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+    before, loggers, lines = warnings.formatwarning, [logging.getLogger(name) for name in _PACKAGES], Lines()
     warnings.formatwarning = one_line
+    for logger in loggers:
+        logger.addHandler(lines)
+        logger.propagate = False  # to handlers that other libraries may have given the root logger
     try:
         yield
     finally:
         warnings.formatwarning = before
+        for logger in loggers:
+            logger.removeHandler(lines)
+            logger.propagate = True

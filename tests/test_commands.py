@@ -127,7 +127,7 @@ def test_evaluation_gives_one_json_object_for_both_forms(photos, weights):
     for form in ("train", "deploy"):
         done = command("train.evaluate", photos, form, weights, "-a", "Small")
         assert done.returncode == 0, done.stderr
-        assert "1 images could not be read and were skipped" in done.stderr
+        assert "1 image could not be read and was skipped" in done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
     assert results[0] == results[1]
     assert results[0]["images"] == 6

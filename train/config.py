@@ -59,9 +59,13 @@ class InputConfig:
     data_dir: str | None = None
     """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
     image_size: int = 224
-    """Side of the training crops, pixels."""
-    test_image_size: int = 224
-    """Side of the evaluation crops, pixels."""
+    """Side of the training crops, pixels: the recipe's, whatever the variant. The authors too train RepVGG-D2se at 224
+    and evaluate it at 320."""
+    test_image_size: int | None = None
+    """Side of the evaluation crops, pixels; the variant's published one if not given."""
+    crop_fraction: float | None = None
+    """Share of the resized shorter side that an evaluation crop keeps; the variant's published one if not given, and 1
+    for digits and synthetic images."""
     workers: int | None = None
     """Threads that decode images; one for each core if not given. Results do not depend on it."""
     strict: bool = False
@@ -106,8 +110,10 @@ class FineTuneConfig:
     """Where it starts, and what of it trains."""
 
     init: str | None = None
-    """Weight file to start from, anything that `rv.load_weights` reads, in training form; another class count gives
-    a fresh classifier."""
+    """Weight file to start from, anything that `rv.load_weights` reads, in training form; classes other than the
+    data's, in number or by name, give a fresh classifier."""
+    keep_classifier: bool = False
+    """Keep the classifier of --init though the file names other classes than the data, as many of them."""
     freeze_stages: int = 0
     """How many of the five stages, from the first, keep their weights and BN statistics."""
     freeze_bn: bool = False
@@ -182,7 +188,7 @@ PRESETS: dict[str, Config] = {
     # The authors' RepVGGplus recipe.
     "plus_300": Config(
         model=ModelConfig("RepVGGplus-L2pse", dtype="bfloat16"),
-        input=dataclasses.replace(_IMAGENET, image_size=256, test_image_size=320),
+        input=dataclasses.replace(_IMAGENET, image_size=256),
         augment=Augmentation(auto_augment="randaugment_plus", randaugment_magnitude=15),
         optimizer=OptimizerConfig(
             epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1, mixup=0.2
@@ -253,7 +259,7 @@ def check(config: Config) -> None:
         "--dense-copies": (config.model.dense_copies, 1),
         "--dropout": (config.model.dropout, 0),
         "--image-size": (config.input.image_size, 1),
-        "--test-image-size": (config.input.test_image_size, 1),
+        "--test-image-size": (1 if config.input.test_image_size is None else config.input.test_image_size, 1),
         "--workers": (1 if config.input.workers is None else config.input.workers, 1),
         "--epochs": (config.optimizer.epochs, 1),
         "--batch-size": (config.optimizer.batch_size, 1),
@@ -290,6 +296,8 @@ def check(config: Config) -> None:
     ):
         if value >= 1:
             raise ConfigError(f"{option} must be below 1, not {value}")
+    if config.input.crop_fraction is not None and not 0 < config.input.crop_fraction <= 1:
+        raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {config.input.crop_fraction}")
     if config.model.dense_copies > MAX_DENSE_COPIES:
         raise ConfigError(f"--dense-copies must be at most {MAX_DENSE_COPIES}, not {config.model.dense_copies}")
     if config.model.quantization == "qat" and config.fine_tune.init is None:
@@ -309,6 +317,8 @@ _FREE = {
     ("input", "workers"),
     ("input", "prefetch"),
     ("input", "data_dir"),
+    ("input", "test_image_size"),
+    ("input", "crop_fraction"),
     ("run", "workdir"),
     ("run", "keep_checkpoints"),
     ("run", "profile"),

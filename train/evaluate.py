@@ -18,6 +18,7 @@ from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 
 from . import data
+from .class_names import matched_source
 from .data import BadImages, Source, eval_batches
 from .parallel import AXIS, parallel, replicate
 from .step import make_eval_step, predictor_step
@@ -42,7 +43,8 @@ class Evaluation:
 class Evaluator:
     """Compiles one model's evaluation over a source once, to be called with variables as they train.
 
-    Unreadable images are named once, however often the source is evaluated.
+    Unreadable images are named once, however often the source is evaluated: once for all evaluators that share
+    `bad_images`.
 
     Args:
       model: training or deploy form, or a quantised net; or a predictor, on one device, which has its variables.
@@ -51,6 +53,7 @@ class Evaluator:
       batch_size: images in a batch over all devices; rounded up to their multiple.
       workers: decoding threads, None for one each core.
       strict: raise on unreadable images instead of skipping them.
+      bad_images: where unreadable images are recorded; None makes a new record.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Evaluator:
         batch_size: int,
         workers: int | None = None,
         strict: bool = False,
+        bad_images: BadImages | None = None,
     ):
         devices = jax.device_count()
         self._step: Callable[[Any, Any], Mapping[str, Any]]
@@ -79,7 +83,7 @@ class Evaluator:
             preprocessing=preprocessing,
             num_workers=workers,
             strict=strict,
-            bad_images=BadImages(),
+            bad_images=BadImages() if bad_images is None else bad_images,
         )
 
     def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
@@ -120,22 +124,27 @@ class Arguments:
     """Variant the file must hold."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Side of the evaluation crops, pixels; the weight file's own if not given."""
+    """Side of the evaluation crops, pixels; the weight file's own if not given. As the authors do, the shorter side is
+    resized to this size itself from 320 on, and to 8/7 of it below (256 for 224)."""
+    crop_fraction: float | None = None
+    """Share of the resized shorter side that the crops keep, to override both the file's own and that rule."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
     workers: int | None = None
     """Decoding threads; one for each core if not given."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping it."""
+    ignore_class_names: bool = False
+    """Evaluate by index although the weight file names other classes than the data."""
 
 
 def evaluate_file(arguments: Arguments) -> Evaluation:
     """Load, fuse if asked to, and evaluate.
 
     Raises:
-      ConfigError: a size that is not positive.
+      ConfigError: a size that is not positive, a crop fraction outside of 0 to 1.
       WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
-      DataError: unreadable data, or data of another number of classes.
+      DataError: unreadable data, or data of other classes.
     """
     for option, value in (
         ("--batch-size", arguments.batch_size),
@@ -144,13 +153,23 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}")
+    if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
+        raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     model, variables = _load(arguments, info)
     preprocessing = info.preprocessing
     if arguments.resolution is not None:
-        preprocessing = dataclasses.replace(preprocessing, image_size=arguments.resolution)
+        preprocessing = preprocessing.at_size(arguments.resolution)
+    if arguments.crop_fraction is not None:
+        preprocessing = dataclasses.replace(preprocessing, crop_fraction=arguments.crop_fraction)
+    if preprocessing != info.preprocessing:
+        print(
+            f"evaluating at {preprocessing.image_size} pixels, cropped from images resized to "
+            f"{preprocessing.resize_size} on the shorter side",
+            file=sys.stderr,
+        )
     dataset = data.load(
         arguments.data,
         image_size=preprocessing.image_size,
@@ -161,6 +180,11 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise WeightsError(
             f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
         )
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
+    source, note = matched_source(dataset, info, arguments.weights, ignore=arguments.ignore_class_names)
+    if note:
+        print(note, file=sys.stderr)
     evaluated, placed = model, {}
     if arguments.form == "deploy" and jax.device_count() == 1:
         evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
@@ -168,7 +192,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         placed = replicate(variables)
     evaluator = Evaluator(
         evaluated,
-        dataset.test,
+        source,
         preprocessing,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
@@ -200,12 +224,17 @@ def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.Qu
     return model, variables
 
 
+def skipped_line(count: int) -> str:
+    """Say how many images could not be read."""
+    return f"{count} image{'s' if count > 1 else ''} could not be read and {'were' if count > 1 else 'was'} skipped"
+
+
 def main() -> None:
     """The command; its last line on stdout is one JSON object."""
     arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
     result = evaluate_file(arguments)
     if result.skipped:
-        print(f"{result.skipped} images could not be read and were skipped", file=sys.stderr)
+        print(skipped_line(result.skipped), file=sys.stderr)
     print(json.dumps({"top1": result.top1, "top5": result.top5, "images": result.images}))
 
 

@@ -18,14 +18,16 @@ import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import RepVGGError, WeightsError
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
+from repvgg_jax.variants import get_variant
 from repvgg_jax.weights import WeightsWarning, save_weights
 
 from . import cluster, data
 from .checkpoint import Checkpoints
+from .class_names import fit_classifier
 from .config import Config, parse, save_or_compare
 from .data.augmentation import make_transform
 from .data.prefetch import Prefetch
-from .evaluate import Evaluation, Evaluator
+from .evaluate import Evaluation, Evaluator, skipped_line
 from .loop import FORM_NAMES, Run, Watchers, forms, record_evaluation, run_steps
 from .metrics import MetricsLog
 from .optimizer import learning_rate_schedule, make_optimizer
@@ -61,7 +63,8 @@ def train(config: Config) -> Result | None:
         state = checkpoints.restore(fresh_state(run), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
-        progress.note(opening_line(run, start_step))
+        for line in (*run.dataset.notes, opening_line(run, start_step)):
+            progress.note(line)
 
         finished = start_step == run.total_steps
         log = MetricsLog(run.workdir, start_step, finished=finished) if cluster.is_leader() else MetricsLog.silent()
@@ -83,7 +86,7 @@ def train(config: Config) -> Result | None:
         log.close()
         skipped = batches.skipped + result.evaluations["train"].skipped
         if skipped:
-            progress.note(f"{skipped} images could not be read and were skipped")
+            progress.note(skipped_line(skipped))
         if cluster.is_leader():
             progress.note(f"curves: {plot_curves([run.workdir], run.workdir / 'curves.png')}")
     cluster.barrier("finished")
@@ -98,7 +101,13 @@ def set_up(config: Config) -> Run:
     """
     options = config.optimizer
     per_device_batch(options.batch_size, options.accumulate)
-    dataset = data.load(config.input.data, image_size=config.input.test_image_size, data_dir=config.input.data_dir)
+    dataset = data.load(
+        config.input.data,
+        image_size=config.input.test_image_size,
+        data_dir=config.input.data_dir,
+        crop_fraction=config.input.crop_fraction,
+        variant=get_variant(config.model.model),
+    )
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
     workdir = make_workdir(config)
     model = rv.create_model(
@@ -152,6 +161,8 @@ def fresh_state(run: Run) -> TrainState:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", WeightsWarning)
             model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
+            info, keep = rv.inspect_weights(path, run.model.variant), config.fine_tune.keep_classifier
+            variables = fit_classifier(variables, info, run.dataset, path, keep=keep)
         for warning in caught:
             print(f"warning: {warning.message}", file=sys.stderr)
         if model.deploy:
@@ -191,6 +202,7 @@ def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
         batch_size=config.optimizer.batch_size,
         workers=config.input.workers,
         strict=config.input.strict,
+        bad_images=dataset.bad_test_images,
     )
 
 

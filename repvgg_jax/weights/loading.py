@@ -105,7 +105,7 @@ def load_weights(
         for note in file.notes:
             warnings.warn(note, WeightsWarning, stacklevel=2)
     if fresh:
-        leaves |= _fresh_heads(info.variant, info.deploy, wanted)
+        leaves |= fresh_heads(info.variant, info.deploy, wanted)
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
         message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
         warnings.warn(message, WeightsWarning, stacklevel=2)
@@ -281,7 +281,7 @@ def _is_head(leaf: str) -> bool:
     return leaf.removeprefix("params/").rpartition("/")[0] in HEADS
 
 
-def _fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
+def fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
     """Classifier (and auxiliary classifiers) with PyTorch's default initialisation, the same ones every time."""
     leaves = {}
     for layer in head_layers(variant, deploy, num_classes):

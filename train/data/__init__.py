@@ -6,18 +6,20 @@ splits, `Prefetch` takes batches to the devices.
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
+from repvgg_jax.image_files import describe_left_out
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from repvgg_jax.variants import Variant
 
 from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
 from .pipeline import eval_batches, steps_per_epoch, train_batches
 from .prefetch import Prefetch
-from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource
+from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource, no_images
 from .transforms import TRANSFORMS, Transform, get_transform
 
 __all__ = [
@@ -52,6 +54,8 @@ class DataSet:
       train, test: the two splits. `train` is empty if only evaluation was asked for.
       preprocessing: how its images become network input.
       train_transform: name of the transform (crop, or none) that suits it; `make_transform` builds on it.
+      notes: what a user should know of it, such as files that were left out, a line each.
+      bad_test_images: where evaluations record images of `test` that they cannot read, to name each once.
     """
 
     name: str
@@ -59,11 +63,18 @@ class DataSet:
     test: Source
     preprocessing: Preprocessing
     train_transform: str
+    notes: tuple[str, ...] = ()
+    bad_test_images: BadImages = field(default_factory=BadImages, compare=False)
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes; a label is an index into them."""
         return self.test.class_names
+
+    @property
+    def has_class_names(self) -> bool:
+        """Whether the names mean anything: those of synthetic images do not."""
+        return self.name != "synthetic"
 
     @property
     def num_classes(self) -> int:
@@ -74,10 +85,11 @@ class DataSet:
 def load(
     spec: str,
     *,
-    image_size: int,
+    image_size: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     channels: int = 3,
-    crop_fraction: float = 0.875,
+    crop_fraction: float | None = None,
+    variant: Variant | None = None,
     evaluation_only: bool = False,
 ) -> DataSet:
     """Open a data set; images are read later.
@@ -87,10 +99,12 @@ def load(
         benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*`, or a TFDS name
         `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An existing folder wins over a
         TFDS name.
-      image_size: height and width of the network's input.
+      image_size: height and width of the network's input in evaluation; None takes the variant's published one.
       data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       channels: 3 for RGB, 1 for grey.
-      crop_fraction: of the evaluation transform, for photographs (the others are never cropped).
+      crop_fraction: of the evaluation transform; None crops photographs as the variant's published evaluation does
+        (at another size, as `Preprocessing.at_size` has it), and the others not at all.
+      variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
       evaluation_only: do without a training split.
 
     Returns:
@@ -100,11 +114,17 @@ def load(
       DataError: one line that says what is missing or wrong, where, and what to do.
       ValueError: `image_size`, `channels` or `crop_fraction` is out of range.
     """
-    preprocessing = _preprocessing(image_size, channels, crop_fraction)
+    preprocessing = _published(variant, channels)
+    if image_size is not None:
+        preprocessing = preprocessing.at_size(image_size)
+    if crop_fraction is None and spec in ("digits", "synthetic"):
+        crop_fraction = 1.0
+    if crop_fraction is not None:
+        preprocessing = dataclasses.replace(preprocessing, crop_fraction=crop_fraction)
     if spec == "digits":
         return _digits(_data_dir(data_dir), preprocessing)
     if spec == "synthetic":
-        return _synthetic(dataclasses.replace(preprocessing, crop_fraction=1.0))
+        return _synthetic(preprocessing)
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return _folder(folder, preprocessing, evaluation_only)
@@ -114,11 +134,14 @@ def load(
     return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only)
 
 
-def _preprocessing(image_size: int, channels: int, crop_fraction: float) -> Preprocessing:
+def _published(variant: Variant | None, channels: int) -> Preprocessing:
+    """The variant's evaluation as published, or most variants'."""
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, got {channels}")
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (_GREY_MEAN, _GREY_STD)
-    return Preprocessing(image_size, crop_fraction, mean, std)
+    if variant is None:
+        return Preprocessing(mean=mean, std=std)
+    return Preprocessing(variant.image_size, variant.crop_fraction, mean, std)
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
@@ -131,21 +154,41 @@ def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> 
     if missing:
         wanted = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in needed)
         raise DataError(f"{root} holds no {' and no '.join(missing)}; expected {wanted}")
-    test = FolderSource(root / "val")
-    train = EmptySource(test.class_names) if evaluation_only else FolderSource(root / "train")
-    if train.class_names != test.class_names:
-        raise _classes_differ(root, set(train.class_names), set(test.class_names))
-    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip")
+    test = FolderSource(root / "val", allow_empty=True)
+    if evaluation_only:
+        train = EmptySource(test.class_names)
+        listed, notes = [test], [f"no image of class {name} in {test.root}" for name in test.empty]
+    else:
+        train = FolderSource(root / "train", allow_empty=True)
+        _check_classes(train, test)
+        listed, notes = [train, test], []
+    notes += [f"{s.root}: left out {describe_left_out(s.left_out)}" for s in listed if s.left_out]
+    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", tuple(notes))
 
 
-def _classes_differ(root: Path, train: set[str], test: set[str]) -> DataError:
-    sides = (("train/", train - test), ("val/", test - train))
-    texts = [f"only in {side}: {_some(names)}" for side, names in sides if names]
-    return DataError(f"{root / 'train'} and {root / 'val'} hold different classes ({'; '.join(texts)})")
+def _check_classes(train: FolderSource, test: FolderSource) -> None:
+    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
+
+    Raises:
+      DataError: there is one.
+    """
+    for source, other in ((test, train), (train, test)):
+        for name in source.empty:
+            there = name in other.class_names
+            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
+    sides = ((train, test), (test, train))
+    differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
+    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
+    if texts:
+        one, other, names = next(difference for difference in differences if difference[2])
+        raise DataError(
+            f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
+            f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
+        )
 
 
-def _some(names: set[str], limit: int = 5) -> str:
-    shown = ", ".join(sorted(names)[:limit])
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
@@ -175,7 +218,7 @@ def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
         "digits",
         tfds_source.TfdsSource(directory, "train"),
         tfds_source.TfdsSource(directory, "test"),
-        Preprocessing(preprocessing.image_size, 1.0, mean, std),
+        dataclasses.replace(preprocessing, mean=mean, std=std),
         "random_affine",
     )
 

@@ -1,0 +1,151 @@
+"""Names of classes, by which a weight file's classifier and a data set's labels are matched."""
+
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.variants import AUX_HEADS
+from repvgg_jax.weights import WeightsInfo, WeightsWarning
+from repvgg_jax.weights.layout import flatten, unflatten
+from repvgg_jax.weights.loading import fresh_heads
+
+from .data import DataSet
+from .data.sources import Example, Source
+
+CLASSIFIERS = ("linear", *(f"{name}/linear" for name in AUX_HEADS))
+
+
+def class_order(of_file: Sequence[str], of_data: Sequence[str]) -> list[int] | None:
+    """Return each data class's index in the file, or None if the two do not name the same classes.
+
+    Names that differ only in how Unicode composes their letters, which some file systems change, are the same.
+    """
+    indices = {_composed(name): index for index, name in enumerate(of_file)}
+    names = [_composed(name) for name in of_data]
+    if list(indices) == names:
+        return list(range(len(names)))
+    if len(indices) != len(of_file) or len(set(names)) != len(names) or set(names) != set(indices):
+        return None
+    return [indices[name] for name in names]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def difference(of_file: Sequence[str], of_data: Sequence[str]) -> str:
+    """Describe how two lists of class names differ, such as "the file's cat, dog; the data's car"."""
+    sides = (("the file", of_file, of_data), ("the data", of_data, of_file))
+    parts = []
+    for side, names, others in sides:
+        known = set(map(_composed, others))
+        alone = [name for name in names if _composed(name) not in known]
+        if alone:
+            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            parts.append(f"only in {side}: {', '.join(alone[:3])}{more}")
+    return "; ".join(parts) or "a name stands there twice"
+
+
+class Relabelled:
+    """A source whose labels are a net's outputs: `source`'s label i becomes `order[i]`.
+
+    Args:
+      source: what to read from.
+      order: as from `class_order`.
+      class_names: of the net's outputs.
+    """
+
+    def __init__(self, source: Source, order: Sequence[int], class_names: Sequence[str]) -> None:
+        self._source, self._order, self._class_names = source, list(order), list(class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int, /) -> Example:
+        example = self._source[index]
+        return Example(example.image, self._order[example.label], example.name)
+
+
+def matched_source(dataset: DataSet, info: WeightsInfo, path: str, *, ignore: bool) -> tuple[Source, str]:
+    """Return a data set's evaluation split with the labels that the net in a weight file means by its outputs.
+
+    Args:
+      dataset: with as many classes as the file.
+      info: of the weight file.
+      path: of the weight file, for messages.
+      ignore: go on by index where the names differ.
+
+    Returns:
+      The split, and what a user should know of it ("" if nothing).
+
+    Raises:
+      WeightsError: the file names other classes.
+    """
+    source = dataset.test
+    if info.class_names is None or not dataset.has_class_names:
+        return source, ""
+    order = class_order(info.class_names, source.class_names)
+    if order is None:
+        differ = difference(info.class_names, source.class_names)
+        problem = f"{path} and {dataset.name} name different classes ({differ})"
+        if not ignore:
+            raise WeightsError(f"{problem}; --ignore-class-names evaluates by index all the same")
+        return source, f"{problem}: evaluated by index"
+    if order == sorted(order):
+        return source, ""
+    matched = Relabelled(source, order, info.class_names)
+    return matched, f"{dataset.name} has the classes of {path} in another order: matched by name"
+
+
+def fit_classifier(
+    variables: dict[str, Any], info: WeightsInfo, dataset: DataSet, path: str, *, keep: bool
+) -> dict[str, Any]:
+    """Return a training form's variables with the classifier that training on `dataset` should start from.
+
+    The same classes in another order: the file's classifier, rearranged. Other classes: a fresh one. A
+    `WeightsWarning` says so.
+
+    Args:
+      variables: as `load_weights` has them, for the data set's number of classes.
+      info: of the file.
+      dataset: to be trained on.
+      path: of the file, for messages.
+      keep: keep the file's classifier although it names other classes.
+
+    Raises:
+      ConfigError: `keep`, and the file's classifier has another number of classes.
+    """
+    class_names = dataset.class_names
+    if info.num_classes != len(class_names):
+        if keep:
+            raise ConfigError(f"--keep-classifier: {path} has {info.num_classes} classes, the data {len(class_names)}")
+        return variables  # load_weights has made a fresh classifier, and said so
+    if info.class_names is None or not dataset.has_class_names:
+        return variables
+    order = class_order(info.class_names, class_names)
+    leaves = flatten(variables)
+    if order is None:
+        problem = f"{path} has other classes than the data ({difference(info.class_names, class_names)})"
+        if keep:
+            warnings.warn(f"{problem}: its classifier is kept, by index", WeightsWarning, stacklevel=2)
+            return variables
+        leaves |= fresh_heads(info.variant, info.deploy, info.num_classes)
+        message = f"{problem}: the classifier is a fresh one, everything else is loaded (--keep-classifier keeps it)"
+    elif order != sorted(order):
+        for name in CLASSIFIERS:
+            for leaf in (f"params/{name}/kernel", f"params/{name}/bias"):
+                if leaf in leaves:
+                    leaves[leaf] = leaves[leaf][..., np.asarray(order)]
+        message = f"{path} has the data's classes in another order: its classifier is rearranged by name"
+    else:
+        return variables
+    warnings.warn(message, WeightsWarning, stacklevel=2)
+    return unflatten(leaves)
