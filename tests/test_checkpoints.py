@@ -1,6 +1,5 @@
-"""Claim: the best checkpoint outlives any number of resumptions, in a folder of any name, and nothing else is changed."""
+"""Claim: the best checkpoint outlives any number of resumptions, in a folder of any name, and nothing else changes."""
 
-import json
 import logging
 import shutil
 import sys
@@ -104,7 +103,7 @@ def test_a_folder_of_any_name_holds_a_run_that_can_be_resumed(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a\\b", "gs:", "s3:"])
 def test_a_name_under_which_checkpoints_would_be_lost_is_refused(name, tmp_path):
-    with pytest.raises(rv.ConfigError, match="--workdir .* rename it"):
+    with pytest.raises(rv.ConfigError, match=r"--workdir .* rename it"):
         check_folder_name("--workdir", tmp_path / name / "run")
 
 
@@ -143,8 +142,9 @@ def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
     before = global_state()
     save(tmp_path, {1: None})
     assert global_state() == before
-    with pytest.raises(KeyError), Checkpoints(tmp_path, 2, print):
+    with Checkpoints(tmp_path, 2, print):
         assert global_state() != before
+    with pytest.raises(KeyError), Checkpoints(tmp_path, 2, print):
         raise KeyError
     assert global_state() == before
     (tmp_path / "file").write_text("")

@@ -42,12 +42,16 @@ class RunFacts:
       batch_size: global.
       train_images: images in the training split.
       devices: over all processes; may change, but then the resumption is not bit-exact.
+      classes, images: fingerprints of the training split's class names and of a sample of its images; empty in
+        checkpoints of earlier versions.
     """
 
     seed: int
     batch_size: int
     train_images: int
     devices: int
+    classes: str = ""
+    images: str = ""
 
 
 class Checkpoints:
@@ -199,6 +203,10 @@ class Checkpoints:
             before, now = getattr(saved, name), getattr(facts, name)
             if before != now:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {name} was {before} and is {now}")
+        if saved.classes and saved.classes != facts.classes:
+            raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set's classes are other ones")
+        if saved.images and saved.images != facts.images:
+            self._note("the training images are not those that the run began with, so it is no longer bit-exact")
         if saved.devices != facts.devices:
             self._note(
                 f"resuming on {facts.devices} devices a run of {saved.devices}: the same global batches, but BN "

@@ -1,7 +1,6 @@
 """What orbax needs to serve as `Checkpoints` wants it: any folder name, and its messages where a user reads them."""
 
 import contextlib
-import glob
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ class LiteralPath(type(epath.Path())):
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
         """Yield what matches `pattern` in this folder."""
-        for match in glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern)):
+        for match in Path(self).glob(pattern):
             yield type(self)(match)
 
 
