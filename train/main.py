@@ -58,13 +58,13 @@ def train(config: Config) -> Result | None:
     """
     cluster.start(config.cluster)
     run = set_up(config)
-    fresh = fresh_state(run)
+    weights = starting_weights(run)
     with (
         claimed(config, run.workdir),
         RunProgress(run.total_steps, run.steps_per_epoch, shown=cluster.is_leader()) as progress,
         Checkpoints(run.workdir, config.run.keep_checkpoints, progress.note) as checkpoints,
     ):
-        state = checkpoints.restore(fresh, run.facts)
+        state = checkpoints.restore(fresh_state(run, weights), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
         progress.note(opening_line(run, start_step))
@@ -146,29 +146,33 @@ def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> Non
             raise ConfigError(f"{option} is for photographs, and the data set {dataset.name} has none: leave it out")
 
 
-def fresh_state(run: Run) -> TrainState:
-    """The state at step 0: random weights, or those of `--init`.
+def starting_weights(run: Run) -> dict[str, Any] | None:
+    """The weights of `--init`; None without it.
 
     Raises:
       RepVGGError: the file cannot be read, is in deploy form, or holds another network.
     """
+    path = run.config.fine_tune.init
+    if path is None:
+        return None
+    path = path if is_hub_address(path) else str(local_path("--init", path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if model.deploy:
+        raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
+    return with_ranges(variables) if isinstance(run.model, QATRepVGG) else variables
+
+
+def fresh_state(run: Run, weights: dict[str, Any] | None) -> TrainState:
+    """The state at step 0: these weights, or random ones."""
     config = run.config
     size, channels = config.input.image_size, run.dataset.preprocessing.channels
-    variables, path = None, config.fine_tune.init
-    if path is not None:
-        path = path if is_hub_address(path) else str(local_path("--init", path))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", WeightsWarning)
-            model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
-        if model.deploy:
-            raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
-        if isinstance(run.model, QATRepVGG):
-            variables = with_ranges(variables)
     ema = bool(config.optimizer.ema_decay)
     shape = (size, size, channels)
-    return create_state(run.model, run.optimizer, config.run.seed, shape, ema=ema, variables=variables)
+    return create_state(run.model, run.optimizer, config.run.seed, shape, ema=ema, variables=weights)
 
 
 def training_batches(run: Run, start_step: int) -> data.Batches:
