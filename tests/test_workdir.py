@@ -140,7 +140,7 @@ def test_a_moved_data_folder_is_known_by_its_images_and_another_one_too(tmp_path
 
 
 def test_checkpoints_of_earlier_versions_know_nothing_of_the_images():
-    old = RunFacts(**{"seed": 0, "batch_size": 4, "train_images": 8, "devices": 1})
+    old = RunFacts(seed=0, batch_size=4, train_images=8, devices=1)
     assert (old.classes, old.images) == ("", "")
 
 

@@ -1,7 +1,7 @@
 """Curves of runs as a picture: `python -m train.plot RUN…`."""
 
 import dataclasses
-import warnings
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,10 +101,10 @@ def _read_runs(workdirs: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
     runs = []
     for workdir in workdirs:
         if not is_run[workdir]:
-            warnings.warn(f"{workdir} holds no metrics.jsonl and is left out", stacklevel=3)
+            _warn(f"{workdir} holds no metrics.jsonl and is left out")
             continue
         path = workdir / "metrics.jsonl"
-        rows = read_rows(path, lambda line: warnings.warn(line, stacklevel=3))
+        rows = read_rows(path, _warn)
         for row in rows:
             needed = ("epoch", "loss", "top1")
             missing = [name for name in needed if not isinstance(row.get(name), (int, float))]
@@ -112,6 +112,10 @@ def _read_runs(workdirs: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
                 raise DataError(f"{path}: the row of step {row['step']} has no number {missing[0]!r}; take it out")
         runs.append((workdir, rows))
     return runs
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
