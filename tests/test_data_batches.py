@@ -255,3 +255,24 @@ def test_batches_are_prepared_ahead_but_not_without_bound() -> None:
             time.sleep(0.01)
         time.sleep(0.05)
         assert len(read) == 16, "the batch that was taken and three more"
+
+
+def test_opencvs_threads_are_switched_off_while_ours_run_and_no_longer() -> None:
+    import cv2
+
+    from train.data import augment
+
+    assert augment
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        options: dict[str, Any] = dict(batch_size=8, local_device_count=1, preprocessing=Preprocessing(4, 1.0))
+        with eval_batches(Numbers(16), **options) as batches:
+            next(batches)
+            assert cv2.getNumThreads() == 1
+            with eval_batches(Numbers(8), **options) as inner:
+                next(inner)
+            assert cv2.getNumThreads() == 1
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)

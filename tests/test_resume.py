@@ -145,7 +145,7 @@ def test_without_any_readable_checkpoint_the_run_says_so(runs, uninterrupted, tm
     done = runs.finish(workdir, ema_decay=0.99)
     assert done.returncode == 2
     assert "can be read" in done.stderr
-    assert "remove them to start again" in done.stderr
+    assert "they are left as they are; choose another --workdir to start again" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -155,7 +155,10 @@ def test_a_finished_run_started_again_changes_nothing(runs, uninterrupted, tmp_p
     done = runs.finish(workdir, ema_decay=0.99)
     assert done.returncode == 0, done.stderr
     same_result(workdir, uninterrupted)
-    assert json.loads(done.stdout.splitlines()[-1])["train_top1"] > 0.2
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["test_top1_train_form"] > 0.2
+    assert printed["test_top1_train_form"] == printed["train_top1"], "the names of version 0.1, for one release"
+    assert "both computed in float32" in " ".join(done.stdout.split())
 
 
 def test_other_options_in_the_same_workdir_are_refused(runs, uninterrupted):

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
-import logging
-import sys
+import itertools
+import json
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from repvgg_jax.errors import RepVGGError
 
+from . import cluster
+from .metrics import read_rows
+from .orbax_support import LiteralPath, orbax_messages
 from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
 from .window import DivergedError
 
 METRIC = "top1"
+
+GRACE_SECONDS = 0.2
+"""How long tensorstore's further operations may take to fail after the first, whose error orbax has raised."""
 
 # What each device has of its own, and a checkpoint therefore keeps for each of them.
 PER_DEVICE = ("batch_stats", "ema_batch_stats")
@@ -35,12 +42,16 @@ class RunFacts:
       batch_size: global.
       train_images: images in the training split.
       devices: over all processes; may change, but then the resumption is not bit-exact.
+      classes, images: fingerprints of the training split's class names and of a sample of its images; empty in
+        checkpoints of earlier versions.
     """
 
     seed: int
     batch_size: int
     train_images: int
     devices: int
+    classes: str = ""
+    images: str = ""
 
 
 class Checkpoints:
@@ -50,18 +61,20 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
-        for name in ("absl", "asyncio"):  # orbax logs every step of its work, and what it raises as well
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._workdir, self._keep, self._note = workdir, keep, note
         self._directory = (workdir / "checkpoints").absolute()
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False
-        )
+        self._cleanup, self._orbax_failed = contextlib.ExitStack(), False
+
+    def _open(self) -> ocp.CheckpointManager:
+        """orbax's manager of what is in the folder now."""
+        best = _Best(evaluations(self._workdir))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+            best_fn=_top1,  # without it, orbax writes no metrics
+            lightweight_initialize=True,  # `evaluations` has read the metrics; orbax would not survive a damaged file
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._note = note
+        return ocp.CheckpointManager(LiteralPath(self._directory), options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -102,7 +115,13 @@ class Checkpoints:
             raise self._failed(None, error) from error
 
     def __enter__(self) -> "Checkpoints":
-        self._unraisablehook, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(orbax_messages(self._note))
+            try:
+                self._manager = self._open()
+            except OSError as error:
+                raise RepVGGError(f"cannot use {self._directory}: {error.strerror or error}") from error
+            self._cleanup = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -110,19 +129,21 @@ class Checkpoints:
 
         Other processes take part in a save: it is waited for only if they are known to do the same.
         """
-        if error is None:
-            self.wait()
-            self._manager.close()
-            sys.unraisablehook = self._unraisablehook
-        elif jax.process_count() == 1 or isinstance(error, DivergedError):
-            with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
+        with self._cleanup:
+            if error is None:
+                self.wait()
                 self._manager.close()
+            elif jax.process_count() == 1 or isinstance(error, DivergedError):
+                with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
+                    self._manager.close()
+            if error is not None and self._orbax_failed:
+                time.sleep(GRACE_SECONDS)
 
     def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
         """The newest readable checkpoint's state on the devices; `fresh` (one host copy) if there is none.
 
         A checkpoint that cannot be read, or whose numbers are not those that were saved, is passed over for the one
-        before, with a note.
+        before, with a note, and set aside: a new save of that step must find its place free.
 
         Raises:
           RepVGGError: no checkpoint can be read, or they belong to another model or input.
@@ -134,17 +155,17 @@ class Checkpoints:
             except _UnfittingError as error:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {error}") from error
             except Exception as error:  # a damaged checkpoint fails anywhere in orbax, tensorstore or json
+                self._orbax_failed = True
                 problems.append(f"step {step}: {_line(error)}")
                 self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the one before")
                 continue
             self._compare(step, saved, facts)
-            for later in steps[steps.index(step) + 1 :]:  # damaged: a new save of that step must find its place free
-                self._manager.delete(later)
+            self._set_aside(steps[steps.index(step) + 1 :])
             return _to_devices(tree, fresh)
         if problems:
             raise RepVGGError(
                 f"none of the checkpoints in {self._directory} can be read ({'; '.join(problems)}); "
-                "remove them to start again"
+                "they are left as they are; choose another --workdir to start again"
             )
         return _to_devices(_template(fresh, facts.devices), fresh)
 
@@ -162,11 +183,30 @@ class Checkpoints:
             raise ValueError("its numbers are not those that were saved")
         return tree, saved
 
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Rename checkpoints that could not be read: another program, or another day, may be able to."""
+        if not steps:
+            return
+        self._manager.close()
+        if cluster.is_leader():
+            for step in steps:
+                damaged = self._directory / str(step)
+                names = (f"{step}.damaged{number or ''}" for number in itertools.count())
+                target = next(self._directory / name for name in names if not (self._directory / name).exists())
+                damaged.rename(target)
+                self._note(f"{damaged} is now {target.name}")
+        cluster.barrier("damaged checkpoints set aside")
+        self._manager = self._open()
+
     def _compare(self, step: int, saved: RunFacts, facts: RunFacts) -> None:
         for name in ("seed", "batch_size", "train_images"):
             before, now = getattr(saved, name), getattr(facts, name)
             if before != now:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {name} was {before} and is {now}")
+        if saved.classes and saved.classes != facts.classes:
+            raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set's classes are other ones")
+        if saved.images and saved.images != facts.images:
+            self._note("the training images are not those that the run began with, so it is no longer bit-exact")
         if saved.devices != facts.devices:
             self._note(
                 f"resuming on {facts.devices} devices a run of {saved.devices}: the same global batches, but BN "
@@ -174,6 +214,7 @@ class Checkpoints:
             )
 
     def _failed(self, step: int | None, error: Exception) -> RepVGGError:
+        self._orbax_failed = True
         what = "the last checkpoint" if step is None else f"the checkpoint of step {step} or the one before"
         kept = self.steps()
         remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier one"
@@ -184,14 +225,48 @@ class _UnfittingError(Exception):
     """A sound checkpoint of something else."""
 
 
-def _without_late_writes(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """`sys.unraisablehook` without tensorstore's writes that fail after the first, whose error orbax has raised."""
+def _top1(metrics: Mapping[str, float]) -> float:
+    return metrics[METRIC]
 
-    def filtered(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
 
-    return filtered
+class _Best(policies.PreservationPolicy):
+    """Keep the checkpoint of the best evaluation, the newest of several as good ones.
+
+    Args:
+      earlier: top-1 by step of the checkpoints that another process has written, of which orbax's manager knows
+        nothing but the step.
+    """
+
+    def __init__(self, earlier: Mapping[int, float]):
+        self._earlier = earlier
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        """Return for each checkpoint whether it is the best."""
+        del context
+        evaluated = {
+            info.step: self._earlier.get(info.step) if info.metrics is None else _top1(info.metrics)
+            for info in checkpoints
+        }
+        best = max(((top1, step) for step, top1 in evaluated.items() if top1 is not None), default=(None, None))[1]
+        return [info.step == best for info in checkpoints]
+
+
+def evaluations(workdir: Path) -> dict[int, float]:
+    """Return top-1 by step of a run's checkpoints that have been evaluated, the better one of weights and average.
+
+    It stands in the checkpoint, as orbax's metrics; in those of earlier versions, or where that file is damaged, the
+    run's metrics.jsonl tells.
+    """
+    found: dict[int, float] = {}
+    for row in read_rows(workdir / "metrics.jsonl"):
+        if row.get("form") in ("train", "ema"):
+            found[row["step"]] = max(row[METRIC], found.get(row["step"], 0.0))
+    for path in (workdir / "checkpoints").glob("[0-9]*/metrics/metrics"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
+    return found
 
 
 def checksum(tree: Mapping[str, Any]) -> int:

@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
+from repvgg_jax.paths import local_path
 from repvgg_jax.variants import MAX_DENSE_COPIES, BlockKind, Branches, get_variant
+from repvgg_jax.weights.hub import is_hub_address
 
 from .data.augmentation import Augmentation
 
@@ -164,6 +166,9 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
 
 
+MAX_IMAGE_SIZE = 4096
+"""Largest side of crops, pixels: one image of A0 takes gigabytes then."""
+
 _IMAGENET = InputConfig(data="imagenet2012")
 
 PRESETS: dict[str, Config] = {
@@ -213,17 +218,20 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Exits with status 2 and a message on stderr when they cannot be understood.
 
     Raises:
-      ConfigError: they are understood but make no sense.
+      ConfigError: no preset is named, or they are understood but make no sense.
     """
     import tyro  # here, so that recipes can be read where only JAX is installed
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     preset = _preset_name(arguments)
+    if preset is None and not _given(arguments, "--preset", "--help", "-h"):
+        raise ConfigError(f"--preset is missing: name the recipe to start from, one of {', '.join(PRESETS)}")
+    base = PRESETS[preset or "digits"]
     chosen = tyro.cli(
         _CommandLine,
         prog="python -m train.main",
         description="Train a RepVGG, evaluate it in both forms, write final.safetensors and deploy.safetensors.",
-        default=_CommandLine(preset, PRESETS[preset]),  # the preset decides every other option's default
+        default=_CommandLine(preset or tyro.MISSING, base),  # the preset decides every other option's default
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -231,12 +239,32 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     if not config.run.workdir:
         workdir = str(Path("runs") / f"{chosen.preset}-{config.model.model}")
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, workdir=workdir))
+    if not _given(arguments, "--warmup-epochs"):
+        config = dataclasses.replace(config, optimizer=_fitting_warmup(config.optimizer, base.optimizer))
     check(config)
     return config
 
 
-def _preset_name(arguments: Sequence[str]) -> PresetName:
-    """The value of `--preset`; an unknown or missing one is left to the full parser to explain."""
+def _given(arguments: Sequence[str], *options: str) -> bool:
+    """Whether one of these options is among the arguments; tyro takes underscores for hyphens."""
+    return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
+
+
+def _fitting_warmup(options: OptimizerConfig, preset: OptimizerConfig) -> OptimizerConfig:
+    """`options` with the preset's warm-up, shortened to its share of the preset's epochs where it does not fit."""
+    if not 1 <= options.epochs <= options.warmup_epochs:
+        return options
+    warmup = round(preset.warmup_epochs / preset.epochs * options.epochs, 4)
+    print(
+        f"note: the preset's {preset.warmup_epochs:g} epochs of warm-up do not fit into {options.epochs}; "
+        f"shortened to {warmup:g}",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(options, warmup_epochs=warmup)
+
+
+def _preset_name(arguments: Sequence[str]) -> PresetName | None:
+    """The value of `--preset`; None if it is missing or unknown."""
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if option == "--preset":
@@ -244,7 +272,7 @@ def _preset_name(arguments: Sequence[str]) -> PresetName:
             for name in get_args(PresetName):
                 if name == value:
                     return name
-    return "digits"
+    return None
 
 
 def check(config: Config) -> None:
@@ -302,6 +330,20 @@ def check(config: Config) -> None:
         raise ConfigError(f"--dense-copies must be at most {MAX_DENSE_COPIES}, not {config.model.dense_copies}")
     if config.model.quantization == "qat" and config.fine_tune.init is None:
         raise ConfigError("--quantization qat fine-tunes a trained net: give its training form with --init")
+    for option, side in (
+        ("--image-size", config.input.image_size),
+        ("--test-image-size", config.input.test_image_size),
+    ):
+        if side is not None and side > MAX_IMAGE_SIZE:
+            raise ConfigError(f"{option} must be at most {MAX_IMAGE_SIZE}, not {side}")
+    for option, path in (
+        ("--workdir", config.run.workdir),
+        ("--data", config.input.data),
+        ("--data-dir", config.input.data_dir),
+        ("--init", None if is_hub_address(config.fine_tune.init or "") else config.fine_tune.init),
+    ):
+        if path is not None:
+            local_path(option, path)
     if config.run.seed >= 2**63:
         raise ConfigError(f"--seed must be below 2^63, not {config.run.seed}")
     if config.fine_tune.freeze_stages > 5:
@@ -312,16 +354,17 @@ def check(config: Config) -> None:
         )
 
 
-# Options that may change between the start of a run and its resumption: none of them moves the weights.
+# Options that may change between the start of a run and its resumption: none of them moves the weights. Whether the
+# data are the same ones, in another place or not, is compared by `RunFacts`.
 _FREE = {
-    ("input", "workers"),
-    ("input", "prefetch"),
+    ("input", "data"),
     ("input", "data_dir"),
     ("input", "test_image_size"),
     ("input", "crop_fraction"),
-    ("run", "workdir"),
-    ("run", "keep_checkpoints"),
-    ("run", "profile"),
+    ("input", "workers"),
+    ("input", "strict"),
+    ("input", "prefetch"),
+    *(("run", field.name) for field in dataclasses.fields(RunConfig) if field.name != "seed"),
     *(("cluster", field.name) for field in dataclasses.fields(ClusterConfig)),
 }
 
@@ -351,11 +394,18 @@ def save_or_compare(config: Config, workdir: Path) -> None:
             raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
         if changes:
             raise ConfigError(
-                f"{workdir} holds a run with other options ({'; '.join(changes)}); "
-                "choose another --workdir, or remove that one to start again"
+                f"{workdir} holds a run with other options ({'; '.join(changes)}); choose another --workdir"
+                + _how_to_go_on(workdir, changes)
             )
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(current, indent=2) + "\n")
+
+
+def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
+    """What to do for more epochs: the schedule that the run has followed is of as many as it was started with."""
+    if not any(change.startswith("epochs ") for change in changes):
+        return ""
+    return f", and to train this run's net further, once it is finished, give --init {workdir / 'final.safetensors'}"
 
 
 def _as_json(config: Config) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from . import data
 from .checkpoint import Checkpoints, RunFacts
 from .cluster import Preemption
 from .config import Config
+from .data.fingerprint import data_fingerprint, fingerprint
+from .data.transforms import Transform
 from .evaluate import Evaluation, Evaluator
 from .metrics import MetricsLog
 from .mixing import mix
@@ -38,6 +40,7 @@ class Run:
     model: rv.RepVGG
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    transform: Transform
     workdir: Path
     steps_per_epoch: int
 
@@ -46,11 +49,18 @@ class Run:
         """Steps of the whole run."""
         return self.config.optimizer.epochs * self.steps_per_epoch
 
-    @property
+    @functools.cached_property
     def facts(self) -> RunFacts:
         """What a checkpoint must agree with."""
-        config = self.config
-        return RunFacts(config.run.seed, config.optimizer.batch_size, len(self.dataset.train), jax.device_count())
+        options, train = self.config.optimizer, self.dataset.train
+        return RunFacts(
+            self.config.run.seed,
+            options.batch_size,
+            len(train),
+            jax.device_count(),
+            classes=fingerprint(*train.class_names),
+            images=data_fingerprint(train),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import numpy as np
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
-from repvgg_jax.errors import RepVGGError, WeightsError
+from repvgg_jax.errors import ConfigError, RepVGGError, WeightsError
+from repvgg_jax.paths import local_path
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
 from repvgg_jax.variants import get_variant
 from repvgg_jax.weights import WeightsWarning, save_weights
+from repvgg_jax.weights.hub import is_hub_address
 
 from . import cluster, data
 from .checkpoint import Checkpoints
 from .class_names import fit_classifier
-from .config import Config, parse, save_or_compare
-from .data.augmentation import make_transform
+from .config import Config, parse
+from .data.augmentation import Augmentation, make_transform
 from .data.prefetch import Prefetch
 from .evaluate import Evaluation, Evaluator, skipped_line
 from .loop import FORM_NAMES, Run, Watchers, forms, record_evaluation, run_steps
@@ -35,6 +38,7 @@ from .parallel import per_device_batch, put_batch, replicate, sum_over_processes
 from .plot import plot_curves
 from .progress import RunProgress
 from .state import TrainState, create_state
+from .workdir import claimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +60,22 @@ def train(config: Config) -> Result | None:
     """
     cluster.start(config.cluster)
     run = set_up(config)
+    weights = starting_weights(run)
     with (
+        claimed(config, run.workdir),
         RunProgress(run.total_steps, run.steps_per_epoch, shown=cluster.is_leader()) as progress,
         Checkpoints(run.workdir, config.run.keep_checkpoints, progress.note) as checkpoints,
     ):
-        state = checkpoints.restore(fresh_state(run), run.facts)
+        state = checkpoints.restore(fresh_state(run, weights), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
         for line in (*run.dataset.notes, opening_line(run, start_step)):
             progress.note(line)
 
         finished = start_step == run.total_steps
-        log = MetricsLog(run.workdir, start_step, finished=finished) if cluster.is_leader() else MetricsLog.silent()
+        log = MetricsLog.silent()
+        if cluster.is_leader():
+            log = MetricsLog(run.workdir, start_step, finished=finished, note=progress.note)
         watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints)
         with (
             training_batches(run, start_step) as batches,
@@ -94,7 +102,7 @@ def train(config: Config) -> Result | None:
 
 
 def set_up(config: Config) -> Run:
-    """Open the data, name the schedule and the model, make the workdir.
+    """Open the data, name the schedule and the model; nothing is written.
 
     Raises:
       RepVGGError: as `train`.
@@ -109,7 +117,8 @@ def set_up(config: Config) -> Run:
         variant=get_variant(config.model.model),
     )
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
-    workdir = make_workdir(config)
+    check_augmentation(config.augment, dataset)
+    transform = make_transform(dataset.train_transform, config.augment, dataset.preprocessing.mean)
     model = rv.create_model(
         config.model.model,
         dataset.num_classes,
@@ -127,51 +136,54 @@ def set_up(config: Config) -> Run:
         model = quantization_aware(model)
     schedule = learning_rate_schedule(options, steps_per_epoch)
     optimizer = make_optimizer(options, schedule, config.fine_tune)
-    return Run(config, dataset, model, optimizer, schedule, workdir, steps_per_epoch)
+    workdir = local_path("--workdir", config.run.workdir)
+    return Run(config, dataset, model, optimizer, schedule, transform, workdir, steps_per_epoch)
 
 
-def make_workdir(config: Config) -> Path:
-    """Create the run's folder, with its config.json.
+def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> None:
+    """Refuse options that the data set's transform would ignore.
 
     Raises:
-      RepVGGError: it cannot be created or written to.
-      ConfigError: it holds a run with other options.
+      ConfigError: a crop or flip of photographs, for images that are none.
     """
-    workdir = Path(config.run.workdir)
-    if cluster.is_leader():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RepVGGError(f"cannot create --workdir {workdir}: {error.strerror or error}") from error
-        save_or_compare(config, workdir)
-    cluster.barrier("workdir")
-    return workdir
+    if dataset.train_transform == "random_resized_crop_flip":
+        return
+    default = Augmentation()
+    for name in ("crop_area", "horizontal_flip"):
+        if getattr(augmentation, name) != getattr(default, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for photographs, and the data set {dataset.name} has none: leave it out")
 
 
-def fresh_state(run: Run) -> TrainState:
-    """The state at step 0: random weights, or those of `--init`.
+def starting_weights(run: Run) -> dict[str, Any] | None:
+    """The weights of `--init`; None without it.
 
     Raises:
       RepVGGError: the file cannot be read, is in deploy form, or holds another network.
     """
+    path = run.config.fine_tune.init
+    if path is None:
+        return None
+    path = path if is_hub_address(path) else str(local_path("--init", path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
+        info, keep = rv.inspect_weights(path, run.model.variant), run.config.fine_tune.keep_classifier
+        variables = fit_classifier(variables, info, run.dataset, path, keep=keep)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if model.deploy:
+        raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
+    return with_ranges(variables) if isinstance(run.model, QATRepVGG) else variables
+
+
+def fresh_state(run: Run, weights: dict[str, Any] | None) -> TrainState:
+    """The state at step 0: these weights, or random ones."""
     config = run.config
     size, channels = config.input.image_size, run.dataset.preprocessing.channels
-    variables, path = None, config.fine_tune.init
-    if path is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", WeightsWarning)
-            model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
-            info, keep = rv.inspect_weights(path, run.model.variant), config.fine_tune.keep_classifier
-            variables = fit_classifier(variables, info, run.dataset, path, keep=keep)
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
-        if model.deploy:
-            raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
-        if isinstance(run.model, QATRepVGG):
-            variables = with_ranges(variables)
     ema = bool(config.optimizer.ema_decay)
     shape = (size, size, channels)
-    return create_state(run.model, run.optimizer, config.run.seed, shape, ema=ema, variables=variables)
+    return create_state(run.model, run.optimizer, config.run.seed, shape, ema=ema, variables=weights)
 
 
 def training_batches(run: Run, start_step: int) -> data.Batches:
@@ -181,7 +193,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
         dataset.train,
         batch_size=config.optimizer.batch_size,
         local_device_count=jax.local_device_count(),
-        transform=make_transform(dataset.train_transform, config.augment, dataset.preprocessing.mean),
+        transform=run.transform,
         preprocessing=dataclasses.replace(dataset.preprocessing, image_size=config.input.image_size),
         seed=config.run.seed,
         start_step=start_step,
@@ -193,13 +205,13 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
 
 
 def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
-    """Evaluation of `model` on the data set's evaluation split."""
+    """Evaluation of `model` on the data set's evaluation split, in batches that take no more memory than training."""
     config, dataset = run.config, run.dataset
     return Evaluator(
         model,
         dataset.test,
         dataset.preprocessing,
-        batch_size=config.optimizer.batch_size,
+        batch_size=config.optimizer.batch_size // config.optimizer.accumulate,
         workers=config.input.workers,
         strict=config.input.strict,
         bad_images=dataset.bad_test_images,
@@ -207,13 +219,16 @@ def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
 
 
 def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
-    """Write the weights in both forms, and evaluate both."""
+    """Write the weights in both forms, and evaluate both: in float32, as the files hold them."""
     epoch, evaluations, paths = float(run.config.optimizer.epochs), {}, {}
     names = {"train": ("final", "deploy"), "ema": ("ema", "ema_deploy")}
     described: dict[str, Any] = dict(
         preprocessing=run.dataset.preprocessing, class_names=tuple(run.dataset.class_names)
     )
     model = rv.create_model(run.model.variant, run.model.num_classes, dtype=run.model.dtype)
+    in_float32 = watchers.evaluator
+    if run.model.dtype != np.float32:
+        in_float32 = make_evaluator(run, run.model.clone(dtype=np.float32))
     for form, replicated in forms(state).items():
         variables = without_ranges(to_host(replicated))
         deploy_model, deploy_variables = rv.to_deploy(model, variables)
@@ -222,15 +237,17 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
         if cluster.is_leader():
             save_weights(paths[trained_name], model, variables, num_batches_tracked=run.total_steps, **described)
             save_weights(paths[deploy_name], deploy_model, deploy_variables, **described)
-        trained = watchers.evaluator(replicated)
-        fused = make_evaluator(run, deploy_model)(replicate(deploy_variables))
+        with exact_float32():
+            trained = in_float32(replicated)
+            fused = make_evaluator(run, deploy_model.clone(dtype=np.float32))(replicate(deploy_variables))
         deploy_form = "deploy" if form == "train" else "ema_deploy"
         evaluations |= {form: trained, deploy_form: fused}
         for name in (form, deploy_form):
             record_evaluation(evaluations[name], name, run.total_steps, epoch, watchers)
         same = sum_over_processes(int((trained.predictions == fused.predictions).sum()))
         watchers.progress.note(
-            f"{FORM_NAMES[form]} and {FORM_NAMES[deploy_form]} agree on {same} of {trained.images} test images"
+            f"{FORM_NAMES[form]} and {FORM_NAMES[deploy_form]}, both computed in float32, predict the same class for "
+            f"{same} of {trained.images} test images"
         )
         watchers.progress.note(f"weights: {paths[trained_name]} (training form), {paths[deploy_name]} (deploy form)")
     if isinstance(run.model, QATRepVGG):
@@ -242,6 +259,11 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
         record_evaluation(evaluations["int8"], "int8", run.total_steps, epoch, watchers)
         watchers.progress.note(f"weights: {paths['int8']} (INT8)")
     return Result(evaluations, paths)
+
+
+def short(error: Exception) -> str:
+    """An error's text on one line of bounded length."""
+    return " ".join(str(error).split())[:200]
 
 
 def opening_line(run: Run, start_step: int) -> str:
@@ -256,12 +278,37 @@ def opening_line(run: Run, start_step: int) -> str:
     )
 
 
+def exact_float32() -> AbstractContextManager[object]:
+    """A context in which float32 is computed as such: with TF32, a GPU's own choice, the two forms differ by that."""
+    on_cpu = jax.default_backend() == "cpu"
+    return nullcontext() if on_cpu else jax.default_matmul_precision("float32")
+
+
+def summary(result: Result) -> dict[str, float]:
+    """Return the test accuracies by what they are of; under the names of version 0.1 too, until the next one."""
+    named = {f"test_top1_{RESULT_NAMES[form]}": found.top1 for form, found in result.evaluations.items()}
+    return named | {f"{form}_top1": found.top1 for form, found in result.evaluations.items()}
+
+
+RESULT_NAMES = {
+    "train": "train_form",
+    "deploy": "deploy_form",
+    "ema": "ema_train_form",
+    "ema_deploy": "ema_deploy_form",
+    "int8": "int8",
+}
+
+
 def main() -> None:
     """The command; its last line on stdout is one JSON object."""
     config = parse()
     try:
         result = train(config)
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and jax.process_count() == 1:
+            raise RepVGGError(
+                f"out of memory ({short(error)}); take a smaller --batch-size, more --accumulate, or --remat"
+            ) from error
         if jax.process_count() > 1:  # a collective failed: nobody is left to agree with on an orderly end
             cluster.abandon(error)
         raise
@@ -273,7 +320,7 @@ def main() -> None:
     if result is None:
         sys.exit(cluster.PREEMPTED)
     if cluster.is_leader():
-        print(json.dumps({f"{form}_top1": found.top1 for form, found in result.evaluations.items()}))
+        print(json.dumps(summary(result)))
 
 
 if __name__ == "__main__":

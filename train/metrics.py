@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,25 +18,31 @@ from repvgg_jax.files import atomic_path
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out.
+def read_rows(path: Path, note: Callable[[str], object] | None = None) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out, and `note` hears of it.
 
     Raises:
-      RepVGGError: a line before the last is no JSON object.
+      RepVGGError: it cannot be read, or a line before the last is not a JSON object with a step.
     """
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return []
-    rows, lines = [], path.read_text().splitlines()
+    except OSError as error:
+        raise RepVGGError(f"cannot read {path}: {error.strerror or error}") from error
+    rows, lines = [], text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "step" not in row:
-                raise ValueError("no row with a step")
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("it is not an object with a step")
             rows.append(row)
         except ValueError as error:
             if number == len(lines):
+                if note is not None:
+                    note(f"{path}: the last line was cut short and is left out")
                 break
-            raise RepVGGError(f"{path}, line {number} is damaged ({error}); remove it to go on") from error
+            raise RepVGGError(f"{path}, line {number} is damaged ({error}); mend that line or take it out") from error
     return rows
 
 
@@ -48,15 +54,23 @@ class MetricsLog:
       start_step: where the run starts or resumes; rows of later steps, left by a run that was killed after its
         last checkpoint, are dropped, since those steps are taken again.
       finished: all steps are taken already; the final evaluation, which is made again, is dropped too.
+      note: hears of a last line that was cut short.
     """
 
-    def __init__(self, workdir: Path, start_step: int, *, finished: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        *,
+        finished: bool = False,
+        note: Callable[[str], object] | None = None,
+    ):
         path = workdir / "metrics.jsonl"
-        rows = [row for row in read_rows(path) if row["step"] <= start_step]
+        rows = [row for row in read_rows(path, note) if row["step"] <= start_step]
         if finished:
             rows = [row for row in rows if row["step"] < start_step or "form" not in row]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._workdir = workdir
         with self._written():
             # Both are written from this thread and at once, so that a full disk is heard of here.

@@ -1,40 +1,55 @@
 """Curves of runs as a picture: `python -m train.plot RUN…`."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from repvgg_jax.cli import run_command
-from repvgg_jax.errors import DataError
-from repvgg_jax.files import atomic_path
+from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.files import atomic_path, check_target
+from repvgg_jax.paths import local_path
 
-from .metrics import read_rows
+from .metrics import Row, read_rows
 
 
 def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
-    """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one PNG.
+    """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one picture.
+
+    Args:
+      workdirs: folders of runs; of several, those that are none are left out with a warning.
+      path: the picture; its suffix chooses the format, `.png` is appended where there is none.
+
+    Returns:
+      The picture's path.
 
     Raises:
-      DataError: a folder has no metrics.jsonl.
+      DataError: no folder has a metrics.jsonl, or one of them is damaged.
+      ConfigError: no picture format has this suffix.
       RepVGGError: the picture cannot be written.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")  # no display on a training machine
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        known = ", ".join(f".{name}" for name in sorted(formats))
+        raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {known}")
+    check_target(path)
+    runs = _read_runs(workdirs)
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     loss, accuracy, rate = panels
-    for number, workdir in enumerate(workdirs):
-        if not (workdir / "metrics.jsonl").is_file():
-            raise DataError(f"{workdir} holds no metrics.jsonl; give the folder of a run of train.main")
-        rows = read_rows(workdir / "metrics.jsonl")
+    for number, (workdir, rows) in enumerate(runs):
         training = [row for row in rows if "learning_rate" in row]
         tested = [row for row in rows if row.get("form") == "train"]
         averaged = [row for row in rows if row.get("form") == "ema"]
-        one = len(workdirs) == 1
+        one = len(runs) == 1
         # One run: training and test in two colours. Several: a colour a run, dots for test.
         color, test_color = ("tab:blue", "tab:orange") if one else (f"C{number}", f"C{number}")
         name = "training (augmented)" if one else workdir.name
@@ -67,9 +82,40 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=110)
     plt.close(figure)
     return path
+
+
+def _read_runs(workdirs: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
+    """Folders and rows of those that are runs.
+
+    Raises:
+      DataError: none is, or a row lacks one of its numbers.
+    """
+    is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
+    if not any(is_run.values()):
+        names = " and ".join(str(workdir) for workdir in workdirs)
+        holds = "holds" if len(is_run) == 1 else "hold"
+        raise DataError(f"{names} {holds} no metrics.jsonl; give the folder of a run of train.main")
+    runs = []
+    for workdir in workdirs:
+        if not is_run[workdir]:
+            _warn(f"{workdir} holds no metrics.jsonl and is left out")
+            continue
+        path = workdir / "metrics.jsonl"
+        rows = read_rows(path, _warn)
+        for row in rows:
+            needed = ("epoch", "loss", "top1")
+            missing = [name for name in needed if not isinstance(row.get(name), (int, float))]
+            if missing:
+                raise DataError(f"{path}: the row of step {row['step']} has no number {missing[0]!r}; take it out")
+        runs.append((workdir, rows))
+    return runs
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -83,7 +129,7 @@ class Arguments:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of runs."""
     out: str = "curves.png"
-    """The picture to write."""
+    """The picture to write: .png, .pdf, .svg, …"""
 
 
 def main() -> None:
@@ -91,7 +137,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m train.plot")
     if not arguments.runs:
         raise DataError("no run given; name the folder of a run of train.main")
-    print(plot_curves([Path(run) for run in arguments.runs], Path(arguments.out)))
+    runs = [local_path("RUN", run) for run in arguments.runs]
+    print(plot_curves(runs, local_path("--out", arguments.out)))
 
 
 if __name__ == "__main__":

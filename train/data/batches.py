@@ -1,5 +1,6 @@
 """The machinery under `pipeline.py`: reading an image, filling batches in threads, shaping them for devices."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -224,6 +225,8 @@ class Batches(Iterator[Batch]):
         side = preprocessing.image_size
         self._images = _Recycled((layout.local_size, side, side, preprocessing.channels), prefetch + _BATCHES_OUT)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        self._restore = contextlib.ExitStack()
+        self._restore.enter_context(_opencv_without_threads())
 
     @property
     def skipped(self) -> int:
@@ -254,6 +257,7 @@ class Batches(Iterator[Batch]):
         self._stop.set()
         self._pending.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._restore.close()
 
     def __enter__(self) -> Self:
         return self
@@ -295,6 +299,21 @@ class Batches(Iterator[Batch]):
             batch["image"][row], batch["label"][row] = rendered
             if self._masked:
                 batch["mask"][row] = 1.0
+
+
+@contextlib.contextmanager
+def _opencv_without_threads() -> Iterator[None]:
+    """OpenCV, where augmentations have imported it, without threads of its own: every core is busy with ours."""
+    opencv = sys.modules.get("cv2")
+    if opencv is None:
+        yield
+        return
+    before = opencv.getNumThreads()
+    opencv.setNumThreads(0)
+    try:
+        yield
+    finally:
+        opencv.setNumThreads(before)
 
 
 def _available_cpus() -> int:

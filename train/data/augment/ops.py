@@ -11,9 +11,6 @@ from typing import Final
 import cv2
 import numpy as np
 
-# `Batches` keeps every core busy with a thread of its own; OpenCV's threads would only get in their way.
-cv2.setNumThreads(0)
-
 # Places in the source for places in the result, in PIL's order: x' = a x + b y + c, y' = d x + e y + f.
 Matrix = tuple[float, float, float, float, float, float]
 Color = tuple[int, int, int]

@@ -1,0 +1,165 @@
+"""Claim: the best checkpoint outlives any number of resumptions, in a folder of any name, and nothing else changes."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import absl.logging
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import repvgg_jax as rv
+from train.checkpoint import Checkpoints, RunFacts
+from train.metrics import MetricsLog
+from train.orbax_support import check_folder_name
+from train.parallel import replicate, to_host
+from train.state import TrainState
+
+FACTS = RunFacts(seed=0, batch_size=4, train_images=8, devices=4)
+
+
+def state_at(step: int) -> TrainState:
+    """A state that says which step it is of."""
+    return TrainState(
+        jnp.asarray(step, jnp.int32), {"kernel": jnp.full((3,), float(step))}, {"mean": jnp.zeros(2)}, (jnp.ones(3),)
+    )
+
+
+def save(workdir: Path, evaluated: dict[int, float | None], notes: list[str] | None = None) -> None:
+    """Open the run's checkpoints as a process of their own would, and save these steps with their top-1."""
+    with Checkpoints(workdir, 2, (notes if notes is not None else []).append) as checkpoints:
+        for step, top1 in evaluated.items():
+            checkpoints.save(replicate(state_at(step)), FACTS, top1)
+
+
+def steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def restored(workdir: Path, notes: list[str] | None = None) -> int:
+    """The step that a resumption begins at; its numbers must be those of that step."""
+    with Checkpoints(workdir, 2, (notes if notes is not None else []).append) as checkpoints:
+        state = to_host(checkpoints.restore(state_at(0), FACTS))
+    np.testing.assert_array_equal(state.params["kernel"], np.full(3, float(state.step), np.float32))
+    return int(state.step)
+
+
+def test_the_best_stays_when_the_run_is_resumed_again_and_again(tmp_path):
+    save(tmp_path, {60: 0.7, 66: 0.9, 70: None})
+    for step in (80, 90, 100):
+        save(tmp_path, {step: None, step + 3: 0.8})
+        assert steps(tmp_path) == [66, step, step + 3]
+    save(tmp_path, {150: 0.95, 160: None, 170: None})
+    assert steps(tmp_path) == [150, 160, 170], "a better one takes its place"
+
+
+def test_of_equally_good_ones_the_newest_stays_however_often_the_run_is_interrupted(tmp_path):
+    evaluated = {3: 0.2, 6: 0.9, 9: 0.9, 12: 0.1, 15: 0.9, 18: 0.3, 20: None, 21: 0.89, 24: 0.1}
+    save(tmp_path / "whole", evaluated)
+    for step, top1 in evaluated.items():
+        save(tmp_path / "interrupted", {step: top1})
+    assert steps(tmp_path / "whole") == steps(tmp_path / "interrupted") == [15, 21, 24]
+
+
+def test_orbax_itself_finds_the_best(tmp_path):
+    save(tmp_path, {3: 0.2, 6: 0.9, 9: 0.5, 12: 0.1})
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["top1"], read_only=True)
+    with ocp.CheckpointManager(tmp_path / "checkpoints", options=options) as manager:
+        assert manager.best_step() == 6
+
+
+@pytest.mark.parametrize("damage", ["none of them", "empty", "cut", "a list"])
+def test_where_a_checkpoint_does_not_say_how_good_it_is_the_metrics_do(damage, tmp_path):
+    """As earlier versions wrote it, or with that file damaged."""
+    log = MetricsLog(tmp_path, 0)
+    for step, (trained, averaged) in {3: (0.2, 0.3), 6: (0.5, 0.9), 9: (0.8, 0.1)}.items():
+        log.write({"step": step, "epoch": 1.0, "form": "train", "top1": trained}, "test_train")
+        log.write({"step": step, "epoch": 1.0, "form": "ema", "top1": averaged}, "test_ema")
+        save(tmp_path, {step: max(trained, averaged)})
+    log.close()
+    for path in (tmp_path / "checkpoints").glob("*/metrics/metrics"):
+        if damage == "none of them":
+            shutil.rmtree(path.parent)
+        else:
+            path.write_text({"empty": "", "cut": path.read_text()[:5], "a list": "[1]"}[damage])
+    save(tmp_path, {12: None, 15: 0.7})
+    assert steps(tmp_path) == [6, 12, 15]
+
+
+NAMES = ["lr=[0.1]", "[!a]*", "**", "what? {x,y}", "100% #1 of 'Zürich'", "~"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_holds_a_run_that_can_be_resumed(name, tmp_path):
+    notes = []
+    save(tmp_path / name, {1: None, 2: 0.5, 3: None}, notes)
+    assert restored(tmp_path / name, notes) == 3
+    assert notes == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["a\\b", "gs:", "s3:"])
+def test_a_name_under_which_checkpoints_would_be_lost_is_refused(name, tmp_path):
+    with pytest.raises(rv.ConfigError, match=r"--workdir .* rename it"):
+        check_folder_name("--workdir", tmp_path / name / "run")
+
+
+def test_what_cannot_be_read_is_set_aside_and_not_deleted(tmp_path):
+    save(tmp_path, {1: 0.5, 2: None, 3: None})
+    for step in (2, 3):
+        for path in (tmp_path / "checkpoints" / str(step) / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10])
+    notes = []
+    assert restored(tmp_path, notes) == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged", "3.damaged"]
+    assert sum("is damaged" in note for note in notes) == 2
+    save(tmp_path, {2: None, 3: None})
+    assert restored(tmp_path) == 3
+
+
+def test_nobody_is_advised_to_delete_what_may_be_readable(tmp_path):
+    save(tmp_path, {1: 0.5, 2: None})
+    for path in (tmp_path / "checkpoints").rglob("manifest.ocdbt"):
+        path.unlink()
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    with pytest.raises(rv.RepVGGError, match="left as they are; choose another --workdir") as caught:
+        restored(tmp_path)
+    assert "remove" not in str(caught.value)
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+
+
+def global_state() -> tuple:
+    """What a library must leave alone."""
+    loggers = [logging.getLogger(name) for name in (None, "absl", "asyncio")]
+    return (sys.unraisablehook, *((logger.level, logger.disabled, tuple(logger.filters)) for logger in loggers))
+
+
+def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
+    before = global_state()
+    save(tmp_path, {1: None})
+    assert global_state() == before
+    with Checkpoints(tmp_path, 2, print):
+        assert global_state() != before
+    with pytest.raises(KeyError), Checkpoints(tmp_path, 2, print):
+        raise KeyError
+    assert global_state() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(rv.RepVGGError, match="cannot use"), Checkpoints(tmp_path / "file", 2, print):
+        pass
+    assert global_state() == before
+
+
+def test_a_warning_of_orbax_is_a_note_and_one_of_somebody_else_stays_what_it_is(tmp_path, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    notes = []
+    with Checkpoints(tmp_path, 2, notes.append):
+        absl.logging.warning("of somebody else")
+        options = ocp.CheckpointManagerOptions(read_only=True)  # of which orbax warns
+        ocp.CheckpointManager(tmp_path / "checkpoints", options=options).close()
+    assert caplog.messages == ["of somebody else"]
+    assert all(note.startswith("orbax: ") for note in notes)
+    assert any("Given directory is read only" in note for note in notes)

@@ -1,0 +1,78 @@
+"""What orbax needs to serve as `Checkpoints` wants it: any folder name, and its messages where a user reads them."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from repvgg_jax.errors import ConfigError
+
+
+class LiteralPath(type(epath.Path())):
+    """A path whose `glob` takes the pattern alone for a pattern.
+
+    etils's own takes the folder's name for one too, and so finds nothing below `lr=[0.1]`.
+    """
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        """Yield what matches `pattern` in this folder."""
+        for match in Path(self).glob(pattern):
+            yield type(self)(match)
+
+
+def check_folder_name(option: str, folder: Path) -> None:
+    """Refuse a folder that tensorstore or etils would take for another one.
+
+    Raises:
+      ConfigError: a part of its path ends with a colon or, where that separates nothing, holds a backslash.
+    """
+    for part in folder.absolute().parts[1:]:
+        if part.endswith(":") or ("\\" in part and os.sep != "\\"):
+            raise ConfigError(f"{option} {folder}: checkpoints cannot be kept in a folder called {part!r}; rename it")
+
+
+@contextlib.contextmanager
+def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
+    """Give orbax's warnings to `note`, a line each, and leave out the tracebacks of what it raises as well."""
+    filters = {"absl": lambda record: _filter_orbax(record, note), "asyncio": _filter_asyncio}
+    hook = sys.unraisablehook
+    for name, function in filters.items():
+        logging.getLogger(name).addFilter(function)
+    sys.unraisablehook = _without_late_writes(hook)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for name, function in filters.items():
+            logging.getLogger(name).removeFilter(function)
+
+
+def _filter_orbax(record: logging.LogRecord, note: Callable[[str], None]) -> bool:
+    if f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno < logging.WARNING:
+        return True
+    message = record.getMessage()
+    # Most checkpoints are written without an evaluation; and what comes with an exception is raised as well.
+    if not record.exc_info and "did not provide metrics" not in message:
+        note(f"orbax: {' '.join(message.split())}")
+    return False
+
+
+def _filter_asyncio(record: logging.LogRecord) -> bool:
+    """Leave out the further failures of writes whose first failure orbax has raised."""
+    message = record.getMessage()
+    return not ("orbax" in message or "tensorstore" in message)
+
+
+def _without_late_writes(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """`sys.unraisablehook` without tensorstore's writes that fail after the first, whose error orbax has raised."""
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered

@@ -1,0 +1,85 @@
+"""The folder of a run: one process tree writes to it at a time."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from repvgg_jax.errors import ConfigError, RepVGGError
+
+from . import cluster
+from .config import Config, save_or_compare
+from .orbax_support import check_folder_name
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def claimed(config: Config, workdir: Path) -> Iterator[None]:
+    """Create the run's folder with its config.json, and keep other runs out of it.
+
+    Raises:
+      RepVGGError: it cannot be created or written to.
+      ConfigError: another process trains there, it holds a run with other options, or orbax cannot use its name.
+    """
+    check_folder_name("--workdir", workdir)
+    with contextlib.ExitStack() as stack:
+        if cluster.is_leader():
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(workdir))
+            except OSError as error:
+                raise RepVGGError(f"cannot create --workdir {workdir}: {error.strerror or error}") from error
+            save_or_compare(config, workdir)
+        cluster.barrier("workdir")
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Hold an exclusive `flock`, which the kernel releases when the process ends, however it ends."""
+    with (workdir / LOCK).open("a+b") as file:
+        if not _lock(file):
+            raise ConfigError(
+                f"--workdir {workdir} is in use by {_holder(file)}: wait for it, stop it, or choose another folder"
+            )
+        try:
+            _write_holder(file, {"pid": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the lock itself goes with the file's closing
+                _write_holder(file, None)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether the lock is ours now; also where the system or the file system has none."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True
+
+
+def _write_holder(file: BinaryIO, holder: dict[str, object] | None) -> None:
+    file.truncate(0)
+    if holder is not None:
+        file.write(json.dumps(holder).encode())
+    file.flush()
+
+
+def _holder(file: BinaryIO) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):  # it has locked the file and not yet written its name
+        return "another process"
