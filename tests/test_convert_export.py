@@ -101,19 +101,19 @@ def test_without_onnxruntime_and_scikit_learn_it_checks_by_what_there_is(trained
 @pytest.mark.parametrize("suffix", [".onnx", ".stablehlo"])
 def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trained, tmp_path):
     output = tmp_path / f"net{suffix}"
-    output.write_text("before")
+    output.write_text("before", encoding="utf-8")
     with mock.patch("convert.exports._logits", return_value=np.ones((2, 5), np.float32)):
         message = error_of(convert(trained[0], output))
     assert "differs from JAX by" in message
     assert "nothing written" in message
-    assert output.read_text() == "before"
+    assert output.read_text(encoding="utf-8") == "before"
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
     path, out = trained[0], tmp_path / "net.onnx"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "no.png").write_text("no image")
+    (tmp_path / "no.png").write_text("no image", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):
         for arguments, words in (

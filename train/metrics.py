@@ -26,7 +26,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    rows, lines = [], path.read_text().splitlines()
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -56,7 +56,7 @@ class MetricsLog:
         if finished:
             rows = [row for row in rows if row["step"] < start_step or "form" not in row]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._workdir = workdir
         with self._written():
             # Both are written from this thread and at once, so that a full disk is heard of here.
