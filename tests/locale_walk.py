@@ -52,7 +52,8 @@ def main() -> None:
     else:
         model = rv.create_model(TINY, 2)
         variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-        rv.save_weights("net.safetensors", model, variables, class_names=("garden", "pagoda"))
+        told = dict(preprocessing=rv.Preprocessing(image_size=32), class_names=("garden", "pagoda"))
+        rv.save_weights("net.safetensors", model, variables, **told)
     photos = sorted(map(str, Path("photos/val").rglob("*.jpg")))[:2]
     run("repvgg_jax.__main__", "predict", "net.safetensors", *photos, "--top", "1")
     print(

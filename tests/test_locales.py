@@ -37,7 +37,8 @@ def text_calls(path: Path) -> Iterator[ast.Call]:
         arguments = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
         is_binary = any(re.fullmatch("'[rwxab+]*b[rwxab+]*'", argument) for argument in arguments)
         opens = name in ("open", "fdopen") and owner not in ("Image", "tarfile", "zipfile", "os", "webbrowser", "hub")
-        if name in ("read_text", "write_text") or (opens and not is_binary):
+        has_encoding = name == "read_text" and bool(node.args)  # its first argument
+        if not has_encoding and (name in ("read_text", "write_text") or (opens and not is_binary)):
             yield node
 
 
