@@ -104,7 +104,7 @@ def serve(run: Callable[[], Numbers], summary: Callable[[], Numbers]) -> None:
 
 def resident_bytes(field: str) -> int:
     """This process's resident set now (`VmRSS`) or at its peak (`VmHWM`), as Linux counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field} in /proc/self/status")

@@ -68,10 +68,12 @@ class Speed(NamedTuple):
 
 def processor_seconds() -> float:
     """Used so far by this process and its children, as Linux counts it."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
     ticks = 0
     for process in ("self", *children):
-        ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        ticks += sum(
+            map(int, Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13])
+        )
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

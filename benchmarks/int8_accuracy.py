@@ -205,7 +205,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy")
     rows = measure(arguments)
     with atomic_path(Path(arguments.workdir) / "int8_accuracy.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

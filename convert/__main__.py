@@ -23,7 +23,7 @@ from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
-from .exports import FORMATS, Format, check_batches, choose_format, write_export
+from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
 from .int8 import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
@@ -55,6 +55,8 @@ class Arguments:
     """Exports: how the images lie that they take. NCHW for .onnx, NHWC for the others, unless given."""
     image_size: int | None = None
     """Exports: height and width of the images that they take, in pixels. The weights' own unless given."""
+    free_size: bool = False
+    """.onnx: leave height and width of the images free."""
     check_images: tuple[str, ...] = ()
     """Exports: image files or folders to compare the export with JAX on, instead of two photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -97,12 +99,14 @@ def convert(arguments: Arguments) -> str:
     check_options(int8, arguments.output)
     if int8.int8 and (arguments.keep_training_form or arguments.to):
         raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
+    if int8.int8:
+        _check_int8_exports(arguments, arguments.output)
     preprocessing, batches = info.preprocessing, []
     if export is not None:
         export.check(arguments.output)
         if arguments.image_size is not None:
             preprocessing = dataclasses.replace(preprocessing, image_size=arguments.image_size)
-        batches = check_batches(arguments.check_images, preprocessing, info.in_channels)
+        batches = check_batches(arguments.check_images, preprocessing, info.in_channels, arguments.free_size)
     elif not int8.int8:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
     if arguments.keep_training_form and info.deploy:
@@ -119,7 +123,12 @@ def convert(arguments: Arguments) -> str:
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
     if int8.int8:
-        done = quantize_and_write(int8, arguments.output, model, variables, info)
+        onnx_options: dict[str, Any] = dict(
+            input_layout=arguments.input_layout or ONNX.layout,
+            image_size=arguments.image_size,
+            dynamic_size=arguments.free_size,
+        )
+        done = quantize_and_write(int8, arguments.output, model, variables, info, **onnx_options)
         return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
     told: dict[str, Any] = dict(
         preprocessing=preprocessing, class_names=info.class_names if model.num_classes == info.num_classes else None
@@ -129,7 +138,7 @@ def convert(arguments: Arguments) -> str:
         save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **told)
     else:
         layout = arguments.input_layout or export.layout
-        told |= dict(layout=layout, batches=batches, tolerance=TOLERANCE)
+        told |= dict(layout=layout, free_size=arguments.free_size, batches=batches, tolerance=TOLERANCE)
         done += f"; {layout}, {write_export(arguments.output, export, model, variables, **told)}"
     return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
 
@@ -145,16 +154,38 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
         if Path(output).suffix not in WRITABLE:
             known = ", ".join((*WRITABLE, *(suffix for suffix in FORMATS if suffix not in WRITABLE)))
             raise ConfigError(f"cannot write {output}: unknown suffix {Path(output).suffix!r}, expected one of {known}")
-        if arguments.input_layout or arguments.image_size is not None or arguments.check_images:
-            raise ConfigError("--input-layout, --image-size and --check-images are for exports, not for weight files")
+        _check_no_export_options(arguments)
         return None
+    if arguments.free_size and export is not ONNX:
+        raise ConfigError(f"--free-size is for .onnx, not for {output}")
     if arguments.keep_training_form or arguments.to is not None:
         raise ConfigError(
             f"{output} is an export, which is always fused and has no names: no --keep-training-form or --to"
         )
+    _check_image_size(arguments)
+    return export
+
+
+def _check_int8_exports(arguments: Arguments, output: str) -> None:
+    """Raise ConfigError for options of exports that a quantised net's file does not take."""
+    if Path(output).suffix != ".onnx":
+        _check_no_export_options(arguments)
+    if arguments.check_images:
+        raise ConfigError("--check-images compares with JAX to float32's rounding, which --int8 is not: leave it away")
+    _check_image_size(arguments)
+
+
+def _check_no_export_options(arguments: Arguments) -> None:
+    given = arguments.input_layout, arguments.image_size is not None, arguments.free_size, arguments.check_images
+    if any(given):
+        raise ConfigError(
+            "--input-layout, --image-size, --free-size and --check-images are for exports, not for weight files"
+        )
+
+
+def _check_image_size(arguments: Arguments) -> None:
     if arguments.image_size is not None and arguments.image_size < 1:
         raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
-    return export
 
 
 def describe(path: str, info: WeightsInfo) -> str:

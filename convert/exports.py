@@ -100,6 +100,7 @@ def write_export(
     layout: InputLayout,
     preprocessing: rv.Preprocessing,
     class_names: tuple[str, ...] | None,
+    free_size: bool,
     batches: Iterable[Batch],
     tolerance: float,
 ) -> str:
@@ -112,6 +113,7 @@ def write_export(
       layout: of the input.
       preprocessing: of the images, which tells their size.
       class_names: names by class index. Goes into ONNX files only.
+      free_size: leave height and width free, in ONNX files.
       batches: images to compare on.
       tolerance: largest relative difference of the logits that is still rounding.
 
@@ -134,7 +136,7 @@ def write_export(
 
     options: dict[str, Any] = dict(input_layout=layout, preprocessing=preprocessing, check=check)
     if chosen is ONNX:
-        options["class_names"] = class_names
+        options |= dict(class_names=class_names, dynamic_size=free_size)
     chosen.write(output, model, variables, **options)
     return f"relative difference from JAX {', '.join(measured)}"
 
@@ -145,20 +147,28 @@ def _logits(model: rv.RepVGG, variables: Any, images: np.ndarray) -> np.ndarray:
         return np.asarray(model.apply(variables, images))
 
 
-def check_batches(paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int) -> list[Batch]:
+def check_batches(
+    paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int, free_size: bool = False
+) -> list[Batch]:
     """Two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
 
     Args:
       paths: image files, and folders of which the first images are taken.
       preprocessing: makes input of them.
       channels: that the net takes.
+      free_size: also one random image of another size, which is not square.
 
     Raises:
       DataError: a path that is no image and no folder with images.
     """
     size = preprocessing.image_size
-    noise = np.random.default_rng(0).normal(size=(2, size, size, channels)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, size, size, channels)).astype(np.float32)
     batches = [("2 random images", noise)]
+    if free_size:
+        height, width = size + 32, size // 2 + 17
+        other = rng.normal(size=(1, height, width, channels)).astype(np.float32)
+        batches.append((f"a random image of {height}x{width}", other))
     if channels != preprocessing.channels:
         if paths:
             raise DataError(f"the net takes {channels} channels; image files have 1 or 3")
@@ -176,7 +186,8 @@ def check_batches(paths: tuple[str, ...], preprocessing: rv.Preprocessing, chann
         pictures = [(file, Image.fromarray(pixels).convert(mode)) for file, pixels in named]
         name = "2 photographs"
     else:
-        return [("2 random images (no real ones: name some with --check-images, or install scikit-learn)", noise)]
+        words = "2 random images (no real ones: name some with --check-images, or install scikit-learn)"
+        return [(words, noise), *batches[1:]]
     pixels = np.stack([_as_input(picture, file, preprocessing) for file, picture in pictures])
     return [*batches, (name, normalize(pixels, preprocessing))]
 

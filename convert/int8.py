@@ -9,6 +9,7 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.export.onnx_file import check_onnx_installed
+from repvgg_jax.export.qdq import OnnxTarget
 from repvgg_jax.files import check_target
 from repvgg_jax.quantization.adaround import require_optax
 from repvgg_jax.quantization.calibration import Calibration
@@ -37,6 +38,8 @@ class Int8Options:
     """Leave the classifier in float."""
     calibration_images: int = DEFAULT_COUNT
     """How many images of DATA to take."""
+    onnx_target: OnnxTarget = "onnxruntime"
+    """Whose rules an .onnx follows. TensorRT wants int8 everywhere and float biases; OpenVINO runs both."""
     report: bool = False
     """Print what quantisation does to each layer."""
 
@@ -64,11 +67,22 @@ def check_options(options: Int8Options, output: str) -> None:
         raise WeightsError(f"cannot write {output}: quantised nets are .safetensors or .onnx files, not {suffix!r}")
     if suffix == ".onnx":
         check_onnx_installed()
+    elif options.onnx_target != "onnxruntime":
+        raise ConfigError(f"--onnx-target is for .onnx, not for {output}")
     check_target(output)
 
 
-def quantize_and_write(options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo) -> str:
+def quantize_and_write(
+    options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo, **onnx_options: Any
+) -> str:
     """Calibrate, quantise, write; says what was done.
+
+    Args:
+      options: of the command.
+      output: file to write.
+      model, variables: deploy form.
+      info: of the input file.
+      onnx_options: of `export_quantized_onnx`, where `output` is an .onnx.
 
     Raises:
       DataError: calibration images that cannot be read.
@@ -90,7 +104,7 @@ def quantize_and_write(options: Int8Options, output: str, model: rv.RepVGG, vari
         class_names=info.class_names if model.num_classes == info.num_classes else None,
     )
     if Path(output).suffix == ".onnx":
-        rv.export_quantized_onnx(output, net)
+        rv.export_quantized_onnx(output, net, target=options.onnx_target, **onnx_options)
     else:
         rv.save_quantized(output, net)
     worst = min(net.report, key=lambda layer: layer.output_sqnr)

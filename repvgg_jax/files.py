@@ -11,10 +11,14 @@ from .errors import RepVGGError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
 
     The temporary name keeps the suffix, since some writers choose their format by it.
+
+    Args:
+      path: the file to write.
+      mode: its permissions; if None those of the file that is replaced, or what `open` would give.
 
     Raises:
       RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
@@ -28,7 +32,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        _adopt_mode(temporary, target)
+        if mode is None:
+            _adopt_mode(temporary, target)
+        else:
+            temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)

@@ -7,9 +7,18 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """`$XDG_CACHE_HOME/repvgg_jax/NAME`, or under `~/.cache`; not created."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "repvgg_jax" / name
+    """Return `$XDG_CACHE_HOME/repvgg_jax/NAME`, or the same under `~/.cache`; creates nothing.
+
+    Raises:
+      OSError: the user has no home folder, as under a number that no account has.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification: what is relative is to be ignored
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise FileNotFoundError("the user has no home folder") from error
+    return base / "repvgg_jax" / name
 
 
 def cores() -> int:
@@ -20,7 +29,7 @@ def cores() -> int:
 def cpu_model() -> str:
     """Model name, and a digest of the instruction sets: virtual machines share names."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

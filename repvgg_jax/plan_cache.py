@@ -1,13 +1,12 @@
 """Measured plans, kept on disk between processes.
 
-One JSON file a plan, named by a digest of everything the measurement depends on; a file that cannot be read, or that
-is not what it claims to be, counts as absent.
+One JSON file per plan, named by a digest of everything the measurement depends on; a file that cannot be read, that is
+not what it claims to be, or that somebody else may have written, counts as absent.
 """
 
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from .conv3x3 import ALGORITHMS
 from .errors import RepVGGError
 from .files import atomic_path
 from .machine import cache_folder, cores, cpu_model
+from .ownership import check_own_file, find_private_folder, make_private_folder
 from .planner import Plan, StagePlan, candidates, divisors
 from .version import __version__
 
@@ -46,7 +46,9 @@ def load_plan(plan: Plan, dtype: str) -> Plan | None:
     """The cached measurement for the net, batch and machine that `plan` is for; None if there is none."""
     key = cache_key(plan, dtype)
     try:
-        stored = json.loads(_path(key).read_text())
+        path = find_private_folder(cache_folder("plans")) / _file_name(key)
+        check_own_file(path)
+        stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] != key:
             return None
         return _with_choices(plan, stored["portions"], stored["algorithms"])
@@ -55,14 +57,13 @@ def load_plan(plan: Plan, dtype: str) -> Plan | None:
 
 
 def save_plan(plan: Plan, dtype: str) -> bool:
-    """Keep a measured plan; False, and no harm done, where the folder cannot be written to."""
+    """Keep a measured plan; False, and no harm done, where it cannot be written or others could write to its folder."""
     key = cache_key(plan, dtype)
     stored = {"key": key, "portions": [stage.portion for stage in plan.stages], "algorithms": plan.algorithms()}
     try:
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(stored, indent=1))
+        path = make_private_folder(cache_folder("plans")) / _file_name(key)
+        with atomic_path(path, mode=0o600) as temporary:
+            temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
     except (OSError, RepVGGError):
         return False
     return True
@@ -76,9 +77,8 @@ def device_name() -> str:
     return f"{cpu_model()}, {cores()} cores"
 
 
-def _path(key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder("plans") / f"{digest}.json"
+def _file_name(key: dict[str, Any]) -> str:
+    return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
 def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:

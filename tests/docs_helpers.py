@@ -59,7 +59,7 @@ class Block:
 
 def blocks(page: str) -> list[Block]:
     """All fenced blocks of a page, in order."""
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = [
         Block(page, text[: m.start("code")].count("\n"), m["language"], m["code"], m["reason"])
         for m in _BLOCK.finditer(text)
@@ -160,9 +160,9 @@ class Sandbox:
         snapshot = repository / "snapshots" / ("0" * 40)
         snapshot.mkdir(parents=True)
         (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
         rv.save_weights(snapshot / "model.safetensors", model, variables, family="timm")
-        (snapshot / "config.json").write_text(json.dumps({"architecture": "repvgg_a0"}))
+        (snapshot / "config.json").write_text(json.dumps({"architecture": "repvgg_a0"}), encoding="utf-8")
 
     def run(self, block: Block, namespace: dict[str, Any]) -> None:
         """Run a block; `namespace` holds the page's Python names."""
@@ -199,11 +199,13 @@ class Sandbox:
 def check_tool(words: list[str], place: str) -> None:
     """What of a command other than ours can be checked without running it: `make` targets, extras to install."""
     if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(words[1:]) <= set(targets), f"{place}: no such target: {' '.join(words)}"
         return
     if words[:2] == ["pip", "install"]:
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
         for wanted in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(wanted.split(",")) <= set(extras), f"{place}: no such extra: {' '.join(words)}"
         return
@@ -227,7 +229,7 @@ def leave_finished_run(config: train_config.Config) -> None:
     rv.save_weights(workdir / "final.safetensors", model, variables, class_names=("dahlia", "pagoda"))
     rv.save_weights(workdir / "deploy.safetensors", *rv.to_deploy(model, variables), class_names=("dahlia", "pagoda"))
     row = {"step": 1, "epoch": 1.0, "loss": 0.5, "top1": 0.5, "learning_rate": 0.1}
-    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def run_page(page: str, sandbox: Sandbox) -> None:

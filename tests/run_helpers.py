@@ -73,7 +73,7 @@ def weights(workdir: Path, name: str = "final") -> dict[str, bytes]:
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -88,11 +88,11 @@ def test_data_that_is_not_there_or_not_right(tmp_path, photos):
 
 
 def test_a_workdir_that_cannot_be_used(tmp_path, photos):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     arguments = ("--data", photos, "--batch-size", 4)
     assert "cannot create --workdir" in train("--workdir", tmp_path / "file" / "run", *arguments)
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{")
+    (tmp_path / "run" / "config.json").write_text("{", encoding="utf-8")
     assert "config.json is damaged" in train("--workdir", tmp_path / "run", *arguments)
 
 
@@ -146,7 +146,7 @@ def test_prediction_names_the_classes(tmp_path, weights):
 
 
 def test_prediction_of_what_is_no_image(tmp_path, weights):
-    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "text.png").write_text("hello", encoding="utf-8")
     assert "no image given" in predict(weights)
     assert "text.png: cannot be read as an image" in predict(weights, tmp_path / "text.png")
     assert "none.png: No such file" in predict(weights, tmp_path / "none.png")

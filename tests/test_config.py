@@ -24,13 +24,13 @@ def without(tree, group, name):
 
 def test_a_run_older_than_an_option_did_what_it_does_by_default(workdir):
     path, config = workdir
-    saved = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(without(saved, "model", "dropout")))
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps(without(saved, "model", "dropout")), encoding="utf-8")
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.2))
     with pytest.raises(rv.RepVGGError, match=r"other options \(dropout 0.0 -> 0.2\)"):
         save_or_compare(changed, path)
     save_or_compare(config, path)
-    assert json.loads((path / "config.json").read_text()) == saved
+    assert json.loads((path / "config.json").read_text(encoding="utf-8")) == saved
 
 
 def test_a_changed_option_is_refused_unless_it_moves_no_weight(workdir):

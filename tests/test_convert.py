@@ -168,7 +168,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
 
 @pytest.mark.parametrize("output", ["out.pth", "native.safetensors", "timm.safetensors"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tmp_path):
-    (tmp_path / output).write_text("before")
+    (tmp_path / output).write_text("before", encoding="utf-8")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
@@ -176,5 +176,5 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "too large" in error_of(done)
-    assert (tmp_path / output).read_text() == "before"
+    assert (tmp_path / output).read_text(encoding="utf-8") == "before"
     assert len(list(tmp_path.iterdir())) == 2

@@ -72,6 +72,28 @@ def test_a_bin_with_names_is_pytorchs_and_any_bin_is_read(trained, tmp_path):
     assert [d.dim_value for d in shape.dim[1:]] == [3, 48, 48]
 
 
+def test_onnx_of_free_size_is_compared_at_another_size_too(trained, tmp_path):
+    done = convert(trained[0], tmp_path / "net.onnx", "--free-size")
+    assert "on a random image of 64x33" in done.stdout, done.stderr
+    (value,) = onnx.load(tmp_path / "net.onnx").graph.input
+    assert [d.dim_param for d in value.type.tensor_type.shape.dim] == ["N", "", "H", "W"]
+
+
+def test_int8_onnx_takes_the_options_of_exports(trained, tmp_path):
+    write_photos(tmp_path / "photos", 4)
+    int8 = ("--int8", "--calibration", tmp_path / "photos", "--method", "naive")
+    done = convert(trained[0], tmp_path / "net.onnx", *int8, "--onnx-target", "tensorrt", "--input-layout", "NHWC",
+                   "--image-size", "48")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = onnx.load(tmp_path / "net.onnx")
+    assert [d.dim_value for d in found.graph.input[0].type.tensor_type.shape.dim[1:]] == [48, 48, 3]
+    integers = {tensor.data_type for tensor in found.graph.initializer} - {onnx.TensorProto.FLOAT}
+    assert integers == {onnx.TensorProto.INT8}
+    assert convert(trained[0], tmp_path / "free.onnx", *int8, "--free-size").returncode == 0
+    dimensions = onnx.load(tmp_path / "free.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param for d in dimensions] == ["N", "", "H", "W"]
+
+
 @pytest.mark.parametrize("output", ["net.savedmodel", "net/"])
 def test_saved_model(output, trained, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
@@ -101,20 +123,21 @@ def test_without_onnxruntime_and_scikit_learn_it_checks_by_what_there_is(trained
 @pytest.mark.parametrize("suffix", [".onnx", ".stablehlo"])
 def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trained, tmp_path):
     output = tmp_path / f"net{suffix}"
-    output.write_text("before")
+    output.write_text("before", encoding="utf-8")
     with mock.patch("convert.exports._logits", return_value=np.ones((2, 5), np.float32)):
         message = error_of(convert(trained[0], output))
     assert "differs from JAX by" in message
     assert "nothing written" in message
-    assert output.read_text() == "before"
+    assert output.read_text(encoding="utf-8") == "before"
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
     path, out = trained[0], tmp_path / "net.onnx"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "no.png").write_text("no image")
+    (tmp_path / "no.png").write_text("no image", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
+    int8 = ("--int8", "--calibration", "digits")
     with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):
         for arguments, words in (
             ((path, out, "--keep-training-form"), "always fused"),
@@ -122,6 +145,13 @@ def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
             ((path, tmp_path / "w.pth", "--image-size", "32"), "are for exports, not for weight files"),
             ((path, tmp_path / "w.pth", "--input-layout", "NHWC"), "are for exports"),
             ((path, out, "--image-size", "0"), "--image-size must be at least 1"),
+            ((path, tmp_path / "w.pth", "--free-size"), "--free-size and --check-images are for exports"),
+            ((path, tmp_path / "net.stablehlo", "--free-size"), "--free-size is for .onnx, not for"),
+            ((path, out, "--onnx-target", "tensorrt"), "--onnx-target needs --int8"),
+            ((path, tmp_path / "w.safetensors", *int8, "--onnx-target", "tensorrt"), "--onnx-target is for .onnx"),
+            ((path, tmp_path / "w.safetensors", *int8, "--image-size", "32"), "are for exports, not for weight files"),
+            ((path, out, *int8, "--image-size", "-1"), "--image-size must be at least 1"),
+            ((path, out, *int8, "--check-images", tmp_path / "no.png"), "--check-images compares"),
             ((path, tmp_path / "none" / "net.onnx"), "there is no folder"),
             ((path, out, "--check-images", tmp_path / "none.jpg"), "none.jpg: No such file"),
             ((path, out, "--check-images", tmp_path / "empty"), "no images in this folder"),

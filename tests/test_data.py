@@ -99,7 +99,7 @@ def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(DataError, match=r"cannot write the digits data set under .*--data-dir"):
         load("digits", image_size=32, data_dir=tmp_path / "file")
 
@@ -115,7 +115,7 @@ def test_digits_train_through_the_same_pipeline(digits: DataSet) -> None:
 
 
 def test_classes_and_files_are_in_sorted_order(photos: Path) -> None:
-    (photos / "val" / "garden" / "notes.txt").write_text("no image")
+    (photos / "val" / "garden" / "notes.txt").write_text("no image", encoding="utf-8")
     (photos / "val" / ".cache").mkdir()
     dataset = load(str(photos), image_size=16)
     assert dataset.class_names == ["garden", "pagoda"]
@@ -176,10 +176,10 @@ def tfrecords(data_dir: Path, tmp_path: Path) -> Path:
         for record in part:
             writer.write(record)
         writer.close()
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     splits = [info["splits"][1] | {"shardLengths": ["200", "160"]}]
     info |= {"name": "digits_tfrecord", "fileFormat": "tfrecord", "splits": splits}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return folder
 
 
@@ -306,17 +306,17 @@ def test_a_tfds_data_set_that_is_damaged_or_of_another_kind_is_told(tfrecords: P
             load("digits_tfrecord", image_size=16, data_dir=tfrecords.parents[1])
 
     attempt("digits_tfrecord/1.0.0 has no train split, only test")
-    features, text = tfrecords / "features.json", (tfrecords / "features.json").read_text()
+    features, text = tfrecords / "features.json", (tfrecords / "features.json").read_text(encoding="utf-8")
     for name, message in (("label", "no class labels"), ("image", "no 8-bit images")):
         content = json.loads(text)
         fields = content["featuresDict"]["features"]
         fields[name] = fields["id"]
-        features.write_text(json.dumps(content))
+        features.write_text(json.dumps(content), encoding="utf-8")
         attempt(message)
-    features.write_text(text)
+    features.write_text(text, encoding="utf-8")
     next(tfrecords.glob("*00001-of-00002")).unlink()
     attempt("record file .*00001-of-00002 is missing; prepare the data set again")
-    (tfrecords / "dataset_info.json").write_text("{")
+    (tfrecords / "dataset_info.json").write_text("{", encoding="utf-8")
     attempt("cannot open the TFDS data set 'digits_tfrecord'")
 
 

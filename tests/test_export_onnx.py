@@ -147,6 +147,22 @@ def test_sizes_need_not_be_square_and_channels_not_three(tmp_path):
     assert relative_difference(jax.jit(model.apply)(variables, images), found) <= 1e-5
 
 
+@pytest.mark.parametrize("variant", [TINY, D2SE, PLUS], ids=["plain", "D2se", "plus"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_height_and_width_are_free_on_request(layout, variant, tmp_path):
+    model, path = rv.create_model(variant, CLASSES), tmp_path / "net.onnx"
+    variables = random_variables(model)
+    rv.export_onnx(path, model, variables, input_layout=layout, dynamic_size=True)
+    (images,) = onnx.load(path).graph.input
+    shape = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
+    assert shape == (["N", 3, "H", "W"] if layout == "NCHW" else ["N", "H", "W", 3])
+    for height, width in ((64, 64), (33, 90)):
+        x = np.random.default_rng(1).normal(size=(2, height, width, 3)).astype(np.float32)
+        expected = np.asarray(jax.jit(model.apply)(variables, x))
+        for run in (in_onnxruntime, in_openvino):
+            assert relative_difference(expected, run(path, nchw(x) if layout == "NCHW" else x)) <= 1e-5
+
+
 def test_the_file_says_what_it_is(small):
     model, variables, path = small
     preprocessing = rv.Preprocessing(image_size=96, crop_fraction=1.0)

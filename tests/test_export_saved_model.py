@@ -47,10 +47,10 @@ def test_without_tensorflow_one_line_says_what_to_install(net, tmp_path):
 def test_the_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "net.savedmodel"
     with pytest.raises(rv.RepVGGError, match="No such file"), atomic_folder(target) as folder:
-        (folder / "half" / "a file").write_text("")
+        (folder / "half" / "a file").write_text("", encoding="utf-8")
     assert list(tmp_path.iterdir()) == []
     with atomic_folder(target) as folder:
-        (folder / "whole").write_text("")
+        (folder / "whole").write_text("", encoding="utf-8")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
     with pytest.raises(rv.RepVGGError, match="exists already"), atomic_folder(target):

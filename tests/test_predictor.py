@@ -139,9 +139,9 @@ def test_a_measured_plan_is_kept_and_a_damaged_one_ignored(monkeypatch):
     assert relative_difference(model.apply(variables, images), second(images)) <= 1e-5
 
     (file,) = cache_folder("plans").glob("*.json")
-    sound = json.loads(file.read_text())
+    sound = json.loads(file.read_text(encoding="utf-8"))
     for damage in ("{", "[]", json.dumps(sound | {"portions": ["x"]}), json.dumps(sound | {"algorithms": {}})):
-        file.write_text(damage)
+        file.write_text(damage, encoding="utf-8")
         assert plan_cache.load_plan(first.plan, "float32") is None
-    file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}))
+    file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}), encoding="utf-8")
     assert plan_cache.load_plan(first.plan, "float32") is None

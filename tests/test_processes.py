@@ -51,7 +51,7 @@ def test_when_one_process_dies_the_other_stops(victim, runs, tmp_path):
     processes = start_two(runs, tmp_path / "run", epochs=500)
     deadline = time.monotonic() + 200
     log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text(encoding="utf-8")):
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
         time.sleep(0.2)

@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_state(runs, 
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(runs, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     done = runs.finish(tmp_path / "file" / "run")
     assert done.returncode == 2
     assert "cannot create --workdir" in done.stderr

@@ -23,7 +23,7 @@ def site(tmp_path_factory) -> Path:
 def test_every_public_name_is_in_the_reference(site):
     import repvgg_jax as rv
 
-    page = (site / "api.html").read_text()
+    page = (site / "api.html").read_text(encoding="utf-8")
     for name in set(rv.__all__) - {"__version__"}:
         assert f'id="repvgg_jax.{name}"' in page, name
 
@@ -31,6 +31,6 @@ def test_every_public_name_is_in_the_reference(site):
 def test_nothing_is_fetched_from_elsewhere(site):
     fetched = re.compile(r"""<(?:script|img|iframe|link(?=[^>]*stylesheet))[^>]*(?:src|href)=["']?(https?:)?//""")
     for page in site.rglob("*.html"):
-        assert not fetched.search(page.read_text()), page.name
+        assert not fetched.search(page.read_text(encoding="utf-8")), page.name
     for style in site.rglob("*.css"):
-        assert not re.search(r"url\(\s*['\"]?(https?:)?//", style.read_text()), style.name
+        assert not re.search(r"url\(\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name

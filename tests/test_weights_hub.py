@@ -36,7 +36,7 @@ class Cache:
         self.snapshot = self.folder / "snapshots" / COMMIT
         for part in (self.snapshot, self.folder / "blobs", self.folder / "refs"):
             part.mkdir(parents=True)
-        (self.folder / "refs" / "main").write_text(COMMIT)
+        (self.folder / "refs" / "main").write_text(COMMIT, encoding="utf-8")
 
     def add(self, name: str, content: bytes) -> None:
         """Put a file into it."""

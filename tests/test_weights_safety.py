@@ -349,7 +349,7 @@ def test_the_content_decides_not_the_suffix(tmp_path):
     assert_same_bits(variables, rv.load_weights(tmp_path / "renamed.pth")[1])
     torch.save(torch_state(TINY), tmp_path / "renamed.safetensors")
     assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "renamed.safetensors")[1])
-    (tmp_path / "page.safetensors").write_text("<html>")
+    (tmp_path / "page.safetensors").write_text("<html>", encoding="utf-8")
     assert "a web page" in refused(tmp_path / "page.safetensors")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps({"a": np.zeros(2)}))
     assert "a pickle, but not one of PyTorch" in refused(tmp_path / "raw.pth")

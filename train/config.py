@@ -381,7 +381,7 @@ def save_or_compare(config: Config, workdir: Path) -> None:
     current, default = _as_json(config), _as_json(Config())
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         try:
-            earlier: Any = json.loads(path.read_text())
+            earlier: Any = json.loads(path.read_text(encoding="utf-8"))
             # A run may be older than an option: it did what the option does by default.
             earlier = {group: values | earlier.get(group, {}) for group, values in default.items()}
             changes = [
@@ -398,7 +398,7 @@ def save_or_compare(config: Config, workdir: Path) -> None:
                 + _how_to_go_on(workdir, changes)
             )
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(current, indent=2) + "\n")
+        temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
 
 
 def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ class DeployNet:
       input_layout: how a batch of images lies in memory.
       preprocessing: what makes an image network input.
       class_names: names by class index, if they are known.
+      dynamic_size: whether height and width are to stay free, where the format can say so.
     """
 
     model: RepVGG
@@ -47,6 +48,7 @@ class DeployNet:
     input_layout: InputLayout
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
+    dynamic_size: bool = False
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -80,6 +82,7 @@ def deploy_net(
     image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
+    dynamic_size: bool = False,
 ) -> DeployNet:
     """Fuse a training form; float32 throughout, whatever the model computes in.
 
@@ -90,14 +93,14 @@ def deploy_net(
       image_size: pixels, one number or (height, width); the preprocessing's if None.
       preprocessing: what makes an image network input; the variant's published evaluation if None.
       class_names: names by class index.
+      dynamic_size: leave height and width free.
 
     Raises:
       WeightsError: the variables are not this model's, or have NaN.
       FusionError: a training form that cannot be fused.
       ValueError: an unknown layout, a non-positive size, or not one name for each class.
     """
-    if input_layout not in get_args(InputLayout):
-        raise ValueError(f"input_layout must be {' or '.join(get_args(InputLayout))}, not {input_layout!r}")
+    check_input_layout(input_layout)
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     if not model.deploy:
@@ -112,7 +115,13 @@ def deploy_net(
     height, width = height_and_width(image_size)
     params = _float32(variables["params"])
     model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
-    return DeployNet(model, params, channels, height, width, input_layout, preprocessing, class_names)
+    return DeployNet(model, params, channels, height, width, input_layout, preprocessing, class_names, dynamic_size)
+
+
+def check_input_layout(input_layout: str) -> None:
+    """Raise ValueError for anything but NCHW and NHWC."""
+    if input_layout not in get_args(InputLayout):
+        raise ValueError(f"input_layout must be {' or '.join(get_args(InputLayout))}, not {input_layout!r}")
 
 
 def _float32(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def export_onnx(
     image_size: int | tuple[int, int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
+    dynamic_size: bool = False,
     check: Check | None = None,
 ) -> None:
     """Write the deploy form as an ONNX file, atomically.
@@ -36,6 +37,7 @@ def export_onnx(
       image_size: pixels, one number or (height, width); the preprocessing's if None.
       preprocessing: what makes an image network input; the variant's published evaluation if None.
       class_names: names by class index.
+      dynamic_size: leave height and width free in the file; `image_size` then only says what the net was made for.
       check: sees the written file before it is put in place; what it raises leaves nothing behind.
 
     Raises:
@@ -48,7 +50,8 @@ def export_onnx(
     check_onnx_installed()
     from .onnx_graph import build_onnx
 
-    built = build_onnx(deploy_net(model, variables, input_layout, image_size, preprocessing, class_names))
+    net = deploy_net(model, variables, input_layout, image_size, preprocessing, class_names, dynamic_size)
+    built = build_onnx(net)
     with atomic_path(path) as temporary:
         temporary.write_bytes(built.SerializeToString())
         if check is not None:

@@ -23,7 +23,8 @@ OPSET = 17
 IR_VERSION = 8
 """The file format's version that came with this opset; runtimes refuse later ones than they know."""
 
-BATCH = "N"
+BATCH, HEIGHT, WIDTH = "N", "H", "W"
+"""Names of the dimensions that a file leaves free."""
 
 
 class Graph:
@@ -50,7 +51,11 @@ class Graph:
           onnx.checker.ValidationError: it is no valid ONNX.
         """
         self.nodes[-1].output[0] = OUTPUT
-        images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, *net.image_shape])
+        shape: list[int | str] = [*net.image_shape]
+        if net.dynamic_size:
+            start = net.input_layout.index("H") - 1
+            shape[start : start + 2] = [HEIGHT, WIDTH]
+        images = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, *shape])
         logits = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, net.model.num_classes])
         graph = helper.make_graph(self.nodes, net.model.variant.name, [images], [logits], self.constants)
         model = helper.make_model(
@@ -107,7 +112,8 @@ def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
       layers: how layers with weights are written; float32 if None.
 
     Returns:
-      Input `images` float32 `[N, C, H, W]` or `[N, H, W, C]` with any N, output `logits` float32 `[N, classes]`.
+      Input `images` float32 `[N, C, H, W]` or `[N, H, W, C]` with any N (and any H and W, if asked for), output
+      `logits` float32 `[N, classes]`.
     """
     layers = layers or FloatLayers()
     graph = Graph()

@@ -1,0 +1,49 @@
+"""The console commands that `pip install` makes: `repvgg`, `repvgg-train`, `repvgg-evaluate` and `repvgg-convert`.
+
+Training and conversion are applications beside the library, in folders called `train` and `convert`: names that no
+package should claim in everybody's environment. So the wheel leaves them out, and these commands find them in the
+checkout that an editable install points to, whatever the current folder is.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+from .cli import run_command
+from .errors import RepVGGError
+
+
+def repvgg() -> None:
+    """`python -m repvgg_jax`."""
+    run_command(lambda: _main("repvgg_jax.__main__"))
+
+
+def train() -> None:
+    """`python -m train.main`."""
+    run_command(lambda: _main_of_checkout("train.main"))
+
+
+def evaluate() -> None:
+    """`python -m train.evaluate`."""
+    run_command(lambda: _main_of_checkout("train.evaluate"))
+
+
+def convert() -> None:
+    """`python -m convert`."""
+    run_command(lambda: _main_of_checkout("convert.__main__"))
+
+
+def _main(module: str) -> None:
+    importlib.import_module(module).main()
+
+
+def _main_of_checkout(module: str) -> None:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "train" / "main.py").exists() or not (checkout / "pyproject.toml").exists():
+        name = module.removesuffix(".__main__")
+        raise RepVGGError(
+            f"{Path(sys.argv[0]).name} runs python -m {name} of a checkout, and this installation has none: "
+            "in a checkout, run pip install -e '.[train]'"
+        )
+    sys.path.insert(0, str(checkout))  # in front: others may have claimed the names
+    _main(module)
