@@ -17,6 +17,7 @@ from repvgg_jax.export.deploy_net import InputLayout
 from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
+from repvgg_jax.image_files import image_files
 from repvgg_jax.preprocess import eval_transform, normalize, open_image
 
 MAX_CHECK_IMAGES = 16
@@ -192,8 +193,7 @@ def _image_files(path: str) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    known = Image.registered_extensions()
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in known)[:MAX_CHECK_IMAGES]
+    found = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
     if not found:
         raise DataError(f"{path}: no images in this folder")
     return found

@@ -4,16 +4,20 @@ The geometry is torchvision's (`Resize`, `CenterCrop`), to the pixel, because th
 measured with it. Images stay uint8 until `normalize`, which is meant to run on the device.
 """
 
+import contextlib
 import dataclasses
+import functools
 import io
 import os
+import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 
 from .errors import DataError
 
@@ -23,8 +27,20 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# torchvision's IMG_EXTENSIONS, so that a folder holds the same images for both.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "SGI", "QOI", "ICO"),
+    "TGA",  # the last, because its files begin with nothing that tells them from others
+)
+"""PIL's names of the image formats that are decoded, whatever a file is called. Others are not: EPS, for one, would
+start Ghostscript."""
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
+    *(".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".pcx", ".sgi", ".rgb", ".rgba", ".bw", ".qoi", ".ico", ".tga", ".icb", ".vda", ".vst"),
+)
+"""What the names of image files end with, in lower case: PIL's suffixes of `IMAGE_FORMATS`, torchvision's among them.
+Without `.pfm`, whose numbers have no fixed range."""
 
 
 def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -99,8 +115,20 @@ class Preprocessing:
             raise ValueError(f"not a preprocessing description: {dict(fields)}") from error
 
 
-def open_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
-    """`decode_image` of a file.
+# EXIF's numbers of how the stored image is turned, and what turns it back.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False) -> Image.Image:
+    """Read and decode an image file, as `decode_image` does.
 
     Raises:
       DataError: it cannot be read, or as `decode_image`.
@@ -109,38 +137,92 @@ def open_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    return decode_image(data, f"{path}", channels)
+    return decode_image(data, f"{path}", channels, exif=exif)
 
 
-def decode_image(data: bytes, name: str, channels: int = 3) -> Image.Image:
-    """Decode an image file as torchvision's `ImageFolder` does: alpha is dropped, EXIF rotation ignored.
+def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = False) -> Image.Image:
+    """Decode an image file as torchvision's `ImageFolder` does: alpha is dropped, EXIF orientation ignored.
 
     Unlike torchvision, which clips 16-bit grey images to white, keeps their high byte (as PIL itself does
-    for 16-bit colour).
+    for 16-bit colour). Of several frames it decodes the first.
 
     Args:
-      data: the file's bytes, in any format that PIL reads.
-      name: what to call the image in an error.
+      data: the file's bytes, in one of `IMAGE_FORMATS`.
+      name: what to call the image in an error or a warning.
       channels: 3 for RGB, 1 for grey.
+      exif: turn the image upright as its EXIF orientation says, as viewers do.
+
+    Warns:
+      Image.DecompressionBombWarning: the image has more than PIL's `MAX_IMAGE_PIXELS`.
 
     Returns:
       A loaded PIL image of mode "RGB" or "L".
 
     Raises:
-      DataError: the bytes are no image, are cut short, or unpack to a decompression bomb.
+      DataError: the bytes are not an image, are cut short, or unpack to a decompression bomb.
     """
     mode = _pil_mode(channels)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _identify(data, name) as image:
             image.load()
-            return to_mode(image, mode)
-    except MemoryError:
+            return to_mode(_upright(image) if exif else image, mode)
+    except (MemoryError, DataError):
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: refused as a decompression bomb ({error})") from error
     # On damaged bytes PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, …
     except Exception as error:
         raise DataError(f"{name}: cannot be read as an image ({_reason(data, error)})") from error
+
+
+@functools.cache
+def _openers() -> tuple[Any, ...]:
+    """PIL's (factory, accept) of each of `IMAGE_FORMATS` that it was built with."""
+    Image.init()
+    return tuple(Image.OPEN[kind] for kind in IMAGE_FORMATS if kind in Image.OPEN)
+
+
+def _identify(data: bytes, name: str) -> ImageFile.ImageFile:
+    """Do what `Image.open` does, which cannot say the image's name when it warns of many pixels.
+
+    Raises:
+      DataError: it has more than twice `Image.MAX_IMAGE_PIXELS`.
+      UnidentifiedImageError: it is in none of `IMAGE_FORMATS`.
+    """
+    for factory, accept in _openers():
+        answer = accept is None or accept(data[:16])
+        if not answer or isinstance(answer, str):  # a text says why PIL was built without the format
+            continue
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Image.open: try the next
+            image = factory(io.BytesIO(data), "")
+            _check_pixels(image.size, name)
+            return image
+    raise Image.UnidentifiedImageError
+
+
+def _check_pixels(size: tuple[int, int], name: str) -> None:
+    limit, pixels = Image.MAX_IMAGE_PIXELS, size[0] * size[1]
+    if limit is None or pixels <= limit:
+        return
+    if pixels > 2 * limit:
+        raise DataError(f"{name}: refused as a decompression bomb ({size[0]}x{size[1]} pixels)")
+    warnings.warn(
+        f"{name}: {size[0]}x{size[1]} pixels, more than the {limit} that PIL takes for harmless",
+        Image.DecompressionBombWarning,
+        stacklevel=4,
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not PIL's `exif_transpose`, which also writes the other tags back, and raises where one of them is odd.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # damaged EXIF data, on which PIL raises nearly anything; the pixels are whole
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _reason(data: bytes, error: Exception) -> str:

@@ -1,6 +1,7 @@
 """A folder of photographs in class folders, split for training: `python -m examples.finetune.split PHOTOS OUT`.
 
-`PHOTOS/CLASS/*` becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, which is what `--data` of `train.main` takes.
+`PHOTOS/CLASS/*`, at any depth, becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, which is what `--data` of
+`train.main` takes.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import tyro
 
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, DataError
-from train.data.sources import class_folders, image_files
+from train.data.sources import class_folders, class_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ def split(arguments: Arguments) -> str:
     photos, out = Path(arguments.photos), Path(arguments.out)
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it or choose another place for the split")
-    images = {name: image_files(photos / name) for name in class_folders(photos)}
+    listed = {name: class_images(photos / name) for name in class_folders(photos)}
+    images = {name: [os.path.relpath(path, photos / name) for path in files.paths] for name, files in listed.items()}
     if {"train", "val"} <= set(images):
         raise ConfigError(f"{photos} holds train/ and val/: it is split already; give it to --data as it is")
     for name, files in images.items():
@@ -69,7 +71,9 @@ def split(arguments: Arguments) -> str:
                 for file in files:
                     side = "val" if file in val else "train"
                     counts[side] += 1
-                    _link_or_copy(photos / name / file, half_made / side / name / file)
+                    target = half_made / side / name / file
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy(photos / name / file, target)
             half_made.rename(out)
     except OSError as error:
         raise DataError(f"cannot make {out}: {error.strerror or error}") from error

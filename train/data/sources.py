@@ -4,6 +4,7 @@ A source knows nothing of order, augmentation or devices. Many threads may read 
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from repvgg_jax.errors import DataError
+from repvgg_jax.image_files import ImageFiles, describe_left_out, image_files
 from repvgg_jax.preprocess import IMAGE_SUFFIXES
 
 
@@ -42,7 +44,7 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """The images `ROOT/CLASS/FILE`: classes and files in sorted order, as in torchvision's `ImageFolder`.
+    """The images below `ROOT/CLASS/`, at any depth, in the order of torchvision's `ImageFolder`.
 
     This is our own listing because `tfds.ImageFolder` lists folders through `tf.io.gfile` and offers
     `as_dataset` only: it does not work without TensorFlow, nor by random access.
@@ -52,27 +54,34 @@ class FolderSource:
 
     Raises:
       DataError: no such folder, no class folders in it, or a class folder without images.
+
+    Attributes:
+      left_out: how many files below the class folders are not images, by suffix.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._class_names = class_folders(self.root)
-        folders = [self.root / name for name in self._class_names]
-        files = [image_files(folder) for folder in folders]
-        self._folders = [str(folder) for folder in folders]
-        self._files = [file for names in files for file in names]
-        self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        self.left_out: Counter[str] = Counter()
+        self._paths: list[str] = []
+        counts = []
+        for name in self._class_names:
+            paths, left_out = class_images(self.root / name)
+            self._paths += paths
+            self.left_out += left_out
+            counts.append(len(paths))
+        self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     @property
     def class_names(self) -> list[str]:
         return self._class_names
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._paths)
 
     def __getitem__(self, index: int, /) -> Example:
         label = int(self._labels[index])
-        path = f"{self._folders[label]}{os.sep}{self._files[index]}"
+        path = self._paths[index]
         try:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a third of the time of `Path.read_bytes`)
                 return Example(file.read(), label, path)
@@ -96,24 +105,19 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def image_files(folder: Path) -> list[str]:
-    """Names of the images in a class folder, sorted; hidden files do not count.
+def class_images(folder: Path) -> ImageFiles:
+    """List the images of a class.
 
     Raises:
       DataError: `folder` cannot be listed, or holds no images.
     """
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if _is_image(e.name))
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder} ({error.strerror})") from error
-    if not names:
-        raise DataError(f"class folder {folder} holds no images; add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
-    return names
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    files = image_files(folder)
+    if not files.paths:
+        others = f", but {describe_left_out(files.left_out)}" if files.left_out else ""
+        raise DataError(
+            f"class folder {folder} holds no images{others}; add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
+        )
+    return files
 
 
 class SyntheticSource:
