@@ -1,6 +1,7 @@
 """Claim: embeddings are the features that the classifier reads, in both forms, in predictors and in 8 bits."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +70,14 @@ def test_a_quantised_net_gives_the_float_nets_embedding_up_to_its_noise(name, op
     np.testing.assert_array_equal(in_xla(x), embedding)
     assert not in_xla.integer
     with pytest.raises(ValueError, match="method must be \"embed\" or None, not 'features'"):
-        net.apply(net.variables, jnp.asarray(x), method="features")
+        net.apply(net.variables, jnp.asarray(x), method=cast(Any, "features"))
 
 
 def test_uint8_images_and_half_precision():
     model, variables = deploy_net()
     preprocessing = rv.Preprocessing(32, 1.0)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    options = dict(batch_size=2, image_size=32, preprocessing=preprocessing, output="embedding")
+    options: dict[str, Any] = dict(batch_size=2, image_size=32, preprocessing=preprocessing, output="embedding")
     expected = compiled(model, method="embed")(variables, normalize(pixels, preprocessing))
     assert relative_difference(expected, rv.make_predictor(model, variables, **options)(pixels)) <= 1e-5
     half = rv.make_predictor(model, variables, dtype=jnp.bfloat16, **options)(pixels)
@@ -86,7 +87,7 @@ def test_uint8_images_and_half_precision():
 
 def test_an_output_that_no_predictor_has():
     with pytest.raises(ValueError, match="output must be one of logits, embedding, not 'features'"):
-        rv.make_predictor(*deploy_net(), output="features")
+        rv.make_predictor(*deploy_net(), output=cast(Any, "features"))
 
 
 def test_embeddings_train():

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,11 +64,12 @@ def test_figures_are_scikit_learns(tmp_path):
         rows = list(csv.reader(file))
     assert rows[0] == ["label", *names]
     assert [row[0] for row in rows[1:]] == names
-    expected = confusion_matrix(labels, predictions, labels=range(6))
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], int), expected)
+    counts = confusion_matrix(labels, predictions, labels=range(6))
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], int), counts)
 
-    expected = classification_report(
-        labels, predictions, labels=range(6), target_names=names, output_dict=True, zero_division=np.nan
+    undefined: Any = np.nan  # scikit-learn's annotation forgets numbers
+    expected: Any = classification_report(
+        labels, predictions, labels=range(6), target_names=names, output_dict=True, zero_division=undefined
     )
     report = json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))
     figures = {"precision": "precision", "recall": "recall", "f1": "f1-score", "images": "support"}
