@@ -1,7 +1,6 @@
 """`python -m repvgg_jax predict WEIGHTS IMAGE…`: the classes of images, written while others are still to be read."""
 
 import dataclasses
-import itertools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -87,10 +86,10 @@ def _outputs(
         if predictor is None:  # only now: what is read first may show that there is nothing to predict
             predictor = _predictor(arguments.weights, info, len(names), output)
         rows = predictor(normalize(pixels, info.preprocessing))
-        finite = np.isfinite(rows).all(1)
-        for index in np.flatnonzero(~finite):
+        finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
+        for index in set(range(len(names))).difference(finite):
             reader.fail(f"{names[index]}: the net's outputs are not finite numbers")
-        yield list(itertools.compress(names, finite)), rows[finite]
+        yield [names[index] for index in finite], rows[finite]
 
 
 def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[tuple[list[str], np.ndarray]]) -> None:

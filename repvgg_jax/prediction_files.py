@@ -2,10 +2,11 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TextIO
+from typing import BinaryIO, Literal, TextIO
 
 import numpy as np
 
@@ -17,7 +18,8 @@ Format = Literal["text", "csv", "json"]
 EMBEDDING_SUFFIXES = (".npy", ".csv")
 
 
-class Guess(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Guess:
     """A class that an image may be of: its index, its name (None if the weight file has none), its probability."""
 
     index: int

@@ -76,7 +76,7 @@ class Predictor:
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def start(self, images: Any) -> jax.Array:
-        """Start computing the output and return without waiting for them, so that a caller can keep the device busy.
+        """Start computing the output and return without waiting for it, so that a caller can keep the device busy.
 
         Args and raises as for a call.
 

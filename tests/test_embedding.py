@@ -22,7 +22,7 @@ def compiled(model, **options):
     return jax.jit(functools.partial(model.apply, **options))
 
 
-def oracle_embedding(oracle: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+def oracle_embedding(oracle: Any, x: np.ndarray) -> np.ndarray:
     """What PyTorch's classifier reads."""
     seen = []
     handle = oracle.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from command_helpers import command
@@ -16,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, classification_report, conf
 import repvgg_jax as rv
 from train.evaluate import Evaluation
 from train.report import NamedSource, write_report
+from train.step import make_eval_step, predictor_step
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), image_size=32)
 
@@ -156,6 +158,26 @@ def test_every_image_has_the_prediction_that_predict_gives_it(form, photos, weig
     ]
     found, expected = ([float(row["probability"]) for row in side] for side in (rows, answers))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_predictor_on_one_device_says_what_the_model_says(weights):
+    """Of classes, probabilities and sums; the commands of these tests run on four devices, which use the model."""
+    (model, variables), preprocessing = rv.load_weights(weights), rv.Preprocessing(32, 1.0)
+    predict = rv.make_predictor(model, variables, 6, 32, preprocessing=preprocessing)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (6, 32, 32, 3), np.uint8),
+        "label": rng.integers(0, 2, 6).astype(np.int32),
+        "mask": np.array([1, 1, 0, 1, 1, 0], np.float32),
+    }
+    expected = jax.jit(make_eval_step(model, preprocessing))(variables, batch)
+    found = predictor_step(predict)({}, {name: array[None] for name, array in batch.items()})
+    assert found.keys() == expected.keys()
+    logits = np.float64(predict(batch["image"]))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["probability"][0], shares.max(1), rtol=1e-5)
+    for name in expected:
+        np.testing.assert_allclose(np.ravel(found[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
 
 
 def test_a_report_that_cannot_be_written_is_said_before_the_evaluation(photos, weights, tmp_path):

@@ -201,8 +201,8 @@ def test_many_classes_other_sizes_and_variants_beside_a_file(tmp_path):
     variant = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8))
     model = rv.create_model(variant, 25, deploy=True)
     path = tmp_path / "grey.safetensors"
-    described = dict(preprocessing=rv.Preprocessing(40, 1.0, (0.5,), (0.25,)), class_names=[f"n{i}" for i in range(25)])
-    rv.save_weights(path, model, random_variables(model, in_channels=1), **described)
+    how, names = rv.Preprocessing(40, 1.0, (0.5,), (0.25,)), tuple(f"n{i}" for i in range(25))
+    rv.save_weights(path, model, random_variables(model, in_channels=1), preprocessing=how, class_names=names)
     done = command("repvgg_jax.__main__", "summary", path, "RepVGG-A0", "--image-size", 64)
     assert done.returncode == 0, done.stderr
     assert "deploy form" in done.stdout
