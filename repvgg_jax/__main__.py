@@ -63,7 +63,10 @@ def _is_weight_file(name: str) -> bool:
 def main() -> None:
     """The command. Exit status: 0, 1 if there was an image that could not be read, 2 for any other error."""
     arguments = tyro.extras.subcommand_cli_from_dict(
-        {"summary": Summary, "predict": Predict}, prog="python -m repvgg_jax", args=sys.argv[1:]
+        {"summary": Summary, "predict": Predict},
+        prog="python -m repvgg_jax",
+        description="RepVGG for JAX. --version, alone, prints the version.",
+        args=sys.argv[1:],
     )
     if isinstance(arguments, Summary):
         summary(arguments)

@@ -87,7 +87,7 @@ def _outputs(
             predictor = _predictor(arguments.weights, info, len(names), output)
         rows = predictor(normalize(pixels, info.preprocessing))
         finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
-        for index in set(range(len(names))).difference(finite):
+        for index in sorted(set(range(len(names))) - set(finite)):
             reader.fail(f"{names[index]}: the net's outputs are not finite numbers")
         yield [names[index] for index in finite], rows[finite]
 
