@@ -212,9 +212,11 @@ def main() -> None:
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeightsWarning)
-        done = convert(arguments)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
+        try:
+            done = convert(arguments)
+        finally:
+            for warning in caught:
+                print(f"warning: {warning.message}", file=sys.stderr)
     print(done)
 
 

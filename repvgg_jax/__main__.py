@@ -2,89 +2,76 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from .cli import run_command
-from .errors import ConfigError, DataError, WeightsError
-from .predictor import make_predictor
-from .preprocess import eval_transform, normalize, open_image
-from .quantization import load_quantized
-from .summary import summary_table
+from .errors import UnknownModelError
+from .predict import Predict, predict
+from .summary import file_summary, summary_table
 from .variants import VARIANTS, get_variant
-from .weights import inspect_weights, load_weights
+from .weights import inspect_weights
+from .weights.hub import is_hub_address
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Print parameters, FLOPs and Winograd multiplications beside the published figures."""
+    """Print parameters, FLOPs and Winograd multiplications beside the published figures.
+
+    Of a weight file print its preprocessing and its classes too.
+    """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Variants; all if none is given."""
-    image_size: Annotated[int, tyro.conf.arg(aliases=["-r"])] = 224
-    num_classes: int = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Predict:
-    """Print the most likely classes of images."""
-
-    weights: tyro.conf.Positional[str]
-    """Weight file, training or deploy form."""
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files."""
-    top: int = 5
-    """How many classes to print for each."""
+    """Variants or weight files; all variants if none is given."""
+    image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
+    """Side of the image in pixels; 224, or the weight file's own."""
+    num_classes: int | None = None
+    """Width of the classifier; 1000, or the weight file's own."""
 
 
 def summary(arguments: Summary) -> None:
-    """Raises UnknownModelError for a name that is no variant."""
-    variants = [get_variant(name) for name in arguments.names] or list(VARIANTS.values())
-    print(summary_table(variants, image_size=arguments.image_size, num_classes=arguments.num_classes))
+    """Print a table of all named variants, then each weight file.
+
+    Raises:
+      UnknownModelError: a name that is neither a variant nor a weight file.
+      WeightsError: a weight file that cannot be read.
+      ConfigError: a size that is not positive.
+    """
+    options = {"image_size": arguments.image_size, "num_classes": arguments.num_classes}
+    sizes = {name: value for name, value in options.items() if value is not None}
+    files = {name: inspect_weights(name) for name in arguments.names if _is_weight_file(name)}
+    variants = [get_variant(name) for name in arguments.names if name not in files]
+    if variants or not files:
+        print(summary_table(variants or list(VARIANTS.values()), **sizes))
+    for name, info in files.items():
+        own: dict[str, int] = {"image_size": info.preprocessing.image_size, "num_classes": info.num_classes or 1000}
+        print(file_summary(name, info))
+        print(summary_table([info.variant], in_channels=info.in_channels, **(own | sizes)))
 
 
-def predict(arguments: Predict) -> None:
-    """Raises WeightsError or DataError for a file that cannot be read or used, before anything is printed."""
-    if arguments.top < 1:
-        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
-    info = inspect_weights(arguments.weights)
-    if info.in_channels != info.preprocessing.channels:
-        raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
-    pixels = []
-    for name in arguments.images:
-        image = open_image(name, info.in_channels)
-        try:
-            pixels.append(eval_transform(image, info.preprocessing))
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
-    if not pixels:
-        raise DataError("no image given")
-    batch_size, size = min(len(pixels), 16), info.preprocessing.image_size
-    if info.quantized:
-        classify = make_predictor(None, None, batch_size, size, quantized=load_quantized(arguments.weights))
-    else:
-        classify = make_predictor(*load_weights(arguments.weights), batch_size, size)
-    logits = classify(normalize(np.stack(pixels), info.preprocessing))
-    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-    probabilities /= probabilities.sum(-1, keepdims=True)
-    for name, row in zip(arguments.images, probabilities, strict=True):
-        best = np.argsort(-row)[: arguments.top]
-        classes = [info.class_names[i] if info.class_names else f"class {i}" for i in best]
-        ranked = ", ".join(f"{label} {100 * row[i]:.1f} %" for label, i in zip(classes, best, strict=True))
-        print(f"{name}: {ranked}")
+def _is_weight_file(name: str) -> bool:
+    """Whether a name means a file, existing or not, and not a variant."""
+    try:
+        get_variant(name)
+    except UnknownModelError:
+        return is_hub_address(name) or Path(name).suffix != "" or Path(name).exists()
+    return False
 
 
 def main() -> None:
-    """The command."""
+    """The command. Exit status: 0, 1 if there was an image that could not be read, 2 for any other error."""
     arguments = tyro.extras.subcommand_cli_from_dict(
-        {"summary": Summary, "predict": Predict}, prog="python -m repvgg_jax", args=sys.argv[1:]
+        {"summary": Summary, "predict": Predict},
+        prog="python -m repvgg_jax",
+        description="RepVGG for JAX. --version, alone, prints the version.",
+        args=sys.argv[1:],
     )
     if isinstance(arguments, Summary):
         summary(arguments)
-    else:
-        predict(arguments)
+    elif predict(arguments):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -29,5 +29,9 @@ class DataError(RepVGGError):
     """A data set that cannot be found or read, or an image that is no image."""
 
 
+class DataWarning(UserWarning):
+    """An image that was left out because it cannot be read."""
+
+
 class ConfigError(RepVGGError, ValueError):
     """Training options that contradict each other or the machine."""

@@ -160,6 +160,20 @@ class RepVGG(nn.Module):
             del outputs["stage3_first"]
         return {f"stage{i}": outputs[f"stage{i}"] for i in range(5)}
 
+    def embed(self, images: Array, train: bool = False) -> Array:
+        """Return what the classifier reads: the last stage's features, averaged over height and width.
+
+        Call it with `model.apply(variables, images, method="embed")`. Both forms return the same.
+
+        Args:
+          images: `[N, H, W, C]` float, normalised.
+          train: use and update batch statistics.
+
+        Returns:
+          `[N, variant.widths[-1]]` in `param_dtype`.
+        """
+        return global_average_pool(self._stage_outputs(images, train)["stage4"], self.param_dtype)
+
     def __call__(self, images: Array, train: bool = False) -> Array | dict[str, Array]:
         """Logits of normalised images.
 

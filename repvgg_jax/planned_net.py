@@ -1,7 +1,7 @@
 """A deploy-form net computed as a `Plan` says: its parameters made ready, its forward pass, its compilation."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,6 +13,9 @@ from .blocks import SqueezeExcite
 from .conv3x3 import convolve, prepare_kernel
 from .model import RepVGG, global_average_pool
 from .planner import LayerPlan, Plan, StagePlan
+
+Output = Literal["logits", "embedding"]
+"""What a predictor returns: class scores, or the pooled features that the classifier would read (`RepVGG.embed`)."""
 
 CPU_OPTIONS: dict[str, Any] = {
     # Eigen's matrix products: YNNPACK, XLA's default, packs anew each time, which small products do not repay.
@@ -42,14 +45,18 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
     return ready
 
 
-def planned_forward(model: RepVGG, plan: Plan) -> Callable[[Mapping[str, Any], Array], Array]:
-    """`forward(prepared params, images [batch_size, H, W, C] normalised) -> [batch_size, classes]`, to be jitted."""
+def planned_forward(
+    model: RepVGG, plan: Plan, output: Output = "logits"
+) -> Callable[[Mapping[str, Any], Array], Array]:
+    """`forward(prepared params, images [batch_size, H, W, C] normalised) -> [batch_size, outputs]`, to be jitted."""
 
-    def stem_to_logits(params: Mapping[str, Any], images: Array) -> Array:
+    def stem_to_output(params: Mapping[str, Any], images: Array) -> Array:
         x = images
         for stage in plan.stages:
             x = _in_portions(lambda part, stage=stage: _run_stage(model, stage, params, part), x, stage.portion)
         pooled = global_average_pool(x, model.param_dtype)
+        if output == "embedding":
+            return pooled
         return pooled @ params["linear"]["kernel"] + params["linear"]["bias"]
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
@@ -57,7 +64,7 @@ def planned_forward(model: RepVGG, plan: Plan) -> Callable[[Mapping[str, Any], A
         blank = -plan.batch_size % plan.outer
         if blank:
             images = jnp.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))
-        return _in_portions(lambda part: stem_to_logits(params, part), images, plan.outer)[: plan.batch_size]
+        return _in_portions(lambda part: stem_to_output(params, part), images, plan.outer)[: plan.batch_size]
 
     return forward
 

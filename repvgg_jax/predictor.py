@@ -1,7 +1,7 @@
 """Deploy inference: fused, planned, compiled ahead of time, called with arrays."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from . import plan_cache
 from .fusion import to_deploy
 from .model import RepVGG
-from .planned_net import compile_for, planned_forward, prepare_params
+from .planned_net import Output, compile_for, planned_forward, prepare_params
 from .planner import Plan, default_plan, xla_plan
 from .preprocess import Preprocessing, height_and_width, normalize
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A compiled net: call it with images, get logits. Safe to call from several threads at once.
+    """A compiled net: call it with images, get logits or embeddings. Safe to call from several threads at once.
 
     Attributes:
       plan: which algorithm computes each layer; `print(predict.plan)` shows a table.
@@ -27,18 +27,27 @@ class Predictor:
       image_shape: `(height, width, channels)`.
       image_dtype: uint8 where normalisation is folded in, else float32.
       integer: whether the body computes in 8-bit integers, natively.
+      output: "logits", or "embedding": what `RepVGG.embed` returns.
     """
 
     integer = False
 
-    def __init__(self, model: RepVGG, params: Mapping[str, Any], plan: Plan, preprocessing: Preprocessing | None):
+    def __init__(
+        self,
+        model: RepVGG,
+        params: Mapping[str, Any],
+        plan: Plan,
+        preprocessing: Preprocessing | None,
+        output: Output = "logits",
+    ):
         stem = plan.stages[0].layers[0].shape
         self.plan = plan
+        self.output: Output = output
         self.batch_size = plan.batch_size
         self.image_shape = (stem.height, stem.width, stem.in_channels)
         self.image_dtype = np.dtype(np.float32 if preprocessing is None else np.uint8)
         self._params = prepare_params(params, plan, model.dtype)
-        forward = planned_forward(model, plan)
+        forward = planned_forward(model, plan, output)
 
         def run(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
             if preprocessing is not None:
@@ -49,7 +58,7 @@ class Predictor:
         self._compiled = compile_for(jax.default_backend(), run, self._params, batch)
 
     def __call__(self, images: Any) -> np.ndarray:
-        """Logits.
+        """Return the net's output for any number of images.
 
         Args:
           images: `[N, H, W, C]` for any N >= 1, NumPy or JAX: float and normalised, or uint8 in 0..255 if the
@@ -57,28 +66,28 @@ class Predictor:
             run in pieces; neither compiles again.
 
         Returns:
-          `[N, num_classes]` float32.
+          `[N, num_classes]`, or embeddings `[N, C]`, float32.
 
         Raises:
-          ValueError: another shape, or the other kind of numbers.
+          ValueError: an empty batch, another shape, or the other kind of numbers.
         """
         # All pieces are on their way before the first result is waited for.
-        logits = [np.asarray(result)[:count] for result, count in self._start_pieces(images)]
-        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+        outputs = [np.asarray(result)[:count] for result, count in self._start_pieces(images)]
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def start(self, images: Any) -> jax.Array:
-        """Start computing logits and return without waiting for them, so that a caller can keep the device busy.
+        """Start computing the output and return without waiting for it, so that a caller can keep the device busy.
 
         Args and raises as for a call.
 
         Returns:
-          `[N, num_classes]` float32 on the device.
+          What a call returns, on the device.
         """
-        logits = [result[:count] if count < len(result) else result for result, count in self._start_pieces(images)]
-        return logits[0] if len(logits) == 1 else jnp.concatenate(logits)
+        outputs = [result[:count] if count < len(result) else result for result, count in self._start_pieces(images)]
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
     def _start_pieces(self, images: Any) -> list[tuple[jax.Array, int]]:
-        """Logits of `batch_size` images each, not waited for, and how many of them count."""
+        """Outputs of `batch_size` images each, not waited for, and how many of them count."""
         if not isinstance(images, jax.Array):
             images = np.asarray(images)
         self._check(images)
@@ -99,7 +108,9 @@ class Predictor:
     def _check(self, images: Any) -> None:
         height, width, channels = self.image_shape
         if images.ndim != 4 or images.shape[1:] != self.image_shape or not len(images):
-            raise ValueError(f"images must have shape [N, {height}, {width}, {channels}], not {list(images.shape)}")
+            empty = "; the batch is empty" if images.shape[:1] == (0,) else ""
+            shape = f"[N, {height}, {width}, {channels}]"
+            raise ValueError(f"images must have shape {shape}, not {list(images.shape)}{empty}")
         if self.image_dtype == np.uint8 and images.dtype != np.uint8:
             raise ValueError(f"this predictor normalises uint8 images itself; these are {images.dtype}")
         if self.image_dtype != np.uint8 and images.dtype == np.uint8:
@@ -116,8 +127,9 @@ def make_predictor(
     tune: bool = False,
     preprocessing: Preprocessing | None = None,
     quantized: "QuantizedNet | None" = None,
+    output: Output = "logits",
 ) -> Predictor:
-    """A function from images to logits: the net fused, its layers planned, compiled once for one shape.
+    """A function from images to logits or embeddings: the net fused, its layers planned, compiled once for one shape.
 
     Compilation goes through JAX's persistent cache where one is configured (`jax_compilation_cache_dir`).
 
@@ -131,19 +143,24 @@ def make_predictor(
         The result is kept in the user's cache folder and used again without measuring.
       preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
       quantized: a quantised net, in place of `model` and `variables`; `dtype` and `tune` have no say in it.
+      output: "logits", or "embedding" for the pooled features that the classifier would read (`RepVGG.embed`).
 
     Returns:
-      A `Predictor`: `predict(images)`, `[N, H, W, C] -> [N, num_classes]` float32, for any N >= 1.
+      A `Predictor`: `predict(images)`, `[N, H, W, C] -> [N, num_classes]` (embeddings: `[N, variant.widths[-1]]`)
+      float32, for any N >= 1.
 
     Raises:
-      ValueError: a non-positive size, a preprocessing for another number of channels, or not exactly one net.
+      ValueError: a non-positive size, an unknown output, a preprocessing for another number of channels, or not
+        exactly one net.
     """
+    if output not in get_args(Output):
+        raise ValueError(f"output must be one of {', '.join(get_args(Output))}, not {output!r}")
     if quantized is not None and model is None and variables is None:
         from .quantization.predictor import QuantizedPredictor
 
         size = _checked_size(batch_size, quantized.preprocessing.image_size if image_size is None else image_size)
         _check_channels(quantized.in_channels, preprocessing)
-        return QuantizedPredictor(quantized, batch_size, size, preprocessing)
+        return QuantizedPredictor(quantized, batch_size, size, preprocessing, output)
     if quantized is not None or model is None or variables is None:
         raise ValueError("give model and variables, or quantized")
     height, width = _checked_size(batch_size, model.variant.image_size if image_size is None else image_size)
@@ -155,7 +172,7 @@ def make_predictor(
     channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
     _check_channels(channels, preprocessing)
     plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
-    return Predictor(model, params, plan, preprocessing)
+    return Predictor(model, params, plan, preprocessing, output)
 
 
 def _checked_size(batch_size: int, image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -9,6 +9,10 @@ import math
 
 from .errors import ConfigError
 from .variants import VARIANTS, BlockSpec, Variant
+from .weights.info import WeightsInfo
+
+MAX_CLASS_NAMES = 20
+"""As many names are shown of a file's classes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,9 @@ def _branches_cost(variant: Variant, block: BlockSpec, in_pixels: int, out_pixel
     return at_output + at_input + 2 * norms, at_output * out_pixels + at_input * in_pixels
 
 
-def summary_table(variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000) -> str:
+def summary_table(
+    variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3
+) -> str:
     """A text table, one variant a line: ours, and in brackets the published figure where there is one.
 
     Raises:
@@ -104,7 +110,8 @@ def summary_table(variants: list[Variant] | None = None, *, image_size: int = 22
     """
     rows = [("model", "top-1 %", "params M", "(train)", "FLOPs B", "Wino MULs B", "peak act. MB")]
     for variant in variants or list(VARIANTS.values()):
-        cost, paper = summarize(variant, image_size=image_size, num_classes=num_classes), variant.published
+        cost = summarize(variant, image_size=image_size, num_classes=num_classes, in_channels=in_channels)
+        paper = variant.published
         rows.append(
             (
                 variant.name,
@@ -124,6 +131,35 @@ def summary_table(variants: list[Variant] | None = None, *, image_size: int = 22
         "D2se and RepVGGplus at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
+
+
+def file_summary(path: str, info: WeightsInfo) -> str:
+    """Describe a weight file in some lines: net, form, input, preprocessing, classes."""
+    form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
+    how = info.preprocessing
+    colours = {1: "grey", 3: "RGB"}.get(info.in_channels, f"{info.in_channels} channels")
+    crop = f"shorter side resized to {how.resize_size}, then the central {how.image_size}x{how.image_size}"
+    classes = f"{info.num_classes}" if info.num_classes else "none: no classifier"
+    if info.class_names:
+        shown = ", ".join(info.class_names[:MAX_CLASS_NAMES])
+        hidden = len(info.class_names) - MAX_CLASS_NAMES
+        classes += f": {shown}{f' and {hidden} more' if hidden > 0 else ''}"
+    elif info.num_classes:
+        classes += ", names unknown"
+    return "\n".join(
+        (
+            f"{path}: {info.variant.name}, {form} form",
+            f"  weights   {info.num_parameters:,} parameters, {info.dtype}, {info.family} names",
+            f"  images    {how.image_size}x{how.image_size} {colours}: {crop}",
+            f"  mean      {_numbers(how.mean)} (of pixel values in 0..1)",
+            f"  std       {_numbers(how.std)}",
+            f"  classes   {classes}",
+        )
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def truncated(value: float, digits: int) -> float:

@@ -52,8 +52,10 @@ def main() -> None:
     else:
         model = rv.create_model(TINY, 2)
         variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-        told = dict(preprocessing=rv.Preprocessing(image_size=32), class_names=("garden", "pagoda"))
-        rv.save_weights("net.safetensors", model, variables, **told)
+        preprocessing = rv.Preprocessing(image_size=32)
+        rv.save_weights(
+            "net.safetensors", model, variables, preprocessing=preprocessing, class_names=("garden", "pagoda")
+        )
     photos = sorted(map(str, Path("photos/val").rglob("*.jpg")))[:2]
     run("repvgg_jax.__main__", "predict", "net.safetensors", *photos, "--top", "1")
     print(

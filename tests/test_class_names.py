@@ -15,7 +15,7 @@ from repvgg_jax.variants import VARIANTS, Variant
 from repvgg_jax.weights.layout import flatten
 from train.class_names import class_order
 from train.config import parse
-from train.main import fresh_state, set_up
+from train.main import fresh_state, set_up, starting_weights
 
 SMALL = Variant((1, 1, 2, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 PLUS = Variant(
@@ -126,7 +126,9 @@ def started(photos: Path, weights: Path, *options: str) -> dict[str, np.ndarray]
     words = ["--preset", "imagenet_120", "--data", str(photos), "--batch-size", "4", "--init", str(weights)]
     name = rv.inspect_weights(weights).variant.name
     config = parse([*words, "--image-size", "32", "--workdir", str(photos.parent / "run"), "--model", name, *options])
-    return {name: np.asarray(leaf) for name, leaf in flatten(fresh_state(set_up(config)).variables).items()}
+    run = set_up(config)
+    state = fresh_state(run, starting_weights(run))
+    return {name: np.asarray(leaf) for name, leaf in flatten(state.variables).items()}
 
 
 def heads(leaves: dict[str, np.ndarray]) -> list[str]:

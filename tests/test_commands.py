@@ -272,12 +272,12 @@ def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
 def test_predictions_that_cannot_be_made(tmp_path, weights):
     PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
     assert "--top must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--top", 0)
-    assert "Is a directory" in predict(weights, tmp_path)
+    assert "--batch-size must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--batch-size", 0)
     assert "is a folder, not a weight file" in predict(tmp_path, tmp_path / "a.png")
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     assert "cannot read" in predict(tmp_path / "cut.safetensors", tmp_path / "a.png")
     Image.new("RGB", (100_000, 1)).save(tmp_path / "thread.png")
-    assert f"{tmp_path / 'thread.png'}: " in (said := predict(weights, tmp_path / "a.png", tmp_path / "thread.png"))
+    assert f"{tmp_path / 'thread.png'}: " in (said := predict(weights, tmp_path / "thread.png"))
     assert "too elongated" in said
 
 
@@ -309,3 +309,13 @@ def test_as_a_process_a_mistake_is_one_line():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: --batch-size 6 cannot be shared by 4 devices; 4 could\n"
+
+
+@pytest.mark.parametrize(
+    "module", ["repvgg_jax.__main__", "train.main", "train.evaluate", "train.plot", "convert.__main__"]
+)
+def test_every_command_says_its_version(module):
+    done = command(module, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"repvgg-jax {rv.__version__} (jax ")
+    assert done.stdout.count("\n") == 1

@@ -116,6 +116,8 @@ def test_wrong_input_is_named():
     for bad in (images[0], images[:, :39], images[:0]):
         with pytest.raises(ValueError, match=r"images must have shape \[N, 40, 40, 3\], not "):
             predict(bad)
+    with pytest.raises(ValueError, match=r"not \[0, 40, 40, 3\]; the batch is empty"):
+        predict(images[:0])
     with pytest.raises(ValueError, match="must be positive"):
         rv.make_predictor(model, variables, 0, 40)
     with pytest.raises(ValueError, match="takes 3 channels, the preprocessing gives 1"):

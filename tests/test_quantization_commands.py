@@ -1,6 +1,7 @@
 """Claim: `python -m convert --int8` makes a quantised file that every other command takes, or says why not."""
 
 import json
+import warnings
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ from PIL import Image
 from test_commands import command, mistake
 
 import repvgg_jax as rv
+from repvgg_jax.errors import DataWarning
 from repvgg_jax.preprocess import normalize
 from repvgg_jax.quantization.images import calibration_images
 
@@ -80,6 +82,41 @@ def test_calibration_images_are_training_images_prepared_for_evaluation(folder):
     np.testing.assert_array_equal(images, everything[:4])
     digits = calibration_images("digits", rv.Preprocessing(32, 1.0, (0.3,), (0.4,)), 20)
     assert digits.shape == (20, 32, 32, 1)
+
+
+def test_calibration_goes_on_without_images_that_cannot_be_read(folder):
+    """It names and counts them, and takes others in their place."""
+    train = folder / "data" / "train"
+    before = calibration_images(folder / "data", PREPROCESSING, 10)
+    Image.new("RGB", (100_000, 1)).save(train / "a" / "3.png")
+    (train / "deep" / "er").mkdir(parents=True)
+    (train / "deep" / "er" / "x.jpg").write_bytes(b"no image")
+    with pytest.warns(DataWarning) as caught:
+        images = calibration_images(folder / "data", PREPROCESSING, 100)
+    assert len(images) == 15
+    assert np.all(images.reshape(15, -1).std(1) > 0)
+    said = [f"{warning.message}" for warning in caught]
+    assert [words.split(":")[0] for words in said[:2]] == ["calibration image left out"] * 2
+    assert sorted(name for words in said[:2] for name in ("3.png", "x.jpg") if name in words) == ["3.png", "x.jpg"]
+    assert said[2:] == ["2 calibration images could not be read; 15 others are used"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        assert calibration_images(folder / "data", PREPROCESSING, 10).shape == before.shape
+
+    options = ("--calibration", folder / "data", "--method", "naive")
+    done = convert(folder, "int8.safetensors", *options)
+    assert done.returncode == 0, done.stderr
+    assert "from 15 calibration images" in done.stdout
+    assert done.stderr.count("calibration image left out: ") == 2
+    assert f"{train / 'deep' / 'er' / 'x.jpg'}: cannot be read as an image" in done.stderr
+
+    for file in train.rglob("*.png"):
+        file.unlink()
+    Image.new("RGB", (32, 32)).save(train / "a" / "only.png")
+    done = convert(folder, "none.safetensors", *options)
+    assert done.returncode == 2
+    assert "x.jpg: cannot be read" in done.stderr  # why there are too few
+    assert "one image is too few to calibrate with" in done.stderr.splitlines()[-1]
 
 
 def test_mistakes_are_one_line_and_leave_nothing_behind(folder):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_helpers import command
+from conftest import random_variables
 from parity_helpers import equations
 
 import repvgg_jax as rv
@@ -179,3 +181,35 @@ def test_sizes_must_be_positive(name, value):
     if name != "in_channels":
         with pytest.raises(rv.ConfigError, match=f"{name} must be at least 1, not {value}"):
             summary_table(**{name: value})
+
+
+def test_a_weight_file_says_its_input_and_its_classes(tmp_path):
+    variant = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), image_size=32)
+    model = rv.create_model(variant, 3)
+    rv.save_weights(tmp_path / "a.safetensors", model, random_variables(model), class_names=("lamp", "été", "a, b"))
+    done = command("repvgg_jax.__main__", "summary", tmp_path / "a.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "training form" in done.stdout
+    assert "images    32x32 RGB: shorter side resized to 37, then the central 32x32" in done.stdout
+    assert "mean      0.485, 0.456, 0.406 " in done.stdout
+    assert "std       0.229, 0.224, 0.225" in done.stdout
+    assert "classes   3: lamp, été, a, b" in done.stdout
+    assert "one 32x32 image, 3 classes" in done.stdout
+
+
+def test_many_classes_other_sizes_and_variants_beside_a_file(tmp_path):
+    variant = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8))
+    model = rv.create_model(variant, 25, deploy=True)
+    path = tmp_path / "grey.safetensors"
+    how, names = rv.Preprocessing(40, 1.0, (0.5,), (0.25,)), tuple(f"n{i}" for i in range(25))
+    rv.save_weights(path, model, random_variables(model, in_channels=1), preprocessing=how, class_names=names)
+    done = command("repvgg_jax.__main__", "summary", path, "RepVGG-A0", "--image-size", 64)
+    assert done.returncode == 0, done.stderr
+    assert "deploy form" in done.stdout
+    assert "n18, n19 and 5 more" in done.stdout
+    assert "images    40x40 grey: " in done.stdout
+    assert "one 64x64 image, 25 classes" in done.stdout
+    assert "one 64x64 image, 1000 classes" in done.stdout
+    done = command("repvgg_jax.__main__", "summary", tmp_path / "none.safetensors")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'none.safetensors'} does not exist\n"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -21,6 +22,7 @@ from . import data
 from .class_names import matched_source
 from .data import BadImages, Source, eval_batches
 from .parallel import AXIS, parallel, replicate
+from .report import NamedSource, check_report_folder, write_report
 from .step import make_eval_step, predictor_step
 
 
@@ -28,7 +30,8 @@ from .step import make_eval_step, predictor_step
 class Evaluation:
     """Accuracy over a data set: `top1` and `top5` as shares, `loss` the mean cross-entropy.
 
-    `predictions` holds the predicted class of each image that this process has counted, in the source's order;
+    `predictions` holds the predicted class of each image that this process has counted, in the source's order,
+    `probabilities` that class's probability, and `indices` the image's place among those that this process reads;
     `skipped` counts those that it could not read.
     """
 
@@ -38,6 +41,8 @@ class Evaluation:
     images: int
     skipped: int
     predictions: np.ndarray
+    probabilities: np.ndarray
+    indices: np.ndarray
 
 
 class Evaluator:
@@ -93,12 +98,14 @@ class Evaluator:
           DataError: no image of the source can be read, or with `strict` any cannot.
         """
         totals: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
-        predictions = []
+        predictions, probabilities, masks = [], [], []
         with eval_batches(self._source, **self._options) as batches:
             for batch in batches:
                 sums: dict[str, Any] = dict(self._step(replicated_variables, batch))
-                predicted = np.asarray(sums.pop("prediction"))
-                predictions.append(predicted[batch["mask"] > 0])
+                counted = batch["mask"] > 0
+                predictions.append(np.asarray(sums.pop("prediction"))[counted])
+                probabilities.append(np.asarray(sums.pop("probability"))[counted])
+                masks.append(counted.ravel())
                 for name, value in sums.items():
                     totals[name] += float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
         images = round(totals.pop("images"))
@@ -107,6 +114,8 @@ class Evaluator:
             images=images,
             skipped=batches.skipped,
             predictions=np.concatenate(predictions),
+            probabilities=np.concatenate(probabilities),
+            indices=np.flatnonzero(np.concatenate(masks)),
         )
 
 
@@ -136,6 +145,8 @@ class Arguments:
     """Stop at an unreadable image instead of skipping it."""
     ignore_class_names: bool = False
     """Evaluate by index although the weight file names other classes than the data."""
+    report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write a report into this folder: per-class accuracy, confusion matrix, every prediction, the worst mistakes."""
 
 
 def evaluate_file(arguments: Arguments) -> Evaluation:
@@ -145,6 +156,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
       ConfigError: a size that is not positive, a crop fraction outside of 0 to 1.
       WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
       DataError: unreadable data, or data of other classes.
+      RepVGGError: the report cannot be written.
     """
     for option, value in (
         ("--batch-size", arguments.batch_size),
@@ -155,6 +167,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             raise ConfigError(f"{option} must be at least 1, not {value}")
     if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
         raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
+    if arguments.report is not None:
+        check_report_folder(Path(arguments.report))
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
@@ -190,6 +204,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
     else:
         placed = replicate(variables)
+    source = NamedSource(dataset.test)
     evaluator = Evaluator(
         evaluated,
         source,
@@ -198,7 +213,11 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         workers=arguments.workers,
         strict=arguments.strict,
     )
-    return evaluator(placed)
+    result = evaluator(placed)
+    if arguments.report is not None:
+        about = {"weights": arguments.weights, "form": arguments.form, "data": arguments.data}
+        write_report(Path(arguments.report), result, source, preprocessing, about)
+    return result
 
 
 def _predictor(

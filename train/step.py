@@ -155,7 +155,8 @@ def moving_average(average: Any, new: Any, decay: float, step: Array) -> Any:
 def make_eval_step(
     model: RepVGG | QuantizedNet, preprocessing: Preprocessing, *, axis_name: str | None = None
 ) -> Callable[[Any, Batch], Metrics]:
-    """Sums over a batch: `{"loss", "top1", "top5", "images"}`, and each image's `prediction [N]`.
+    """Sums over a batch: `{"loss", "top1", "top5", "images"}`, and each image's `prediction [N]` with its
+    `probability [N]`.
 
     The step takes variables and a batch with `"mask" [N]`, 0 for padding. With `axis_name` the sums run over
     that axis too.
@@ -167,7 +168,7 @@ def make_eval_step(
         sums = evaluation_sums(logits, batch["label"], batch["mask"])
         if axis_name is not None:
             sums = lax.psum(sums, axis_name)
-        return sums | {"prediction": logits.argmax(-1)}
+        return sums | {"prediction": logits.argmax(-1), "probability": jax.nn.softmax(logits).max(-1)}
 
     return eval_step
 
@@ -180,7 +181,7 @@ def predictor_step(predict: Predictor) -> Callable[[Any, Batch], Metrics]:
         del variables
         logits = jnp.asarray(predict(np.asarray(batch["image"])[0]))
         sums = sums_of(logits, jnp.asarray(batch["label"])[0], jnp.asarray(batch["mask"])[0])
-        return sums | {"prediction": logits.argmax(-1)[None]}
+        return sums | {"prediction": logits.argmax(-1)[None], "probability": jax.nn.softmax(logits).max(-1)[None]}
 
     return eval_step
 

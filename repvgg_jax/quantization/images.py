@@ -1,20 +1,25 @@
 """Calibration images from disk, prepared as evaluation prepares them."""
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..digits import training_scans
-from ..errors import DataError
+from ..errors import DataError, DataWarning
+from ..image_files import image_files
 from ..preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_image, to_mode
 
 DEFAULT_COUNT = 256
 
 
 def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, count: int = DEFAULT_COUNT) -> np.ndarray:
-    """Some images of a data set, the same ones every time.
+    """Read some images of a data set, the same ones every time.
+
+    They are decoded one at a time. For one that cannot be read, another is taken.
 
     Args:
       spec: a folder with images at any depth, of which those under `train/` are taken if there is such a folder; or
@@ -26,28 +31,52 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
       uint8 `[N, image_size, image_size, C]`.
 
     Raises:
-      DataError: no such folder, no image in it, or one that cannot be read.
+      DataError: no such folder, no image in it, or none that can be read.
+
+    Warns:
+      DataWarning: names each image that cannot be read, and says how many there were.
     """
+    total, read = _data_set(spec, preprocessing)
+    size = preprocessing.image_size
+    pixels = np.empty((min(count, total), size, size, preprocessing.channels), np.uint8)
+    failures: list[DataError] = []
+    used = 0
+    for index in np.random.default_rng(0).permutation(total).tolist():
+        if used == len(pixels):
+            break
+        try:
+            pixels[used] = eval_transform(read(index), preprocessing)
+        except DataError as error:
+            failures.append(error)
+        else:
+            used += 1
+    if not used:
+        raise DataError(f"none of {len(failures)} calibration images can be read; the first: {failures[0]}")
+    for error in failures:
+        warnings.warn(f"calibration image left out: {error}", DataWarning, stacklevel=2)
+    if failures:
+        summary = f"{len(failures)} calibration images could not be read; {used} others are used"
+        warnings.warn(summary, DataWarning, stacklevel=2)
+    return pixels[:used]
+
+
+def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], Image.Image]]:
+    """How many images there are, and what reads one."""
+    channels = preprocessing.channels
     if os.fspath(spec) == "digits" and not Path(spec).is_dir():
-        scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
-        pictures = (to_mode(Image.fromarray(scans[index]), mode) for index in _choice(len(scans), count))
-    else:
-        files = _image_files(Path(spec))
-        pictures = (open_image(files[index], preprocessing.channels) for index in _choice(len(files), count))
-    return np.stack([eval_transform(picture, preprocessing) for picture in pictures])
+        scans, mode = training_scans(), "L" if channels == 1 else "RGB"
+        return len(scans), lambda index: to_mode(Image.fromarray(scans[index]), mode)
+    files = _image_files(Path(spec))
+    return len(files), lambda index: open_image(files[index], channels)
 
 
-def _choice(total: int, count: int) -> list[int]:
-    return np.random.default_rng(0).permutation(total)[:count].tolist()
-
-
-def _image_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(
             f"calibration images: {folder} is no folder, and no data set of that name is built in but digits"
         )
     inside = folder / "train" if (folder / "train").is_dir() else folder
-    files = sorted(path for path in inside.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = image_files(inside).paths
     if not files:
         raise DataError(f"calibration images: {inside} holds none ({', '.join(IMAGE_SUFFIXES)})")
     return files

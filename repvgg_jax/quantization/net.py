@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,15 @@ class QuantizedNet:
         return {"params": self.params}
 
     def apply(
-        self, variables: Mapping[str, Any], images: Array, train: bool = False, *, integer: bool = False
+        self,
+        variables: Mapping[str, Any],
+        images: Array,
+        train: bool = False,
+        *,
+        integer: bool = False,
+        method: Literal["embed"] | None = None,
     ) -> Array:
-        """Logits, like a Flax model's `apply`.
+        """Return logits or embeddings, like a Flax model's `apply`.
 
         Args:
           variables: this net's.
@@ -68,12 +74,19 @@ class QuantizedNet:
           train: changes nothing.
           integer: multiply and add in integers (int8 x int8 -> int32) instead of in float32, which holds the same
             integers exactly up to 2^24 and is faster wherever there is no integer convolution, as in XLA on CPUs.
+          method: "embed" for the pooled features that the classifier reads, before they are quantised for it.
 
         Returns:
-          `[N, num_classes]` float32.
+          `[N, num_classes]` float32; embeddings: `[N, variant.widths[-1]]`.
+
+        Raises:
+          ValueError: an unknown method.
         """
         del train
-        return forward(self.variant, variables["params"], images, integer=integer)["logits"]
+        if method not in (None, "embed"):
+            raise ValueError(f'method must be "embed" or None, not {method!r}')
+        outputs = forward(self.variant, variables["params"], images, integer=integer)
+        return embedding(variables["params"], outputs) if method else outputs["logits"]
 
     def __call__(self, images: Array | np.ndarray) -> Array:
         """Logits `[N, num_classes]` of normalised images `[N, H, W, C]`."""
@@ -196,6 +209,12 @@ def forward(
     seen[LINEAR] = x = quantize(pooled, linear["input_scale"], UNSIGNED)
     total = accumulate(None, x, linear, integer)
     return seen | {"logits": total.astype(jnp.float32) * (linear["input_scale"] * linear["kernel_scale"])}
+
+
+def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
+    """Return the pooled features `[N, C]`, real numbers, from what `forward` returns."""
+    x = outputs[POOL]
+    return _mean(x, params[POOL]["input_scale"] if jnp.issubdtype(x.dtype, jnp.integer) else None)
 
 
 def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integer: bool) -> Array:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import native
-from ..planned_net import compile_for
+from ..planned_net import Output, compile_for
 from ..predictor import Predictor
 from ..preprocess import Preprocessing, normalize
 from .native_layers import NativeIntegers, pack_layers
-from .net import QuantizedNet, forward
+from .net import QuantizedNet, embedding, forward
 
 
 class QuantizedPredictor(Predictor):
@@ -29,7 +29,9 @@ class QuantizedPredictor(Predictor):
         batch_size: int,
         image_size: tuple[int, int],
         preprocessing: Preprocessing | None,
+        output: Output = "logits",
     ):
+        self.output = output
         self.batch_size = batch_size
         self.image_shape = (*image_size, net.in_channels)
         self.image_dtype = np.dtype(np.float32 if preprocessing is None else np.uint8)
@@ -42,7 +44,8 @@ class QuantizedPredictor(Predictor):
         def run(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
             if preprocessing is not None:
                 images = normalize(images, preprocessing)
-            return forward(net.variant, params, images, integer=False, arithmetic=arithmetic)["logits"]
+            outputs = forward(net.variant, params, images, integer=False, arithmetic=arithmetic)
+            return outputs["logits"] if output == "logits" else embedding(params, outputs)
 
         batch = jax.ShapeDtypeStruct((batch_size, *self.image_shape), self.image_dtype)
         self._compiled = compile_for(jax.default_backend(), run, self._params, batch)

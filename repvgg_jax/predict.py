@@ -1,0 +1,192 @@
+"""`python -m repvgg_jax predict WEIGHTS IMAGE…`: the classes of images, written while others are still to be read."""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from .errors import ConfigError, DataError, WeightsError
+from .image_files import image_files
+from .planned_net import Output
+from .prediction_files import Format, Guess, check_embedding_file, embedding_writer, prediction_writer
+from .predictor import Predictor, make_predictor
+from .preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, normalize, open_image
+from .quantization import load_quantized
+from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Print the most likely classes of images.
+
+    Photographs are turned upright as their EXIF orientation says. What cannot be read is named on stderr and left
+    out; the exit status is then 1.
+    """
+
+    weights: tyro.conf.Positional[str]
+    """Weight file: training form, deploy form or INT8."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, or folders: all images below them."""
+    top: int = 5
+    """How many classes to print for each."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
+    """How many images to hold in memory and compute together."""
+    format: Format = "text"
+    """csv: a row for each image and class. json: an object on a line for each image."""
+    embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write pooled features to this .npy or .csv file instead, and print the image of each row."""
+
+
+def predict(arguments: Predict) -> int:
+    """Print predictions, or write embeddings, batch by batch.
+
+    Returns:
+      How many images (or folders) could not be read. Each has been named on stderr.
+
+    Raises:
+      ConfigError: options out of range, or that do not go together.
+      WeightsError: a weight file that cannot be read or used.
+      DataError: no image, or none that can be read.
+      RepVGGError: the file of embeddings cannot be written.
+    """
+    for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
+        if value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}")
+    if arguments.embeddings is not None:
+        check_embedding_file(arguments.embeddings)
+        if arguments.format != "text":
+            raise ConfigError("--embeddings writes no predictions: leave --format away")
+    info = inspect_weights(arguments.weights)
+    if info.in_channels != info.preprocessing.channels:
+        raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
+    reader = ImageReader(arguments.images, info.preprocessing)
+    output: Output = "logits" if arguments.embeddings is None else "embedding"
+    outputs = _outputs(arguments, info, reader, output)
+    if arguments.embeddings is None:
+        _print_predictions(arguments, info, outputs)
+    else:
+        with embedding_writer(arguments.embeddings) as write:
+            for names, rows in outputs:
+                write(names, rows)
+                print(*names, sep="\n", flush=True)
+    return reader.failures
+
+
+def _outputs(
+    arguments: Predict, info: WeightsInfo, reader: "ImageReader", output: Output
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
+    predictor = None
+    for names, pixels in reader.batches(arguments.batch_size):
+        if predictor is None:  # only now: what is read first may show that there is nothing to predict
+            predictor = _predictor(arguments.weights, info, len(names), output)
+        rows = predictor(normalize(pixels, info.preprocessing))
+        finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
+        for index in sorted(set(range(len(names))) - set(finite)):
+            reader.fail(f"{names[index]}: the net's outputs are not finite numbers")
+        yield [names[index] for index in finite], rows[finite]
+
+
+def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[tuple[list[str], np.ndarray]]) -> None:
+    write = None
+    for names, logits in outputs:
+        write = write or prediction_writer(arguments.format, sys.stdout)
+        for name, row in zip(names, _softmax(logits), strict=True):
+            best = np.argsort(-row, kind="stable")[: arguments.top].tolist()
+            write(name, [Guess(i, info.class_names[i] if info.class_names else None, float(row[i])) for i in best])
+        sys.stdout.flush()
+
+
+class ImageReader:
+    """Reads image files one after another, and names on stderr those that it cannot read.
+
+    Args:
+      paths: image files, or folders with images at any depth.
+      preprocessing: how images are prepared.
+
+    Attributes:
+      failures: how many files or folders could not be read so far.
+    """
+
+    def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing):
+        self.failures = 0
+        self._paths, self._preprocessing = paths, preprocessing
+        self._alone = len(paths) == 1 and not Path(paths[0]).is_dir()
+
+    def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Yield names and pixels (uint8 `[N, H, W, C]`) of the readable images, `size` at a time.
+
+        Raises:
+          DataError: there is none.
+        """
+        if not self._paths:
+            raise DataError("no image given")
+        names: list[str] = []
+        pixels: list[np.ndarray] = []
+        readable = False
+        for path in self._files():
+            try:
+                pixels.append(self._read(path))
+            except DataError as error:
+                if self._alone:
+                    raise
+                self.fail(f"{error}")
+                continue
+            readable = True
+            names.append(path)
+            if len(names) == size:
+                yield names, np.stack(pixels)
+                names, pixels = [], []
+        if names:
+            yield names, np.stack(pixels)
+        if not readable:
+            raise DataError(f"none of {self.failures} images and folders can be read")
+
+    def _read(self, path: str) -> np.ndarray:
+        image = open_image(path, self._preprocessing.channels, exif=True)
+        try:
+            return eval_transform(image, self._preprocessing)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def _files(self) -> Iterator[str]:
+        for path in self._paths:
+            if not Path(path).is_dir():
+                yield path
+                continue
+            try:
+                files = image_files(path).paths
+            except DataError as error:
+                self.fail(f"{error}")
+                continue
+            if not files:
+                self.fail(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            yield from files
+
+    def fail(self, reason: str) -> None:
+        """Name on stderr what could not be read or used, and count it."""
+        self.failures += 1
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+def _predictor(weights: str, info: WeightsInfo, batch_size: int, output: Output) -> Predictor:
+    size = info.preprocessing.image_size
+    if info.quantized:
+        return make_predictor(None, None, batch_size, size, quantized=load_quantized(weights), output=output)
+    with warnings.catch_warnings():
+        headless = output == "embedding" and not info.num_classes
+        if headless:  # any classifier will do, and a fresh one need not be announced
+            warnings.simplefilter("ignore", WeightsWarning)
+        model, variables = load_weights(weights, num_classes=1 if headless else None)
+    return make_predictor(model, variables, batch_size, size, output=output)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """`[N, classes]` in float64."""
+    exponentials = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)

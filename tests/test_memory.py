@@ -1,0 +1,55 @@
+"""Claim: calls and loads leave nothing behind, and threads share a predictor bit for bit.
+
+The short form of `tests/attack/memory.py` and `tests/attack/threads.py`: what would leak is made so large that nothing
+else in the process comes near it.
+"""
+
+import jax
+import pytest
+
+import repvgg_jax as rv
+from tests.attack.memory import STATM, Growth, growth_over, load_call, predictor_call
+from tests.attack.threads import attacked, predictors
+
+LARGE = rv.Variant((1, 1, 1, 1), (32, 32, 64, 128, 512))
+
+linux_only = pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from Linux's /proc")
+
+
+@linux_only
+def test_predictor_calls_leave_nothing_behind():
+    call = predictor_call(batch=8, size=128)
+    images = 9 * 128 * 128 * 3 * 4
+    call()
+    arrays = len(jax.live_arrays())
+    growth = growth_over(call, calls=150, warm_up=10)
+    assert len(jax.live_arrays()) == arrays
+    assert growth.bytes < growth.calls * images / 4
+
+
+@linux_only
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_loads_leave_nothing_behind(suffix, tmp_path):
+    call = load_call(tmp_path, suffix, LARGE)
+    size = (tmp_path / f"net{suffix}").stat().st_size
+    assert size > 3 << 20
+    call()
+    arrays = len(jax.live_arrays())
+    growth = growth_over(call, calls=60, warm_up=5)
+    assert len(jax.live_arrays()) == arrays
+    assert growth.bytes < growth.calls * size / 4
+
+
+@linux_only
+def test_a_leak_is_seen():
+    kept: list[bytes] = []
+    growth = growth_over(lambda: kept.append(b"x" * (1 << 20)), calls=50, warm_up=1)
+    assert isinstance(growth, Growth)
+    assert growth.bytes > 40 << 20
+
+
+@pytest.mark.parametrize("kind", ["plain", "plain, INT8"])
+def test_threads_get_the_bits_that_a_call_alone_gets(kind):
+    predict = next(predict for name, predict in predictors() if name == kind)
+    attack = attacked(kind, predict, calls=300, threads=16)
+    assert (attack.survived, attack.failures) == (300, [])
