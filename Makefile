@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 # Memory in huge pages: a training step on a CPU takes a fifth less time.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow attack lint docs clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -20,6 +20,9 @@ test: $(VENV)/dev.installed  ## The tests, without the slow ones
 
 test-slow: $(VENV)/dev.installed  ## The slow ones: every variant at full size, runs killed and resumed, several processes
 	$(RUN) -m pytest -n $${TEST_WORKERS:-2} -m slow $(ARGS)
+
+attack: $(VENV)/dev.installed  ## What docs/reliability.md reports, done again: hours on two cores (ATTACK_SCALE=0.01 for minutes)
+	nice -n 10 $(RUN) -m tests.attack $(ARGS)
 
 lint: $(VENV)/dev.installed  ## Style and types
 	$(VENV)/bin/ruff check .
