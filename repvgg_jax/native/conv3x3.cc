@@ -35,8 +35,9 @@ template <typename Dimensions>
 std::optional<Shape> shape_of(Dimensions from, Dimensions to, int64_t stride, int64_t groups) {
   if (from.size() != 4 || to.size() != 4 || stride < 1 || groups < 1) return std::nullopt;
   const Shape s{from[0], from[1], from[2], from[3], to[3], stride, groups};
+  if (s.inputs < 1 || s.inputs % groups || s.outputs < 1 || s.outputs % groups) return std::nullopt;
   const bool fits = to[0] == s.images && to[1] == s.rows() && to[2] == s.columns();
-  return fits && s.inputs % groups == 0 && s.outputs % groups == 0 ? std::optional(s) : std::nullopt;
+  return fits ? std::optional(s) : std::nullopt;
 }
 
 inline ffi::Error bad_shapes() { return ffi::Error::InvalidArgument("the shapes do not fit together"); }
@@ -48,6 +49,7 @@ inline ffi::Error bad_packing() {
 // Of a packed kernel.
 void convolve(const Shape& s, int64_t tile, const float* x, const float* packed, const FloatEnds& ends, float* y,
               ffi::ThreadPool& pool) {
+  if (s.empty()) return;
   if (tile == 0)
     direct<Floats>(s, x, packed, ends, 0.0f, y, pool);
   else if (tile == 2)
@@ -88,6 +90,7 @@ ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buf
   if (groups > 1 && s.group_inputs() % 4) return bad_shapes();
   const bool fits = int64_t(packed.element_count()) == 9 * inner * lanes;
   if (!fits || int64_t(bias.element_count()) != lanes || int64_t(factor.element_count()) != lanes) return bad_packing();
+  if (s.empty()) return ffi::Error::Success();
   const IntegerEnds ends{bias.typed_data(), factor.typed_data()};
   const uint8_t* in = x.typed_data();
   if (y->element_type() == ffi::U8)
@@ -121,6 +124,7 @@ ffi::Error to_input(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gradient, ffi::B
   const std::optional<Shape> s = shape_of(x->dimensions(), gradient.dimensions(), stride, groups);
   if (stride > 2) return bad_shapes();
   if (const auto error = bad_training(s, kernel.element_count(), tile)) return *error;
+  if (s->empty()) return ffi::Error::Success();
   const Packed packed(*s, kernel.typed_data(), stride == 1 ? Use::BACKWARD : Use::SPREAD, tile, pool);
   if (stride == 2) {
     spread(*s, gradient.typed_data(), packed.data(), x->typed_data(), pool);
@@ -134,6 +138,10 @@ ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
                      ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> s = shape_of(x.dimensions(), gradient.dimensions(), stride, groups);
   if (const auto error = bad_training(s, kernel->element_count(), tile)) return *error;
+  if (s->empty()) {  // a sum over no pixels
+    std::fill(kernel->typed_data(), kernel->typed_data() + kernel->element_count(), 0.0f);
+    return ffi::Error::Success();
+  }
   const auto way = tile == 4   ? winograd_kernel_gradient<4>
                    : tile == 2 ? winograd_kernel_gradient<2>
                                : kernel_gradient;

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "direct.h"
 #include "products.h"
 #include "tasks.h"
@@ -184,6 +186,38 @@ struct Accumulating {
   static constexpr auto product = accumulate<ROWS, COUNT>;
 };
 
+// The sums leave out products with the zeros around the image. They matter where a gradient is not finite: there they
+// are NaN, as XLA has them, and so is the kernel's tap.
+inline void keep_what_is_not_finite(const Shape& s, const float* gradient, float* to_kernel) {
+  const int64_t size = s.group_inputs() * s.outputs;
+  const auto outside = [&](int64_t place, int64_t tap, int64_t length) {
+    const int64_t read = place * s.stride + tap - 1;
+    return read < 0 || read >= length;
+  };
+  const auto at_border = [&](int64_t place, int64_t length) {
+    return outside(place, 0, length) || outside(place, 2, length);
+  };
+  for (int64_t n = 0; n < s.images; n++)
+    for (int64_t r = 0; r < s.rows(); r++)
+      for (int64_t c = 0; c < s.columns(); c++) {
+        if (!at_border(r, s.height) && !at_border(c, s.width)) {
+          c = std::max(c, s.columns() - 2);  // the next column that may be at the border is the last
+          continue;
+        }
+        const float* g = gradient + ((n * s.rows() + r) * s.columns() + c) * s.outputs;
+        Vec zeros{};
+        for (int64_t o = 0; o < s.outputs; o += LANES) zeros += 0.0f * load(g + o, s.outputs - o);
+        bool finite = true;
+        for (int v = 0; v < LANES; v++) finite &= zeros[v] == 0.0f;
+        if (finite) continue;
+        for (int tap = 0; tap < 9; tap++) {
+          if (!outside(r, tap / 3, s.height) && !outside(c, tap % 3, s.width)) continue;
+          for (int64_t k = 0; k < size; k++)
+            if (g[k % s.outputs] * 0.0f != 0.0f) to_kernel[tap * size + k] = NAN;
+        }
+      }
+}
+
 // The gradient to the kernel, [3, 3, inputs / groups, outputs]. How the sum is cut depends on the shape alone: the same
 // numbers come out on any number of threads.
 inline void kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
@@ -239,6 +273,7 @@ inline void kernel_gradient(const Shape& s, const float* x, const float* gradien
   });
   for (int64_t chunk = 1; chunk < chunks; chunk++)
     for (int64_t k = 0; k < size; k++) to_kernel[k] += others.data()[(chunk - 1) * size + k];
+  keep_what_is_not_finite(s, gradient, to_kernel);
 }
 
 }  // namespace repvgg

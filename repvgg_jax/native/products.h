@@ -56,8 +56,9 @@ inline Vec positive(Vec v) { return v < 0.0f ? Vec{} : v; }
 
 struct Shape {
   int64_t images, height, width, inputs, outputs, stride, groups;
-  int64_t rows() const { return (height - 1) / stride + 1; }
-  int64_t columns() const { return (width - 1) / stride + 1; }
+  int64_t rows() const { return height ? (height - 1) / stride + 1 : 0; }
+  int64_t columns() const { return width ? (width - 1) / stride + 1 : 0; }
+  bool empty() const { return !images || !height || !width; }
   int64_t group_inputs() const { return inputs / groups; }
   int64_t group_outputs() const { return outputs / groups; }
   int64_t panels() const { return (group_outputs() + LANES - 1) / LANES; }  // of a group

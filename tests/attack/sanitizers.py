@@ -1,0 +1,128 @@
+"""`python -m tests.attack.sanitizers`: the C++ on random shapes under sanitizers and between guard pages.
+
+Each program in `native/` calls the handlers of `conv3x3.cc` (float32, INT8, Winograd, training, both gradients) or
+`resize.cc` itself, without Python or XLA, and compares each result with the definition. It is built several times: with
+AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end (or
+beginning) at a page that may not be touched, for every instruction set that the sources have code for.
+"""
+
+import dataclasses
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .report import Attack, attempts, finish
+
+FOLDER = Path(__file__).resolve().parent / "native"
+ROOT = FOLDER.parent.parent.parent
+WORK = 3_000_000
+"""Multiplications of the largest case."""
+MEMORY = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-O1", "-g", "-fsanitize=thread")
+GUARDED = ("-O3", "-DGUARD_PAGES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A program built one way, and how often it tries."""
+
+    program: str
+    name: str
+    options: tuple[str, ...]
+    cases: int
+    mode: str = "alone"
+
+    def command(self, compiler: str, to: Path) -> list[str]:
+        """The compiler's command line."""
+        sources, contract = {
+            "convolutions": (ROOT / "repvgg_jax" / "native", "fast"),
+            "resizing": (ROOT / "train" / "data", "off"),
+        }[self.program]
+        folders = [f"-I{FOLDER}", f"-I{sources}"]
+        options = ["-std=c++17", f"-ffp-contract={contract}", "-pthread", *self.options]
+        return [compiler, *options, *folders, f"{FOLDER / self.program}.cc", "-o", f"{to}"]
+
+
+def builds() -> list[Build]:
+    """Return what can be built and run on this machine."""
+    here, others = "-mcpu=native", {}
+    if platform.machine() == "x86_64":
+        here, others = "-march=native", {"SSE2": "-march=x86-64"}
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        others |= {"SSE4.2": "-march=x86-64-v2"} | ({"AVX2": "-march=x86-64-v3"} if "avx2" in flags else {})
+    found = [
+        Build("convolutions", "convolutions, AddressSanitizer and UBSan", (*MEMORY, here), 4000),
+        Build(
+            "convolutions",
+            "convolutions called together, AddressSanitizer and UBSan",
+            (*MEMORY, here),
+            1000,
+            "together",
+        ),
+        Build("convolutions", "convolutions, ThreadSanitizer", (*THREADS, here), 1000),
+        Build("convolutions", "convolutions called together, ThreadSanitizer", (*THREADS, here), 1000, "together"),
+        Build("convolutions", "convolutions, guard pages", (*GUARDED, here), 20_000),
+        Build("resizing", "resizing, AddressSanitizer and UBSan", (*MEMORY, here), 10_000),
+        Build("resizing", "resizing, guard pages", (*GUARDED, here), 20_000),
+    ]
+    for name, option in others.items():
+        if name != "SSE4.2":  # for the convolutions, the same as SSE2
+            found += [
+                Build("convolutions", f"convolutions, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 1000),
+                Build("convolutions", f"convolutions, {name}, guard pages", (*GUARDED, option), 5000),
+            ]
+        found += [
+            Build("resizing", f"resizing, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 3000),
+            Build("resizing", f"resizing, {name}, guard pages", (*GUARDED, option), 5000),
+        ]
+    return found
+
+
+def compiled(build: Build, folder: Path) -> Path:
+    """Return the program, built unless another build had the same options."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        sys.exit("error: there is no C++ compiler here: set CXX")
+    path = folder / "_".join((build.program, *build.options)).replace("/", "_")
+    if not path.exists():
+        done = subprocess.run(build.command(compiler, path), capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: {compiler} failed\n{done.stderr}")
+    return path
+
+
+def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
+    """Run the cases; those after one that crashes are run by another process."""
+    result, end = Attack(build.name), first + cases
+    # ThreadSanitizer knows only some layouts of an address space.
+    fixed = ["setarch", "-R"] if "-fsanitize=thread" in build.options and shutil.which("setarch") else []
+    options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    while first < end:
+        command = [*fixed, str(program), str(first), str(end - first), build.mode, str(WORK)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | options)
+        lines = done.stdout.splitlines()
+        begun = {int(line.split()[1]) for line in lines if line.startswith("case ")}
+        wrong = [line for line in lines if line.startswith("FAILED ")]
+        for line in wrong:
+            result.count(False, line)
+        crashed = done.returncode not in (0, 1) or len(begun) < end - first
+        if crashed:
+            said = "\n".join(done.stderr.splitlines()[:30])
+            result.count(False, f"case {max(begun, default=first)} ended the process ({done.returncode}): {said}")
+        result.survived += len(begun) - len({line.split()[2] for line in wrong}) - crashed
+        first = max(begun, default=first) + 1
+    return result
+
+
+def main() -> int:
+    """Build and run all."""
+    with tempfile.TemporaryDirectory() as folder:
+        return max(finish(attack(build, compiled(build, Path(folder)), attempts(build.cases))) for build in builds())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

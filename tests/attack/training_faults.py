@@ -1,0 +1,147 @@
+"""`python -m tests.attack.training_faults`: training runs that are killed, stopped and frozen, and what they end in.
+
+Real processes train a tiny net on the digits. Whatever happened to a run, the same command must then go on and end in
+the same bits as a run that nothing happened to. Options of the runs write a checkpoint after every second step.
+"""
+
+import functools
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from run_helpers import Runs, rows, weights
+from test_processes import start_two
+from test_resume import same_result, steps_in, wait_for, writing_or_over
+
+from train.cluster import HEARTBEAT_SECONDS, PREEMPTED
+
+from .report import Attack, attempts, finish
+
+OPTIONS: dict[str, Any] = dict(epochs=4, checkpoint_every=2, evaluate_every=2, ema_decay=0.99)
+LONGER = dict(OPTIONS, epochs=40)
+
+
+def whole(runs: Runs, folder: Path, **options: Any) -> Path:
+    """Return the workdir of a run that nothing happens to."""
+    done = runs.finish(folder, **options)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def until_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until a checkpoint of `step` or a later one lies there."""
+    wait_for(lambda: process.poll() is not None or max(steps_in(workdir), default=-1) >= step, seconds=600)
+    assert process.poll() is None, process.communicate()
+
+
+def ends_the_same(runs: Runs, workdir: Path, expected: Path, **options: Any) -> None:
+    """Go on to the end."""
+    done = runs.finish(workdir, **options)
+    assert done.returncode == 0, done.stderr
+    same_result(workdir, expected)
+
+
+def kills(runs: Runs, folder: Path) -> Attack:
+    """SIGKILL, half of the times while a checkpoint is being written; one run takes all of them."""
+    times, chance = attempts(20), random.Random(0)
+    attack = Attack("SIGKILL of a training run, started again each time; the end bit for bit")
+    expected, workdir = whole(runs, folder / "whole", **LONGER), folder / "killed"
+    left = 0
+    for number in range(times):
+        with attack.attempt(f"kill {number}"):
+            before = max(steps_in(workdir), default=0)
+            process = runs.start(workdir, **LONGER)
+            try:
+                until_step(workdir, before + 2, process)  # so it has resumed, and gone on
+                if number % 2:
+                    wait_for(functools.partial(writing_or_over, workdir, process), poll=0.0005)
+                time.sleep(chance.uniform(0, 0.003 if number % 2 else 1))
+                assert process.poll() is None, "the run was over before it was killed"
+            finally:
+                process.kill()
+                process.communicate()
+            left += any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+    attack.note = f"{left} kills left a half-written checkpoint"
+    with attack.attempt("the end"):
+        ends_the_same(runs, workdir, expected, **LONGER)
+    return attack
+
+
+def two_sigterms(runs: Runs, folder: Path) -> Attack:
+    """SIGTERM, and a second one while the run is about to stop."""
+    attack = Attack("SIGTERM twice, up to half a second apart; the end bit for bit")
+    expected = whole(runs, folder / "whole_for_sigterm", **OPTIONS)
+    for number in range(attempts(5)):
+        with attack.attempt(number):
+            workdir = folder / f"terminated{number}"
+            process = runs.start(workdir, **OPTIONS)
+            until_step(workdir, 4, process)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1 * number)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=120)
+            assert process.returncode in (PREEMPTED, -signal.SIGTERM), (process.returncode, err)
+            assert "Traceback" not in err, err
+            ends_the_same(runs, workdir, expected, **OPTIONS)
+    return attack
+
+
+def frozen(runs: Runs, folder: Path) -> Attack:
+    """SIGSTOP of one of two processes for longer than the heartbeat, then SIGCONT."""
+    attack = Attack(
+        f"SIGSTOP of one of two processes for {HEARTBEAT_SECONDS + 30} s: both end, then resume, bit for bit"
+    )
+    # Some warnings of the first run's services come from a library's threads, to standard error.
+    expected = folder / "two"
+    for process in start_two(runs, expected, **OPTIONS):
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+    for number in range(attempts(2)):
+        with attack.attempt(f"process {number % 2} is stopped"):
+            workdir = folder / f"frozen{number}"
+            processes = start_two(runs, workdir, **LONGER)
+            try:
+                until_step(workdir, 4, processes[0])
+                victim, other = processes[number % 2], processes[1 - number % 2]
+                victim.send_signal(signal.SIGSTOP)
+                stopped = time.monotonic()
+                _, err = other.communicate(timeout=HEARTBEAT_SECONDS + 120)
+                assert other.returncode not in (0, None), "the other process ends as if all were well"
+                time.sleep(max(0, stopped + HEARTBEAT_SECONDS + 30 - time.monotonic()))
+                victim.send_signal(signal.SIGCONT)
+                victim.communicate(timeout=HEARTBEAT_SECONDS + 120)
+                assert victim.returncode != 0, "the process that was stopped ends as if all were well"
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.communicate()
+            again = start_two(runs, workdir, **LONGER)
+            ended = [process.communicate(timeout=1200) for process in again]
+            assert [process.returncode for process in again] == [0, 0], ended
+            if not (folder / "two_longer").exists():
+                for process in start_two(runs, folder / "two_longer", **LONGER):
+                    process.communicate(timeout=1200)
+            for name in ("final", "ema"):
+                assert weights(workdir, name) == weights(folder / "two_longer", name), name
+            assert rows(workdir)[-1]["step"] == rows(folder / "two_longer")[-1]["step"]
+    return attack
+
+
+def main() -> int:
+    """Run all three."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        runs = Runs(folder / "shared")
+        return max(finish(attack(runs, folder)) for attack in (kills, two_sigterms, frozen))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`python -m tests.attack.weight_file_fuzz`: the fuzz of `tests/test_weights_fuzz.py`, with 100,000 mutations and more.
+
+`FUZZ_EXAMPLES` says how many mutations each of its tests of files tries; the one of pickle programs tries ten times as
+many. Every file must load whole or be refused in one line, and run nothing.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+from .__main__ import ROOT
+from .report import Attack, attempts, finish
+
+EXAMPLES = 6000
+
+
+def main() -> int:
+    """Run the tests and count what Hypothesis says that it tried."""
+    attack = Attack("mutated weight files and pickle programs: loaded whole or refused, nothing run")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--hypothesis-show-statistics", "tests/test_weights_fuzz.py"],
+        cwd=ROOT,
+        env=os.environ | {"FUZZ_EXAMPLES": str(attempts(EXAMPLES))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    print(done.stdout[-4000:], file=sys.stderr)
+    generated = re.findall(
+        r"during generate phase.*?\n\s+- .*\n\s+- (\d+) passing examples, (\d+) failing", done.stdout
+    )
+    attack.survived = sum(int(passing) for passing, _ in generated)
+    for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE):
+        attack.count(False, line)
+    if done.returncode and not attack.failures:
+        attack.count(False, f"pytest ended with {done.returncode}")
+    return finish(attack)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
