@@ -84,7 +84,9 @@ def test_where_a_checkpoint_does_not_say_how_good_it_is_the_metrics_do(damage, t
         if damage == "none of them":
             shutil.rmtree(path.parent)
         else:
-            path.write_text({"empty": "", "cut": path.read_text()[:5], "a list": "[1]"}[damage])
+            path.write_text(
+                {"empty": "", "cut": path.read_text(encoding="utf-8")[:5], "a list": "[1]"}[damage], encoding="utf-8"
+            )
     save(tmp_path, {12: None, 15: 0.7})
     assert steps(tmp_path) == [6, 12, 15]
 
@@ -147,7 +149,7 @@ def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
     with pytest.raises(KeyError), Checkpoints(tmp_path, 2, print):
         raise KeyError
     assert global_state() == before
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(rv.RepVGGError, match="cannot use"), Checkpoints(tmp_path / "file", 2, print):
         pass
     assert global_state() == before

@@ -105,6 +105,8 @@ def test_pip_makes_them(tmp_path):
     (packages,) = (path for path in map(Path, sys.path) if path.name == "site-packages")
     (site / "libraries.pth").write_text(f"{packages}\n", encoding="utf-8")
     scripts = tmp_path / "venv" / "bin"
+    # An old one that comes with pip would stand before the libraries'.
+    subprocess.run([scripts / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     install = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable"]
     subprocess.run([*install, tmp_path / "checkout"], check=True)
     for name in COMMANDS:

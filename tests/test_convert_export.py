@@ -80,7 +80,7 @@ def test_onnx_of_free_size_is_compared_at_another_size_too(trained, tmp_path):
 
 
 def test_int8_onnx_takes_the_options_of_exports(trained, tmp_path):
-    write_photos(tmp_path / "photos", 4)
+    write_photos(tmp_path / "photos", 8)
     int8 = ("--int8", "--calibration", tmp_path / "photos", "--method", "naive")
     done = convert(trained[0], tmp_path / "net.onnx", *int8, "--onnx-target", "tensorrt", "--input-layout", "NHWC",
                    "--image-size", "48")  # fmt: skip

@@ -89,7 +89,7 @@ def test_evaluation_alone_takes_an_empty_class_folder(photos: Path, weights: Pat
 def test_files_that_are_not_images_are_counted_once(photos: Path, weights: Path) -> None:
     for name in ("train/garden/notes.txt", "val/garden/more/a.csv", "val/pagoda/b.csv", "val/pagoda/IMG_1.HEIC"):
         (photos / name).parent.mkdir(exist_ok=True)
-        (photos / name).write_text("x")
+        (photos / name).write_text("x", encoding="utf-8")
     assert load(str(photos)).notes == (
         f"{photos / 'train'}: left out 1 file that is not an image (1 .txt)",
         f"{photos / 'val'}: left out 3 files that are not images (2 .csv, 1 .heic)",

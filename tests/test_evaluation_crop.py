@@ -130,8 +130,8 @@ def test_a_run_from_before_the_crop_was_an_option_resumes(tmp_path: Path, preset
     config = dataclasses.replace(PRESETS[preset], run=dataclasses.replace(Config().run, workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    saved = json.loads((tmp_path / "config.json").read_text())
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del saved["input"]["crop_fraction"]
     saved["input"]["test_image_size"] = {"digits": 32, "imagenet_120": 224, "plus_300": 320}[preset]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     save_or_compare(config, tmp_path)

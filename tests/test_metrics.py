@@ -27,7 +27,7 @@ def workdir(tmp_path) -> Path:
 
 
 def write(folder: Path, rows: list, end: str = "") -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end, encoding="utf-8")
 
 
 def contents(folder: Path) -> list[str]:

@@ -190,6 +190,7 @@ def _run(command: list[str]) -> tuple[int, str]:
             # All of its group: the driver's children do the work, and hold the pipe that `communicate` reads.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()  # which `Popen` leaves out after Ctrl-C
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RepVGGError(f"{command[0]} took longer than {COMPILE_SECONDS} s") from None
             raise
