@@ -6,6 +6,11 @@ again, or a file that another runtime runs (`exports`).
 `python -m convert --inspect FILE` says what a file is.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("convert.__main__")
+
 import dataclasses
 import sys
 import warnings
@@ -17,7 +22,6 @@ import jax.numpy as jnp
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
@@ -216,7 +220,3 @@ def main() -> None:
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     print(done)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,6 +4,11 @@
 both forms, and writes `RUN/predictions.png` and some test digits as images into `RUN/digits/`.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.digits")
+
 import dataclasses
 import statistics
 import time
@@ -17,7 +22,6 @@ import tyro
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
 from repvgg_jax.preprocess import normalize
 from train import data
@@ -124,7 +128,3 @@ def compare(arguments: Arguments) -> None:
 def main() -> None:
     """The command."""
     compare(tyro.cli(Arguments, prog="python -m examples.digits"))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -8,6 +8,11 @@ the left two thirds; the right third, which training never sees, is the test.
 Writes `segmentation.png`: input, truth, prediction. PSPNet: arXiv 1612.01105.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.segmentation")
+
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -23,7 +28,6 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.blocks import ConvBN
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 
@@ -199,7 +203,3 @@ def run(arguments: Arguments) -> tuple[float, float]:
 def main() -> None:
     """The command."""
     run(tyro.cli(Arguments, prog="python -m examples.segmentation"))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,5 +1,10 @@
 """What an installed package offers on the command line: `python -m repvgg_jax {summary,predict} …`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from .cli import run_module
+
+    run_module("repvgg_jax.__main__")
+
 import dataclasses
 import sys
 from typing import Annotated
@@ -7,7 +12,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from .cli import run_command
 from .errors import ConfigError, DataError, WeightsError
 from .predictor import make_predictor
 from .preprocess import eval_transform, normalize, open_image
@@ -85,7 +89,3 @@ def main() -> None:
         summary(arguments)
     else:
         predict(arguments)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,33 +1,88 @@
 """What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
+import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
+from . import interrupts
 from .errors import RepVGGError
+from .extras import missing_library
 
 _PACKAGES = ("repvgg_jax", "train", "convert")
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main` and leave the process with its status.
+def run_module(name: str) -> NoReturn:
+    """Run the `main` of the module `name` as a command, and end the process with its status.
 
-    0 when it returns, 2 for an error the user can mend, 130 after Ctrl-C.
+    A command's module calls this in its first lines, before the imports that take long, so that Ctrl-C ends it cleanly
+    (`interrupts`) during those too, and a library that is missing is one line.
+    """
+    interrupts.watch()
+    run_command(lambda: importlib.import_module(name).main())
+    sys.exit(0)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's `main`; returns when it does.
+
+    Raises:
+      SystemExit: 2 for an error the user can mend, 1 if nobody reads the output any more, 130 after Ctrl-C.
     """
     try:
         with _one_line_warnings():
             main()
     except RepVGGError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        sys.stderr.close()
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:  # only where `interrupts` does not watch
+        _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        hint = missing_library(error)
+        if hint is None:
+            raise
+        _fail(f"error: {hint}", 2)
+    except (OSError, SystemExit):
+        _check_stdout()
+        raise
+    _check_stdout()
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    if _stdout_error() is not None:
+        _discard_stdout()
+    with contextlib.suppress(OSError):  # stderr may be as full as stdout
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _check_stdout() -> None:
+    """End the process if what was printed cannot be written."""
+    error = _stdout_error()
+    if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has left
+        _discard_stdout()
         sys.exit(1)
+    if error is not None:
+        _fail(f"error: cannot write to stdout: {error.strerror or error}", 2)
+
+
+def _stdout_error() -> OSError | None:
+    """Why stdout cannot be flushed; None if it can. What a failed `print` has left in its buffer fails again here."""
+    try:
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _discard_stdout() -> None:
+    """Give the buffer's content to nobody, so that Python does not fail on it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,10 @@
 """Evaluation: `python -m train.evaluate DATA {train,deploy} WEIGHTS -a NAME`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("train.evaluate")
+
 import dataclasses
 import json
 import sys
@@ -11,7 +16,6 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
@@ -236,7 +240,3 @@ def main() -> None:
     if result.skipped:
         print(skipped_line(result.skipped), file=sys.stderr)
     print(json.dumps({"top1": result.top1, "top5": result.top5, "images": result.images}))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,5 +1,10 @@
 """Curves of runs as a picture: `python -m train.plot RUN…`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("train.plot")
+
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -7,7 +12,6 @@ from pathlib import Path
 
 import tyro
 
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import atomic_path, check_target
 from repvgg_jax.paths import local_path
@@ -139,7 +143,3 @@ def main() -> None:
         raise DataError("no run given; name the folder of a run of train.main")
     runs = [local_path("RUN", run) for run in arguments.runs]
     print(plot_curves(runs, local_path("--out", arguments.out)))
-
-
-if __name__ == "__main__":
-    run_command(main)
