@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import matplotlib as mpl
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 
 import repvgg_jax as rv
@@ -64,10 +64,8 @@ def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUND
 
 def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], path: Path) -> None:
     """Write a picture of `images` `[N, H, W, 3]`, each with its most likely class; mistakes in red."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(4, 8, figsize=(10, 5.8), layout="constrained")
+    figure = Figure(figsize=(10, 5.8), layout="constrained")
+    grid = figure.subplots(4, 8)
     for axes, image, label, row in zip(grid.flat, images, labels, probabilities, strict=True):
         best = int(row.argmax())
         axes.imshow(image)
@@ -78,7 +76,6 @@ def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, name
     figure.suptitle("test digits, and what the fused net says")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def compare(arguments: Arguments) -> None:

@@ -37,6 +37,8 @@ def main() -> None:
     # Create, or load: `num_classes` gives a file of another class count a fresh classifier.
     if len(sys.argv) > 1:
         model, variables = rv.load_weights(sys.argv[1], num_classes=10)
+        if model.deploy:
+            raise rv.WeightsError(f"{sys.argv[1]} is in deploy form, which cannot be trained; give the training form")
     else:
         model = rv.create_model(SMALL, num_classes=10)
         variables = jax.jit(model.init)(jax.random.key(0), images[:1])

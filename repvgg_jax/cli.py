@@ -45,9 +45,21 @@ def run_command(main: Callable[[], object]) -> None:
         if hint is None:
             raise
         _fail(f"error: {hint}", 2)
-    except (OSError, SystemExit):
+    except MemoryError as error:
+        _fail(f"error: {_out_of_memory(error)}", 2)
+    except SystemExit as stop:
+        if not stop.code:
+            _check_stdout()
+        elif _stdout_error() is not None:
+            _discard_stdout()
+        raise
+    except OSError:
         _check_stdout()
         raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says it; its exception's class needs JAX to be imported
+            raise
+        _fail(f"error: {_out_of_memory(error)}", 2)
     _check_stdout()
 
 
@@ -57,6 +69,11 @@ def _fail(line: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):  # stderr may be as full as stdout
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _out_of_memory(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"out of memory ({reason or 'nothing more is known'}); take smaller images or a smaller batch"
 
 
 def _check_stdout() -> None:

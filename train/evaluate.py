@@ -20,6 +20,7 @@ from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
+from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 
 from . import data
 from .class_names import matched_source
@@ -159,6 +160,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             raise ConfigError(f"{option} must be at least 1, not {value}")
     if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
         raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
+    if arguments.resolution is not None and arguments.resolution > MAX_IMAGE_SIZE:
+        raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import atomic_path, check_target
@@ -34,12 +36,6 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
       ConfigError: no picture format has this suffix.
       RepVGGError: the picture cannot be written.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # no display on a training machine
-    import matplotlib.pyplot as plt
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
@@ -47,7 +43,9 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
         raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {known}")
     check_target(path)
     runs = _read_runs(workdirs)
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    # Not by pyplot: a process that draws for itself has chosen a backend for that.
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
     loss, accuracy, rate = panels
     for number, (workdir, rows) in enumerate(runs):
         training = [row for row in rows if "learning_rate" in row]
@@ -87,7 +85,6 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=110)
-    plt.close(figure)
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from repvgg_jax.interrupts import on_exit
+from repvgg_jax.interrupts import on_exit, requested
 
 
 class RunProgress:
@@ -22,7 +22,7 @@ class RunProgress:
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool = True):
-        self._console = Console(soft_wrap=True, highlight=False, quiet=not shown)
+        self._console = _Console(soft_wrap=True, highlight=False, quiet=not shown)
         self._live = self._console.is_terminal and shown
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._start_step, self._start_time = 0, time.monotonic()
@@ -84,6 +84,19 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class _Console(Console):
+    """A console that does not end a run whose reader has gone while it was asked to stop: Ctrl-C stops `tee` too."""
+
+    def on_broken_pipe(self) -> None:
+        """End the process, or print no more."""
+        time.sleep(0.2)  # the same Ctrl-C may be on its way
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            if requested() is None:
+                raise
 
 
 def _show_cursor() -> None:

@@ -97,7 +97,7 @@ def interrupt(runs: Runs, workdir: Path, after: float) -> Interrupted:
     for word in BAD_WORDS:
         if word in err or word in out:
             fault = fault or f"{word} in {err[-500:]!r}"
-    hidden = [str(path) for path in workdir.rglob(".*")]
+    hidden = [str(path) for path in workdir.rglob(".*-????????*")]  # as `atomic_path` and `scratch_folder` name them
     if hidden:
         fault = fault or f"temporary files left: {hidden}"
     saved = "state saved" in out
