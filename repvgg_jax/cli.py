@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from . import interrupts
 from .errors import RepVGGError
@@ -33,6 +33,11 @@ def run_command(main: Callable[[], object]) -> None:
     Raises:
       SystemExit: 2 for an error the user can mend, 1 if nobody reads the output any more, 130 after Ctrl-C.
     """
+    with _recorded_stdout():
+        _run(main)
+
+
+def _run(main: Callable[[], object]) -> None:
     try:
         with _one_line_warnings():
             main()
@@ -51,7 +56,7 @@ def run_command(main: Callable[[], object]) -> None:
         if not stop.code:
             _check_stdout()
         elif _stdout_error() is not None:
-            _discard_stdout()
+            _discard(sys.stdout)
         raise
     except OSError:
         _check_stdout()
@@ -65,9 +70,11 @@ def run_command(main: Callable[[], object]) -> None:
 
 def _fail(line: str, status: int) -> NoReturn:
     if _stdout_error() is not None:
-        _discard_stdout()
-    with contextlib.suppress(OSError):  # stderr may be as full as stdout
+        _discard(sys.stdout)
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:  # it may be as full as stdout
+        _discard(sys.stderr)
     sys.exit(status)
 
 
@@ -80,14 +87,55 @@ def _check_stdout() -> None:
     """End the process if what was printed cannot be written."""
     error = _stdout_error()
     if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has left
-        _discard_stdout()
+        _discard(sys.stdout)
         sys.exit(1)
     if error is not None:
         _fail(f"error: cannot write to stdout: {error.strerror or error}", 2)
 
 
+class _Stdout:
+    """A stream, and the first error that writing to it has met."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._recording():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._recording():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+@contextlib.contextmanager
+def _recorded_stdout() -> Iterator[None]:
+    """Let `_stdout_error` know of errors, which `print` raises like any other of the system's."""
+    before: Any = sys.stdout
+    if before is not None:  # closed by the shell
+        sys.stdout = cast(TextIO, _Stdout(before))
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
 def _stdout_error() -> OSError | None:
-    """Why stdout cannot be flushed; None if it can. What a failed `print` has left in its buffer fails again here."""
+    """Why stdout cannot be written; None if it can."""
+    if isinstance(sys.stdout, _Stdout) and sys.stdout.error is not None:
+        return sys.stdout.error
     try:
         if sys.stdout is not None:  # closed by the shell
             sys.stdout.flush()
@@ -96,10 +144,10 @@ def _stdout_error() -> OSError | None:
     return None
 
 
-def _discard_stdout() -> None:
-    """Give the buffer's content to nobody, so that Python does not fail on it at its end."""
+def _discard(stream: TextIO) -> None:
+    """Give a stream's buffer to nobody, so that Python does not fail on it at its end."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
