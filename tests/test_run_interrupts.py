@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def until_it_trains(process: subprocess.Popen, workdir) -> None:
     """Wait for the first row of metrics."""
     log = workdir / "metrics.jsonl"
-    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text()))
+    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text()), seconds=400)
     assert process.poll() is None, process.communicate()
 
 
@@ -98,10 +98,14 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
 def test_ctrl_c_stops_all_processes_of_a_run_at_one_step(everybody, runs, tmp_path):
     workdir = tmp_path / "run"
     processes = start_two(runs, workdir, epochs=30, evaluate_every=10)
-    until_it_trains(processes[0], workdir)
-    for process in processes if everybody else processes[1:]:
-        process.send_signal(signal.SIGINT)
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        until_it_trains(processes[0], workdir)
+        for process in processes if everybody else processes[1:]:
+            process.send_signal(signal.SIGINT)
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [130 if everybody else 143, 130], outputs
     assert all("Traceback" not in err for _, err in outputs)
     step = stopped_after(outputs[0][0], "SIGINT" if everybody else "SIGTERM")
