@@ -191,8 +191,6 @@ def _check_no_export_options(arguments: Arguments) -> None:
 def _check_image_size(arguments: Arguments) -> None:
     if arguments.image_size is not None and arguments.image_size < 1:
         raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
     if arguments.image_size is not None and arguments.image_size > MAX_IMAGE_SIZE:
         raise ConfigError(f"--image-size must be at most {MAX_IMAGE_SIZE}, not {arguments.image_size}")
 

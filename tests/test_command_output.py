@@ -50,7 +50,7 @@ def run(folder: Path, body: str, *arguments: str, **options) -> subprocess.Popen
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("body", list(BODIES))
 def test_a_full_disk_behind_stdout_is_one_line(body, tmp_path):
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = run(tmp_path, BODIES[body], *(["--help"] if body == "help" else []), stdout=full)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (2, FULL)
@@ -58,7 +58,7 @@ def test_a_full_disk_behind_stdout_is_one_line(body, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_what_went_wrong_first_is_what_is_said(tmp_path):
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = run(tmp_path, "print('half an answer'); raise errors.DataError('no such image')", stdout=full)
         assert process.communicate(timeout=60)[1] == "error: no such image\n"
         assert process.returncode == 2
@@ -157,7 +157,7 @@ REAL = [("repvgg_jax", "summary", "RepVGG-A0"), ("train.plot", "--help")]
 @pytest.mark.parametrize("words", REAL, ids=" ".join)
 def test_real_commands_say_it_too(words, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with Path("/dev/full").open("w") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=tmp_path,

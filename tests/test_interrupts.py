@@ -235,7 +235,7 @@ def test_a_forked_child_s_signals_are_its_own(command):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         pytest.skip("no list of a process's children here")
-    os.kill(int(children.read_text()), signal.SIGTERM)
+    os.kill(int(children.read_text(encoding="utf-8")), signal.SIGTERM)
     assert ends(process, 0)[0] == "the parent goes on\n"
 
 
