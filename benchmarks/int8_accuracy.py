@@ -32,7 +32,7 @@ from repvgg_jax.preprocess import decode_image, normalize
 from repvgg_jax.quantization.images import calibration_images
 from repvgg_jax.variants import BlockKind
 from train import data
-from train.cluster import PREEMPTED
+from train.cluster import stop_signal
 from train.config import PRESETS, Config
 from train.data.sources import Source
 from train.data.transforms import random_affine
@@ -108,7 +108,7 @@ def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
 def finish(config: Config) -> None:
     """Train to the end, or leave as SIGTERM asks to."""
     if train(config) is None:
-        sys.exit(PREEMPTED)
+        sys.exit(128 + stop_signal())
 
 
 def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:

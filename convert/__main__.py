@@ -6,6 +6,11 @@ again, or a file that another runtime runs (`exports`).
 `python -m convert --inspect FILE` says what a file is.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("convert.__main__")
+
 import dataclasses
 import sys
 import warnings
@@ -17,10 +22,10 @@ import jax.numpy as jnp
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
@@ -186,6 +191,8 @@ def _check_no_export_options(arguments: Arguments) -> None:
 def _check_image_size(arguments: Arguments) -> None:
     if arguments.image_size is not None and arguments.image_size < 1:
         raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
+    if arguments.image_size is not None and arguments.image_size > MAX_IMAGE_SIZE:
+        raise ConfigError(f"--image-size must be at most {MAX_IMAGE_SIZE}, not {arguments.image_size}")
 
 
 def describe(path: str, info: WeightsInfo) -> str:
@@ -218,7 +225,3 @@ def main() -> None:
             for warning in caught:
                 print(f"warning: {warning.message}", file=sys.stderr)
     print(done)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,6 +4,11 @@
 both forms, and writes `RUN/predictions.png` and some test digits as images into `RUN/digits/`.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.digits")
+
 import dataclasses
 import statistics
 import time
@@ -11,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import matplotlib as mpl
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
 from repvgg_jax.preprocess import normalize
 from train import data
@@ -60,10 +64,8 @@ def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUND
 
 def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], path: Path) -> None:
     """Write a picture of `images` `[N, H, W, 3]`, each with its most likely class; mistakes in red."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(4, 8, figsize=(10, 5.8), layout="constrained")
+    figure = Figure(figsize=(10, 5.8), layout="constrained")
+    grid = figure.subplots(4, 8)
     for axes, image, label, row in zip(grid.flat, images, labels, probabilities, strict=True):
         best = int(row.argmax())
         axes.imshow(image)
@@ -74,7 +76,6 @@ def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, name
     figure.suptitle("test digits, and what the fused net says")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def compare(arguments: Arguments) -> None:
@@ -124,7 +125,3 @@ def compare(arguments: Arguments) -> None:
 def main() -> None:
     """The command."""
     compare(tyro.cli(Arguments, prog="python -m examples.digits"))
-
-
-if __name__ == "__main__":
-    run_command(main)

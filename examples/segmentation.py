@@ -8,6 +8,11 @@ the left two thirds; the right third, which training never sees, is the test.
 Writes `segmentation.png`: input, truth, prediction. PSPNet: arXiv 1612.01105.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.segmentation")
+
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -16,14 +21,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure
 
 import repvgg_jax as rv
 from repvgg_jax.blocks import ConvBN
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 
@@ -151,10 +155,8 @@ def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 def draw(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, path: Path) -> None:
     """Input, truth and prediction side by side."""
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(7, 5.6), layout="constrained")
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    panels = figure.subplots(1, 3)
     shown = (("input", image), ("truth (watershed)", truth), ("prediction, fused backbone", predicted))
     for axes, (title, pixels) in zip(panels, shown, strict=True):
         axes.imshow(pixels, cmap="gray")
@@ -162,7 +164,6 @@ def draw(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, path: Path
         axes.axis("off")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def run(arguments: Arguments) -> tuple[float, float]:
@@ -199,7 +200,3 @@ def run(arguments: Arguments) -> tuple[float, float]:
 def main() -> None:
     """The command."""
     run(tyro.cli(Arguments, prog="python -m examples.segmentation"))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,6 +4,11 @@
 file that `rv.load_weights` reads, in training form; without one, a small net starts from random weights.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.use_in_your_code")
+
 import sys
 
 import jax
@@ -12,7 +17,6 @@ import optax
 from sklearn.datasets import load_digits
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 
 STEPS, BATCH = 60, 32
 SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
@@ -33,6 +37,8 @@ def main() -> None:
     # Create, or load: `num_classes` gives a file of another class count a fresh classifier.
     if len(sys.argv) > 1:
         model, variables = rv.load_weights(sys.argv[1], num_classes=10)
+        if model.deploy:
+            raise rv.WeightsError(f"{sys.argv[1]} is in deploy form, which cannot be trained; give the training form")
     else:
         model = rv.create_model(SMALL, num_classes=10)
         variables = jax.jit(model.init)(jax.random.key(0), images[:1])
@@ -76,7 +82,3 @@ def main() -> None:
     predict = rv.make_predictor(deploy_model, deploy_variables, batch_size=32, image_size=32)
     right = np.mean(predict(images[1437:]).argmax(-1) == labels[1437:])
     print(f"{100 * right:.1f} % of {len(labels) - 1437} held-out digits right")
-
-
-if __name__ == "__main__":
-    run_command(main)

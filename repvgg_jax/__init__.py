@@ -1,56 +1,25 @@
 """RepVGG for JAX and Flax: train a multi-branch net, deploy a plain stack of 3x3 convolutions."""
 
-from .errors import (
-    ConfigError,
-    DataError,
-    ExportError,
-    FusionError,
-    QuantizationError,
-    RepVGGError,
-    UnknownModelError,
-    WeightsError,
-)
-from .export import export_onnx, export_quantized_onnx, export_saved_model, export_stablehlo
-from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
-from .model import RepVGG, create_model
-from .predictor import make_predictor
-from .preprocess import Preprocessing
-from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
-from .variants import Branches, Variant, list_models
-from .version import __version__
-from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Branches",
-    "ConfigError",
-    "DataError",
-    "ExportError",
-    "FusionError",
-    "Preprocessing",
-    "QuantizationError",
-    "QuantizedNet",
-    "RepVGG",
-    "RepVGGError",
-    "UnknownModelError",
-    "Variant",
-    "WeightsError",
-    "WeightsInfo",
-    "__version__",
-    "create_model",
-    "equivalent_kernel_bias",
-    "export_onnx",
-    "export_quantized_onnx",
-    "export_saved_model",
-    "export_stablehlo",
-    "fuse_variables",
-    "inspect_weights",
-    "list_models",
-    "load_quantized",
-    "load_weights",
-    "make_predictor",
-    "quantize",
-    "report_table",
-    "save_quantized",
-    "save_weights",
-    "to_deploy",
-]
+from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403 (the list of names is there)
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names, and JAX with them, when the first one is used: a command must take Ctrl-C over before."""
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
+    public = importlib.import_module(".public", __name__)
+    globals().update({public_name: getattr(public, public_name) for public_name in ["__all__", *public.__all__]})
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,5 +1,10 @@
 """What an installed package offers on the command line: `python -m repvgg_jax {summary,predict} …`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from .cli import run_module
+
+    run_module("repvgg_jax.__main__")
+
 import dataclasses
 import sys
 from pathlib import Path
@@ -7,7 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from .cli import run_command
 from .errors import UnknownModelError
 from .predict import Predict, predict
 from .summary import file_summary, summary_table
@@ -72,7 +76,3 @@ def main() -> None:
         summary(arguments)
     elif predict(arguments):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    run_command(main)

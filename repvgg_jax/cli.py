@@ -1,42 +1,162 @@
 """What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import logging
+import os
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TextIO, cast
 
+from . import interrupts
 from .errors import RepVGGError
+from .extras import missing_library
 from .version import __version__
 
 _PACKAGES = ("repvgg_jax", "train", "convert")
 
 
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main` and leave the process with its status.
+def run_module(name: str) -> NoReturn:
+    """Run the `main` of the module `name` as a command, and end the process with its status.
 
-    0 when it returns, 2 for an error the user can mend, 130 after Ctrl-C. `--version` as the only argument prints
-    versions in place of running it.
+    A command's module calls this in its first lines, before the imports that take long, so that Ctrl-C ends it cleanly
+    (`interrupts`) during those too, and a library that is missing is one line.
+    """
+    interrupts.watch()
+    run_command(lambda: importlib.import_module(name).main())
+    sys.exit(0)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command's `main`; returns when it does. `--version` as the only argument prints versions instead.
+
+    Raises:
+      SystemExit: 2 for an error the user can mend, 1 if nobody reads the output any more, 130 after Ctrl-C.
     """
     _show_every_character()
-    if sys.argv[1:] == ["--version"]:
-        print(version_line())
-        return
+    with _recorded_stdout():
+        _run(_print_version if sys.argv[1:] == ["--version"] else main)
+
+
+def _run(main: Callable[[], object]) -> None:
     try:
         with _one_line_warnings():
             main()
     except RepVGGError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        sys.stderr.close()
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:  # only where `interrupts` does not watch
+        _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        hint = missing_library(error)
+        if hint is None:
+            raise
+        _fail(f"error: {hint}", 2)
+    except MemoryError as error:
+        _fail(f"error: {_out_of_memory(error)}", 2)
+    except SystemExit as stop:
+        if not stop.code:
+            _check_stdout()
+        elif _stdout_error() is not None:
+            _discard(sys.stdout)
+        raise
+    except OSError:
+        _check_stdout()
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says it; its exception's class needs JAX to be imported
+            raise
+        _fail(f"error: {_out_of_memory(error)}", 2)
+    _check_stdout()
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    if _stdout_error() is not None:
+        _discard(sys.stdout)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # it may be as full as stdout
+        _discard(sys.stderr)
+    sys.exit(status)
+
+
+def _out_of_memory(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"out of memory ({reason or 'nothing more is known'}); take smaller images or a smaller batch"
+
+
+def _check_stdout() -> None:
+    """End the process if what was printed cannot be written."""
+    error = _stdout_error()
+    if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has left
+        _discard(sys.stdout)
         sys.exit(1)
+    if error is not None:
+        _fail(f"error: cannot write to stdout: {error.strerror or error}", 2)
+
+
+class _Stdout:
+    """A stream, and the first error that writing to it has met."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._recording():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._recording():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+@contextlib.contextmanager
+def _recorded_stdout() -> Iterator[None]:
+    """Let `_stdout_error` know of errors, which `print` raises like any other of the system's."""
+    before: Any = sys.stdout
+    if before is not None:  # closed by the shell
+        sys.stdout = cast(TextIO, _Stdout(before))
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def _stdout_error() -> OSError | None:
+    """Why stdout cannot be written; None if it can."""
+    if isinstance(sys.stdout, _Stdout) and sys.stdout.error is not None:
+        return sys.stdout.error
+    try:
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _discard(stream: TextIO) -> None:
+    """Give a stream's buffer to nobody, so that Python does not fail on it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print_version() -> None:
+    print(version_line())
 
 
 def version_line() -> str:

@@ -9,27 +9,32 @@ import importlib
 import sys
 from pathlib import Path
 
+from . import interrupts
 from .cli import run_command
 from .errors import RepVGGError
 
 
 def repvgg() -> None:
     """`python -m repvgg_jax`."""
+    interrupts.watch()
     run_command(lambda: _main("repvgg_jax.__main__"))
 
 
 def train() -> None:
     """`python -m train.main`."""
+    interrupts.watch()
     run_command(lambda: _main_of_checkout("train.main"))
 
 
 def evaluate() -> None:
     """`python -m train.evaluate`."""
+    interrupts.watch()
     run_command(lambda: _main_of_checkout("train.evaluate"))
 
 
 def convert() -> None:
     """`python -m convert`."""
+    interrupts.watch()
     run_command(lambda: _main_of_checkout("convert.__main__"))
 
 

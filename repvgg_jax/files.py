@@ -1,6 +1,7 @@
 """Writing files so that a reader never meets half of one."""
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import RepVGGError
+from .interrupts import on_exit
 
 
 @contextlib.contextmanager
@@ -31,14 +33,15 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
         handle, name = tempfile.mkstemp(prefix=f".{target.stem[:50]}-", suffix=target.suffix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
-        yield temporary
-        if mode is None:
-            _adopt_mode(temporary, target)
-        else:
-            temporary.chmod(mode)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
+        with on_exit(temporary.unlink):
+            yield temporary
+            if mode is None:
+                _adopt_mode(temporary, target)
+            else:
+                temporary.chmod(mode)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -58,14 +61,22 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(target)
+        with on_exit(functools.partial(_remove, temporary)):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            temporary.rename(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder in `parent`, removed after the block, also when a signal ends the process in it."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, on_exit(functools.partial(_remove, name)):
+        yield Path(name)
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
@@ -98,6 +109,12 @@ def check_target(path: str | os.PathLike) -> None:
         raise RepVGGError(f"cannot write {target}: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise RepVGGError(f"cannot write {target}: no permission to write to {target.parent}")
+
+
+def _remove(folder: str | os.PathLike) -> None:
+    """Remove a folder that another thread may still be writing into."""
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _adopt_mode(temporary: Path, target: Path) -> None:

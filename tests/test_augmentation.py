@@ -150,5 +150,5 @@ def test_without_opencv_the_default_works_and_the_rest_says_what_to_install(monk
     monkeypatch.delattr(sys.modules["train.data"], "augment")
     monkeypatch.setitem(sys.modules, "cv2", None)
     make_transform("random_resized_crop_flip", Augmentation(), IMAGENET_MEAN)
-    with pytest.raises(ConfigError, match=r"needs cv2; install it with: pip install 'repvgg-jax\[train\]'"):
+    with pytest.raises(ConfigError, match=r"needs cv2: pip install -e '\.\[train\]' in your checkout"):
         make_transform("random_resized_crop_flip", EVERYTHING, IMAGENET_MEAN)

@@ -236,6 +236,7 @@ def test_images_that_are_none(tmp_path, photos, weights):
 def test_evaluation_options_and_data(tmp_path, photos, weights):
     assert "--batch-size must be at least 1, not 0" in evaluate(photos, "train", weights, "-b", 0)
     assert "--resolution must be at least 1, not 0" in evaluate(photos, "train", weights, "-r", 0)
+    assert "--resolution must be at most 16384, not 99999999" in evaluate(photos, "train", weights, "-r", 99999999)
     assert "--workers must be at least 1, not 0" in evaluate(photos, "train", weights, "--workers", 0)
     assert "/none does not exist; give a folder" in evaluate(tmp_path / "none", "train", weights)
     assert f"{photos / 'val'} holds no val/" in evaluate(photos / "val", "train", weights)

@@ -152,6 +152,7 @@ def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
             ((path, tmp_path / "w.safetensors", *int8, "--image-size", "32"), "are for exports, not for weight files"),
             ((path, out, *int8, "--image-size", "-1"), "--image-size must be at least 1"),
             ((path, out, *int8, "--check-images", tmp_path / "no.png"), "--check-images compares"),
+            ((path, out, "--image-size", "99999999"), "--image-size must be at most 16384, not 99999999"),
             ((path, tmp_path / "none" / "net.onnx"), "there is no folder"),
             ((path, out, "--check-images", tmp_path / "none.jpg"), "none.jpg: No such file"),
             ((path, out, "--check-images", tmp_path / "empty"), "no images in this folder"),
@@ -159,7 +160,7 @@ def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
         ):
             assert words in error_of(convert(*arguments))
         with without("onnx"):
-            assert "pip install 'repvgg-jax[export]'" in error_of(convert(path, out))
+            assert "pip install -e '.[export]' in your checkout" in error_of(convert(path, out))
         with without("tensorflow"):
             assert "pip install tensorflow" in error_of(convert(path, tmp_path / "net.savedmodel"))
     assert sorted(tmp_path.iterdir()) == before

@@ -211,7 +211,7 @@ def test_mistakes_are_clear_and_leave_nothing_behind(small):
         rv.export_onnx(path.parent / "none" / "net.onnx", model, variables)
     with (
         mock.patch("importlib.util.find_spec", return_value=None),
-        pytest.raises(rv.ExportError, match=r"pip install 'repvgg-jax\[export\]'"),
+        pytest.raises(rv.ExportError, match=r"pip install -e '\.\[export\]' in your checkout"),
     ):
         rv.export_onnx(path, model, variables)
     assert list(path.parent.iterdir()) == []

@@ -124,7 +124,7 @@ def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'repvgg-jax[hub]'" in refused("hf://timm/repvgg_a0.rvgg_in1k")
+    assert "pip install -e '.[hub]' in your checkout" in refused("hf://timm/repvgg_a0.rvgg_in1k")
 
 
 @pytest.mark.slow

@@ -8,15 +8,13 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from repvgg_jax import interrupts
 from repvgg_jax.errors import ConfigError
 
 from .config import ClusterConfig
 
 HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long counts as dead, and the others stop."""
-
-PREEMPTED = 143
-"""Exit status after SIGTERM: 128 + 15, as a shell reports it. The run is not finished."""
 
 # Set by launchers inside a job step of several tasks; what they mean is left to JAX.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "MEGASCALE_NUM_SLICES")
@@ -68,9 +66,12 @@ def abandon(error: BaseException) -> None:
 
 
 class Preemption:
-    """A context manager in which SIGTERM asks for a stop instead of killing the process.
+    """A context manager in which a signal asks for a stop after the next step instead of ending the process.
 
-    Among several processes, JAX's preemption service hears the signal and makes all of them stop at the same step.
+    In a command these are SIGTERM, SIGINT (Ctrl-C; a second one ends the process at once) and SIGHUP, from the first
+    call of `asked` on: before the first step, there is nothing to save. Elsewhere it is SIGTERM alone.
+
+    Among several processes, JAX's preemption service hears SIGTERM and makes all of them stop at the same step.
     """
 
     def __init__(self):
@@ -78,11 +79,12 @@ class Preemption:
         self._before = None
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and not interrupts.watching():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        interrupts.end_deferral()
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
@@ -92,6 +94,25 @@ class Preemption:
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; every process gets the same answer."""
-        if jax.process_count() == 1:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        interrupts.defer(_answer)
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._asked = True
+        return self._asked or (jax.process_count() == 1 and interrupts.requested() is not None)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for, be it after the last step."""
+        return self._asked or interrupts.requested() is not None
+
+
+def _answer(number: signal.Signals) -> None:
+    """Say what a signal will do, and let the other processes know."""
+    if is_leader():
+        interrupts.say(f"\n{number.name}: saving the state after this step; Ctrl-C again stops without that")
+    if jax.process_count() > 1 and number != signal.SIGTERM:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_signal() -> signal.Signals:
+    """Return the signal that has stopped the run; SIGTERM if another process of it was told."""
+    return interrupts.requested() or signal.SIGTERM

@@ -1,5 +1,10 @@
 """Evaluation: `python -m train.evaluate DATA {train,deploy} WEIGHTS -a NAME`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("train.evaluate")
+
 import dataclasses
 import json
 import sys
@@ -12,11 +17,11 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
+from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 
 from . import data
 from .class_names import matched_source
@@ -167,6 +172,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             raise ConfigError(f"{option} must be at least 1, not {value}")
     if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
         raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
+    if arguments.resolution is not None and arguments.resolution > MAX_IMAGE_SIZE:
+        raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
     if arguments.report is not None:
         check_report_folder(Path(arguments.report))
     info = inspect_weights(arguments.weights)
@@ -255,7 +262,3 @@ def main() -> None:
     if result.skipped:
         print(skipped_line(result.skipped), file=sys.stderr)
     print(json.dumps({"top1": result.top1, "top5": result.top5, "images": result.images}))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -82,7 +82,7 @@ def run_steps(
     interrupted, leave no trace in its result.
 
     Returns:
-      The state, and the step reached: before the last one if the run was asked to stop, its state then saved.
+      The state, and the step reached: before the last one if the run was asked to stop. The state is saved.
 
     Raises:
       RepVGGError: the loss is not finite, or a checkpoint cannot be written.
@@ -110,7 +110,7 @@ def run_steps(
             window.check()
             top1 = evaluate(run, state, step, watchers)
             window.restart()
-        stop = preemption.asked(step) and not is_last
+        stop = preemption.asked(step)
         if top1 is not None or stop or is_last or step % options.checkpoint_every == 0:
             window.check()
             watchers.checkpoints.save(state, run.facts, top1)

@@ -3,6 +3,11 @@
 config -> data set -> batches [devices, per_device, H, W, C] -> train_step -> TrainState -> checkpoints -> weight files.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("train.main")
+
 import dataclasses
 import json
 import os
@@ -16,7 +21,6 @@ import jax
 import numpy as np
 
 import repvgg_jax as rv
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, RepVGGError, WeightsError
 from repvgg_jax.paths import local_path
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
@@ -53,7 +57,7 @@ def train(config: Config) -> Result | None:
     """Train from start, or from the newest checkpoint in the run's workdir, to the end.
 
     Returns:
-      The result, or None if SIGTERM stopped the run; its state is saved then.
+      The result, or None if a signal stopped the run (`cluster.Preemption`); its state is saved then.
 
     Raises:
       RepVGGError: bad options, unreadable data, a workdir that cannot be used, or a loss that is not finite.
@@ -83,10 +87,11 @@ def train(config: Config) -> Result | None:
             cluster.Preemption() as preemption,
         ):
             state, reached = run_steps(run, state, start_step, on_device, watchers, preemption)
-        checkpoints.wait()
-        if reached < run.total_steps:
+            checkpoints.wait()
+        if preemption.stopping:
             progress.note(
-                f"SIGTERM: stopped after step {reached}, state saved; the same command again goes on from there"
+                f"{cluster.stop_signal().name}: stopped after step {reached}, state saved; "
+                "the same command again goes on from there"
             )
             log.close()
             return None
@@ -318,10 +323,6 @@ def main() -> None:
             os._exit(2)
         raise
     if result is None:
-        sys.exit(cluster.PREEMPTED)
+        sys.exit(128 + cluster.stop_signal())  # as a shell reports it
     if cluster.is_leader():
         print(json.dumps(summary(result)))
-
-
-if __name__ == "__main__":
-    run_command(main)

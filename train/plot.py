@@ -1,13 +1,19 @@
 """Curves of runs as a picture: `python -m train.plot RUN…`."""
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("train.plot")
+
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import atomic_path, check_target
 from repvgg_jax.paths import local_path
@@ -30,12 +36,6 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
       ConfigError: no picture format has this suffix.
       RepVGGError: the picture cannot be written.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # no display on a training machine
-    import matplotlib.pyplot as plt
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
@@ -43,7 +43,9 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
         raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {known}")
     check_target(path)
     runs = _read_runs(workdirs)
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    # Not by pyplot: a process that draws for itself has chosen a backend for that.
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
     loss, accuracy, rate = panels
     for number, (workdir, rows) in enumerate(runs):
         training = [row for row in rows if "learning_rate" in row]
@@ -83,7 +85,6 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=110)
-    plt.close(figure)
     return path
 
 
@@ -139,7 +140,3 @@ def main() -> None:
         raise DataError("no run given; name the folder of a run of train.main")
     runs = [local_path("RUN", run) for run in arguments.runs]
     print(plot_curves(runs, local_path("--out", arguments.out)))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,11 +1,15 @@
 """What a person watching the run sees: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from repvgg_jax.interrupts import on_exit, requested
 
 
 class RunProgress:
@@ -18,10 +22,11 @@ class RunProgress:
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool = True):
-        self._console = Console(soft_wrap=True, highlight=False, quiet=not shown)
+        self._console = _Console(soft_wrap=True, highlight=False, quiet=not shown)
         self._live = self._console.is_terminal and shown
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._start_step, self._start_time = 0, time.monotonic()
+        self._on_exit = contextlib.ExitStack()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}"),
@@ -40,11 +45,14 @@ class RunProgress:
         self._bar.reset(self._task, total=self._total, completed=step, epoch=0, text="compiling …")
 
     def __enter__(self) -> Self:
+        if self._live:
+            self._on_exit.enter_context(on_exit(_show_cursor))
         self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+        self._on_exit.close()
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
@@ -67,7 +75,8 @@ class RunProgress:
     def note(self, line: str) -> None:
         """Print a line that stays."""
         self._console.print(line, markup=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell
+            sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
@@ -75,3 +84,21 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class _Console(Console):
+    """A console that does not end a run whose reader has gone while it was asked to stop: Ctrl-C stops `tee` too."""
+
+    def on_broken_pipe(self) -> None:
+        """End the process, or print no more."""
+        time.sleep(0.2)  # the same Ctrl-C may be on its way
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            if requested() is None:
+                raise
+
+
+def _show_cursor() -> None:
+    """What the bar does at its end; not through its console, whose lock the main thread may hold."""
+    os.write(1, b"\n\x1b[?25h")

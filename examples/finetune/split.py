@@ -4,17 +4,21 @@
 `train.main` takes.
 """
 
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.finetune.split")
+
 import dataclasses
 import os
 import random
 import shutil
-import tempfile
 from pathlib import Path
 
 import tyro
 
-from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.files import scratch_folder
 from repvgg_jax.image_files import image_files
 from train.data.sources import class_folders, no_images
 
@@ -65,8 +69,8 @@ def split(arguments: Arguments) -> str:
     counts = {"train": 0, "val": 0}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".split-", dir=out.parent) as scratch:
-            half_made = Path(scratch) / "split"
+        with scratch_folder(".split-", out.parent) as scratch:
+            half_made = scratch / "split"
             for name, files in images.items():
                 val = chosen_for_val(files, arguments.val, arguments.seed)
                 for side in counts:
@@ -93,7 +97,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def main() -> None:
     """The command."""
     print(split(tyro.cli(Arguments, prog="python -m examples.finetune.split")))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ExportError
+from ..extras import install_hint
 from ..files import atomic_path
 from ..model import RepVGG
 from ..preprocess import Preprocessing
@@ -61,4 +62,4 @@ def export_onnx(
 def check_onnx_installed() -> None:
     """Raises ExportError, with what to install, where there is no onnx."""
     if importlib.util.find_spec("onnx") is None:
-        raise ExportError("writing ONNX needs onnx: pip install 'repvgg-jax[export]'")
+        raise ExportError(f"writing ONNX needs onnx: {install_hint('export')}")

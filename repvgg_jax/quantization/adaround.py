@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..errors import QuantizationError
+from ..extras import install_hint
 from ..variants import BlockSpec
 from .quantizer import WEIGHT_LEVELS
 from .stack import Geometry, geometry, linear_map
@@ -56,7 +57,7 @@ class AdaRoundOptions:
 def require_optax() -> None:
     """Raises QuantizationError, with what to install, where there is no optax."""
     if importlib.util.find_spec("optax") is None:
-        raise QuantizationError("learned rounding needs optax: pip install 'repvgg-jax[train]'")
+        raise QuantizationError(f"learned rounding needs optax: {install_hint('train')}")
 
 
 def learn_rounding(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
+from ..extras import install_hint
 from ..preprocess import Preprocessing
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import shown
@@ -41,7 +42,7 @@ def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise WeightsError(f"{address} needs huggingface_hub: pip install 'repvgg-jax[hub]'") from error
+        raise WeightsError(f"{address} needs huggingface_hub: {install_hint('hub')}") from error
 
     no_network = False
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError
+from ..extras import install_hint
 from ..files import atomic_path, check_target
 from ..model import RepVGG
 from ..preprocess import Preprocessing
@@ -100,7 +101,7 @@ def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) 
         raise WeightsError(f"cannot write {path}: unknown suffix {suffix!r}, expected one of {', '.join(WRITABLE)}")
     is_torch = suffix in TORCH_SUFFIXES
     if is_torch and importlib.util.find_spec("torch") is None:
-        raise WeightsError(f"writing {path} needs PyTorch: pip install 'repvgg-jax[torch]'")
+        raise WeightsError(f"writing {path} needs PyTorch: {install_hint('torch')}")
     if family is None:
         family = AUTHORS.name if is_torch else NATIVE
     if family == NATIVE:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
+from repvgg_jax.extras import install_hint
 from repvgg_jax.image_files import describe_left_out
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from repvgg_jax.variants import Variant
@@ -231,4 +232,4 @@ def _synthetic(preprocessing: Preprocessing) -> DataSet:
 
 
 def _missing_extra(spec: str, error: ImportError) -> DataError:
-    return DataError(f"the data set {spec!r} needs {error.name}; install it with: pip install 'repvgg-jax[train]'")
+    return DataError(f"the data set {spec!r} needs {error.name}: {install_hint('train')}")

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from repvgg_jax.errors import ConfigError
+from repvgg_jax.extras import install_hint
 
 from .pictures import Picture, to_pil
 from .transforms import Transform, get_transform, random_resized_crop_flip
@@ -109,9 +110,7 @@ def _steps(augmentation: Augmentation, mean: Sequence[float]) -> list[_Step]:
     try:
         from . import augment
     except ImportError as error:
-        raise ConfigError(
-            f"augmentation beyond crop and flip needs {error.name}; install it with: pip install 'repvgg-jax[train]'"
-        ) from error
+        raise ConfigError(f"augmentation beyond crop and flip needs {error.name}: {install_hint('train')}") from error
     steps: list[_Step] = []
     if jitter:
         steps.append(functools.partial(augment.color_jitter, **jitter))

@@ -6,7 +6,6 @@ path that ImageNet takes.
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 
 from repvgg_jax.digits import held_out, scans
 from repvgg_jax.errors import DataError
+from repvgg_jax.files import scratch_folder
 
 NAME, VERSION = "sklearn_digits", "1.0.0"
 
@@ -76,8 +76,8 @@ def prepare(data_dir: Path) -> Path:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".digits-", dir=data_dir) as scratch:
-            _move_into_place(_write(Path(scratch)), directory)
+        with scratch_folder(".digits-", data_dir) as scratch:
+            _move_into_place(_write(scratch), directory)
     except OSError as error:
         raise DataError(
             f"cannot write the digits data set under {data_dir} ({error.strerror or error}); "

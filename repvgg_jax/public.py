@@ -1,0 +1,56 @@
+"""The public names of the package, which `repvgg_jax` loads when the first of them is used."""
+
+from .errors import (
+    ConfigError,
+    DataError,
+    ExportError,
+    FusionError,
+    QuantizationError,
+    RepVGGError,
+    UnknownModelError,
+    WeightsError,
+)
+from .export import export_onnx, export_quantized_onnx, export_saved_model, export_stablehlo
+from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
+from .model import RepVGG, create_model
+from .predictor import make_predictor
+from .preprocess import Preprocessing
+from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
+from .variants import Branches, Variant, list_models
+from .version import __version__
+from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
+
+__all__ = [
+    "Branches",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "FusionError",
+    "Preprocessing",
+    "QuantizationError",
+    "QuantizedNet",
+    "RepVGG",
+    "RepVGGError",
+    "UnknownModelError",
+    "Variant",
+    "WeightsError",
+    "WeightsInfo",
+    "__version__",
+    "create_model",
+    "equivalent_kernel_bias",
+    "export_onnx",
+    "export_quantized_onnx",
+    "export_saved_model",
+    "export_stablehlo",
+    "fuse_variables",
+    "inspect_weights",
+    "list_models",
+    "load_quantized",
+    "load_weights",
+    "make_predictor",
+    "quantize",
+    "report_table",
+    "save_quantized",
+    "save_weights",
+    "to_deploy",
+]

@@ -1,0 +1,173 @@
+"""Attack: Ctrl-C at random moments of a run, from the command's first line to its end.
+
+`python -m tests.attack.interrupts [--count N] [--seed N] [--jobs N]` starts small runs on the digits, each of which
+gets one SIGINT. It must end with status 130 (or 0, where it was over), without a traceback or a crash, and leave no
+temporary file. Some of those whose state is saved are started again and must end in the bits of a run left alone.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from run_helpers import Runs, environment, weights
+
+from .report import Attack, attempts, finish
+
+COUNT, RESUMED = 200, 10
+OPTIONS: dict = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=7, log_every=5)
+SECONDS_TO_STOP = 120
+"""On a machine that does other things too; it takes less than a second where nothing has to be saved."""
+BAD_WORDS = ("Traceback", "Segmentation", "Fatal", "core dumped", "Exception ignored", "terminate called")
+
+
+@dataclasses.dataclass
+class Interrupted:
+    """One run and how it ended.
+
+    Attributes:
+      phase: what it was doing, as far as it had said.
+      fault: what is wrong with its end; empty if nothing is.
+      seconds: it took to end.
+      saved: whether it says that its state is saved.
+    """
+
+    workdir: Path
+    after: float
+    phase: str
+    fault: str
+    seconds: float
+    saved: bool
+
+
+def quick_to_compile() -> dict[str, str]:
+    """The environment of a run that compiles everything itself, which XLA's lowest level does sooner."""
+    variables = environment()
+    variables["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return variables
+
+
+def start(runs: Runs, workdir: Path) -> subprocess.Popen:
+    """A run in a process group of its own."""
+    return subprocess.Popen(
+        runs.command(workdir, **OPTIONS),
+        env=quick_to_compile(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_first_line(process: subprocess.Popen) -> None:
+    """Until the command watches for signals: a second thread is there. Before, the interpreter itself is starting."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    while process.poll() is None and tasks.is_dir() and len(list(tasks.iterdir())) < 2:
+        time.sleep(0.0005)
+
+
+def interrupt(runs: Runs, workdir: Path, after: float) -> Interrupted:
+    """Send one SIGINT `after` seconds, and look at how the run ends."""
+    process = start(runs, workdir)
+    wait_for_first_line(process)
+    time.sleep(after)
+    over = process.poll() is not None
+    os.killpg(process.pid, signal.SIGINT) if not over else None
+    sent = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=SECONDS_TO_STOP)
+        fault = ""
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        fault = f"still running after {SECONDS_TO_STOP} s"
+    seconds = time.monotonic() - sent
+    finished = '{"train_top1"' in out
+    expected = (0, 130) if finished else (130,)
+    if process.returncode not in expected:
+        fault = fault or f"status {process.returncode}"
+    for word in BAD_WORDS:
+        if word in err or word in out:
+            fault = fault or f"{word} in {err[-500:]!r}"
+    hidden = [str(path) for path in workdir.rglob(".*-????????*")]  # as `atomic_path` and `scratch_folder` name them
+    if hidden:
+        fault = fault or f"temporary files left: {hidden}"
+    saved = "state saved" in out
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+    if saved and not any(f"stopped after step {step}," in out for step in steps):
+        fault = fault or f"no checkpoint of {out.splitlines()[-1]!r}, but of {steps}"
+    return Interrupted(workdir, after, phase_of(out, over, finished), fault, seconds, saved)
+
+
+def phase_of(out: str, over: bool, finished: bool) -> str:
+    """What a run was doing, by the lines that it had printed."""
+    if over:
+        return "over"
+    if finished:
+        return "interpreter's end"
+    if "epoch 2: " in out or "weights: " in out:
+        return "last evaluations, weights, curves"
+    if "state saved" in out:
+        return "training, evaluation, checkpoints"
+    return "compilation" if "steps;" in out or "resuming" in out else "start"
+
+
+def resumes(runs: Runs, workdir: Path, whole: Path) -> str:
+    """What is wrong with a run started again; empty if it ends in the bits of `whole`."""
+    process = start(runs, workdir)
+    out, err = process.communicate(timeout=600)
+    if process.returncode:
+        return f"started again, it ends with {process.returncode}: {out[-300:]!r} {err[-300:]!r}"
+    same = all(weights(workdir, name) == weights(whole, name) for name in ("final", "deploy"))
+    return "" if same else "started again, it ends in other weights"
+
+
+def main() -> int:
+    """Interrupt runs, and print one row on the interrupts and one on the resumptions."""
+    parser = argparse.ArgumentParser(prog="python -m tests.attack.interrupts")
+    parser.add_argument("--count", type=int, default=attempts(COUNT))
+    parser.add_argument("--resumed", type=int, default=None, help="how many are started again; a tenth if not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    once, again = Attack("Ctrl-C at a random moment of a run"), Attack("… and the same command again, to the same bits")
+    phases: collections.Counter[str] = collections.Counter()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        runs, root = Runs(Path(folder)), Path(folder)
+        for name in ("first", "whole"):  # the first one writes the data set and compiles the C++
+            begin = time.monotonic()
+            assert not (fault := resumes_alone(runs, root / name)), fault
+            seconds = time.monotonic() - begin
+        to_resume = options.count // 10 if options.resumed is None else options.resumed
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            moments = [chance.uniform(0, seconds) for _ in range(options.count)]
+            done = pool.map(lambda item: interrupt(runs, root / f"{item[0]}", item[1]), enumerate(moments))
+            for end in done:
+                phases[end.phase] += 1
+                print(f"{phases.total()}: {end.phase}, ended in {end.seconds:.1f} s", file=sys.stderr, flush=True)
+                once.count(not end.fault, f"{end.phase}, after {end.after:.3f} s of {seconds:.0f}: {end.fault}")
+                if end.saved and len(again.failures) + again.survived < to_resume:
+                    fault = resumes(runs, end.workdir, root / "whole")
+                    again.count(not fault, fault)
+    once.note = ", ".join(f"{count} in {phase}" for phase, count in phases.most_common())
+    return finish(once, again)
+
+
+def resumes_alone(runs: Runs, workdir: Path) -> str:
+    """What is wrong with a run that is left alone; empty if nothing is."""
+    process = start(runs, workdir)
+    out, err = process.communicate(timeout=600)
+    return "" if process.returncode == 0 else f"status {process.returncode}: {out[-300:]!r} {err[-300:]!r}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
