@@ -38,6 +38,7 @@ class BatchNorm(nn.Module):
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     def __call__(self, x: Array, train: bool = False) -> Array:
         mean, factor, bias = self._terms(x, train)
@@ -69,7 +70,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
 
-        return mean, scale * lax.rsqrt(var + BN_EPSILON), bias
+        return mean, scale * lax.rsqrt(var + self.epsilon), bias
 
 
 class Conv(nn.Module):
@@ -106,12 +107,13 @@ class ConvBN(nn.Module):
     dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
         x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
-        return BatchNorm(self.dtype, self.param_dtype, name="bn")(x, train)
+        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
 
 
 class PointThen3x3(nn.Module):
@@ -130,19 +132,20 @@ class PointThen3x3(nn.Module):
     dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         dtypes = (self.dtype, self.param_dtype)
         middle = self.features if self.pool else x.shape[-1]
         x = Conv(middle, 1, 1, self.groups, 1, *dtypes, name="conv1")(x, train)
-        x, zero = BatchNorm(*dtypes, name="bn1").above_zero(x, train)
+        x, zero = BatchNorm(*dtypes, self.epsilon, name="bn1").above_zero(x, train)
         if self.pool:
             x = average_pool(x, self.stride, self.dilation) + zero
         else:
             conv = Conv(self.features, 3, self.stride, self.groups, self.dilation, *dtypes, name="conv2")
             x = conv(x, train, zero)
-        return BatchNorm(*dtypes, name="bn2")(x, train)
+        return BatchNorm(*dtypes, self.epsilon, name="bn2")(x, train)
 
 
 def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
@@ -245,29 +248,36 @@ class RepVGGBlock(_Block):
       identity: whether there is an identity branch where stride and channels allow one.
       block: RepVGG's or QARepVGG's.
       branches: more summands.
+      epsilon: of every BN.
     """
 
     identity: bool = True
     block: BlockKind = "repvgg"
     branches: Branches = Branches()
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = x.astype(self.dtype)
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        point: dict[str, Any] = dict(stride=self.stride, groups=self.groups, **dtypes)
-        wide: dict[str, Any] = point | dict(dilation=self.dilation)
+        norm: dict[str, Any] = dtypes | dict(epsilon=self.epsilon)
+        geometry: dict[str, Any] = dict(stride=self.stride, groups=self.groups)
+        wide: dict[str, Any] = geometry | norm | dict(dilation=self.dilation)
         bare = self.block == "qarepvgg"
         y = sum(ConvBN(self.features, 3, **wide, name=name)(x, train) for name in self.branches.dense_names())
-        y = y + (Conv if bare else ConvBN)(self.features, 1, **point, name="rbr_1x1")(x, train)
+        if bare:
+            y = y + Conv(self.features, 1, **geometry, **dtypes, name="rbr_1x1")(x, train)
+        else:
+            y = y + ConvBN(self.features, 1, **geometry, **norm, name="rbr_1x1")(x, train)
         if self.branches.dbb_1x1_3x3:
             y = y + PointThen3x3(self.features, pool=False, **wide, name="dbb_1x1_3x3")(x, train)
         if self.branches.dbb_1x1_avg:
             y = y + PointThen3x3(self.features, pool=True, **wide, name="dbb_1x1_avg")(x, train)
         if self.identity and self.stride == 1 and x.shape[-1] == self.features:
-            y = y + (Identity if bare else BatchNorm)(**dtypes, name="rbr_identity")(x, train)
+            branch = Identity(**dtypes, name="rbr_identity") if bare else BatchNorm(**norm, name="rbr_identity")
+            y = y + branch(x, train)
         if bare:
-            y = BatchNorm(**dtypes, name="bn")(y, train)
+            y = BatchNorm(**norm, name="bn")(y, train)
         return materialize(self._activate(y))
 
 

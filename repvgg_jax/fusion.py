@@ -13,6 +13,7 @@ from jax import Array
 
 from .errors import FusionError
 from .kernel_algebra import (
+    BN_EPSILON,
     Pair,
     add_branches,
     average_1x1,
@@ -33,7 +34,9 @@ SUM_BN = "bn"
 """QARepVGG's BN on the sum of the branches."""
 
 
-def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple[Array, Array]:
+def equivalent_kernel_bias(
+    block_params: Tree, block_batch_stats: Tree, *, epsilon: float = BN_EPSILON
+) -> tuple[Array, Array]:
     """The 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
 
     Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. Which
@@ -43,6 +46,7 @@ def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple
       block_params: the block's own subtree of `params`: `rbr_dense`, `rbr_1x1` and, if it has them, `rbr_identity`,
         `rbr_dense_1` …, `dbb_1x1_3x3`, `dbb_1x1_avg`, and `bn` on the sum.
       block_batch_stats: the same subtree of `batch_stats`.
+      epsilon: of the block's BN, which no tree holds: `model.variant.epsilon`.
 
     Returns:
       `[3, 3, C_in / groups, C_out]` and `[C_out]`.
@@ -65,9 +69,9 @@ def equivalent_kernel_bias(block_params: Tree, block_batch_stats: Tree) -> tuple
 
     per_group, channels = block_params["rbr_dense"]["conv"]["kernel"].shape[2:]
     kernel, bias = add_branches(
-        _fuse_branch(name, *branch, per_group, channels) for name, branch in branches.items() if name != SUM_BN
+        _fuse_branch(name, *branch, per_group, channels, epsilon) for name, branch in branches.items() if name != SUM_BN
     )
-    return fuse_conv_bn(kernel, *branches[SUM_BN], bias=bias) if SUM_BN in branches else (kernel, bias)
+    return fuse_conv_bn(kernel, *branches[SUM_BN], epsilon, bias) if SUM_BN in branches else (kernel, bias)
 
 
 def _is_branch(name: str) -> bool:
@@ -84,31 +88,31 @@ def _has_statistics(params: Tree, stats: Tree) -> bool:
     )
 
 
-def _fuse_branch(name: str, params: Tree, stats: Tree, per_group: int, channels: int) -> Pair:
+def _fuse_branch(name: str, params: Tree, stats: Tree, per_group: int, channels: int, epsilon: float) -> Pair:
     """One branch as a 3x3 convolution `[3, 3, per_group, channels]`."""
     if name == "rbr_identity":
         dtype = next(iter(stats.values())).dtype
         identity = identity_kernel(channels, channels // per_group, dtype)
         if params:
-            return fuse_conv_bn(identity, params, stats)
+            return fuse_conv_bn(identity, params, stats, epsilon)
         return identity * stats["scale"], jnp.zeros(channels, dtype)  # QARepVGG's
     if name.startswith("dbb_"):
-        point, point_bias = fuse_conv_bn(params["conv1"]["kernel"], params["bn1"], stats["bn1"])
+        point, point_bias = fuse_conv_bn(params["conv1"]["kernel"], params["bn1"], stats["bn1"], epsilon)
         if "conv2" in params:
             kernel = params["conv2"]["kernel"]
             groups = point.shape[3] // kernel.shape[2]
             kernel, bias = chain_1x1((point, point_bias), (kernel, jnp.zeros(channels, kernel.dtype)), groups)
         else:
             kernel, bias = average_1x1(point), point_bias
-        return fuse_conv_bn(kernel, params["bn2"], stats["bn2"], bias=bias)
+        return fuse_conv_bn(kernel, params["bn2"], stats["bn2"], epsilon, bias)
     if "bn" in params:
-        kernel, bias = fuse_conv_bn(params["conv"]["kernel"], params["bn"], stats["bn"])
+        kernel, bias = fuse_conv_bn(params["conv"]["kernel"], params["bn"], stats["bn"], epsilon)
     else:
         kernel, bias = params["kernel"], jnp.zeros(channels, params["kernel"].dtype)
     return (embed_1x1(kernel) if kernel.shape[0] == 1 else kernel), bias
 
 
-def fuse_variables(variables: Tree, path: Sequence[str] = ()) -> dict[str, Any]:
+def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float = BN_EPSILON) -> dict[str, Any]:
     """Fuse every RepVGG block under `path`, and leave everything else of a larger model as it is.
 
     Auxiliary heads that sit beside a fused RepVGG body are dropped: they serve training only.
@@ -116,6 +120,7 @@ def fuse_variables(variables: Tree, path: Sequence[str] = ()) -> dict[str, Any]:
     Args:
       variables: `{"params", "batch_stats", …}` of any Flax model that contains RepVGG blocks.
       path: names that lead from `params` to the subtree to fuse, such as `("backbone",)`; empty for all.
+      epsilon: of the blocks' BN, which no tree holds: `model.variant.epsilon`.
 
     Returns:
       New variables, for the same model built with `deploy=True` RepVGG inside. The input is untouched.
@@ -125,7 +130,7 @@ def fuse_variables(variables: Tree, path: Sequence[str] = ()) -> dict[str, Any]:
     """
     if "params" not in variables:
         raise FusionError(f"expected variables with 'params', found {', '.join(variables) or 'nothing'}")
-    params, stats = _fuse_at(variables["params"], variables.get("batch_stats", {}), tuple(path), ())
+    params, stats = _fuse_at(variables["params"], variables.get("batch_stats", {}), tuple(path), (), epsilon)
     fused = {name: tree for name, tree in variables.items() if name not in ("params", "batch_stats")}
     fused["params"] = params
     if stats:
@@ -133,25 +138,27 @@ def fuse_variables(variables: Tree, path: Sequence[str] = ()) -> dict[str, Any]:
     return fused
 
 
-def _fuse_at(params: Tree, stats: Tree, path: tuple[str, ...], walked: tuple[str, ...]) -> tuple[dict, dict]:
+def _fuse_at(
+    params: Tree, stats: Tree, path: tuple[str, ...], walked: tuple[str, ...], epsilon: float
+) -> tuple[dict, dict]:
     """Follow `path` down, fuse below it, and rebuild the levels above."""
     if not path:
-        fused, remaining, count = _fuse_below(params, stats, walked)
+        fused, remaining, count = _fuse_below(params, stats, walked, epsilon)
         if count == 0:
             raise FusionError(f"no RepVGG block found under {'/'.join(walked) or 'params'}: nothing to fuse")
         return fused, remaining
     name, *rest = path
     if name not in params:
         raise FusionError(f"no {'/'.join((*walked, name))} in params; there are {', '.join(params)}")
-    child, child_stats = _fuse_at(params[name], stats.get(name, {}), tuple(rest), (*walked, name))
+    child, child_stats = _fuse_at(params[name], stats.get(name, {}), tuple(rest), (*walked, name), epsilon)
     return {**params, name: child}, _with_child(stats, name, child_stats)
 
 
-def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...]) -> tuple[dict, dict, int]:
+def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...], epsilon: float) -> tuple[dict, dict, int]:
     """`params`, `batch_stats` and the number of blocks after fusing every block of this subtree."""
     if "rbr_dense" in params or "rbr_reparam" in params:
         try:
-            kernel, bias = equivalent_kernel_bias(params, stats)
+            kernel, bias = equivalent_kernel_bias(params, stats, epsilon=epsilon)
         except FusionError as error:
             raise FusionError(f"{'/'.join(walked) or 'block'}: {error}") from None
         kept = {name: leaf for name, leaf in params.items() if not _is_branch(name)}
@@ -164,7 +171,7 @@ def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...]) -> tuple[dic
         if is_body and name in AUX_HEADS:
             remaining.pop(name, None)
         elif isinstance(child, Mapping):
-            fused[name], child_stats, found = _fuse_below(child, stats.get(name, {}), (*walked, name))
+            fused[name], child_stats, found = _fuse_below(child, stats.get(name, {}), (*walked, name), epsilon)
             remaining = _with_child(remaining, name, child_stats)
             count += found
         else:
@@ -188,4 +195,4 @@ def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
     """
     if model.deploy:
         raise FusionError("the model is already in deploy form")
-    return model.clone(deploy=True), fuse_variables(variables)
+    return model.clone(deploy=True), fuse_variables(variables, epsilon=model.variant.epsilon)

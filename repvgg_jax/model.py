@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from .activations import Activation
 from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
+from .kernel_algebra import BN_EPSILON
 from .variants import AUX_HEADS, BlockKind, Branches, Published, Variant, get_variant
 
 
@@ -42,10 +43,12 @@ class AuxiliaryHead(nn.Module):
     num_classes: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv_bn = ConvBN(x.shape[-1], 3, stride=2, dtype=self.dtype, param_dtype=self.param_dtype)
+        options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype, epsilon=self.epsilon)
+        conv_bn = ConvBN(x.shape[-1], 3, stride=2, **options)
         nn.share_scope(self, conv_bn)  # leaves are `stage1_aux/{conv,bn,linear}`
         x = nn.relu(conv_bn(x, train))
         return Linear(self.num_classes, self.param_dtype, name="linear")(global_average_pool(x, self.param_dtype))
@@ -99,7 +102,10 @@ class RepVGG(nn.Module):
             block_class = nn.remat(block_class, static_argnums=(2,))
         for spec in variant.blocks():
             training: dict[str, Any] = dict(
-                identity=spec.nominal_stride == 1, block=variant.block, branches=variant.branches
+                identity=spec.nominal_stride == 1,
+                block=variant.block,
+                branches=variant.branches,
+                epsilon=variant.epsilon,
             )
             block = block_class(
                 features=spec.out_channels,
@@ -118,7 +124,7 @@ class RepVGG(nn.Module):
         self.drop = nn.Dropout(self.dropout)
         if self.has_auxiliary_heads:
             for name in AUX_HEADS:
-                setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype))
+                setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype, variant.epsilon))
 
     @property
     def has_auxiliary_heads(self) -> bool:
@@ -215,11 +221,13 @@ def create_model(
     activation: Activation | None = None,
     block: BlockKind | None = None,
     branches: Branches | None = None,
+    epsilon: float | None = None,
     name: str | None = None,
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
 
-    `stem_stride`, `output_stride`, `activation`, `block` and `branches` change the variant's own; None leaves them.
+    `stem_stride`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
+    they are None.
 
     Args:
       variant: a name from `list_models()`, or a `Variant`.
@@ -236,6 +244,7 @@ def create_model(
       activation: instead of ReLU; a name such as "gelu", or a function.
       block: "repvgg" or "qarepvgg", the training form's block.
       branches: more branches for the training form's blocks.
+      epsilon: what every BatchNorm adds to the variance: 1e-5, or 1e-3 in weights of Keras and of YOLO trainers.
       name: the Flax submodule name, where the model is built inside another module's compact method.
 
     Raises:
@@ -252,7 +261,12 @@ def create_model(
     if isinstance(variant, str):
         variant = get_variant(variant)
     changes: dict[str, Any] = dict(
-        stem_stride=stem_stride, output_stride=output_stride, activation=activation, block=block, branches=branches
+        stem_stride=stem_stride,
+        output_stride=output_stride,
+        activation=activation,
+        block=block,
+        branches=branches,
+        epsilon=epsilon,
     )
     changed = dataclasses.replace(variant, **{field: value for field, value in changes.items() if value is not None})
     if changed != variant:
