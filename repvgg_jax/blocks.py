@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .activations import Activation, activation_function
+from .broadcasting import channelwise
 from .kernel_algebra import BN_EPSILON, constant_response
 from .training_conv import materialize, plain_conv, training_conv
 from .variants import BlockKind, Branches, SqueezeExcitePlace
@@ -41,13 +42,14 @@ class BatchNorm(nn.Module):
     epsilon: float = BN_EPSILON
 
     def __call__(self, x: Array, train: bool = False) -> Array:
-        mean, factor, bias = self._terms(x, train)
+        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms(x, train))
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
     def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
         """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
         mean, factor, bias = self._terms(x, train)
-        return (x.astype(self.param_dtype) * factor).astype(self.dtype), (bias - mean * factor).astype(self.dtype)
+        from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
+        return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
     @nn.compact
     def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
@@ -61,7 +63,7 @@ class BatchNorm(nn.Module):
         if train:
             wide = x.astype(self.param_dtype)
             mean = wide.mean((0, 1, 2))
-            var = jnp.square(wide - mean).mean((0, 1, 2))
+            var = jnp.square(wide - channelwise(mean, x.ndim)).mean((0, 1, 2))
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
@@ -94,7 +96,7 @@ class Conv(nn.Module):
         compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
         kernel = kernel.astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
-        return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
+        return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
 
 
 class ConvBN(nn.Module):
@@ -141,7 +143,7 @@ class PointThen3x3(nn.Module):
         x = Conv(middle, 1, 1, self.groups, 1, *dtypes, name="conv1")(x, train)
         x, zero = BatchNorm(*dtypes, self.epsilon, name="bn1").above_zero(x, train)
         if self.pool:
-            x = average_pool(x, self.stride, self.dilation) + zero
+            x = average_pool(x, self.stride, self.dilation) + channelwise(zero)
         else:
             conv = Conv(self.features, 3, self.stride, self.groups, self.dilation, *dtypes, name="conv2")
             x = conv(x, train, zero)
@@ -209,7 +211,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + bias
+        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
 
 
 class _Block(nn.Module):

@@ -25,6 +25,7 @@ from . import native
 from .conv3x3 import DIMENSION_NUMBERS, TILE
 from .native import training as native_training
 from .planner import LayerShape, training_algorithm
+from .sharding import explicitly_sharded, varying_axes, varying_over
 
 # Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
 SMALL_FORWARD = {1: 9, 2: 64}
@@ -50,13 +51,18 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dil
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
-    return _training_conv(x, kernel, stride, groups, dilation)
+    if explicitly_sharded(x, kernel):
+        return _xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
+    # Outside of the custom gradient, so that a kernel that all devices share gets the sum of their gradients.
+    axes = varying_axes(x, kernel)
+    return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
 
 
 def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """The same function, differentiable in every mode, with XLA's own gradient."""
     xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
-    if kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]:
+    large = kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]
+    if large or explicitly_sharded(x, kernel):
         return xla(x, kernel)
     product = functools.partial(_product_conv, stride=stride, dilation=dilation)
     return _on_cpu(lambda x, kernel: _by_group(product, groups, x, kernel), xla, x, kernel)
@@ -113,7 +119,7 @@ def materialize(x: Array) -> Array:
     more for each of its readers: ten times the compilation, and a third more running time (A0 at 32x32). XLA drops
     `lax.optimization_barrier` before it fuses; a loop that never runs it cannot see through.
     """
-    if x.size == 0:
+    if x.size == 0 or explicitly_sharded(x):
         return x
     return _on_cpu(_never_looping, lambda x: x, x)
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..blocks import RepVGGBlock
+from ..broadcasting import channelwise
 from ..errors import QuantizationError
 from ..fusion import equivalent_kernel_bias, fuse_variables
 from ..model import Linear, RepVGG
@@ -67,7 +68,7 @@ class QATBlock(RepVGGBlock):
             self.variables["params"], self.variables["batch_stats"], epsilon=self.epsilon
         )
         compute = training_conv if train else plain_conv
-        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + bias
+        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + channelwise(bias)
         return materialize(self._activate(y))
 
 
@@ -80,7 +81,7 @@ class QATLinear(Linear):
         if self.is_initializing():
             return super().__call__(x)
         params = self.variables["params"]
-        return x @ _quantized_kernel(params["kernel"]) + params["bias"]
+        return x @ _quantized_kernel(params["kernel"]) + channelwise(params["bias"], x.ndim)
 
 
 class QATRepVGG(RepVGG):
