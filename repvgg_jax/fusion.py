@@ -24,6 +24,7 @@ from .kernel_algebra import (
 )
 from .model import RepVGG
 from .variants import AUX_HEADS
+from .weights.layout import check_shapes, expected_shapes, flatten
 
 Tree = Mapping[str, Any]
 
@@ -65,7 +66,9 @@ def equivalent_kernel_bias(
     branches = {name: (block_params.get(name, {}), block_batch_stats.get(name, {})) for name in names}
     missing = [name for name, (params, stats) in branches.items() if not _has_statistics(params, stats)]
     if missing:
-        raise FusionError(f"no running statistics (batch_stats) for {', '.join(missing)}: fusion needs them")
+        raise FusionError(
+            f"no running statistics (batch_stats) for {', '.join(missing)}: fusion needs those of the same net"
+        )
 
     per_group, channels = block_params["rbr_dense"]["conv"]["kernel"].shape[2:]
     kernel, bias = add_branches(
@@ -80,9 +83,9 @@ def _is_branch(name: str) -> bool:
 
 
 def _has_statistics(params: Tree, stats: Tree) -> bool:
-    """Whether every BN in a branch has running ones; a BN is where a `scale` is learned."""
+    """Whether every BN in a branch has running ones, of its width; a BN is where a `scale` is learned."""
     if "scale" in params:
-        return {"mean", "var"} <= set(stats)
+        return all(name in stats and stats[name].shape == params["scale"].shape for name in ("mean", "var"))
     return all(
         _has_statistics(child, stats.get(name, {})) for name, child in params.items() if isinstance(child, Mapping)
     )
@@ -126,8 +129,11 @@ def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float 
       New variables, for the same model built with `deploy=True` RepVGG inside. The input is untouched.
 
     Raises:
-      FusionError: nothing to fuse under `path`, a block already fused, or running statistics missing.
+      FusionError: nothing to fuse under `path`, a `path` that is a string, a block already fused, or running
+        statistics missing.
     """
+    if isinstance(path, str):
+        raise FusionError(f'path must be a tuple of names, such as ("backbone",), not {path!r}')
     if "params" not in variables:
         raise FusionError(f"expected variables with 'params', found {', '.join(variables) or 'nothing'}")
     params, stats = _fuse_at(variables["params"], variables.get("batch_stats", {}), tuple(path), (), epsilon)
@@ -192,7 +198,22 @@ def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
 
     Raises:
       FusionError: the model is in deploy form already, or its tree cannot be fused.
+      WeightsError: `variables` are another model's.
     """
     if model.deploy:
         raise FusionError("the model is already in deploy form")
-    return model.clone(deploy=True), fuse_variables(variables, epsilon=model.variant.epsilon)
+    deploy_model, fused = model.clone(deploy=True), fuse_variables(variables, epsilon=model.variant.epsilon)
+    check_deploy_params(deploy_model, fused["params"])
+    return deploy_model, fused
+
+
+def check_deploy_params(model: RepVGG, params: Tree) -> None:
+    """Hold the names and shapes of a deploy form's parameters to those of its model.
+
+    Raises:
+      WeightsError: lists what is missing, unexpected or of another shape.
+    """
+    found = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    stem = found.get("params/stage0/rbr_reparam/kernel", (3, 3, 3))
+    expected = expected_shapes(model.variant, True, model.num_classes, stem[2])
+    check_shapes(found, expected, "variables", f"the deploy form of {model.variant.name}")

@@ -1,6 +1,8 @@
 """RepVGG as a Flax linen module: stages, head, features."""
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +13,41 @@ from .activations import Activation
 from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
 from .kernel_algebra import BN_EPSILON
 from .variants import AUX_HEADS, BlockKind, Branches, Published, Variant, get_variant
+
+
+def checked_dtype(name: str, value: Any) -> Any:
+    """Return `value`, if it is a floating-point dtype; a string becomes the dtype that it names.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if value is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating-point dtype such as float32 or bfloat16, not {value!r}")
+    return dtype if isinstance(value, str) else value
+
+
+def checked_count(name: str, value: Any) -> int:
+    """Return `value`, if it is a positive whole number.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return int(value)
+
+
+def channel_hint(shape: Sequence[int], channels: int) -> str:
+    """Return what to add to an error about images of that shape: advice, if their channels come first."""
+    if len(shape) != 4 or shape[-1] == channels or shape[1] != channels:
+        return ""
+    return "; channels come last: transpose them from [N, C, H, W] to [N, H, W, C]"
 
 
 class Linear(nn.Module):
@@ -144,6 +181,9 @@ class RepVGG(nn.Module):
     def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
         if images.ndim != 4:
             raise ValueError(f"images must have shape [N, H, W, C], not {list(images.shape)}")
+        self._check_channels(images.shape)
+        if train and 0 in images.shape:
+            raise ValueError(f"an empty batch, {list(images.shape)}, has no statistics to train with")
         x = images.astype(self.dtype)
         outputs = {}
         for spec in self.variant.blocks():
@@ -153,6 +193,19 @@ class RepVGG(nn.Module):
                 x = lax.stop_gradient(x)
             outputs[spec.stage] = x  # the stage's last block wins
         return outputs
+
+    def _check_channels(self, shape: tuple[int, ...]) -> None:
+        """Hold the images to the first convolution's channels; before there is one, to what images look like."""
+        stem = self.variables.get("params", {}).get("stage0", {})
+        layer = stem.get("rbr_reparam") or stem.get("rbr_dense", {}).get("conv", {})
+        if "kernel" in layer:
+            channels = layer["kernel"].shape[2]
+        else:
+            channels = shape[1] if shape[1] in (1, 3) and shape[2] == shape[3] > 4 else shape[3]
+        if shape[3] != channels:
+            raise ValueError(
+                f"images must have shape [N, H, W, {channels}], not {list(shape)}{channel_hint(shape, channels)}"
+            )
 
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
         """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
@@ -249,11 +302,11 @@ def create_model(
 
     Raises:
       UnknownModelError: no published variant has that name.
-      ValueError: `num_classes` is not positive, `frozen_stages` none of 0 to 5, `dropout` not in [0, 1), or the
-        variant cannot be changed so.
+      ValueError: `num_classes` is not a positive whole number, a dtype none of floating point, `frozen_stages` none of
+        0 to 5, `dropout` not in [0, 1), or the variant cannot be changed so.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    num_classes = checked_count("num_classes", num_classes)
+    dtype, param_dtype = checked_dtype("dtype", dtype), checked_dtype("param_dtype", param_dtype)
     if not 0 <= frozen_stages <= 5:
         raise ValueError(f"frozen_stages must be 0 to 5, not {frozen_stages}")
     if not 0 <= dropout < 1:

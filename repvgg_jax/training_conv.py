@@ -14,7 +14,9 @@ same sum as matrix products, and images of a few pixels fall into a path 20 time
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -33,13 +35,15 @@ SMALL_BACKWARD = {1: 196, 2: 1 << 30}
 # Up to so many output columns, rows of pixels are too short for the native convolutions of stride 2.
 NARROW = 4
 
+_every_mode: ContextVar[bool] = ContextVar("every_mode", default=False)
+
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """Convolution without bias, padded so that the size depends on the stride alone.
 
     `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`.
 
-    Reverse-mode differentiable any number of times; not forward-mode.
+    Reverse-mode differentiable any number of times; forward-mode within `differentiable_in_every_mode`.
 
     Args:
       x: `[N, H, W, C_in]`.
@@ -51,11 +55,28 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dil
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
-    if explicitly_sharded(x, kernel):
+    if _every_mode.get() or explicitly_sharded(x, kernel):
         return _xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
     # Outside of the custom gradient, so that a kernel that all devices share gets the sum of their gradients.
     axes = varying_axes(x, kernel)
     return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
+
+
+@contextmanager
+def differentiable_in_every_mode() -> Iterator[None]:
+    """Have the training form computed by XLA's own convolutions, which forward mode takes too.
+
+    For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian` of a model with `train=True`. Outside, gradients on
+    CPUs are the library's own and faster, and JAX lets a function have rules of its own for one mode alone: forward
+    mode ends in its "can't apply forward-mode differentiation (jvp) to a custom_vjp function".
+
+    It counts while a function is traced: a function that was jitted and called outside is not traced again.
+    """
+    token = _every_mode.set(True)
+    try:
+        yield
+    finally:
+        _every_mode.reset(token)
 
 
 def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:

@@ -92,7 +92,8 @@ def learn_rounding(
     kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
     steps = channelwise(scale, kernel.ndim)
     shape = geometry(spec)
-    soft = _optimize(shape, relu, options, kernel, bias, steps, inputs[:count], targets[:count], places)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not compute without
+        soft = _optimize(shape, relu, options, kernel, bias, steps, inputs[:count], targets[:count], places)
     nearest, learned = jnp.round(kernel / steps), jnp.floor(kernel / steps) + (soft >= 0.5).astype(kernel.dtype)
 
     def held_out_error(integers: Array) -> float:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..errors import WeightsError
 from ..kernel_algebra import BN_EPSILON
-from ..model import RepVGG
+from ..model import RepVGG, checked_count
+from ..processes import check_not_forked
 from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from . import int8, native
 from .hub import fetch, is_hub_address
@@ -86,10 +87,11 @@ def load_weights(
       WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one whole RepVGG.
       ValueError: `num_classes` is not positive, or `epsilon` not above 0 and below 1.
     """
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if num_classes is not None:
+        num_classes = checked_count("num_classes", num_classes)
     if epsilon is not None:
         epsilon = checked_epsilon(epsilon)
+    check_not_forked()
     with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
         info, file = contents.info, contents.file
         if info.quantized:
