@@ -52,8 +52,16 @@ def check(expected: Any, found: Any) -> None:
         assert relative_difference(values, found[name]) < 1e-3, name
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        (AxisType.Explicit, 4),
+        pytest.param(AxisType.Explicit, 1, marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, 4, marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_jit_on_a_mesh_is_jit_without(kind, count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
@@ -82,10 +90,13 @@ def test_gradients_in_shard_map_that_checks_what_varies(count):
     check(gradients, found["gradients"])
     stats = jax.tree.map(lambda *leaves: np.stack(leaves), *(part["batch_stats"] for part in parts))
     check(stats, found["batch_stats"])
-    check(reference()["logits"], found["logits"])
+    logits = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part["logits"] for part in parts))
+    check(logits, found["logits"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto, "shard_map"], ids=["explicit", "auto", "shard_map"])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow), "shard_map"], ids=str
+)
 def test_every_branch_can_be_lowered(kind):
     variables = random_variables(BRANCHES)
     function = functools.partial(everything, BRANCHES)
@@ -112,7 +123,7 @@ def test_lowering_for_accelerators(platform):
     )
     text = exported.mlir_module()
     assert "stablehlo.convolution" in text
-    assert "repvgg_" not in text  # a CPU's own convolutions
+    assert "@repvgg_" not in text  # a call of native code
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype, sharding=NamedSharding(mesh, P("data")))
