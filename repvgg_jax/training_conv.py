@@ -68,7 +68,7 @@ def differentiable_in_every_mode() -> Iterator[None]:
 
     For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian` of a model with `train=True`. Outside, gradients on
     CPUs are the library's own and faster, and JAX lets a function have rules of its own for one mode alone: forward
-    mode ends in its "can't apply forward-mode differentiation (jvp) to a custom_vjp function".
+    mode ends in its "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
 
     It counts while a function is traced: a function that was jitted and called outside is not traced again.
     """

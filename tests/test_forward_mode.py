@@ -53,7 +53,7 @@ def test_jacobians_and_hessians():
 @pytest.mark.parametrize("size", [1, 3])
 def test_one_convolution_by_itself_says_that_it_cannot(size):
     x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((size, size, 2, 2))
-    with pytest.raises(TypeError, match="can't apply forward-mode differentiation"):
+    with pytest.raises(TypeError, match=r"can't apply forward-mode .* to a custom_vjp function"):
         jax.jvp(training_conv, (x, kernel), (x, kernel))
     with differentiable_in_every_mode():
         y, tangent = jax.jvp(training_conv, (x, kernel), (x, kernel))
