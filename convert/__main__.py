@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
     run_module("convert.__main__")
 
 import dataclasses
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
+from repvgg_jax.kernel_algebra import BN_EPSILON
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
@@ -56,6 +58,9 @@ class Arguments:
     """Take the moving average of the weights, where a training checkpoint has one."""
     tensors_only: bool = False
     """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
+    epsilon: float | None = None
+    """What BatchNorm added to the variance when the weights were trained. Native files say it; for others 1e-5 unless
+    given. YOLO trainers and Keras take 1e-3."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
     """Exports: how the images lie that they take. NCHW for .onnx, NHWC for the others, unless given."""
     image_size: int | None = None
@@ -97,6 +102,8 @@ def convert(arguments: Arguments) -> str:
         raise ConfigError("expected IN and OUT, or --inspect FILE")
     if arguments.num_classes is not None and arguments.num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
+    if arguments.epsilon is not None and not 0 < arguments.epsilon < 1:
+        raise ConfigError(f"--epsilon must be above 0 and below 1, not {arguments.epsilon}")
     export = None if arguments.quantization.int8 else _export_format(arguments, arguments.output)
     options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
     info = inspect_weights(arguments.input, arguments.arch, **options)
@@ -116,10 +123,13 @@ def convert(arguments: Arguments) -> str:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
-    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
+    model, variables = rv.load_weights(
+        arguments.input, arguments.arch, arguments.num_classes, epsilon=arguments.epsilon, **options
+    )
     done = "deploy form, as it was" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
-        fused_model, fused = model.clone(deploy=True), jax.jit(rv.fuse_variables)(variables)
+        fuse = functools.partial(rv.fuse_variables, epsilon=model.variant.epsilon)
+        fused_model, fused = model.clone(deploy=True), jax.jit(fuse)(variables)
         difference = relative_difference(model, variables, fused_model, fused)
         if not difference <= TOLERANCE:
             raise WeightsError(
@@ -200,8 +210,10 @@ def describe(path: str, info: WeightsInfo) -> str:
     form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name
-    if info.variant != VARIANTS.get(variant):
+    if dataclasses.replace(info.variant, epsilon=BN_EPSILON) != VARIANTS.get(variant):
         variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
+    if info.variant.epsilon != BN_EPSILON and not info.deploy:
+        variant += f" with BatchNorm epsilon {info.variant.epsilon:g}"
     return (
         f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
         f"{info.dtype}, {info.num_parameters:,} parameters"

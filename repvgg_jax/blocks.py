@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .activations import Activation, activation_function
+from .broadcasting import channelwise
 from .kernel_algebra import BN_EPSILON, constant_response
 from .training_conv import materialize, plain_conv, training_conv
 from .variants import BlockKind, Branches, SqueezeExcitePlace
@@ -38,15 +39,17 @@ class BatchNorm(nn.Module):
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     def __call__(self, x: Array, train: bool = False) -> Array:
-        mean, factor, bias = self._terms(x, train)
+        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms(x, train))
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
     def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
         """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
         mean, factor, bias = self._terms(x, train)
-        return (x.astype(self.param_dtype) * factor).astype(self.dtype), (bias - mean * factor).astype(self.dtype)
+        from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
+        return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
     @nn.compact
     def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
@@ -60,7 +63,7 @@ class BatchNorm(nn.Module):
         if train:
             wide = x.astype(self.param_dtype)
             mean = wide.mean((0, 1, 2))
-            var = jnp.square(wide - mean).mean((0, 1, 2))
+            var = jnp.square(wide - channelwise(mean, x.ndim)).mean((0, 1, 2))
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
@@ -69,7 +72,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
 
-        return mean, scale * lax.rsqrt(var + BN_EPSILON), bias
+        return mean, scale * lax.rsqrt(var + self.epsilon), bias
 
 
 class Conv(nn.Module):
@@ -93,7 +96,7 @@ class Conv(nn.Module):
         compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
         kernel = kernel.astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
-        return y if pedestal is None else y + constant_response(kernel, pedestal, self.groups)
+        return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
 
 
 class ConvBN(nn.Module):
@@ -106,12 +109,13 @@ class ConvBN(nn.Module):
     dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
         x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
-        return BatchNorm(self.dtype, self.param_dtype, name="bn")(x, train)
+        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
 
 
 class PointThen3x3(nn.Module):
@@ -130,19 +134,20 @@ class PointThen3x3(nn.Module):
     dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         dtypes = (self.dtype, self.param_dtype)
         middle = self.features if self.pool else x.shape[-1]
         x = Conv(middle, 1, 1, self.groups, 1, *dtypes, name="conv1")(x, train)
-        x, zero = BatchNorm(*dtypes, name="bn1").above_zero(x, train)
+        x, zero = BatchNorm(*dtypes, self.epsilon, name="bn1").above_zero(x, train)
         if self.pool:
-            x = average_pool(x, self.stride, self.dilation) + zero
+            x = average_pool(x, self.stride, self.dilation) + channelwise(zero)
         else:
             conv = Conv(self.features, 3, self.stride, self.groups, self.dilation, *dtypes, name="conv2")
             x = conv(x, train, zero)
-        return BatchNorm(*dtypes, name="bn2")(x, train)
+        return BatchNorm(*dtypes, self.epsilon, name="bn2")(x, train)
 
 
 def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
@@ -206,7 +211,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + bias
+        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
 
 
 class _Block(nn.Module):
@@ -245,29 +250,36 @@ class RepVGGBlock(_Block):
       identity: whether there is an identity branch where stride and channels allow one.
       block: RepVGG's or QARepVGG's.
       branches: more summands.
+      epsilon: of every BN.
     """
 
     identity: bool = True
     block: BlockKind = "repvgg"
     branches: Branches = Branches()
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = x.astype(self.dtype)
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        point: dict[str, Any] = dict(stride=self.stride, groups=self.groups, **dtypes)
-        wide: dict[str, Any] = point | dict(dilation=self.dilation)
+        norm: dict[str, Any] = dtypes | dict(epsilon=self.epsilon)
+        geometry: dict[str, Any] = dict(stride=self.stride, groups=self.groups)
+        wide: dict[str, Any] = geometry | norm | dict(dilation=self.dilation)
         bare = self.block == "qarepvgg"
         y = sum(ConvBN(self.features, 3, **wide, name=name)(x, train) for name in self.branches.dense_names())
-        y = y + (Conv if bare else ConvBN)(self.features, 1, **point, name="rbr_1x1")(x, train)
+        if bare:
+            y = y + Conv(self.features, 1, **geometry, **dtypes, name="rbr_1x1")(x, train)
+        else:
+            y = y + ConvBN(self.features, 1, **geometry, **norm, name="rbr_1x1")(x, train)
         if self.branches.dbb_1x1_3x3:
             y = y + PointThen3x3(self.features, pool=False, **wide, name="dbb_1x1_3x3")(x, train)
         if self.branches.dbb_1x1_avg:
             y = y + PointThen3x3(self.features, pool=True, **wide, name="dbb_1x1_avg")(x, train)
         if self.identity and self.stride == 1 and x.shape[-1] == self.features:
-            y = y + (Identity if bare else BatchNorm)(**dtypes, name="rbr_identity")(x, train)
+            branch = Identity(**dtypes, name="rbr_identity") if bare else BatchNorm(**norm, name="rbr_identity")
+            y = y + branch(x, train)
         if bare:
-            y = BatchNorm(**dtypes, name="bn")(y, train)
+            y = BatchNorm(**norm, name="bn")(y, train)
         return materialize(self._activate(y))
 
 

@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from . import native
+from .broadcasting import channelwise
 from .winograd import transform_kernel, winograd
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -61,7 +62,7 @@ def conv3x3(x: Array, kernel: Array, bias: Array, *, stride: int = 1, groups: in
         dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=groups,
     )
-    return out + bias
+    return out + channelwise(bias)
 
 
 def supports(algorithm: Algorithm, stride: int, dilation: int = 1) -> bool:
@@ -133,7 +134,7 @@ def convolve(
     if algorithm in TILE:
         return winograd(x, prepared, bias, tile=TILE[algorithm], groups=groups, relu=relu)
     if algorithm == "im2col":
-        y = _im2col(x, prepared, stride) + bias
+        y = _im2col(x, prepared, stride) + channelwise(bias)
     else:
         y = conv3x3(x, prepared, bias, stride=stride, groups=groups, dilation=dilation)
     return jnp.maximum(y, 0) if relu else y

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .broadcasting import channelwise
+
 BN_EPSILON = 1e-5
 EXACT = lax.Precision.HIGHEST
 """GPUs and TPUs round the factors of float32 products otherwise."""
@@ -38,7 +40,7 @@ def fuse_conv_bn(
     """
     factor = bn_params["scale"] / jnp.sqrt(bn_stats["var"] + epsilon)
     mean = bn_stats["mean"] if bias is None else bn_stats["mean"] - bias
-    return kernel * factor, bn_params["bias"] - mean * factor
+    return kernel * channelwise(factor, kernel.ndim), bn_params["bias"] - mean * factor
 
 
 def add_branches(pairs: Iterable[Pair]) -> Pair:

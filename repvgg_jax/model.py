@@ -1,6 +1,8 @@
 """RepVGG as a Flax linen module: stages, head, features."""
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +11,43 @@ from jax import Array, lax
 
 from .activations import Activation
 from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
+from .kernel_algebra import BN_EPSILON
 from .variants import AUX_HEADS, BlockKind, Branches, Published, Variant, get_variant
+
+
+def checked_dtype(name: str, value: Any) -> Any:
+    """Return `value`, if it is a floating-point dtype; a string becomes the dtype that it names.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if value is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating-point dtype such as float32 or bfloat16, not {value!r}")
+    return dtype if isinstance(value, str) else value
+
+
+def checked_count(name: str, value: Any) -> int:
+    """Return `value`, if it is a positive whole number.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return int(value)
+
+
+def channel_hint(shape: Sequence[int], channels: int) -> str:
+    """Return what to add to an error about images of that shape: advice, if their channels come first."""
+    if len(shape) != 4 or shape[-1] == channels or shape[1] != channels:
+        return ""
+    return "; channels come last: transpose them from [N, C, H, W] to [N, H, W, C]"
 
 
 class Linear(nn.Module):
@@ -42,10 +80,12 @@ class AuxiliaryHead(nn.Module):
     num_classes: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        conv_bn = ConvBN(x.shape[-1], 3, stride=2, dtype=self.dtype, param_dtype=self.param_dtype)
+        options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype, epsilon=self.epsilon)
+        conv_bn = ConvBN(x.shape[-1], 3, stride=2, **options)
         nn.share_scope(self, conv_bn)  # leaves are `stage1_aux/{conv,bn,linear}`
         x = nn.relu(conv_bn(x, train))
         return Linear(self.num_classes, self.param_dtype, name="linear")(global_average_pool(x, self.param_dtype))
@@ -99,7 +139,10 @@ class RepVGG(nn.Module):
             block_class = nn.remat(block_class, static_argnums=(2,))
         for spec in variant.blocks():
             training: dict[str, Any] = dict(
-                identity=spec.nominal_stride == 1, block=variant.block, branches=variant.branches
+                identity=spec.nominal_stride == 1,
+                block=variant.block,
+                branches=variant.branches,
+                epsilon=variant.epsilon,
             )
             block = block_class(
                 features=spec.out_channels,
@@ -118,7 +161,7 @@ class RepVGG(nn.Module):
         self.drop = nn.Dropout(self.dropout)
         if self.has_auxiliary_heads:
             for name in AUX_HEADS:
-                setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype))
+                setattr(self, name, AuxiliaryHead(self.num_classes, self.dtype, self.param_dtype, variant.epsilon))
 
     @property
     def has_auxiliary_heads(self) -> bool:
@@ -138,6 +181,9 @@ class RepVGG(nn.Module):
     def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
         if images.ndim != 4:
             raise ValueError(f"images must have shape [N, H, W, C], not {list(images.shape)}")
+        self._check_channels(images.shape)
+        if train and 0 in images.shape:
+            raise ValueError(f"an empty batch, {list(images.shape)}, has no statistics to train with")
         x = images.astype(self.dtype)
         outputs = {}
         for spec in self.variant.blocks():
@@ -147,6 +193,19 @@ class RepVGG(nn.Module):
                 x = lax.stop_gradient(x)
             outputs[spec.stage] = x  # the stage's last block wins
         return outputs
+
+    def _check_channels(self, shape: tuple[int, ...]) -> None:
+        """Hold the images to the first convolution's channels; before there is one, to what images look like."""
+        stem = self.variables.get("params", {}).get("stage0", {})
+        layer = stem.get("rbr_reparam") or stem.get("rbr_dense", {}).get("conv", {})
+        if "kernel" in layer:
+            channels = layer["kernel"].shape[2]
+        else:
+            channels = shape[1] if shape[1] in (1, 3) and shape[2] == shape[3] > 4 else shape[3]
+        if shape[3] != channels:
+            raise ValueError(
+                f"images must have shape [N, H, W, {channels}], not {list(shape)}{channel_hint(shape, channels)}"
+            )
 
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
         """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
@@ -215,11 +274,13 @@ def create_model(
     activation: Activation | None = None,
     block: BlockKind | None = None,
     branches: Branches | None = None,
+    epsilon: float | None = None,
     name: str | None = None,
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
 
-    `stem_stride`, `output_stride`, `activation`, `block` and `branches` change the variant's own; None leaves them.
+    `stem_stride`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
+    they are None.
 
     Args:
       variant: a name from `list_models()`, or a `Variant`.
@@ -236,15 +297,16 @@ def create_model(
       activation: instead of ReLU; a name such as "gelu", or a function.
       block: "repvgg" or "qarepvgg", the training form's block.
       branches: more branches for the training form's blocks.
+      epsilon: what every BatchNorm adds to the variance: 1e-5, or 1e-3 in weights of Keras and of YOLO trainers.
       name: the Flax submodule name, where the model is built inside another module's compact method.
 
     Raises:
       UnknownModelError: no published variant has that name.
-      ValueError: `num_classes` is not positive, `frozen_stages` none of 0 to 5, `dropout` not in [0, 1), or the
-        variant cannot be changed so.
+      ValueError: `num_classes` is not a positive whole number, a dtype none of floating point, `frozen_stages` none of
+        0 to 5, `dropout` not in [0, 1), or the variant cannot be changed so.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    num_classes = checked_count("num_classes", num_classes)
+    dtype, param_dtype = checked_dtype("dtype", dtype), checked_dtype("param_dtype", param_dtype)
     if not 0 <= frozen_stages <= 5:
         raise ValueError(f"frozen_stages must be 0 to 5, not {frozen_stages}")
     if not 0 <= dropout < 1:
@@ -252,7 +314,12 @@ def create_model(
     if isinstance(variant, str):
         variant = get_variant(variant)
     changes: dict[str, Any] = dict(
-        stem_stride=stem_stride, output_stride=output_stride, activation=activation, block=block, branches=branches
+        stem_stride=stem_stride,
+        output_stride=output_stride,
+        activation=activation,
+        block=block,
+        branches=branches,
+        epsilon=epsilon,
     )
     changed = dataclasses.replace(variant, **{field: value for field, value in changes.items() if value is not None})
     if changed != variant:

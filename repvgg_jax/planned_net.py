@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from .activations import activation_function
 from .blocks import SqueezeExcite
+from .broadcasting import channelwise
 from .conv3x3 import convolve, prepare_kernel
 from .model import RepVGG, global_average_pool
 from .planner import LayerPlan, Plan, StagePlan
@@ -57,7 +58,7 @@ def planned_forward(
         pooled = global_average_pool(x, model.param_dtype)
         if output == "embedding":
             return pooled
-        return pooled @ params["linear"]["kernel"] + params["linear"]["bias"]
+        return pooled @ params["linear"]["kernel"] + channelwise(params["linear"]["bias"], pooled.ndim)
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
         images = images.astype(model.dtype)
@@ -119,7 +120,8 @@ def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) ->
       function: what to compile.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    lowered = jax.jit(function).lower(*arguments)
+    with jax.disable_jit(False):  # nothing is compiled ahead of time otherwise
+        lowered = jax.jit(function).lower(*arguments)
     if platform == "cpu":
         try:
             return lowered.compile(compiler_options=CPU_OPTIONS)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import plan_cache
-from .fusion import to_deploy
-from .model import RepVGG
+from .fusion import check_deploy_params, to_deploy
+from .model import RepVGG, channel_hint, checked_dtype
 from .planned_net import Output, compile_for, planned_forward, prepare_params
 from .planner import Plan, default_plan, xla_plan
 from .preprocess import Preprocessing, height_and_width, normalize
+from .processes import check_not_forked
 
 if TYPE_CHECKING:
     from .quantization import QuantizedNet
@@ -70,6 +71,7 @@ class Predictor:
 
         Raises:
           ValueError: an empty batch, another shape, or the other kind of numbers.
+          RepVGGError: the process was forked from one that had used JAX.
         """
         # All pieces are on their way before the first result is waited for.
         outputs = [np.asarray(result)[:count] for result, count in self._start_pieces(images)]
@@ -88,14 +90,21 @@ class Predictor:
 
     def _start_pieces(self, images: Any) -> list[tuple[jax.Array, int]]:
         """Outputs of `batch_size` images each, not waited for, and how many of them count."""
+        check_not_forked()
         if not isinstance(images, jax.Array):
             images = np.asarray(images)
         self._check(images)
         if images.dtype != self.image_dtype:
             images = images.astype(self.image_dtype)
         if len(images) == self.batch_size:  # even a slice that takes everything would be an operation on the device
-            return [(self._compiled(self._params, images), self.batch_size)]
+            return [(self._run(images), self.batch_size)]
         return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a predictor is compiled code of this process, which cannot be pickled or copied; hand the weight file's "
+            "path to the other process, and call load_weights and make_predictor there"
+        )
 
     def _piece(self, images: Any) -> tuple[jax.Array, int]:
         count = len(images)
@@ -103,14 +112,19 @@ class Predictor:
             full = np.zeros((self.batch_size, *self.image_shape), self.image_dtype)
             full[:count] = images
             images = full
-        return self._compiled(self._params, images), count
+        return self._run(images), count
+
+    def _run(self, images: Any) -> jax.Array:
+        with jax.disable_jit(False):  # compiled code cannot be called otherwise
+            return self._compiled(self._params, images)
 
     def _check(self, images: Any) -> None:
         height, width, channels = self.image_shape
         if images.ndim != 4 or images.shape[1:] != self.image_shape or not len(images):
             empty = "; the batch is empty" if images.shape[:1] == (0,) else ""
             shape = f"[N, {height}, {width}, {channels}]"
-            raise ValueError(f"images must have shape {shape}, not {list(images.shape)}{empty}")
+            hint = channel_hint(images.shape, channels)
+            raise ValueError(f"images must have shape {shape}, not {list(images.shape)}{empty}{hint}")
         if self.image_dtype == np.uint8 and images.dtype != np.uint8:
             raise ValueError(f"this predictor normalises uint8 images itself; these are {images.dtype}")
         if self.image_dtype != np.uint8 and images.dtype == np.uint8:
@@ -150,9 +164,12 @@ def make_predictor(
       float32, for any N >= 1.
 
     Raises:
-      ValueError: a non-positive size, an unknown output, a preprocessing for another number of channels, or not
-        exactly one net.
+      ValueError: a non-positive size, an unknown output, a dtype that is none, a preprocessing for another number of
+        channels, or not exactly one net.
+      FusionError, WeightsError: `variables` cannot be fused, or are another model's.
+      RepVGGError: the process was forked from one that had used JAX.
     """
+    check_not_forked()
     if output not in get_args(Output):
         raise ValueError(f"output must be one of {', '.join(get_args(Output))}, not {output!r}")
     if quantized is not None and model is None and variables is None:
@@ -164,11 +181,14 @@ def make_predictor(
     if quantized is not None or model is None or variables is None:
         raise ValueError("give model and variables, or quantized")
     height, width = _checked_size(batch_size, model.variant.image_size if image_size is None else image_size)
-    if not model.deploy:
-        model, variables = to_deploy(model, variables)
     if dtype is not None:
-        model = model.clone(dtype=dtype)
-    params = variables["params"]
+        model = model.clone(dtype=checked_dtype("dtype", dtype))
+    if model.deploy:
+        params = variables.get("params", {})
+        check_deploy_params(model, params)
+    else:
+        model, variables = to_deploy(model, variables)
+        params = variables["params"]
     channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
     _check_channels(channels, preprocessing)
     plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
@@ -201,6 +221,7 @@ def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], cha
         return cached
     from .tuning import measured_plan
 
-    plan = measured_plan(plan)
+    with jax.disable_jit(False):  # what is measured is compiled code
+        plan = measured_plan(plan)
     plan_cache.save_plan(plan, name)
     return plan

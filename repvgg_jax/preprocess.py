@@ -323,6 +323,7 @@ def normalize(images: Any, preprocessing: Preprocessing) -> Any:
     """
     if images.shape[-1] != preprocessing.channels:
         raise ValueError(f"images have {images.shape[-1]} channels, preprocessing {preprocessing.channels}")
-    mean = np.asarray(preprocessing.mean, np.float32)
-    std = np.asarray(preprocessing.std, np.float32)
+    last = (1,) * (images.ndim - 1) + (-1,)
+    mean = np.asarray(preprocessing.mean, np.float32).reshape(last)
+    std = np.asarray(preprocessing.std, np.float32).reshape(last)
     return (images.astype(np.float32) / np.float32(255) - mean) / std

@@ -14,7 +14,9 @@ same sum as matrix products, and images of a few pixels fall into a path 20 time
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from . import native
 from .conv3x3 import DIMENSION_NUMBERS, TILE
 from .native import training as native_training
 from .planner import LayerShape, training_algorithm
+from .sharding import explicitly_sharded, varying_axes, varying_over
 
 # Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
 SMALL_FORWARD = {1: 9, 2: 64}
@@ -32,13 +35,15 @@ SMALL_BACKWARD = {1: 196, 2: 1 << 30}
 # Up to so many output columns, rows of pixels are too short for the native convolutions of stride 2.
 NARROW = 4
 
+_every_mode: ContextVar[bool] = ContextVar("every_mode", default=False)
+
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """Convolution without bias, padded so that the size depends on the stride alone.
 
     `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`.
 
-    Reverse-mode differentiable any number of times; not forward-mode.
+    Reverse-mode differentiable any number of times; forward-mode within `differentiable_in_every_mode`.
 
     Args:
       x: `[N, H, W, C_in]`.
@@ -50,13 +55,35 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dil
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
-    return _training_conv(x, kernel, stride, groups, dilation)
+    if _every_mode.get() or explicitly_sharded(x, kernel):
+        return _xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
+    # Outside of the custom gradient, so that a kernel that all devices share gets the sum of their gradients.
+    axes = varying_axes(x, kernel)
+    return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
+
+
+@contextmanager
+def differentiable_in_every_mode() -> Iterator[None]:
+    """Have the training form computed by XLA's own convolutions, which forward mode takes too.
+
+    For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian` of a model with `train=True`. Outside, gradients on
+    CPUs are the library's own and faster, and JAX lets a function have rules of its own for one mode alone: forward
+    mode ends in its "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
+
+    It counts while a function is traced: a function that was jitted and called outside is not traced again.
+    """
+    token = _every_mode.set(True)
+    try:
+        yield
+    finally:
+        _every_mode.reset(token)
 
 
 def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
     """The same function, differentiable in every mode, with XLA's own gradient."""
     xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
-    if kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]:
+    large = kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]
+    if large or explicitly_sharded(x, kernel):
         return xla(x, kernel)
     product = functools.partial(_product_conv, stride=stride, dilation=dilation)
     return _on_cpu(lambda x, kernel: _by_group(product, groups, x, kernel), xla, x, kernel)
@@ -113,7 +140,7 @@ def materialize(x: Array) -> Array:
     more for each of its readers: ten times the compilation, and a third more running time (A0 at 32x32). XLA drops
     `lax.optimization_barrier` before it fuses; a loop that never runs it cannot see through.
     """
-    if x.size == 0:
+    if x.size == 0 or explicitly_sharded(x):
         return x
     return _on_cpu(_never_looping, lambda x: x, x)
 

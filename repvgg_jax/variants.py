@@ -5,11 +5,13 @@ Source: paper (arXiv 2101.03697) Tables 2 to 5; D2se and RepVGGplus-L2pse from t
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from .activations import Activation, activation_function
 from .errors import UnknownModelError
+from .kernel_algebra import BN_EPSILON
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
@@ -102,6 +104,7 @@ class Variant:
       activation: what follows each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
       block: the kind of the training form's block.
       branches: more branches for the training form's blocks.
+      epsilon: what every BatchNorm of the training form adds to the variance. No key of a weight file shows it.
 
     Raises:
       ValueError: numbers that make no network; it names the field, its value and what it must be.
@@ -122,6 +125,7 @@ class Variant:
     activation: Activation = "relu"
     block: BlockKind = "repvgg"
     branches: Branches = Branches()
+    epsilon: float = BN_EPSILON
 
     def __post_init__(self):
         object.__setattr__(self, "num_blocks", _positive_numbers("num_blocks", self.num_blocks, "four", "1 to 4"))
@@ -141,6 +145,7 @@ class Variant:
         if not isinstance(self.branches, Branches):
             raise ValueError(f"branches must be a Branches, not {self.branches!r}")
         activation_function(self.activation)
+        object.__setattr__(self, "epsilon", checked_epsilon(self.epsilon))
         if self.auxiliary_heads and self.num_blocks[2] < 2:
             raise ValueError(f"auxiliary heads split stage 3 in two, which needs 2 blocks, not {self.num_blocks[2]}")
         for block in self.blocks():
@@ -197,13 +202,24 @@ class Variant:
         return max(1, channels // self.squeeze_excite_ratio)
 
 
+def checked_epsilon(value: Any) -> float:
+    """Return `value` as the epsilon of a BatchNorm.
+
+    Raises:
+      ValueError: it is not a number above 0 and below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise ValueError(f"epsilon must be a number above 0 and below 1, such as 1e-3, not {value!r}")
+    return float(value)
+
+
 def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tuple[int, ...]:
     """`value` as a tuple of so many positive whole numbers."""
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if len(numbers) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in numbers):
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(values) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in values):
         shown = tuple(value) if isinstance(value, list) else value
         raise ValueError(f"{field} must be {how_many} positive numbers (stages {stages}), not {shown}")
-    return numbers
+    return values
 
 
 def scaled_widths(a: float, b: float) -> tuple[int, int, int, int, int]:

@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .broadcasting import channelwise
+
 _A, _B = 0.625, 1.5
 """m = 4 interpolates at 0, +-A, +-B and infinity. With 5/8 and 3/2, exact in binary, the rounding error is half of that
 with the usual 1 and 2; those of `native/winograd.h` must be the same."""
@@ -151,7 +153,7 @@ def _transform_output(tiles: list[Array], bias: Array, tile: int, relu: bool, *,
     passed = [[_combine(row, tiles[j::size]) for j in range(size)] for row in _OUTPUT[tile]]
 
     def outputs(p: int, q: int) -> Array:
-        y = _combine(_OUTPUT[tile][q], passed[p]) + bias
+        y = _combine(_OUTPUT[tile][q], passed[p]) + channelwise(bias)
         return jnp.maximum(y, 0) if relu else y
 
     grid = [[outputs(p, q) for q in range(tile)] for p in range(tile)]

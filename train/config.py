@@ -41,6 +41,8 @@ class ModelConfig:
     activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] = "relu"
     stem_stride: Literal[1, 2] = 2
     """Stride of the first block; 1 for images as small as 32x32."""
+    epsilon: float | None = None
+    """What BatchNorm adds to the variance; that of a native --init file if not given, else 1e-5."""
     dropout: float = 0.0
     """Share of the pooled features dropped before the classifier."""
     quantization: Literal["none", "qat"] = "none"
@@ -326,6 +328,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"{option} must be below 1, not {value}")
     if config.input.crop_fraction is not None and not 0 < config.input.crop_fraction <= 1:
         raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {config.input.crop_fraction}")
+    epsilon = config.model.epsilon
+    if epsilon is not None and not 0 < epsilon < 1:
+        raise ConfigError(f"--epsilon must be above 0 and below 1, not {epsilon}")
     if config.model.dense_copies > MAX_DENSE_COPIES:
         raise ConfigError(f"--dense-copies must be at most {MAX_DENSE_COPIES}, not {config.model.dense_copies}")
     if config.model.quantization == "qat" and config.fine_tune.init is None:

@@ -133,6 +133,7 @@ def set_up(config: Config) -> Run:
         branches=config.model.branches,
         activation=config.model.activation,
         stem_stride=config.model.stem_stride,
+        epsilon=starting_epsilon(config),
         dropout=config.model.dropout,
         frozen_stages=config.fine_tune.freeze_stages,
         frozen_bn=config.fine_tune.freeze_bn,
@@ -143,6 +144,28 @@ def set_up(config: Config) -> Run:
     optimizer = make_optimizer(options, schedule, config.fine_tune)
     workdir = local_path("--workdir", config.run.workdir)
     return Run(config, dataset, model, optimizer, schedule, transform, workdir, steps_per_epoch)
+
+
+def init_path(config: Config) -> str | None:
+    """Return where `--init` points, or None without it.
+
+    Raises:
+      RepVGGError: it is no path that can be read.
+    """
+    path = config.fine_tune.init
+    return path if path is None or is_hub_address(path) else str(local_path("--init", path))
+
+
+def starting_epsilon(config: Config) -> float | None:
+    """Return BatchNorm's epsilon: the option's, or that of the weights that training starts from.
+
+    Raises:
+      RepVGGError: `--init` cannot be read.
+    """
+    path = init_path(config)
+    if config.model.epsilon is not None or path is None:
+        return config.model.epsilon
+    return rv.inspect_weights(path, config.model.model).variant.epsilon
 
 
 def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> None:
@@ -166,13 +189,13 @@ def starting_weights(run: Run) -> dict[str, Any] | None:
     Raises:
       RepVGGError: the file cannot be read, is in deploy form, or holds another network.
     """
-    path = run.config.fine_tune.init
+    path = init_path(run.config)
     if path is None:
         return None
-    path = path if is_hub_address(path) else str(local_path("--init", path))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeightsWarning)
-        model, variables = rv.load_weights(path, run.model.variant, run.dataset.num_classes)
+        variant = run.model.variant
+        model, variables = rv.load_weights(path, variant, run.dataset.num_classes, epsilon=variant.epsilon)
         info, keep = rv.inspect_weights(path, run.model.variant), run.config.fine_tune.keep_classifier
         variables = fit_classifier(variables, info, run.dataset, path, keep=keep)
     for warning in caught:

@@ -43,7 +43,8 @@ def mix(
     by_cutmix = jax.random.uniform(choice_key) < cutmix_share if mixup_alpha and cutmix_alpha else bool(cutmix_alpha)
     alpha = jnp.where(by_cutmix, cutmix_alpha, mixup_alpha)
     share = jax.random.beta(lambda_key, alpha, alpha)
-    place = (jax.random.uniform(place_key, (2,)) * jnp.array(images.shape[1:3])).astype(jnp.int32)
+    drawn = jax.random.uniform(place_key, (2,))
+    place = (drawn * jnp.array(images.shape[1:3], drawn.dtype)).astype(jnp.int32)
     # Not `lax.cond`, for which some backends ask the host: all three are cheap.
     weights = jnp.where(by_cutmix, _outside(images.shape, share, place), share)
     return _mixed(images, targets, weights)
@@ -80,7 +81,8 @@ def _outside(shape: tuple[int, ...], share: Array | float, center: Array) -> Arr
         place = jnp.arange(length)
         insides.append((place >= middle - side // 2) & (place < middle + (side + 1) // 2))
     rows, columns = insides
-    return 1.0 - (rows[:, None] & columns)[None, :, :, None]
+    inside = rows[None, :, None, None] & columns[None, None, :, None]
+    return 1.0 - inside.astype(jnp.float32)
 
 
 def _mixed(images: Array, targets: Array, weights: Array) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
+from ..sharding import varying_axes, varying_over
 from . import INPUT_GRADIENT, KERNEL_GRADIENT, TRAINING
 
 
@@ -51,7 +52,8 @@ def kernel_gradient(x: Array, gradient: Array, stride: int, groups: int, tile: i
 
 def _call(target: str, a: Array, b: Array, shape: tuple[int, ...], stride: int, groups: int, tile: int) -> Array:
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return call(a, b, stride=np.int64(stride), groups=np.int64(groups), tile=np.int64(tile))
+    result = call(a, b, stride=np.int64(stride), groups=np.int64(groups), tile=np.int64(tile))
+    return varying_over(varying_axes(a, b), result)
 
 
 # Each of the three is bilinear, and its gradients are the other two.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..broadcasting import channelwise
 from ..errors import QuantizationError
 from ..extras import install_hint
 from ..variants import BlockSpec
@@ -90,12 +91,14 @@ def learn_rounding(
     batch = min(options.batch_size, count)
     places = np.random.default_rng(0).integers(0, count, (options.steps, batch))
     kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
+    steps = channelwise(scale, kernel.ndim)
     shape = geometry(spec)
-    soft = _optimize(shape, relu, options, kernel, bias, jnp.asarray(scale), inputs[:count], targets[:count], places)
-    nearest, learned = jnp.round(kernel / scale), jnp.floor(kernel / scale) + (soft >= 0.5)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not compute without
+        soft = _optimize(shape, relu, options, kernel, bias, steps, inputs[:count], targets[:count], places)
+    nearest, learned = jnp.round(kernel / steps), jnp.floor(kernel / steps) + (soft >= 0.5).astype(kernel.dtype)
 
     def held_out_error(integers: Array) -> float:
-        return float(_error(shape, relu, _weights(integers, scale), bias, inputs[count:], targets[count:]))
+        return float(_error(shape, relu, _weights(integers, steps), bias, inputs[count:], targets[count:]))
 
     better = held_out > 0 and held_out_error(learned) < held_out_error(nearest)
     return np.asarray(learned if better else nearest)
@@ -104,13 +107,13 @@ def learn_rounding(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _error(shape: Geometry | None, relu: bool, weights: Array, bias: Array, x: Array, target: Array) -> Array:
     """Mean squared error of a layer's output, behind the ReLU if there is one."""
-    output = linear_map(shape, x, weights) + bias
+    output = linear_map(shape, x, weights) + channelwise(bias, x.ndim)
     if relu:
         output, target = nn.relu(output), nn.relu(target)
     return jnp.square(output - target).mean()
 
 
-def _weights(integers: Array, scale: Array | np.ndarray) -> Array:
+def _weights(integers: Array, scale: Array) -> Array:
     return jnp.clip(integers, -WEIGHT_LEVELS, WEIGHT_LEVELS) * scale
 
 

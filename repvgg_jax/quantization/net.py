@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..broadcasting import channelwise
 from ..conv3x3 import DIMENSION_NUMBERS
 from ..preprocess import Preprocessing
 from ..variants import BlockSpec, Variant
@@ -158,7 +159,7 @@ class InXla:
 
     def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
         """In float32, ties to even."""
-        return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * factor)
+        return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * channelwise(factor))
 
 
 def forward(
@@ -186,7 +187,7 @@ def forward(
         layer, next_scale = params[spec.name], params.get(following, {}).get("input_scale")
         if not is_quantized(layer):
             seen[spec.name] = x = _real(x, scale)
-            y = linear_map(geometry(spec), x, layer["kernel"]) + layer["bias"]
+            y = linear_map(geometry(spec), x, layer["kernel"]) + channelwise(layer["bias"])
         else:
             if scale is None:
                 x = quantize(x, layer["input_scale"], input_dtype(spec.name))
@@ -195,7 +196,7 @@ def forward(
             if variant.squeeze_excite is None and next_scale is not None:
                 x, scale = arithmetic.rounded(spec, x, layer, unit / next_scale), next_scale
                 continue
-            y = arithmetic.totals(spec, x, layer).astype(jnp.float32) * unit
+            y = arithmetic.totals(spec, x, layer).astype(jnp.float32) * channelwise(unit)
         x, scale = activate(variant, spec, layer, y), None
 
     pool, linear = params.get(POOL), params[LINEAR]
@@ -205,10 +206,11 @@ def forward(
     pooled = _mean(x, scale)
     if not is_quantized(linear):
         seen[LINEAR] = pooled
-        return seen | {"logits": pooled @ linear["kernel"] + linear["bias"]}
+        return seen | {"logits": pooled @ linear["kernel"] + channelwise(linear["bias"], pooled.ndim)}
     seen[LINEAR] = x = quantize(pooled, linear["input_scale"], UNSIGNED)
     total = accumulate(None, x, linear, integer)
-    return seen | {"logits": total.astype(jnp.float32) * (linear["input_scale"] * linear["kernel_scale"])}
+    unit = linear["input_scale"] * linear["kernel_scale"]
+    return seen | {"logits": total.astype(jnp.float32) * channelwise(unit, total.ndim)}
 
 
 def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
@@ -229,11 +231,13 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
     """
     kernel, bias = layer["kernel"], layer["bias"]
     if not integer:
-        return linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)
+        products = linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32))
+        return products + channelwise(bias.astype(jnp.float32), products.ndim)
     shift = SHIFT if x.dtype == jnp.uint8 else 0
     signed = (x.astype(jnp.int32) - shift).astype(jnp.int8)
     if shift:
         bias = bias + shift * kernel.astype(jnp.int32).sum(tuple(range(kernel.ndim - 1)))
+    bias = channelwise(bias, x.ndim)
     if spec is None:
         return lax.dot(signed, kernel, preferred_element_type=jnp.int32) + bias
     padding = spec.dilation * (kernel.shape[0] // 2)

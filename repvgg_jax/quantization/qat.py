@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..blocks import RepVGGBlock
+from ..broadcasting import channelwise
 from ..errors import QuantizationError
 from ..fusion import equivalent_kernel_bias, fuse_variables
 from ..model import Linear, RepVGG
@@ -63,9 +64,11 @@ class QATBlock(RepVGGBlock):
         x = _quantized_input(self, x, input_dtype(self.name or ""))
         if self.is_initializing():
             return super().__call__(x)
-        kernel, bias = equivalent_kernel_bias(self.variables["params"], self.variables["batch_stats"])
+        kernel, bias = equivalent_kernel_bias(
+            self.variables["params"], self.variables["batch_stats"], epsilon=self.epsilon
+        )
         compute = training_conv if train else plain_conv
-        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + bias
+        y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + channelwise(bias)
         return materialize(self._activate(y))
 
 
@@ -78,7 +81,7 @@ class QATLinear(Linear):
         if self.is_initializing():
             return super().__call__(x)
         params = self.variables["params"]
-        return x @ _quantized_kernel(params["kernel"]) + params["bias"]
+        return x @ _quantized_kernel(params["kernel"]) + channelwise(params["bias"], x.ndim)
 
 
 class QATRepVGG(RepVGG):
@@ -150,7 +153,7 @@ def quantized_net(
         if found <= 0:
             raise QuantizationError(f"no training step has set the range of {name}'s input")
         scales[name] = np.float32(found / levels(input_dtype(name)))
-    layers = layers_of(fuse_variables(without_ranges(variables))["params"])
+    layers = layers_of(fuse_variables(without_ranges(variables), epsilon=model.variant.epsilon)["params"])
     net: dict[str, Any] = {POOL: {"input_scale": scales[POOL]}}
     for name, layer in layers.items():
         scale = safe_weight_scale(weight_scale(layer["kernel"], per_channel=True), layer["bias"], scales[name])

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..broadcasting import channelwise
+
 WEIGHT_LEVELS = 127
 """Largest weight; -128 is left out so that the range is symmetric."""
 
@@ -54,7 +56,7 @@ def fake_quantize_activations(x: Array, scale: Array, dtype: Any) -> Array:
 
 def fake_quantize_weights(kernel: Array, scale: Array) -> Array:
     """`fake_quantize` of weights, whose output channel is the last axis."""
-    return fake_quantize(kernel, scale, -WEIGHT_LEVELS, WEIGHT_LEVELS)
+    return fake_quantize(kernel, channelwise(scale, kernel.ndim), -WEIGHT_LEVELS, WEIGHT_LEVELS)
 
 
 def weight_scale(kernel: Any, per_channel: bool) -> Any:

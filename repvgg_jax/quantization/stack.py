@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from ..blocks import SqueezeExcite
+from ..broadcasting import channelwise
 from ..training_conv import plain_conv
 from ..variants import BlockSpec, SqueezeExcitePlace, Variant
 
@@ -67,7 +68,7 @@ def affine(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _affine(shape: Geometry | None, x: Array, kernel: Array, bias: Array) -> Array:
-    return linear_map(shape, x, kernel) + bias
+    return linear_map(shape, x, kernel) + channelwise(bias, x.ndim)
 
 
 def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Any) -> Array:

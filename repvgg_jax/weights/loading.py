@@ -15,8 +15,10 @@ import jax
 import numpy as np
 
 from ..errors import WeightsError
-from ..model import RepVGG
-from ..variants import AUX_HEADS, Variant, get_variant
+from ..kernel_algebra import BN_EPSILON
+from ..model import RepVGG, checked_count
+from ..processes import check_not_forked
+from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from . import int8, native
 from .hub import fetch, is_hub_address
 from .identify import Identity, identify, same_network, without_wrappers
@@ -58,6 +60,7 @@ def load_weights(
     *,
     ema: bool = False,
     tensors_only: bool = False,
+    epsilon: float | None = None,
 ) -> tuple[RepVGG, dict[str, Any]]:
     """The model and the variables that a weight file holds, whoever wrote it.
 
@@ -68,11 +71,13 @@ def load_weights(
       path: a weight file, or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
-        and output stride.
+        and output stride. (A native file's epsilon stays where the `Variant` has the usual one.)
       num_classes: class count wanted. If the file has another, the classifier is a fresh one (a `WeightsWarning`
         says so); everything else is loaded.
       ema: take the moving average of the weights, where a training checkpoint has one.
       tensors_only: pass over pickled objects of unknown classes beside the weights, which are refused otherwise.
+      epsilon: of the BatchNorms that the weights were trained with, which only native files tell; 1e-5 for others
+        unless given, as in PyTorch. YOLO trainers and Keras take 1e-3.
 
     Returns:
       `model, variables`, in the form (training or deploy) that the file has; float32.
@@ -80,10 +85,13 @@ def load_weights(
     Raises:
       UnknownModelError: no variant is called `name`.
       WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one whole RepVGG.
-      ValueError: `num_classes` is not positive.
+      ValueError: `num_classes` is not positive, or `epsilon` not above 0 and below 1.
     """
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if num_classes is not None:
+        num_classes = checked_count("num_classes", num_classes)
+    if epsilon is not None:
+        epsilon = checked_epsilon(epsilon)
+    check_not_forked()
     with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
         info, file = contents.info, contents.file
         if info.quantized:
@@ -109,7 +117,8 @@ def load_weights(
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
         message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
         warnings.warn(message, WeightsWarning, stacklevel=2)
-    return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves)
+    variant = info.variant if epsilon is None else dataclasses.replace(info.variant, epsilon=epsilon)
+    return RepVGG(variant, wanted, info.deploy), unflatten(leaves)
 
 
 def inspect_weights(
@@ -160,7 +169,8 @@ def open_weights(
         else:
             _check_expected(info.variant, expected, f"{path}")
             if isinstance(name, Variant):
-                info = dataclasses.replace(info, variant=name)
+                kept = info.variant.epsilon if name.epsilon == BN_EPSILON else name.epsilon
+                info = dataclasses.replace(info, variant=dataclasses.replace(name, epsilon=kept))
             contents = _native_contents(file, info, f"{path}")
         if config is not None:
             contents = dataclasses.replace(contents, info=config.apply(contents.info))

@@ -16,7 +16,7 @@ from ..activations import ACTIVATIONS
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from ..variants import OUTPUT_STRIDES, Branches, Variant, get_variant
+from ..variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import flatten, shown
 from .safetensors_file import write_safetensors
@@ -219,7 +219,7 @@ def _branches(value: Any) -> Branches:
 _OPTIONS = {
     field.name: field.default
     for field in dataclasses.fields(Variant)
-    if field.name in ("stem_stride", "output_stride", "activation", "block", "branches")
+    if field.name in ("stem_stride", "output_stride", "activation", "block", "branches", "epsilon")
 }
 """Fields that files of earlier releases do not have, and their defaults."""
 
@@ -238,5 +238,6 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "activation": _activation,
     "block": _one_of("repvgg", "qarepvgg"),
     "branches": _branches,
+    "epsilon": checked_epsilon,
 }
 """A variant's fields in a header, each with the check that makes it one."""

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import WeightsError
 from ..extras import install_hint
 from ..files import atomic_path, check_target
+from ..kernel_algebra import BN_EPSILON
 from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant
@@ -72,7 +73,7 @@ def save_weights(
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    untold = _untold(model.variant)
+    untold = _untold(model.variant, model.deploy)
     if untold:
         message = f"{path} cannot say {untold}: whoever loads it must know (give load_weights the Variant)"
         warnings.warn(message, WeightsWarning, stacklevel=2)
@@ -82,9 +83,11 @@ def save_weights(
         _write_torch(path, state)
 
 
-def _untold(variant: Variant) -> str:
+def _untold(variant: Variant, deploy: bool) -> str:
     """What changes the network's function and shows in no key of a PyTorch file, in words."""
     plain = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
+    if not deploy:
+        plain["epsilon"] = BN_EPSILON
     values = {name: getattr(variant, name) for name in plain}
     found = (f"{name} {getattr(v, '__name__', v)}" for name, v in values.items() if v != plain[name])
     return ", ".join(found)
