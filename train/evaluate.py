@@ -139,6 +139,8 @@ class Arguments:
     """Share of the resized shorter side that the crops keep, to override both the file's own and that rule."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
+    test_split: str | None = None
+    """Split of a TFDS data set, or a slice of one, such as train[90%:]; `validation`, or else `test`, if not given."""
     workers: int | None = None
     """Decoding threads; one for each core if not given."""
     strict: bool = False
@@ -189,6 +191,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         image_size=preprocessing.image_size,
         data_dir=arguments.data_dir,
         evaluation_only=True,
+        test_split=arguments.test_split,
     )
     if dataset.num_classes != model.num_classes:
         raise WeightsError(

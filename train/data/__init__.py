@@ -91,6 +91,8 @@ def load(
     crop_fraction: float | None = None,
     variant: Variant | None = None,
     evaluation_only: bool = False,
+    train_split: str | None = None,
+    test_split: str | None = None,
 ) -> DataSet:
     """Open a data set; images are read later.
 
@@ -106,6 +108,8 @@ def load(
         (at another size, as `Preprocessing.at_size` has it), and the others not at all.
       variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
       evaluation_only: do without a training split.
+      train_split, test_split: of a TFDS data set, also slices of splits, such as "train[:90%]" and "train[90%:]"; None
+        takes `train`, and `validation` or else `test`.
 
     Returns:
       The data set.
@@ -121,17 +125,20 @@ def load(
         crop_fraction = 1.0
     if crop_fraction is not None:
         preprocessing = dataclasses.replace(preprocessing, crop_fraction=crop_fraction)
+    splits = (train_split, test_split)
     if spec == "digits":
-        return _digits(_data_dir(data_dir), preprocessing)
+        return _digits(_data_dir(data_dir), preprocessing, splits)
     if spec == "synthetic":
+        _refuse_splits(spec, splits)
         return _synthetic(preprocessing)
     folder = Path(spec).expanduser()
     if folder.is_dir():
+        _refuse_splits(spec, splits)
         return _folder(folder, preprocessing, evaluation_only)
     if folder.exists() or spec.startswith((".", "~", os.sep)):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{spec} {problem}; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only)
+    return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only, splits)
 
 
 def _published(variant: Variant | None, channels: int) -> Preprocessing:
@@ -192,35 +199,55 @@ def _some(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _tfds(name: str, data_dir: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
+_Splits = tuple[str | None, str | None]  # for training and for evaluation, where they were asked for
+
+
+def _refuse_splits(spec: str, splits: _Splits) -> None:
+    for option, split in zip(("--train-split", "--test-split"), splits, strict=True):
+        if split is not None:
+            raise DataError(f"{option} {split} is for TFDS data sets; {spec} has folders or images of its own")
+
+
+def _tfds(name: str, data_dir: Path, preprocessing: Preprocessing, evaluation_only: bool, splits: _Splits) -> DataSet:
     try:
         from . import tfds_source
     except ImportError as error:
         raise _missing_extra(name, error) from error
     directory = tfds_source.find_dataset(name, data_dir)
-    test_split = tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
+    train, test, notes = _tfds_sources(directory, splits, evaluation_only)
+    return DataSet(name, train, test, preprocessing, "random_resized_crop_flip", notes)
+
+
+def _tfds_sources(
+    directory: Path, splits: _Splits, evaluation_only: bool = False
+) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training split, evaluation split, and what a user should know of the two."""
+    from . import tfds_source
+
+    train_split, test_split = splits
+    if test_split is None:
+        test_split = tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
     test = tfds_source.TfdsSource(directory, test_split)
     if evaluation_only:
-        train: Source = EmptySource(test.class_names)
-    else:
-        train = tfds_source.TfdsSource(directory, tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS))
-    return DataSet(name, train, test, preprocessing, "random_resized_crop_flip")
+        return EmptySource(test.class_names), test, ()
+    if train_split is None:
+        train_split = tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
+    train = tfds_source.TfdsSource(directory, train_split)
+    shared = tfds_source.shared_images(directory, train_split, test_split)
+    note = f"{shared} of {len(test)} evaluation images ({test_split}) are training images too ({train_split})"
+    return train, test, (note,) if shared else ()
 
 
-def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
+def _digits(data_dir: Path, preprocessing: Preprocessing, splits: _Splits) -> DataSet:
     try:
-        from . import digits, tfds_source
+        from . import digits
     except ImportError as error:
         raise _missing_extra("digits", error) from error
     directory = digits.prepare(data_dir)
+    train, test, notes = _tfds_sources(directory, splits)
     mean, std = (MEAN,) * preprocessing.channels, (STD,) * preprocessing.channels
-    return DataSet(
-        "digits",
-        tfds_source.TfdsSource(directory, "train"),
-        tfds_source.TfdsSource(directory, "test"),
-        dataclasses.replace(preprocessing, mean=mean, std=std),
-        "random_affine",
-    )
+    preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+    return DataSet("digits", train, test, preprocessing, "random_affine", notes)
 
 
 def _synthetic(preprocessing: Preprocessing) -> DataSet:
