@@ -14,9 +14,11 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.paths import local_path
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
+from repvgg_jax.weights.hub import is_hub_address
 
 from . import data
 from .class_names import matched_source
@@ -171,6 +173,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
     if arguments.report is not None:
         check_report_folder(Path(arguments.report))
+    if not is_hub_address(arguments.weights):
+        arguments = dataclasses.replace(arguments, weights=str(local_path("WEIGHTS", arguments.weights)))
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")

@@ -11,15 +11,16 @@ from pathlib import Path
 
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
-from repvgg_jax.image_files import describe_left_out
+from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from repvgg_jax.variants import Variant
 
 from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
+from .folders import open_folder
 from .pipeline import eval_batches, steps_per_epoch, train_batches
 from .prefetch import Prefetch
-from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource, no_images
+from .sources import EmptySource, Example, Source, SyntheticSource
 from .transforms import TRANSFORMS, Transform, get_transform
 
 __all__ = [
@@ -98,9 +99,9 @@ def load(
 
     Args:
       spec: "digits" (scikit-learn's, written to `data_dir` the first time), "synthetic" (random pixels, for
-        benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*`, or a TFDS name
-        `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An existing folder wins over a
-        TFDS name.
+        benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*` (or `validation/`, `valid/`, `test/`, in this
+        order of preference), or a TFDS name `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An
+        existing folder wins over a TFDS name.
       image_size: height and width of the network's input in evaluation; None takes the variant's published one.
       data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       channels: 3 for RGB, 1 for grey.
@@ -116,6 +117,7 @@ def load(
 
     Raises:
       DataError: one line that says what is missing or wrong, where, and what to do.
+      ConfigError: a URL.
       ValueError: `image_size`, `channels` or `crop_fraction` is out of range.
     """
     preprocessing = _published(variant, channels)
@@ -131,7 +133,7 @@ def load(
     if spec == "synthetic":
         _refuse_splits(spec, splits)
         return _synthetic(preprocessing)
-    folder = Path(spec).expanduser()
+    folder = local_path("the data set", spec)
     if folder.is_dir():
         _refuse_splits(spec, splits)
         return _folder(folder, preprocessing, evaluation_only)
@@ -152,51 +154,12 @@ def _published(variant: Variant | None, channels: int) -> Preprocessing:
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path("--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
-    needed = ("val",) if evaluation_only else ("train", "val")
-    missing = [f"{name}/" for name in needed if not (root / name).is_dir()]
-    if missing:
-        wanted = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in needed)
-        raise DataError(f"{root} holds no {' and no '.join(missing)}; expected {wanted}")
-    test = FolderSource(root / "val", allow_empty=True)
-    if evaluation_only:
-        train = EmptySource(test.class_names)
-        listed, notes = [test], [f"no image of class {name} in {test.root}" for name in test.empty]
-    else:
-        train = FolderSource(root / "train", allow_empty=True)
-        _check_classes(train, test)
-        listed, notes = [train, test], []
-    notes += [f"{s.root}: left out {describe_left_out(s.left_out)}" for s in listed if s.left_out]
-    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", tuple(notes))
-
-
-def _check_classes(train: FolderSource, test: FolderSource) -> None:
-    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
-
-    Raises:
-      DataError: there is one.
-    """
-    for source, other in ((test, train), (train, test)):
-        for name in source.empty:
-            there = name in other.class_names
-            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
-    sides = ((train, test), (test, train))
-    differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
-    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
-    if texts:
-        one, other, names = next(difference for difference in differences if difference[2])
-        raise DataError(
-            f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
-            f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
-        )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    train, test, notes = open_folder(root, evaluation_only)
+    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", notes)
 
 
 _Splits = tuple[str | None, str | None]  # for training and for evaluation, where they were asked for
