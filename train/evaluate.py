@@ -211,7 +211,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
     else:
         placed = replicate(variables)
-    source = NamedSource(dataset.test)
+    source = NamedSource(source)
     evaluator = Evaluator(
         evaluated,
         source,
