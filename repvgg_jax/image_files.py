@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,10 +61,10 @@ def describe_left_out(left_out: Counter[str]) -> str:
     return f"{total} file{'s that are not images' if total > 1 else ' that is not an image'} ({', '.join(kinds)})"
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            yield from entries
     except OSError as error:
         raise DataError(f"cannot list the folder {folder} ({error.strerror or error})") from error
 

@@ -208,7 +208,7 @@ def checked_epsilon(value: Any) -> float:
     Raises:
       ValueError: it is not a number above 0 and below 1.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
         raise ValueError(f"epsilon must be a number above 0 and below 1, such as 1e-3, not {value!r}")
     return float(value)
 

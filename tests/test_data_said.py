@@ -116,6 +116,52 @@ def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(ph
     )
 
 
+# Folders by other names, and folders that are not divided yet
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_the_evaluation_split_may_be_called_otherwise(photos: Path, weights: Path, name: str) -> None:
+    (photos / "val").rename(photos / name)
+    dataset = load(str(photos))
+    assert (len(dataset.train), len(dataset.test), dataset.notes) == (8, 6, ())
+    assert dataset.test[0].name.startswith(str(photos / name))
+    shutil.rmtree(photos / name / "garden")
+    with pytest.raises(DataError, match=rf"only in train/: garden\); .* add some to \S+/{name}/garden, or remove"):
+        load(str(photos))
+
+
+def test_of_several_evaluation_splits_the_first_is_taken_and_named(photos: Path) -> None:
+    for name in ("valid", "test"):
+        write_photos(photos / name, 4)
+    assert load(str(photos)).notes == (f"{photos}: evaluation on val/, not on valid/, test/",)
+    shutil.rmtree(photos / "val")
+    dataset = load(str(photos), evaluation_only=True)
+    assert dataset.notes == (f"{photos}: evaluation on valid/, not on test/",)
+    assert len(dataset.test) == 4
+
+
+def test_photographs_that_are_not_divided_point_to_the_splitter(photos: Path, tmp_path: Path) -> None:
+    (photos / "train").rename(tmp_path / "unsplit")
+    command_line = f"; to divide its class folders: python -m examples.finetune.split {tmp_path / 'unsplit'} OUT"
+    with pytest.raises(DataError) as caught:
+        load(str(tmp_path / "unsplit"))
+    assert str(caught.value).endswith(command_line)
+    module, *arguments = command_line.partition("python -m ")[2].split()
+    done = command(module, *arguments[:-1], tmp_path / "divided")
+    assert done.returncode == 0, done.stderr
+    assert len(load(str(tmp_path / "divided")).train) == 6
+    (tmp_path / "nothing" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"nothing holds no train/ and no val/; expected \S+ and \S+$"):
+        load(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("spec", ["gs://bucket/photos", "s3://bucket/photos"])
+def test_a_url_is_one_line(spec: str, weights: Path) -> None:
+    done = command("train.evaluate", spec, "train", weights)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{spec}: only folders and files of this machine can be used" in done.stderr
+
+
 def test_images_replaced_or_removed_while_training_are_skipped_or_taken_as_they_are(photos: Path) -> None:
     source = FolderSource(photos / "train")
     (before,) = training(source, 1)

@@ -97,6 +97,37 @@ def test_what_cannot_be_split_is_one_line_and_leaves_nothing(photos, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
 
 
+def test_a_folder_that_is_split_already_or_holds_the_result_is_refused(photos, tmp_path):
+    def said(*arguments: object) -> str:
+        done = command("examples.finetune.split", *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+        return done.stderr
+
+    for out in (photos / "out", photos / "dahlia" / "out"):
+        assert f"{out} lies in {photos}, where it would be taken for one of the classes" in said(photos, out)
+        assert not out.exists()
+    (tmp_path / "link").symlink_to(photos)
+    assert "lies in" in said(photos, tmp_path / "link" / "out")
+    divided = tmp_path / "divided"
+    split(Arguments(str(photos), str(divided)))
+    assert "holds train/ and val/: it is split already; give it to --data as it is" in said(divided, tmp_path / "a")
+    (divided / "val").rename(divided / "test")
+    assert "holds train/ and test/: it is split already" in said(divided, tmp_path / "a")
+    (divided / "test").rename(tmp_path / "elsewhere")
+    assert f"holds nothing but train/: to divide what is in there, give {divided / 'train'}" in said(divided, "a")
+
+
+def test_folders_in_class_folders_keep_their_place(photos, tmp_path):
+    (photos / "dahlia" / "trip").mkdir()
+    for number in range(1, 6):
+        (photos / "dahlia" / f"{number}.jpg").rename(photos / "dahlia" / "trip" / f"{number}.jpg")
+    (photos / "pagoda" / "notes.txt").write_text("x")
+    out = tmp_path / "split"
+    assert split(Arguments(str(photos), str(out))).endswith("; left out 1 file that is not an image (1 .txt)")
+    names = {str(path.relative_to(out / side)) for side in ("train", "val") for path in (out / side).rglob("*.jpg")}
+    assert names == {str(path.relative_to(photos)) for path in photos.rglob("*.jpg")}
+
+
 def test_small_classes_have_an_image_on_either_side(photos, tmp_path):
     for path in sorted((photos / "dahlia").iterdir())[2:]:
         path.unlink()

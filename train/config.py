@@ -62,6 +62,10 @@ class InputConfig:
     """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
+    train_split: str | None = None
+    """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not given."""
+    test_split: str | None = None
+    """Evaluation split, such as train[90%:]; `validation`, or else `test`, if not given."""
     image_size: int = 224
     """Side of the training crops, pixels: the recipe's, whatever the variant. The authors too train RepVGG-D2se at 224
     and evaluate it at 320."""
@@ -364,6 +368,7 @@ def check(config: Config) -> None:
 _FREE = {
     ("input", "data"),
     ("input", "data_dir"),
+    ("input", "test_split"),
     ("input", "test_image_size"),
     ("input", "crop_fraction"),
     ("input", "workers"),

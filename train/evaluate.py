@@ -18,9 +18,11 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.paths import local_path
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
+from repvgg_jax.weights.hub import is_hub_address
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 
 from . import data
@@ -144,6 +146,8 @@ class Arguments:
     """Share of the resized shorter side that the crops keep, to override both the file's own and that rule."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
+    test_split: str | None = None
+    """Split of a TFDS data set, or a slice of one, such as train[90%:]; `validation`, or else `test`, if not given."""
     workers: int | None = None
     """Decoding threads; one for each core if not given."""
     strict: bool = False
@@ -176,6 +180,8 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
     if arguments.report is not None:
         check_report_folder(Path(arguments.report))
+    if not is_hub_address(arguments.weights):
+        arguments = dataclasses.replace(arguments, weights=str(local_path("WEIGHTS", arguments.weights)))
     info = inspect_weights(arguments.weights)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
@@ -196,6 +202,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         image_size=preprocessing.image_size,
         data_dir=arguments.data_dir,
         evaluation_only=True,
+        test_split=arguments.test_split,
     )
     if dataset.num_classes != model.num_classes:
         raise WeightsError(
@@ -211,7 +218,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         evaluated = _predictor(model, variables, arguments.batch_size, preprocessing)
     else:
         placed = replicate(variables)
-    source = NamedSource(dataset.test)
+    source = NamedSource(source)
     evaluator = Evaluator(
         evaluated,
         source,

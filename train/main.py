@@ -120,6 +120,8 @@ def set_up(config: Config) -> Run:
         data_dir=config.input.data_dir,
         crop_fraction=config.input.crop_fraction,
         variant=get_variant(config.model.model),
+        train_split=config.input.train_split,
+        test_split=config.input.test_split,
     )
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
     check_augmentation(config.augment, dataset)

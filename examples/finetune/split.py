@@ -13,13 +13,16 @@ import dataclasses
 import os
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import tyro
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import scratch_folder
-from repvgg_jax.image_files import image_files
+from repvgg_jax.image_files import describe_left_out, image_files
+from repvgg_jax.paths import local_path
+from train.data.folders import TEST_FOLDERS
 from train.data.sources import class_folders, no_images
 
 
@@ -49,18 +52,28 @@ def split(arguments: Arguments) -> str:
     Images are hard links where the file system has them, which take no space; else copies.
 
     Raises:
-      ConfigError: `val` is not between 0 and 1, or `out` exists.
+      ConfigError: `val` is not between 0 and 1, `out` exists or lies in `photos`, or `photos` is split already.
       DataError: `photos` is no folder of class folders, a class has fewer than two images, or `out` cannot be made.
     """
     if not 0 < arguments.val < 1:
         raise ConfigError(f"--val must lie between 0 and 1, not {arguments.val}")
-    photos, out = Path(arguments.photos), Path(arguments.out)
+    photos, out = local_path("PHOTOS", arguments.photos), local_path("OUT", arguments.out)
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it or choose another place for the split")
-    listed = {name: image_files(photos / name) for name in class_folders(photos)}
+    if out.resolve().is_relative_to(photos.resolve()):
+        raise ConfigError(
+            f"{out} lies in {photos}, where it would be taken for one of the classes; choose another place"
+        )
+    classes = class_folders(photos)
+    test_folders = [name for name in TEST_FOLDERS if name in classes]
+    if "train" in classes and test_folders:
+        raise ConfigError(
+            f"{photos} holds train/ and {test_folders[0]}/: it is split already; give it to --data as it is"
+        )
+    if classes == ["train"]:
+        raise ConfigError(f"{photos} holds nothing but train/: to divide what is in there, give {photos / 'train'}")
+    listed = {name: image_files(photos / name) for name in classes}
     images = {name: [os.path.relpath(path, photos / name) for path in files.paths] for name, files in listed.items()}
-    if {"train", "val"} <= set(images):
-        raise ConfigError(f"{photos} holds train/ and val/: it is split already; give it to --data as it is")
     for name, files in images.items():
         if not files:
             raise no_images(photos / name)
@@ -84,7 +97,9 @@ def split(arguments: Arguments) -> str:
             half_made.rename(out)
     except OSError as error:
         raise DataError(f"cannot make {out}: {error.strerror or error}") from error
-    return f"{out}: {len(images)} classes, {counts['train']} images to train on, {counts['val']} to evaluate on"
+    left_out = sum((files.left_out for files in listed.values()), Counter())
+    others = f"; left out {describe_left_out(left_out)}" if left_out else ""
+    return f"{out}: {len(images)} classes, {counts['train']} images to train on, {counts['val']} to evaluate on{others}"
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -13,14 +13,16 @@ from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.extras import install_hint
 from repvgg_jax.image_files import describe_left_out
+from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from repvgg_jax.variants import Variant
 
 from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches
+from .folders import open_folder
 from .pipeline import eval_batches, steps_per_epoch, train_batches
 from .prefetch import Prefetch
-from .sources import EmptySource, Example, FolderSource, Source, SyntheticSource, no_images
+from .sources import EmptySource, Example, Source, SyntheticSource
 from .transforms import TRANSFORMS, Transform, get_transform
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Prefetch",
     "Source",
     "Transform",
+    "describe_left_out",
     "eval_batches",
     "get_transform",
     "load",
@@ -92,14 +95,16 @@ def load(
     crop_fraction: float | None = None,
     variant: Variant | None = None,
     evaluation_only: bool = False,
+    train_split: str | None = None,
+    test_split: str | None = None,
 ) -> DataSet:
     """Open a data set; images are read later.
 
     Args:
       spec: "digits" (scikit-learn's, written to `data_dir` the first time), "synthetic" (random pixels, for
-        benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*`, or a TFDS name
-        `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An existing folder wins over a
-        TFDS name.
+        benchmarks), a folder with `train/CLASS/*` and `val/CLASS/*` (or `validation/`, `valid/`, `test/`, in this
+        order of preference), or a TFDS name `NAME[/CONFIG][:VERSION]` of a data set prepared under `data_dir`. An
+        existing folder wins over a TFDS name.
       image_size: height and width of the network's input in evaluation; None takes the variant's published one.
       data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       channels: 3 for RGB, 1 for grey.
@@ -107,12 +112,15 @@ def load(
         (at another size, as `Preprocessing.at_size` has it), and the others not at all.
       variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
       evaluation_only: do without a training split.
+      train_split, test_split: of a TFDS data set, also slices of splits, such as "train[:90%]" and "train[90%:]"; None
+        takes `train`, and `validation` or else `test`.
 
     Returns:
       The data set.
 
     Raises:
       DataError: one line that says what is missing or wrong, where, and what to do.
+      ConfigError: a URL.
       ValueError: `image_size`, `channels` or `crop_fraction` is out of range.
     """
     preprocessing = _published(variant, channels)
@@ -122,17 +130,20 @@ def load(
         crop_fraction = 1.0
     if crop_fraction is not None:
         preprocessing = dataclasses.replace(preprocessing, crop_fraction=crop_fraction)
+    splits = (train_split, test_split)
     if spec == "digits":
-        return _digits(_data_dir(data_dir), preprocessing)
+        return _digits(_data_dir(data_dir), preprocessing, splits)
     if spec == "synthetic":
+        _refuse_splits(spec, splits)
         return _synthetic(preprocessing)
-    folder = Path(spec).expanduser()
+    folder = local_path("the data set", spec)
     if folder.is_dir():
+        _refuse_splits(spec, splits)
         return _folder(folder, preprocessing, evaluation_only)
     if folder.exists() or spec.startswith((".", "~", os.sep)):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{spec} {problem}; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
-    return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only)
+    return _tfds(spec, _data_dir(data_dir), preprocessing, evaluation_only, splits)
 
 
 def _published(variant: Variant | None, channels: int) -> Preprocessing:
@@ -146,82 +157,63 @@ def _published(variant: Variant | None, channels: int) -> Preprocessing:
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path("--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
-    needed = ("val",) if evaluation_only else ("train", "val")
-    missing = [f"{name}/" for name in needed if not (root / name).is_dir()]
-    if missing:
-        wanted = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in needed)
-        raise DataError(f"{root} holds no {' and no '.join(missing)}; expected {wanted}")
-    test = FolderSource(root / "val", allow_empty=True)
-    if evaluation_only:
-        train = EmptySource(test.class_names)
-        listed, notes = [test], [f"no image of class {name} in {test.root}" for name in test.empty]
-    else:
-        train = FolderSource(root / "train", allow_empty=True)
-        _check_classes(train, test)
-        listed, notes = [train, test], []
-    notes += [f"{s.root}: left out {describe_left_out(s.left_out)}" for s in listed if s.left_out]
-    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", tuple(notes))
+    train, test, notes = open_folder(root, evaluation_only)
+    return DataSet(str(root), train, test, preprocessing, "random_resized_crop_flip", notes)
 
 
-def _check_classes(train: FolderSource, test: FolderSource) -> None:
-    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
-
-    Raises:
-      DataError: there is one.
-    """
-    for source, other in ((test, train), (train, test)):
-        for name in source.empty:
-            there = name in other.class_names
-            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
-    sides = ((train, test), (test, train))
-    differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
-    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
-    if texts:
-        one, other, names = next(difference for difference in differences if difference[2])
-        raise DataError(
-            f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
-            f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
-        )
+_Splits = tuple[str | None, str | None]  # for training and for evaluation, where they were asked for
 
 
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def _refuse_splits(spec: str, splits: _Splits) -> None:
+    for option, split in zip(("--train-split", "--test-split"), splits, strict=True):
+        if split is not None:
+            raise DataError(f"{option} {split} is for TFDS data sets; {spec} has folders or images of its own")
 
 
-def _tfds(name: str, data_dir: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
+def _tfds(name: str, data_dir: Path, preprocessing: Preprocessing, evaluation_only: bool, splits: _Splits) -> DataSet:
     try:
         from . import tfds_source
     except ImportError as error:
         raise _missing_extra(name, error) from error
     directory = tfds_source.find_dataset(name, data_dir)
-    test_split = tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
+    train, test, notes = _tfds_sources(directory, splits, evaluation_only)
+    return DataSet(name, train, test, preprocessing, "random_resized_crop_flip", notes)
+
+
+def _tfds_sources(
+    directory: Path, splits: _Splits, evaluation_only: bool = False
+) -> tuple[Source, Source, tuple[str, ...]]:
+    """Training split, evaluation split, and what a user should know of the two."""
+    from . import tfds_source
+
+    train_split, test_split = splits
+    if test_split is None:
+        test_split = tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
     test = tfds_source.TfdsSource(directory, test_split)
     if evaluation_only:
-        train: Source = EmptySource(test.class_names)
-    else:
-        train = tfds_source.TfdsSource(directory, tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS))
-    return DataSet(name, train, test, preprocessing, "random_resized_crop_flip")
+        return EmptySource(test.class_names), test, ()
+    if train_split is None:
+        train_split = tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
+    train = tfds_source.TfdsSource(directory, train_split)
+    shared = tfds_source.shared_images(directory, train_split, test_split)
+    note = f"{shared} of {len(test)} evaluation images ({test_split}) are training images too ({train_split})"
+    return train, test, (note,) if shared else ()
 
 
-def _digits(data_dir: Path, preprocessing: Preprocessing) -> DataSet:
+def _digits(data_dir: Path, preprocessing: Preprocessing, splits: _Splits) -> DataSet:
     try:
-        from . import digits, tfds_source
+        from . import digits
     except ImportError as error:
         raise _missing_extra("digits", error) from error
     directory = digits.prepare(data_dir)
+    train, test, notes = _tfds_sources(directory, splits)
     mean, std = (MEAN,) * preprocessing.channels, (STD,) * preprocessing.channels
-    return DataSet(
-        "digits",
-        tfds_source.TfdsSource(directory, "train"),
-        tfds_source.TfdsSource(directory, "test"),
-        dataclasses.replace(preprocessing, mean=mean, std=std),
-        "random_affine",
-    )
+    preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+    return DataSet("digits", train, test, preprocessing, "random_affine", notes)
 
 
 def _synthetic(preprocessing: Preprocessing) -> DataSet:

@@ -23,6 +23,8 @@ from .tfrecord import Shard, TFRecordFiles
 
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("validation", "test")
+# What is looked at to see whether a split is labelled.
+_SAMPLE = 16
 # Features that name an image, as TFDS's classification data sets call them.
 _NAME_FEATURES = ("file_name", "image/filename", "filename", "id")
 
@@ -41,7 +43,7 @@ class TfdsSource:
       split: a split's name, or a slice of one (`train[:10%]`).
 
     Raises:
-      DataError: no such data set or split, or not one of labelled uint8 images.
+      DataError: no such data set or split, an empty one, or not one of labelled uint8 images.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
@@ -51,6 +53,9 @@ class TfdsSource:
         self._keys, self._features = _features(builder.info)
         self._class_names = list(self._features[self._keys[1]].names)
         self._records = _records(builder, split)
+        if not len(self._records):
+            raise DataError(f"{self._name} holds no images")
+        self._check_labels()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TfdsSource, (self._directory, self._split)
@@ -68,6 +73,17 @@ class TfdsSource:
         if not 0 <= label < len(self._class_names):
             raise DataError(f"{position}: label {label} is none of the {len(self._class_names)} classes")
         return Example(image, label, f"{position} {name}" if name else position)
+
+    def _check_labels(self) -> None:
+        """Refuse a split whose labels are kept secret, as those of many test splits are (label -1)."""
+        labels = []
+        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLE).round().astype(int)).tolist():
+            try:
+                labels.append(self._parse(self._read(index, ""), "")[1])
+            except DataError:  # damaged: named when it is read for its image
+                continue
+        if labels and max(labels) < 0:
+            raise DataError(f"{self._name} has no labels; choose another split (--train-split, --test-split)")
 
     def _read(self, index: int, position: str) -> bytes:
         try:
@@ -112,11 +128,33 @@ def find_split(directory: Path, candidates: Sequence[str]) -> str:
     for split in candidates:
         if split in info.splits:
             return split
-    raise DataError(f"{info.full_name} has no {' or '.join(candidates)} split, only {', '.join(info.splits)}")
+    if not info.splits:
+        raise DataError(f"{directory} holds no splits: its build is unfinished; prepare the data set again")
+    message = f"{info.full_name} has no {' or '.join(candidates)} split, only {', '.join(info.splits)}"
+    if set(info.splits) == {"train"}:
+        message += "; divide it, such as with --train-split 'train[:90%]' --test-split 'train[90%:]'"
+    else:
+        message += "; choose with --train-split and --test-split"
+    raise DataError(message)
+
+
+def shared_images(directory: Path, one: str, other: str) -> int:
+    """Return how many images two splits, or slices of splits, of a data set have in common."""
+    builder = _open_builder(directory)
+    spans = [[(s.path, s.skip, s.skip + s.take) for s in _shards(builder, split)] for split in (one, other)]
+    return sum(
+        max(0, min(end, other_end) - max(start, other_start))
+        for path, start, end in spans[0]
+        for other_path, other_start, other_end in spans[1]
+        if path == other_path
+    )
 
 
 def _not_found(name: str, data_dir: Path) -> DataError:
     base = name.split(":")[0].split("/")[0]
+    folder = data_dir / base
+    if folder.is_dir():
+        return _not_finished(name, base, folder)
     known = set(tfds.list_builders(with_community_datasets=False))
     if base in known:
         # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some a manual download.
@@ -126,9 +164,25 @@ def _not_found(name: str, data_dir: Path) -> DataError:
             "where it is with --data-dir or TFDS_DATA_DIR"
         )
     prepared = {p.name for p in data_dir.iterdir() if p.is_dir()} if data_dir.is_dir() else set()
-    near = difflib.get_close_matches(base, sorted(known | prepared | {"digits", "synthetic"}), n=3)
+    names = sorted((known | prepared | {"digits", "synthetic"}) - {name, base})
+    near = difflib.get_close_matches(base, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "give a folder, a TFDS name, digits or synthetic"
     return DataError(f"no folder and no TFDS data set is called {name!r}; {hint}")
+
+
+def _not_finished(name: str, base: str, folder: Path) -> DataError:
+    """The error where `folder` has the data set's name, but not this configuration or version of it."""
+    unfinished = sorted(path for path in folder.rglob("*.incomplete*") if path.is_dir())
+    if unfinished:
+        return DataError(
+            f"the build of the TFDS data set {name!r} is unfinished ({unfinished[0]}); wait for it, or remove that "
+            "folder and build it again"
+        )
+    built = sorted(path.parent.relative_to(folder) for path in folder.rglob("dataset_info.json"))
+    if not built:
+        return DataError(f"{folder} holds no finished build of the TFDS data set {name!r}; build it again")
+    names = ["/".join((base, *path.parts[:-1])) + f":{path.name}" for path in built[:3]]
+    return DataError(f"{folder} does not hold the TFDS data set {name!r}; did you mean {' or '.join(names)}?")
 
 
 def _open_builder(directory: Path) -> Any:
@@ -167,6 +221,8 @@ def _records(builder: Any, split: str) -> _Records:
         if FileFormat.TFRECORD in formats:
             return TFRecordFiles(_shards(builder, split))
     except (KeyError, ValueError) as error:
+        if split.partition("[")[0] in builder.info.splits:
+            raise DataError(f"cannot take the split {split!r} of {builder.info.full_name} ({_line(error)})") from error
         splits = ", ".join(builder.info.splits)
         raise DataError(f"{builder.info.full_name} has no split {split!r}, only {splits}") from error
     names = ", ".join(sorted(fmt.value for fmt in formats)) or "no known record files"

@@ -1,0 +1,86 @@
+"""A data set in a folder: `ROOT/train/CLASS/*` and `ROOT/val/CLASS/*`."""
+
+from pathlib import Path
+
+from repvgg_jax.errors import DataError
+from repvgg_jax.image_files import describe_left_out, image_files
+
+from .sources import EmptySource, FolderSource, Source, class_folders, no_images
+
+TEST_FOLDERS = ("val", "validation", "valid", "test")
+"""What the evaluation split's folder may be called; the first that is there is taken."""
+
+
+def open_folder(root: Path, evaluation_only: bool = False) -> tuple[Source, Source, tuple[str, ...]]:
+    """Open both splits of a folder.
+
+    Args:
+      root: holds `train/` and one of `TEST_FOLDERS`.
+      evaluation_only: do without a training split.
+
+    Returns:
+      The training split, the evaluation split, and lines with what a user should know of them.
+
+    Raises:
+      DataError: a split is missing, a class has no images to train on or to evaluate on, or a folder cannot be listed.
+    """
+    there = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+    wanted = ["train"] * (not evaluation_only) + ["val"]
+    missing = [name for name in wanted if not (there if name == "val" else (root / name).is_dir())]
+    if missing:
+        raise _missing(root, wanted, missing)
+    notes = []
+    if len(there) > 1:
+        notes.append(f"{root}: evaluation on {there[0]}/, not on {', '.join(f'{name}/' for name in there[1:])}")
+    test = FolderSource(root / there[0], allow_empty=True)
+    if evaluation_only:
+        train = EmptySource(test.class_names)
+        listed, notes = [test], [*notes, *(f"no image of class {name} in {test.root}" for name in test.empty)]
+    else:
+        train = FolderSource(root / "train", allow_empty=True)
+        _check_classes(train, test)
+        listed = [train, test]
+    notes += [f"{split.root}: left out {describe_left_out(split.left_out)}" for split in listed if split.left_out]
+    return train, test, tuple(notes)
+
+
+def _missing(root: Path, wanted: list[str], missing: list[str]) -> DataError:
+    expected = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in wanted)
+    message = f"{root} holds no {' and no '.join(f'{name}/' for name in missing)}; expected {expected}"
+    if missing == ["train", "val"] and _is_unsplit(root):
+        message += f"; to divide its class folders: python -m examples.finetune.split {root} OUT"
+    return DataError(message)
+
+
+def _is_unsplit(root: Path) -> bool:
+    """Whether `root` itself holds class folders with images."""
+    try:
+        return any(image_files(root / name).paths for name in class_folders(root))
+    except DataError:
+        return False
+
+
+def _check_classes(train: FolderSource, test: FolderSource) -> None:
+    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
+
+    Raises:
+      DataError: there is one.
+    """
+    for source, other in ((test, train), (train, test)):
+        for name in source.empty:
+            there = name in other.class_names
+            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
+    sides = ((train, test), (test, train))
+    differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
+    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
+    if texts:
+        one, other, names = next(difference for difference in differences if difference[2])
+        raise DataError(
+            f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
+            f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
+        )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
