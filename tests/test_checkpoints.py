@@ -123,6 +123,29 @@ def test_what_cannot_be_read_is_set_aside_and_not_deleted(tmp_path):
     assert restored(tmp_path) == 3
 
 
+@pytest.mark.parametrize("what", ["the workdir", "all checkpoints", "the newest", "every file's contents"])
+def test_checkpoints_damaged_while_the_run_goes_on_cost_only_themselves(what, tmp_path):
+    workdir = tmp_path / "run"
+    with Checkpoints(workdir, 2, print) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(replicate(state_at(step)), FACTS, 0.5 if step == 2 else None)
+            if step == 4:
+                checkpoints.wait()
+                damage(workdir, what)
+    assert steps(workdir)[-2:] == [5, 6]
+    assert restored(workdir) == 6
+
+
+def damage(workdir: Path, what: str) -> None:
+    folders = {"the workdir": ".", "all checkpoints": "checkpoints", "the newest": "checkpoints/4"}
+    if what in folders:
+        shutil.rmtree(workdir / folders[what])
+        return
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
 def test_nobody_is_advised_to_delete_what_may_be_readable(tmp_path):
     save(tmp_path, {1: 0.5, 2: None})
     for path in (tmp_path / "checkpoints").rglob("manifest.ocdbt"):

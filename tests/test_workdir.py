@@ -17,7 +17,7 @@ from train.checkpoint import RunFacts
 from train.config import PRESETS, Config, RunConfig, parse, save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.main import check_augmentation, set_up
+from train.main import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 
 HOLDER = textwrap.dedent(
@@ -192,6 +192,18 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "run").exists(), wrong
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, 8), (2, 4)])
+def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected, tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    seen = []
+    monkeypatch.setattr("train.main.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
+    options = ["--data", str(tmp_path / "photos"), "--batch-size", "8", "--accumulate", str(accumulate)]
+    run = set_up(parse(["--preset", "imagenet_120", *options]))
+    make_evaluator(run, run.model)
+    assert seen == [expected]
 
 
 def test_the_preset_must_be_named():

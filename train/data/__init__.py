@@ -12,6 +12,7 @@ from pathlib import Path
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.image_files import describe_left_out
+from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from repvgg_jax.variants import Variant
 
@@ -125,7 +126,7 @@ def load(
         return _digits(_data_dir(data_dir), preprocessing)
     if spec == "synthetic":
         return _synthetic(preprocessing)
-    folder = Path(spec).expanduser()
+    folder = local_path("data set", spec)
     if folder.is_dir():
         return _folder(folder, preprocessing, evaluation_only)
     if folder.exists() or spec.startswith((".", "~", os.sep)):
@@ -145,7 +146,7 @@ def _published(variant: Variant | None, channels: int) -> Preprocessing:
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path("data folder", str(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def _folder(root: Path, preprocessing: Preprocessing, evaluation_only: bool) -> DataSet:
