@@ -57,11 +57,11 @@ def test_the_best_stays_when_the_run_is_resumed_again_and_again(tmp_path):
 
 
 def test_of_equally_good_ones_the_newest_stays_however_often_the_run_is_interrupted(tmp_path):
-    evaluated = {3: 0.2, 6: 0.9, 9: 0.9, 12: 0.1, 15: 0.9, 18: 0.3, 20: None, 21: 0.89, 24: 0.1}
+    evaluated = {3: 0.2, 6: 0.9, 9: 0.9, 12: 0.1, 15: 0.89, 18: None}
     save(tmp_path / "whole", evaluated)
     for step, top1 in evaluated.items():
         save(tmp_path / "interrupted", {step: top1})
-    assert steps(tmp_path / "whole") == steps(tmp_path / "interrupted") == [15, 21, 24]
+    assert steps(tmp_path / "whole") == steps(tmp_path / "interrupted") == [9, 15, 18]
 
 
 def test_orbax_itself_finds_the_best(tmp_path):
@@ -173,7 +173,7 @@ def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
         raise KeyError
     assert global_state() == before
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(rv.RepVGGError, match="cannot use"), Checkpoints(tmp_path / "file", 2, print):
+    with pytest.raises(rv.RepVGGError, match=r"cannot (use|read)"), Checkpoints(tmp_path / "file", 2, print):
         pass
     assert global_state() == before
 
