@@ -166,6 +166,7 @@ def test_curves_of_what_is_no_run(tmp_path):
 
 
 OUT_OF_RANGE = {
+    "--image-size": (99999999, "must be at most 4096, not 99999999"),
     "--test-image-size": (0, "must be at least 1, not 0"),
     "--epochs": (0, "must be at least 1, not 0"),
     "--batch-size": (0, "must be at least 1, not 0"),

@@ -124,3 +124,12 @@ def test_a_run_with_a_damaged_line_does_not_overwrite_it(workdir):
     with pytest.raises(rv.RepVGGError, match=r"line 2 is damaged .*; mend that line or take it out"):
         MetricsLog(workdir, 33)
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_rows_go_to_a_new_file_when_somebody_has_removed_the_old_one(workdir):
+    log = MetricsLog(workdir, 33)
+    (workdir / "metrics.jsonl").unlink()
+    log.write({"step": 44, "epoch": 2.0, "loss": 0.5}, "train")
+    log.write({"step": 55, "epoch": 2.5, "loss": 0.4}, "train")
+    log.close()
+    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [44, 55]

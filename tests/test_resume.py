@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from command_helpers import command
 from run_helpers import rows, weights, without_times
+
+from train.checkpoint import evaluations
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,10 @@ def has_moved_on(workdir: Path, before: list[int], process: subprocess.Popen) ->
     return steps_in(workdir) != before or process.poll() is not None
 
 
+def has_reached(workdir: Path, step: int, process: subprocess.Popen) -> bool:
+    return max(steps_in(workdir), default=0) >= step or process.poll() is not None
+
+
 def writing_or_over(workdir: Path, process: subprocess.Popen) -> bool:
     return writing(workdir) or process.poll() is not None
 
@@ -80,6 +87,52 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(runs, tmp_p
     done = runs.finish(workdir, **options)
     assert done.returncode == 0, done.stderr
     same_result(workdir, tmp_path / "whole")
+
+
+def test_the_same_checkpoints_are_kept_however_often_the_run_is_killed(runs, tmp_path):
+    """The best among them; with such a learning rate, it is not the last one."""
+    options: dict = dict(epochs=16, checkpoint_every=10, evaluate_every=3, learning_rate=2, ema_decay=0.9)
+    assert runs.finish(tmp_path / "whole", **options).returncode == 0
+    workdir = tmp_path / "run"
+    for last in (70, 130, 210, 280):
+        process = runs.start(workdir, **options)
+        wait_for(functools.partial(has_reached, workdir, last, process))
+        process.kill()
+        process.communicate()
+    assert runs.finish(workdir, **options).returncode == 0
+    same_result(workdir, tmp_path / "whole")
+    assert steps_in(workdir) == steps_in(tmp_path / "whole")
+    top1 = evaluations(workdir)
+    best = max(step for step in top1 if top1[step] == max(top1.values()) and step % 66 == 0)
+    assert best in steps_in(workdir)
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_one_in_that_of_a_killed_one_goes_on(runs, tmp_path):
+    first = runs.start(tmp_path / "run", epochs=100)
+    wait_for(lambda: steps_in(tmp_path / "run"))
+    second = runs.finish(tmp_path / "run", epochs=100)
+    assert second.returncode == 2
+    assert f"is in use by process {first.pid} on " in second.stderr
+    assert second.stderr.count("\n") == 1
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    third = runs.start(tmp_path / "run", epochs=100)
+    before = steps_in(tmp_path / "run")
+    wait_for(lambda: steps_in(tmp_path / "run") != before)
+    third.kill()
+    third.communicate()
+
+
+def test_the_forms_of_a_run_in_bfloat16_are_compared_in_float32(runs, tmp_path):
+    done = runs.finish(tmp_path / "run", dtype="bfloat16", accumulate=2)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "train form and deploy form, both computed in float32, predict the same class for 360 of 360" in said
+    printed = json.loads(done.stdout.splitlines()[-1])
+    for form, name in (("train", "final"), ("deploy", "deploy")):
+        arguments = ("digits", form, tmp_path / "run" / f"{name}.safetensors", "--data-dir", runs.data)
+        assert json.loads(command("train.evaluate", *arguments).stdout)["top1"] == printed[f"test_top1_{form}_form"]
 
 
 def test_sigterm_saves_at_once_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from train.checkpoint import RunFacts
 from train.config import PRESETS, Config, RunConfig, parse, save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.main import check_augmentation, set_up
+from train.main import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 
 HOLDER = textwrap.dedent(
@@ -58,24 +57,21 @@ def hold():
 
 def test_a_second_run_is_told_whose_the_folder_is_until_that_one_ends_or_is_killed(hold, tmp_path):
     workdir = tmp_path / "run [1]"
-    for end in (signal.SIGKILL, None):
-        process = hold(workdir)
-        before = {path.name: path.read_bytes() for path in workdir.iterdir()}
-        with (
-            pytest.raises(rv.ConfigError, match=rf"in use by process {process.pid} on \S+: wait for it"),
-            claimed(PRESETS["plus_300"], workdir),
-        ):
-            pass
-        assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
-        if end is None:
-            process.communicate()
-        else:
-            process.send_signal(end)
-            process.wait()
-            assert (workdir / LOCK).read_bytes(), "its name is still there, the lock is not"
-    with claimed(Config(), workdir):
+    process = hold(workdir)
+    before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+    with (
+        pytest.raises(rv.ConfigError, match=rf"in use by process {process.pid} on \S+: wait for it"),
+        claimed(PRESETS["plus_300"], workdir),
+    ):
         pass
-    assert (workdir / LOCK).read_bytes() == b""
+    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    process.kill()
+    process.wait()
+    assert (workdir / LOCK).read_bytes(), "its name is still there, the lock is not"
+    for _ in range(2):
+        with claimed(Config(), workdir):
+            assert str(os.getpid()).encode() in (workdir / LOCK).read_bytes()
+        assert (workdir / LOCK).read_bytes() == b""
 
 
 def test_the_command_says_so_in_one_line(tmp_path):
@@ -192,6 +188,18 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "run").exists(), wrong
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, 8), (2, 4)])
+def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected, tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    seen = []
+    monkeypatch.setattr("train.main.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
+    options = ["--data", str(tmp_path / "photos"), "--batch-size", "8", "--accumulate", str(accumulate)]
+    run = set_up(parse(["--preset", "imagenet_120", *options]))
+    make_evaluator(run, run.model)
+    assert seen == [expected]
 
 
 def test_the_preset_must_be_named():

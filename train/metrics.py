@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -97,6 +98,9 @@ class MetricsLog:
             return
         clean = {name: _rounded(value) for name, value in row.items()}
         with self._written():
+            if not os.fstat(self._file.fileno()).st_nlink:  # somebody has removed the file: the rest goes to a new one
+                self._file.close()
+                self._file = (self._workdir / "metrics.jsonl").open("ab", buffering=0)
             self._file.write((json.dumps(clean) + "\n").encode())
             for name, value in clean.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):

@@ -52,12 +52,15 @@ def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
             logging.getLogger(name).removeFilter(function)
 
 
+# Most checkpoints are written without an evaluation; a slow disk shows in the images per second.
+_ROUTINE = ("did not provide metrics", "Waiting for previous save to complete")
+
+
 def _filter_orbax(record: logging.LogRecord, note: Callable[[str], None]) -> bool:
     if f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno < logging.WARNING:
         return True
     message = record.getMessage()
-    # Most checkpoints are written without an evaluation; and what comes with an exception is raised as well.
-    if not record.exc_info and "did not provide metrics" not in message:
+    if not record.exc_info and not any(text in message for text in _ROUTINE):  # an exception is raised as well
         note(f"orbax: {' '.join(message.split())}")
     return False
 
