@@ -2,11 +2,9 @@
 
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import logging
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -161,6 +159,9 @@ def _print_version() -> None:
 
 def version_line() -> str:
     """Return this package's version, and those that a report of a fault needs besides."""
+    import importlib.metadata  # takes long, for a line that is seldom wanted
+    import platform
+
     libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy"))
     return f"repvgg-jax {__version__} ({', '.join(libraries)}, Python {platform.python_version()})"
 

@@ -151,6 +151,15 @@ def test_a_loop_of_ones_own_learns_and_fuses():
     check_own_loop()
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_loop_of_ones_own_refuses_the_deploy_form(suffix, tmp_path):
+    model = rv.create_model(use_in_your_code.SMALL, num_classes=10)
+    rv.save_weights(tmp_path / f"deploy{suffix}", *rv.to_deploy(model, random_variables(model)))
+    done = command("examples.use_in_your_code", tmp_path / f"deploy{suffix}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("is in deploy form, which cannot be trained; give the training form")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
 def test_a_loop_of_ones_own_starts_from_a_file_of_other_classes(tmp_path):
