@@ -161,7 +161,7 @@ def _on_cpu(cpu: Callable, default: Callable, *arguments: Array):
 
 def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> int | None:
     """Winograd's m, or 0 for the direct sum, where the native convolution is to be used; else None."""
-    suits = kernel.shape[0] == 3 and dilation == 1 and x.dtype == jnp.float32
+    suits = kernel.shape[0] == 3 and dilation == 1 and x.dtype == jnp.float32 and x.size > 0
     large = _out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
     # XLA cannot divide a call among devices, as `jit` would; in `pmap` and `shard_map` each device has its own.
     divided = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,7 +73,8 @@ def main() -> int:
     predict = rv.make_predictor(model, variables, 4, 32)
 
     def loss(params):
-        return (model.apply(variables | {"params": params}, images, train=False) ** 2).sum()
+        logits: Any = model.apply(variables | {"params": params}, images, train=False)
+        return (logits**2).sum()
 
     gradients = jax.jit(jax.grad(loss))
 

@@ -18,7 +18,7 @@ from run_helpers import Runs, rows
 from .report import Attack, attempts, finish
 
 LIMIT_KB = 10
-"""Growth in a step that counts as a leak. The net's weights alone are 70 KB: a state that is not let go would show."""
+"""Growth in a step that counts as a leak: the state of a step that is not let go would be more."""
 STEPS_IN_EPOCH = 11
 
 

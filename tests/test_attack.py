@@ -1,0 +1,54 @@
+"""Claim: the attacks count what failed, and say so; the C++ touches no byte that is not its own."""
+
+import json
+import sys
+
+import pytest
+from attack import __main__ as runner
+from attack.report import Attack, attempts, finish
+from attack.sanitizers import attack, builds, compiled
+
+
+def test_an_attempt_that_raises_is_counted_and_the_next_one_is_made(capsys, monkeypatch):
+    monkeypatch.setenv("ATTACK_SCALE", "0.1")
+    tried = Attack("division")
+    for divisor in range(attempts(25)):
+        with tried.attempt(f"divisor {divisor}"):
+            print(1 / divisor, file=sys.stderr)
+    assert finish(tried) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"attack": "division", "attempts": 3, "survived": 2, "failed": 1}
+    assert "division: FAILED: divisor 0: ZeroDivisionError" in said.err
+    assert finish(Attack("nothing was tried")) == 1
+    assert finish(Attack("all well", survived=1)) == 0
+
+
+def test_an_attack_that_dies_is_a_row_that_failed(tmp_path, monkeypatch):
+    folder = tmp_path / "tests" / "attack"
+    folder.mkdir(parents=True)
+    row = '{"attack": "well", "attempts": 3, "survived": 3, "failed": 0}'
+    (folder / "dies.py").write_text(f"import os\nprint('{row}', flush=True)\nos.abort()\n")
+    (folder / "lives.py").write_text(f"print('{row}')\n")
+    (folder / "_helper.py").write_text("")
+    monkeypatch.setattr(runner, "FOLDER", folder)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    assert runner.names() == ["dies", "lives"]
+    survived, died = runner.run("dies")
+    assert (survived["attack"], survived["failed"]) == ("well", 0)
+    assert (died["attack"], died["failed"]) == ("dies: exit status -6", 1)
+    (row,) = runner.run("lives")
+    assert "| well | `lives` | 3 | 3 | 0 |  |" in runner.table([row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", builds(), ids=lambda build: build.name)
+def test_no_sanitizer_and_no_guard_page_stops_the_native_code(build, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "sanitized"
+    folder.mkdir(exist_ok=True)
+    result = attack(build, compiled(build, folder), 50)
+    assert result.row | {"failed": result.failures} == {
+        "attack": build.name,
+        "attempts": 50,
+        "survived": 50,
+        "failed": [],
+    }
