@@ -172,7 +172,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tm
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        done = convert(untrained, tmp_path / output, "--keep-training-form", *TO.get(output, ()))
+        done = convert(untrained, tmp_path / output, "--overwrite", "--keep-training-form", *TO.get(output, ()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "too large" in error_of(done)

@@ -155,6 +155,14 @@ TIMM = Family(
     heads={"linear": "head.fc"},
 )
 
+# `timm.create_model(…, features_only=True)`, which has no classifier.
+TIMM_FEATURES = dataclasses.replace(
+    TIMM,
+    name="timm-features",
+    stages={"stage0": "stem"} | {f"stage{number}": f"stages_{number - 1}.{{}}" for number in range(1, 5)},
+    heads={},
+)
+
 MMPRETRAIN = Family(
     name="mmpretrain",
     stages={
@@ -177,4 +185,6 @@ MMPRETRAIN = Family(
     heads={"linear": "head.fc"},
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (AUTHORS, AUTHORS_PLUS, TIMM, MMPRETRAIN)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (AUTHORS, AUTHORS_PLUS, TIMM, TIMM_FEATURES, MMPRETRAIN)
+}

@@ -1,9 +1,7 @@
 """From a weight file, or its place on the Hugging Face hub, to a model and its variables."""
 
 import dataclasses
-import io
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +16,15 @@ from ..errors import WeightsError
 from ..model import RepVGG
 from ..variants import AUX_HEADS, Variant, get_variant
 from . import int8, native
+from .containers import is_folder, open_file, read_container
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, same_network, without_wrappers
+from .identify import Identity, identify, part_of, same_network
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .layout import check_finite, check_shapes, head_layers, shown, unflatten
-from .safetensors_file import read_safetensors
+from .side_file import with_side_file
 from .state_dict import Item, items, to_leaf
 from .tensor_file import TensorFile
-from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
+from .training_run import FACTS, find_checkpoint, read_checkpoint
 
 HEAD_SEED = 0
 """A fresh classifier is the same one every time."""
@@ -58,6 +57,7 @@ def load_weights(
     *,
     ema: bool = False,
     tensors_only: bool = False,
+    prefix: str = "",
 ) -> tuple[RepVGG, dict[str, Any]]:
     """The model and the variables that a weight file holds, whoever wrote it.
 
@@ -65,7 +65,8 @@ def load_weights(
     as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
 
     Args:
-      path: a weight file, or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
+      path: a weight file, with the `PATH.json` that `save_weights` may have put beside it; a training run, for its
+        best checkpoint, or one of its checkpoints; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
         and output stride.
@@ -73,6 +74,8 @@ def load_weights(
         says so); everything else is loaded.
       ema: take the moving average of the weights, where a training checkpoint has one.
       tensors_only: pass over pickled objects of unknown classes beside the weights, which are refused otherwise.
+      prefix: take only what is named so, such as `encoder.`, out of a larger model. A net without classifier needs
+        `num_classes`.
 
     Returns:
       `model, variables`, in the form (training or deploy) that the file has; float32.
@@ -84,7 +87,7 @@ def load_weights(
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
+    with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only, prefix=prefix) as contents:
         info, file = contents.info, contents.file
         if info.quantized:
             raise WeightsError(
@@ -113,7 +116,12 @@ def load_weights(
 
 
 def inspect_weights(
-    path: str | os.PathLike, name: str | Variant | None = None, *, ema: bool = False, tensors_only: bool = False
+    path: str | os.PathLike,
+    name: str | Variant | None = None,
+    *,
+    ema: bool = False,
+    tensors_only: bool = False,
+    prefix: str = "",
 ) -> WeightsInfo:
     """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
 
@@ -123,7 +131,7 @@ def inspect_weights(
       UnknownModelError: no variant is called `name`.
       WeightsError: no sound weight file, or not exactly one whole RepVGG.
     """
-    with open_weights(path, name, ema=ema, tensors_only=tensors_only, headless=True) as contents:
+    with open_weights(path, name, ema=ema, tensors_only=tensors_only, prefix=prefix, headless=True) as contents:
         return contents.info
 
 
@@ -135,6 +143,7 @@ def open_weights(
     *,
     ema: bool = False,
     tensors_only: bool = False,
+    prefix: str = "",
     headless: bool = False,
 ) -> Iterator[Contents]:
     """The file, open, once its keys and shapes are known to be exactly those of one model.
@@ -147,17 +156,28 @@ def open_weights(
     """
     expected = get_variant(name) if isinstance(name, str) else name
     exact = isinstance(name, Variant)
-    address, config = os.fspath(path), None
+    address, config, note = os.fspath(path), None, None
     if is_hub_address(address):
         local, config = fetch(address)
     else:
-        local = Path(path)
-    with _open_file(local, f"{path}") as handle:
-        file = _read_container(handle, local, ema, tensors_only)
+        local = Path(os.path.expanduser(address))  # noqa: PTH111 (Path's own raises where there is no such user)
+    is_run = is_folder(local)
+    if is_run:
+        local, note = find_checkpoint(local)
+    with open_file(local / FACTS if is_run else local, f"{path}") as handle:
+        file = read_checkpoint(handle, local, ema) if is_run else read_container(handle, local, ema, tensors_only)
+        file.notes += [note] if note else []
         info = native.describe(file, name if isinstance(name, Variant) else None)
         if info is None:
+            file = part_of(file, prefix, f"{path}")
             contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}", exact=exact)
+            if not is_hub_address(address):
+                info, note = with_side_file(contents.info, local, expected if exact else None, len(file.tensors))
+                file.notes += [note] if note else []
+                contents = dataclasses.replace(contents, info=info)
         else:
+            if prefix:
+                raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
             _check_expected(info.variant, expected, f"{path}")
             if isinstance(name, Variant):
                 info = dataclasses.replace(info, variant=name)
@@ -165,49 +185,6 @@ def open_weights(
         if config is not None:
             contents = dataclasses.replace(contents, info=config.apply(contents.info))
         yield contents
-
-
-def _open_file(local: Path, where: str) -> io.FileIO:
-    """The file, unbuffered: tensors are read in one piece each."""
-    try:
-        mode = local.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise WeightsError(f"{where} is a folder, not a weight file")
-        if not stat.S_ISREG(mode):  # a pipe or a device may never end
-            raise WeightsError(f"{where} is no ordinary file")
-        return local.open("rb", buffering=0)
-    except FileNotFoundError:
-        raise WeightsError(f"{where} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
-    """By what the file's first bytes say, whatever its suffix."""
-    try:
-        start = handle.read(512)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    if start[8:9] == b"{":
-        if ema:
-            raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
-        return read_safetensors(handle, path)
-    if start[:4] == ZIP_MAGIC or start[:1] == PICKLE_MAGIC:
-        return read_torch_file(handle, path, ema, tensors_only)
-    raise WeightsError(f"cannot read {path}: {_what_else(start)}")
-
-
-def _what_else(start: bytes) -> str:
-    """What a file is that begins like no weight file."""
-    if not start:
-        return "the file is empty"
-    if start.lstrip()[:1] == b"<":
-        return "a web page, not weights; did the download ask for a confirmation?"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the weights themselves; run git lfs pull"
-    if start[257:262] == b"ustar":
-        return "a tar archive; unpack it first"
-    return "neither a safetensors nor a PyTorch file"
 
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
@@ -223,8 +200,6 @@ def _foreign_contents(
     file: TensorFile, expected: Variant | None, headless: bool, where: str, *, exact: bool
 ) -> Contents:
     """`exact`: the caller gave the variant's numbers, and need not be told that it is a custom one."""
-    keys = without_wrappers(file.tensors)
-    file = dataclasses.replace(file, tensors={key: file.tensors[original] for key, original in keys.items()})
     found = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
     if found.variant is not None and found.variant.name != "custom":
         _check_expected(found.variant, expected, where)
@@ -240,8 +215,24 @@ def _foreign_contents(
     entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)
     if not found.num_classes and headless:
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
-    _check_entries(file, entries, where, variant)
+    try:
+        _check_entries(file, entries, where, variant)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_advice(file, found, headless)}") from None
     return Contents(file, _describe(file, entries, found, variant, where), entries)
+
+
+def _advice(file: TensorFile, found: Identity, headless: bool) -> str:
+    """What to do about a file that holds more or less than one whole network."""
+    advice = ""
+    if found.strangers:
+        firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(found.strangers)}
+        if len(firsts) == 1:
+            (name,) = firsts
+            advice = f'; a RepVGG in a larger model is taken out of it with prefix="{name}." (--prefix {name}.)'
+    if not found.num_classes and not headless:
+        advice += "; a net without classifier gets a fresh one with num_classes=N (--num-classes N)"
+    return advice
 
 
 def _check_expected(found: Variant, expected: Variant | None, where: str) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError
-from ..files import atomic_path, check_target
+from ..files import check_target
 from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant
-from . import native
-from .info import WeightsWarning, default_preprocessing
+from . import native, side_file
+from .header import DEPLOY, TRAINING, Header
+from .info import default_preprocessing
 from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
 from .layout import check_arrays, expected_shapes, flatten
-from .safetensors_file import write_safetensors
+from .safetensors_file import save_arrays
 from .state_dict import items, state_dict
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
@@ -42,18 +42,22 @@ def save_weights(
     `.tar` are PyTorch's, with the authors' keys, order, shapes and dtypes, for
     `load_state_dict(torch.load(path), strict=True)`.
 
+    A file under other people's names cannot hold preprocessing, class names, activation and strides. Where they are not
+    what its reader would assume, they go into `PATH.json` beside it, which `load_weights` reads, and a `WeightsWarning`
+    says so.
+
     Args:
       path: where to write.
       model: the model that `variables` belong to, training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
       family: whose names to use: `authors`, `timm` or `mmpretrain`, in either format, or `native`.
-      preprocessing: how its images are prepared; the variant's published evaluation if None. Native files only.
-      class_names: names by class index. Native files only.
+      preprocessing: how its images are prepared; the variant's published evaluation if None.
+      class_names: names by class index.
       num_batches_tracked: training steps behind the BN statistics; PyTorch files say 0 if None.
 
     Raises:
       WeightsError: unknown suffix or family, no torch for a PyTorch file, `variables` do not belong to `model`, the
-        family has no names for it, or NaN in the weights.
+        family has no names for it, NaN in the weights, or a `PATH.json` of somebody else's in the way.
       RepVGGError: the file cannot be written.
     """
     names = choose_names(path, model.variant, family)
@@ -64,29 +68,20 @@ def save_weights(
     kernel = arrays.get(f"params/stage0/{stem}")
     in_channels = 3 if kernel is None else kernel.shape[2]
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
+    preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
     if names is None:
-        preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
         native.write(path, model, variables, preprocessing, class_names, num_batches_tracked)
         return
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    untold = _untold(model.variant)
-    if untold:
-        message = f"{path} cannot say {untold}: whoever loads it must know (give load_weights the Variant)"
-        warnings.warn(message, WeightsWarning, stacklevel=2)
-    if Path(path).suffix == ".safetensors":
-        write_safetensors(path, state, {"format": "pt"})
-    else:
-        _write_torch(path, state)
-
-
-def _untold(variant: Variant) -> str:
-    """What changes the network's function and shows in no key of a PyTorch file, in words."""
-    plain = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
-    values = {name: getattr(variant, name) for name in plain}
-    found = (f"{name} {getattr(v, '__name__', v)}" for name, v in values.items() if v != plain[name])
-    return ", ".join(found)
+    form = DEPLOY if model.deploy else TRAINING
+    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
+    with side_file.writing(path, header, in_channels) as temporary:
+        if Path(path).suffix == ".safetensors":
+            save_arrays(temporary, state, {"format": "pt"})
+        else:
+            _save_torch(temporary, state)
 
 
 def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) -> Family | None:
@@ -114,21 +109,34 @@ def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) 
     return FAMILIES[family]
 
 
-def check_writable(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> None:
+def check_writable(
+    path: str | os.PathLike,
+    variant: Variant,
+    deploy: bool,
+    family: str | None,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> None:
     """Fails as `save_weights` would for such a model, as far as that shows beforehand.
 
     Raises:
       WeightsError, RepVGGError: as `save_weights`.
     """
-    items(choose_names(path, variant, family), variant, deploy, num_classes=1, in_channels=3)
+    names = choose_names(path, variant, family)
+    items(names, variant, deploy, num_classes=1, in_channels=3)
     check_target(path)
+    if names is not None:
+        preprocessing = preprocessing or default_preprocessing(variant)
+        header = Header(DEPLOY if deploy else TRAINING, variant, 1, preprocessing, class_names)
+        if side_file.lost(header, preprocessing.channels):
+            side_file.check_side_file(path)
 
 
-def _write_torch(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+def _save_torch(path: Path, state: Mapping[str, np.ndarray]) -> None:
     import torch
 
     tensors = {key: torch.from_numpy(array) for key, array in state.items()}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # a full disk ends in one, with the system's own error behind it

@@ -62,6 +62,8 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
             if layer in layers:
                 found += _layer_items(layers[layer], f"{path}.{name}")
     heads = {layer.path: layer for layer in head_layers(variant, deploy, num_classes)}
+    if num_classes and not heads.keys() <= family.heads.keys():
+        raise WeightsError(f"{family.name} files have no name for the classifier of {variant.name}")
     for layer, name in family.heads.items():
         if layer in heads:
             found += _layer_items(heads[layer], name)
