@@ -7,6 +7,7 @@ again, or a file that another runtime runs (`exports`).
 """
 
 import dataclasses
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -96,6 +97,7 @@ def convert(arguments: Arguments) -> str:
       FusionError: `keep_training_form` for an input in deploy form.
       ConfigError: no input or no output, an output that is the input or exists, or options that do not fit it.
     """
+    arguments = _expanded(arguments)
     if arguments.input is None or arguments.output is None:
         raise ConfigError("expected IN and OUT, or --inspect FILE")
     if arguments.num_classes is not None and arguments.num_classes < 1:
@@ -149,6 +151,24 @@ def convert(arguments: Arguments) -> str:
     return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
 
 
+def _expanded(arguments: Arguments) -> Arguments:
+    """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
+
+    def expanded(path: str) -> str:
+        return os.path.expanduser(path)  # noqa: PTH111 (Path would drop a final slash)
+
+    int8 = arguments.quantization
+    if int8.calibration is not None:
+        int8 = dataclasses.replace(int8, calibration=expanded(int8.calibration))
+    return dataclasses.replace(
+        arguments,
+        input=arguments.input and expanded(arguments.input),
+        output=arguments.output and expanded(arguments.output),
+        check_images=tuple(map(expanded, arguments.check_images)),
+        quantization=int8,
+    )
+
+
 def _export_format(arguments: Arguments, output: str) -> Format | None:
     """The other runtime's format that the output is to have; None for a weight file.
 
@@ -190,6 +210,8 @@ def describe(path: str, info: WeightsInfo) -> str:
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name
     if info.variant != VARIANTS.get(variant):
+        if info.variant.block == "qarepvgg":
+            variant += " with QARepVGG blocks"
         variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
     return (
         f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "

@@ -24,9 +24,6 @@ def open_file(local: Path, where: str) -> io.FileIO:
     Raises:
       WeightsError: there is no such file, or it cannot be opened.
     """
-    scheme, separator, _ = where.partition("://")
-    if separator and scheme.isalnum():
-        raise WeightsError(f"{where} is not fetched: download it first, and give the file")
     try:
         mode = local.stat().st_mode
         if stat.S_ISDIR(mode):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,10 @@ from ..variants import AUX_HEADS, Variant, get_variant
 from . import int8, native
 from .containers import is_folder, open_file, read_container
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, part_of, same_network
+from .identify import Identity, identify, part_of, same_network, with_block
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
-from .layout import check_finite, check_shapes, head_layers, shown, unflatten
+from .key_maps import QAREPVGG
+from .layout import check_finite, check_shapes, constants, head_layers, shown, unflatten
 from .side_file import with_side_file
 from .state_dict import Item, items, to_leaf
 from .tensor_file import TensorFile
@@ -104,9 +106,10 @@ def load_weights(
 
         chosen = {i.leaf: i for i in contents.items if i.leaf is not None and not (fresh and _is_head(i.leaf))}
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            leaves = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
+            leaves: dict[str, Any] = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
         for note in file.notes:
             warnings.warn(note, WeightsWarning, stacklevel=2)
+    leaves = {leaf: jax.device_put(one) for leaf, one in constants(info.variant, info.deploy).items()} | leaves
     if fresh:
         leaves |= fresh_heads(info.variant, info.deploy, wanted)
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
@@ -160,6 +163,8 @@ def open_weights(
     if is_hub_address(address):
         local, config = fetch(address)
     else:
+        if re.match(r"\w+://", address):
+            raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
         local = Path(os.path.expanduser(address))  # noqa: PTH111 (Path's own raises where there is no such user)
     is_run = is_folder(local)
     if is_run:
@@ -204,6 +209,8 @@ def _foreign_contents(
     if found.variant is not None and found.variant.name != "custom":
         _check_expected(found.variant, expected, where)
     variant = expected or found.variant
+    if variant is not None and not exact:
+        variant = with_block(variant, "qarepvgg" if found.family is QAREPVGG else "repvgg")
     if variant is None:
         raise WeightsError(
             f"{where} has {found.family.name} keys, but not those of a whole RepVGG"
@@ -217,6 +224,8 @@ def _foreign_contents(
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
     try:
         _check_entries(file, entries, where, variant)
+        if not found.num_classes and not headless:
+            raise WeightsError(f"{where} has no classifier")
     except WeightsError as error:
         raise WeightsError(f"{error}{_advice(file, found, headless)}") from None
     return Contents(file, _describe(file, entries, found, variant, where), entries)

@@ -16,8 +16,8 @@ from ..variants import Variant
 from . import native, side_file
 from .header import DEPLOY, TRAINING, Header
 from .info import default_preprocessing
-from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
-from .layout import check_arrays, expected_shapes, flatten
+from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, QAREPVGG, Family
+from .layout import check_arrays, expected_shapes, flatten, shown
 from .safetensors_file import save_arrays
 from .state_dict import items, state_dict
 
@@ -50,7 +50,8 @@ def save_weights(
       path: where to write.
       model: the model that `variables` belong to, training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
-      family: whose names to use: `authors`, `timm` or `mmpretrain`, in either format, or `native`.
+      family: whose names to use: `authors` (QARepVGG's or RepVGG's), `timm` or `mmpretrain`, in either format, or
+        `native`.
       preprocessing: how its images are prepared; the variant's published evaluation if None.
       class_names: names by class index.
       num_batches_tracked: training steps behind the BN statistics; PyTorch files say 0 if None.
@@ -60,13 +61,16 @@ def save_weights(
         family has no names for it, NaN in the weights, or a `PATH.json` of somebody else's in the way.
       RepVGGError: the file cannot be written.
     """
-    names = choose_names(path, model.variant, family)
+    if not isinstance(model, RepVGG):
+        raise WeightsError(f"save_weights writes a RepVGG, not a {type(model).__name__}")
+    path = os.path.expanduser(path)  # noqa: PTH111 (Path's own raises where there is no such user)
+    names = choose_names(path, model.variant, model.deploy, family)
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
-    arrays = flatten(variables)
+    arrays = _arrays(variables)
     stem = "rbr_reparam/kernel" if model.deploy else "rbr_dense/conv/kernel"
     kernel = arrays.get(f"params/stage0/{stem}")
-    in_channels = 3 if kernel is None else kernel.shape[2]
+    in_channels = 3 if kernel is None or len(kernel.shape) != 4 else kernel.shape[2]
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
     preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
     if names is None:
@@ -84,8 +88,26 @@ def save_weights(
             _save_torch(temporary, state)
 
 
-def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) -> Family | None:
+def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat tree of numbers that `variables` are.
+
+    Raises:
+      WeightsError: they are something else.
+    """
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        what = ", ".join(map(shown, variables)) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
+        raise WeightsError(f'variables must be a dict with "params", as model.init gives, not {what or "an empty one"}')
+    arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in flatten(variables).items()}
+    for name, array in arrays.items():
+        if np.dtype(array.dtype).kind not in "fV":  # V: bfloat16, to numpy
+            raise WeightsError(f"variables: {shown(name)} has {array.dtype} numbers, not floats")
+    return arrays
+
+
+def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> Family | None:
     """The naming that a file gets, None for the native one.
+
+    RepVGGplus and the training form of QARepVGG have names of their authors' of their own.
 
     Raises:
       WeightsError: unknown suffix or family, native names in a PyTorch file, or no torch to write it.
@@ -102,7 +124,9 @@ def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) 
         if is_torch:
             raise WeightsError(f"cannot write {path}: native weights are .safetensors files")
         return None
-    if family in (AUTHORS.name, AUTHORS_PLUS.name):
+    if family in (AUTHORS.name, AUTHORS_PLUS.name, QAREPVGG.name):
+        if variant.block == "qarepvgg" and not deploy:
+            return QAREPVGG
         return AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     if family not in FAMILIES:
         raise WeightsError(f"unknown naming {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
@@ -122,7 +146,7 @@ def check_writable(
     Raises:
       WeightsError, RepVGGError: as `save_weights`.
     """
-    names = choose_names(path, variant, family)
+    names = choose_names(path, variant, deploy, family)
     items(names, variant, deploy, num_classes=1, in_channels=3)
     check_target(path)
     if names is not None:
