@@ -19,7 +19,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -245,7 +245,7 @@ def test_a_mutated_int8_file_is_loaded_as_it_was_or_refused(changes, int8_file):
     path, content, net = int8_file
     path.write_bytes(functools.reduce(lambda content, change: change.apply(content), changes, content))
     for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
-        message, found = None, None
+        message, found = None, cast(Any, None)
         try:
             with warnings.catch_warnings(), Watch.watching():
                 warnings.simplefilter("ignore", WeightsWarning)

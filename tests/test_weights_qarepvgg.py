@@ -76,7 +76,9 @@ def randomized(net: Net) -> Net:
                 (module.running_mean, -0.3, 0.3),
                 (module.running_var, 0.5, 1.5),
             ):
+                assert tensor is not None
                 tensor.uniform_(low, high)
+            assert module.num_batches_tracked is not None
             module.num_batches_tracked.fill_(77)
     return net.eval()
 
