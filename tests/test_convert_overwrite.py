@@ -55,7 +55,7 @@ def test_the_input_is_never_the_output_by_any_name(source):
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pth", "out.onnx", "out.stablehlo", "int8.safetensors"])
 def test_what_is_there_is_replaced_on_request_only(output, source, tmp_path):
-    (tmp_path / output).write_text("precious")
+    (tmp_path / output).write_text("precious", encoding="utf-8")
     options = ()
     if output.startswith("int8"):
         from data_helpers import write_photos
@@ -64,7 +64,7 @@ def test_what_is_there_is_replaced_on_request_only(output, source, tmp_path):
         options = (*CALIBRATE, tmp_path / "photos")
     message = error_of(convert(source, tmp_path / output, *options))
     assert f"{output} exists already: choose another name, or replace it with --overwrite" in message
-    assert (tmp_path / output).read_text() == "precious"
+    assert (tmp_path / output).read_text(encoding="utf-8") == "precious"
     done = convert(source, tmp_path / output, *options, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / output).read_bytes().startswith(b"precious")
@@ -102,10 +102,10 @@ def test_a_saved_model_is_replaced_whole_and_on_request_only(source, tmp_path, s
     saved_model(lambda path, images: same["logits"])
     output = tmp_path / "net.savedmodel"
     output.mkdir()
-    (output / "notes.txt").write_text("precious")
+    (output / "notes.txt").write_text("precious", encoding="utf-8")
     assert "exists already" in error_of(convert(source, output))
     assert "is not a SavedModel" in error_of(convert(source, output, "--overwrite"))
-    assert (output / "notes.txt").read_text() == "precious"
+    assert (output / "notes.txt").read_text(encoding="utf-8") == "precious"
     (output / "saved_model.pb").write_bytes(b"old")
     before = sorted(tmp_path.iterdir())
     done = convert(source, output, "--overwrite")

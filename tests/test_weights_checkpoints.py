@@ -64,7 +64,7 @@ def run(tmp_path_factory) -> tuple[Path, dict, dict]:
             state, trained[step], averages[step] = state_at(step)
             checkpoints.save(state, facts, TOP1.get(step))
     rows = [{"step": 3, "loss": 1.0}, *({"step": s, "form": "train", "top1": top1} for s, top1 in TOP1.items())]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return workdir, trained, averages
 
 
@@ -128,7 +128,7 @@ def test_every_command_takes_a_run(run, tmp_path):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    (tmp_path / "names").write_text("\n".join(map(str, range(10))))
+    (tmp_path / "names").write_text("\n".join(map(str, range(10))), encoding="utf-8")
     names = ("--class-names", str(tmp_path / "names"))
     assert evaluation(workdir, *names) == evaluation(tmp_path / "best.safetensors", *names)
 
@@ -148,7 +148,7 @@ def copy_of(checkpoint: Path, folder: Path) -> Path:
 def test_damage_is_one_line(run, tmp_path):
     checkpoint = run[0] / "checkpoints" / "6"
     whole = copy_of(checkpoint, tmp_path / "whole")
-    facts = json.loads((whole / "facts/metadata").read_text())
+    facts = json.loads((whole / "facts/metadata").read_text(encoding="utf-8"))
     for number, change in enumerate(
         (
             {"crc32": facts["crc32"] ^ 1},
@@ -161,7 +161,7 @@ def test_damage_is_one_line(run, tmp_path):
         bad = copy_of(checkpoint, tmp_path / str(number))
         (bad / "facts/metadata").write_text(json.dumps(facts | change))
         assert "/7" in refused(bad)
-    (whole / "facts/metadata").write_text("{")
+    (whole / "facts/metadata").write_text("{", encoding="utf-8")
     assert "damaged checkpoint" in refused(whole)
     cut = copy_of(checkpoint, tmp_path / "cut")
     largest = max((p for p in (cut / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -172,7 +172,7 @@ def test_damage_is_one_line(run, tmp_path):
     (old / "facts/metadata").write_text(json.dumps(facts))
     assert "does not say which net it is" in refused(old)
     none = copy_of(checkpoint, tmp_path / "none")
-    facts = json.loads((checkpoint / "facts/metadata").read_text())
+    facts = json.loads((checkpoint / "facts/metadata").read_text(encoding="utf-8"))
     facts["shapes"] = {key: shape for key, shape in facts["shapes"].items() if "ema" not in key}
     (none / "facts/metadata").write_text(json.dumps(facts))
     assert "has no moving average" in refused(none, ema=True)

@@ -36,7 +36,7 @@ def test_an_export_is_said_to_be_one_whatever_its_name(exports, tmp_path):
         if suffix != ".savedmodel":
             (tmp_path / "w.bin").write_bytes(exports[suffix].read_bytes())
             assert words in refused(tmp_path / "w.bin")
-    (tmp_path / "page.pth").write_text("<html>")
+    (tmp_path / "page.pth").write_text("<html>", encoding="utf-8")
     assert "a web page" in refused(tmp_path / "page.pth")
 
 
