@@ -13,13 +13,14 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
 
 import dataclasses
 import functools
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import tyro
 
 import repvgg_jax as rv
@@ -27,11 +28,14 @@ from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.kernel_algebra import BN_EPSILON
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
-from repvgg_jax.weights.info import MAX_IMAGE_SIZE
+from repvgg_jax.weights.layout import first_ten
+from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
+from .compare import relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
 from .int8 import Int8Options, check_options, quantize_and_write
+from .output import check_output
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
@@ -48,43 +52,44 @@ class Arguments:
     another runtime: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a final slash (TensorFlow)."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Variant the file must hold."""
+    overwrite: bool = False
+    """Replace OUT if it exists. OUT is never the file that is read."""
     keep_training_form: bool = False
     """Rewrite the weights in another format without fusing them."""
     to: Literal["native", "authors", "timm", "mmpretrain"] | None = None
     """Whose names to write into a weight file; also makes a .bin PyTorch's."""
     num_classes: int | None = None
     """Write a fresh classifier of this many classes if the file has another."""
-    ema: bool = False
-    """Take the moving average of the weights, where a training checkpoint has one."""
-    tensors_only: bool = False
-    """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
-    epsilon: float | None = None
-    """What BatchNorm added to the variance when the weights were trained. Native files say it; for others 1e-5 unless
-    given. YOLO trainers and Keras take 1e-3."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
     """Exports: how the images lie that they take. NCHW for .onnx, NHWC for the others, unless given."""
-    image_size: int | None = None
-    """Exports: height and width of the images that they take, in pixels. The weights' own unless given."""
     free_size: bool = False
     """.onnx: leave height and width of the images free."""
     check_images: tuple[str, ...] = ()
     """Exports: image files or folders to compare the export with JAX on, instead of two photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Say what this file is, and convert nothing."""
+    weights: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
     quantization: tyro.conf.OmitArgPrefixes[Int8Options] = dataclasses.field(default_factory=Int8Options)
 
 
-def relative_difference(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
-    """`||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net."""
+def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
+    """`||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
+
+    Raises:
+      WeightsError: the first model's logits are not finite.
+    """
     channels = jax.tree.leaves(variables["params"]["stage0"]["rbr_dense"]["conv"])[0].shape[2]
     images = jax.random.normal(jax.random.key(0), (2, 64, 64, channels))
     with jax.default_matmul_precision("highest"):
         # Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.
-        expected = model.apply(variables, images)
-        found = other.apply(other_variables, images)
-    assert isinstance(expected, jax.Array)
-    assert isinstance(found, jax.Array)
-    return float(jnp.linalg.norm(expected - found) / jnp.maximum(jnp.linalg.norm(expected), 1e-30))
+        expected = np.asarray(model.apply(variables, images))
+        found = np.asarray(other.apply(other_variables, images))
+    if not np.isfinite(expected).all():
+        raise WeightsError(
+            "the training form's logits on a random batch are NaN or infinite: float32 cannot hold what these weights "
+            "compute; nothing written. Are they those of a finished training?"
+        )
+    return relative_difference(expected, found)
 
 
 def convert(arguments: Arguments) -> str:
@@ -96,41 +101,40 @@ def convert(arguments: Arguments) -> str:
       ExportError: a missing library, or an export that differs from JAX.
       DataError: images to check with that cannot be read.
       FusionError: `keep_training_form` for an input in deploy form.
-      ConfigError: no input or no output, or options that do not fit the output.
+      ConfigError: no input or no output, an output that is the input or exists, or options that do not fit it.
     """
+    arguments = _expanded(arguments)
     if arguments.input is None or arguments.output is None:
         raise ConfigError("expected IN and OUT, or --inspect FILE")
     if arguments.num_classes is not None and arguments.num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, not {arguments.num_classes}")
-    if arguments.epsilon is not None and not 0 < arguments.epsilon < 1:
-        raise ConfigError(f"--epsilon must be above 0 and below 1, not {arguments.epsilon}")
     export = None if arguments.quantization.int8 else _export_format(arguments, arguments.output)
-    options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
+    folder = export is not None and export.folder
+    check_output(arguments.input, arguments.output, overwrite=arguments.overwrite, folder=folder)
+    options = arguments.weights.reading
     info = inspect_weights(arguments.input, arguments.arch, **options)
+    info = arguments.weights.apply(info, arguments.num_classes)
     int8 = arguments.quantization
     check_options(int8, arguments.output)
     if int8.int8 and (arguments.keep_training_form or arguments.to):
         raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
     if int8.int8:
         _check_int8_exports(arguments, arguments.output)
-    preprocessing, batches = info.preprocessing, []
+    described: dict[str, Any] = dict(preprocessing=info.preprocessing, class_names=info.class_names)
+    batches = []
     if export is not None:
-        export.check(arguments.output)
-        if arguments.image_size is not None:
-            preprocessing = dataclasses.replace(preprocessing, image_size=arguments.image_size)
-        batches = check_batches(arguments.check_images, preprocessing, info.in_channels, arguments.free_size)
+        export.check(arguments.output, overwrite=arguments.overwrite)
+        batches = check_batches(arguments.check_images, info.preprocessing, info.in_channels, arguments.free_size)
     elif not int8.int8:
-        check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to)
+        check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to, **described)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
-    model, variables = rv.load_weights(
-        arguments.input, arguments.arch, arguments.num_classes, epsilon=arguments.epsilon, **options
-    )
+    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
     done = "deploy form, as it was" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
         fuse = functools.partial(rv.fuse_variables, epsilon=model.variant.epsilon)
         fused_model, fused = model.clone(deploy=True), jax.jit(fuse)(variables)
-        difference = relative_difference(model, variables, fused_model, fused)
+        difference = difference_of_forms(model, variables, fused_model, fused)
         if not difference <= TOLERANCE:
             raise WeightsError(
                 f"the fused net differs from the training form by {difference:.2e} (relative); nothing written. "
@@ -140,22 +144,36 @@ def convert(arguments: Arguments) -> str:
     if int8.int8:
         onnx_options: dict[str, Any] = dict(
             input_layout=arguments.input_layout or ONNX.layout,
-            image_size=arguments.image_size,
             dynamic_size=arguments.free_size,
         )
         done = quantize_and_write(int8, arguments.output, model, variables, info, **onnx_options)
         return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
-    told: dict[str, Any] = dict(
-        preprocessing=preprocessing, class_names=info.class_names if model.num_classes == info.num_classes else None
-    )
     if export is None:
         tracked = info.num_batches_tracked
-        save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **told)
+        save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **described)
     else:
         layout = arguments.input_layout or export.layout
-        told |= dict(layout=layout, free_size=arguments.free_size, batches=batches, tolerance=TOLERANCE)
-        done += f"; {layout}, {write_export(arguments.output, export, model, variables, **told)}"
+        described |= dict(layout=layout, free_size=arguments.free_size, batches=batches, tolerance=TOLERANCE)
+        done += f"; {layout}, {write_export(arguments.output, export, model, variables, **described)}"
     return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
+
+
+def _expanded(arguments: Arguments) -> Arguments:
+    """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
+
+    def expanded(path: str) -> str:
+        return os.path.expanduser(path)  # noqa: PTH111 (Path would drop a final slash)
+
+    int8 = arguments.quantization
+    if int8.calibration is not None:
+        int8 = dataclasses.replace(int8, calibration=expanded(int8.calibration))
+    return dataclasses.replace(
+        arguments,
+        input=arguments.input and expanded(arguments.input),
+        output=arguments.output and expanded(arguments.output),
+        check_images=tuple(map(expanded, arguments.check_images)),
+        quantization=int8,
+    )
 
 
 def _export_format(arguments: Arguments, output: str) -> Format | None:
@@ -177,7 +195,6 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
         raise ConfigError(
             f"{output} is an export, which is always fused and has no names: no --keep-training-form or --to"
         )
-    _check_image_size(arguments)
     return export
 
 
@@ -187,36 +204,38 @@ def _check_int8_exports(arguments: Arguments, output: str) -> None:
         _check_no_export_options(arguments)
     if arguments.check_images:
         raise ConfigError("--check-images compares with JAX to float32's rounding, which --int8 is not: leave it away")
-    _check_image_size(arguments)
 
 
 def _check_no_export_options(arguments: Arguments) -> None:
-    given = arguments.input_layout, arguments.image_size is not None, arguments.free_size, arguments.check_images
-    if any(given):
-        raise ConfigError(
-            "--input-layout, --image-size, --free-size and --check-images are for exports, not for weight files"
-        )
-
-
-def _check_image_size(arguments: Arguments) -> None:
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise ConfigError(f"--image-size must be at least 1, not {arguments.image_size}")
-    if arguments.image_size is not None and arguments.image_size > MAX_IMAGE_SIZE:
-        raise ConfigError(f"--image-size must be at most {MAX_IMAGE_SIZE}, not {arguments.image_size}")
+    if arguments.input_layout or arguments.free_size or arguments.check_images:
+        raise ConfigError("--input-layout, --free-size and --check-images are for exports, not for weight files")
 
 
 def describe(path: str, info: WeightsInfo) -> str:
-    """One line on what a file is."""
+    """What a file is, on three lines: the net, its images, its classes."""
     form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name
     if dataclasses.replace(info.variant, epsilon=BN_EPSILON) != VARIANTS.get(variant):
+        if info.variant.block == "qarepvgg":
+            variant += " with QARepVGG blocks"
         variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
     if info.variant.epsilon != BN_EPSILON and not info.deploy:
         variant += f" with BatchNorm epsilon {info.variant.epsilon:g}"
     return (
         f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
-        f"{info.dtype}, {info.num_parameters:,} parameters"
+        f"{info.dtype}, {info.num_parameters:,} parameters\n{describe_input(info)}"
+    )
+
+
+def describe_input(info: WeightsInfo) -> str:
+    """What images the file wants, and its classes."""
+    images = info.preprocessing
+    mean, std = (", ".join(f"{number:.6g}" for number in numbers) for numbers in (images.mean, images.std))
+    names = "not in the file" if info.class_names is None else first_ten(info.class_names)
+    return (
+        f"images: {images.image_size} pixels, centre crop {images.crop_fraction:g} of the resized shorter side, "
+        f"mean {mean}, std {std}\nclass names: {names}"
     )
 
 
@@ -226,8 +245,8 @@ def main() -> None:
     if arguments.inspect is not None:
         if arguments.input is not None:
             raise ConfigError("--inspect FILE converts nothing: leave IN and OUT away")
-        options: dict[str, Any] = dict(ema=arguments.ema, tensors_only=arguments.tensors_only)
-        print(describe(arguments.inspect, inspect_weights(arguments.inspect, arguments.arch, **options)))
+        info = inspect_weights(arguments.inspect, arguments.arch, **arguments.weights.reading)
+        print(describe(arguments.inspect, arguments.weights.apply(info)))
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeightsWarning)

@@ -1,5 +1,6 @@
 """Outputs for other runtimes: each is run and compared with JAX before it is put in place."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -19,6 +20,9 @@ from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
 from repvgg_jax.image_files import image_files
 from repvgg_jax.preprocess import eval_transform, normalize, open_image
+
+from .compare import relative_difference
+from .output import replacing_folder
 
 MAX_CHECK_IMAGES = 16
 """Taken from a folder, in order of name."""
@@ -45,10 +49,13 @@ class Format:
     check_installed: Callable[[], None] = lambda: None
     folder: bool = False
 
-    def check(self, path: str) -> None:
+    def check(self, path: str, *, overwrite: bool = False) -> None:
         """Raises RepVGGError where writing to `path` would, as far as that shows beforehand."""
         self.check_installed()
-        (check_new_folder if self.folder else check_target)(path)
+        if not self.folder:
+            check_target(path)
+        elif not (overwrite and os.path.lexists(path)):
+            check_new_folder(path)
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
@@ -127,7 +134,9 @@ def write_export(
         for name, images in batches:
             expected = _logits(model, variables, images)
             given = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-            difference = np.linalg.norm(chosen.run(written, given) - expected) / max(np.linalg.norm(expected), 1e-30)
+            difference = relative_difference(expected, chosen.run(written, given))
+            if np.isnan(difference):
+                raise ExportError(f"logits of {output} or of JAX are NaN or infinite on {name}; nothing written")
             if not difference <= tolerance:
                 raise ExportError(
                     f"{output} differs from JAX by {difference:.1e} (relative) on {name}; nothing written"
@@ -137,7 +146,8 @@ def write_export(
     options: dict[str, Any] = dict(input_layout=layout, preprocessing=preprocessing, check=check)
     if chosen is ONNX:
         options |= dict(class_names=class_names, dynamic_size=free_size)
-    chosen.write(output, model, variables, **options)
+    with replacing_folder(output) if chosen.folder else contextlib.nullcontext(output) as target:
+        chosen.write(target, model, variables, **options)
     return f"relative difference from JAX {', '.join(measured)}"
 
 

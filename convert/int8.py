@@ -101,7 +101,7 @@ def quantize_and_write(
         float_first=options.float_first,
         float_last=options.float_last,
         preprocessing=info.preprocessing,
-        class_names=info.class_names if model.num_classes == info.num_classes else None,
+        class_names=info.class_names,
     )
     if Path(output).suffix == ".onnx":
         rv.export_quantized_onnx(output, net, target=options.onnx_target, **onnx_options)

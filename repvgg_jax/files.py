@@ -25,7 +25,7 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
     Raises:
       RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
     """
-    target = Path(path)
+    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
     check_target(target)
     temporary = None
     try:
@@ -56,7 +56,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
       RepVGGError: `path` exists, or it cannot be made.
     """
-    target = Path(path)
+    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
     check_new_folder(target)
     temporary = None
     try:
@@ -85,7 +85,7 @@ def check_new_folder(path: str | os.PathLike) -> None:
     Raises:
       RepVGGError: `path` exists, or its parent does not, or it cannot be written to.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(os.path.expanduser(path)):  # noqa: PTH111
         raise RepVGGError(f"cannot write {path}: it exists already")
     check_target(path)
 
@@ -96,7 +96,7 @@ def check_target(path: str | os.PathLike) -> None:
     Raises:
       RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
     """
-    target = Path(path)
+    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
     try:
         os.lstat(target)
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from .predictor import Predictor, make_predictor
 from .preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, normalize, open_image
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
+from .weights.options import WeightsOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Predict:
     """csv: a row for each image and class. json: an object on a line for each image."""
     embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Write pooled features to this .npy or .csv file instead, and print the image of each row."""
+    options: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
 
 
 def predict(arguments: Predict) -> int:
@@ -61,7 +63,7 @@ def predict(arguments: Predict) -> int:
         check_embedding_file(arguments.embeddings)
         if arguments.format != "text":
             raise ConfigError("--embeddings writes no predictions: leave --format away")
-    info = inspect_weights(arguments.weights)
+    info = arguments.options.apply(inspect_weights(arguments.weights, **arguments.options.reading))
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     reader = ImageReader(arguments.images, info.preprocessing)
@@ -84,7 +86,7 @@ def _outputs(
     predictor = None
     for names, pixels in reader.batches(arguments.batch_size):
         if predictor is None:  # only now: what is read first may show that there is nothing to predict
-            predictor = _predictor(arguments.weights, info, len(names), output)
+            predictor = _predictor(arguments, info, len(names), output)
         rows = predictor(normalize(pixels, info.preprocessing))
         finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
         for index in sorted(set(range(len(names))) - set(finite)):
@@ -174,15 +176,17 @@ class ImageReader:
         print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
-def _predictor(weights: str, info: WeightsInfo, batch_size: int, output: Output) -> Predictor:
+def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: Output) -> Predictor:
     size = info.preprocessing.image_size
     if info.quantized:
-        return make_predictor(None, None, batch_size, size, quantized=load_quantized(weights), output=output)
+        return make_predictor(None, None, batch_size, size, quantized=load_quantized(arguments.weights), output=output)
     with warnings.catch_warnings():
         headless = output == "embedding" and not info.num_classes
         if headless:  # any classifier will do, and a fresh one need not be announced
             warnings.simplefilter("ignore", WeightsWarning)
-        model, variables = load_weights(weights, num_classes=1 if headless else None)
+        model, variables = load_weights(
+            arguments.weights, num_classes=1 if headless else None, **arguments.options.reading
+        )
     return make_predictor(model, variables, batch_size, size, output=output)
 
 

@@ -16,6 +16,7 @@ from convert_helpers import convert, error_of
 from weights_helpers import TINY, assert_same_bits, random_model, torch_state
 
 import repvgg_jax as rv
+from convert import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
 
@@ -172,9 +173,43 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tm
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        done = convert(untrained, tmp_path / output, "--keep-training-form", *TO.get(output, ()))
+        done = convert(untrained, tmp_path / output, "--overwrite", "--keep-training-form", *TO.get(output, ()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "too large" in error_of(done)
     assert (tmp_path / output).read_text(encoding="utf-8") == "before"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_norms_that_float32_cannot_hold_are_compared(trained, tmp_path):
+    """Logits of 1e25: their squares are infinite in float32, and a difference was once printed as 0."""
+    _, model, variables = trained
+    for factor in (1e25, 1e-30):
+        large = jax.tree.map(lambda leaf: leaf, variables)
+        large["params"]["linear"] = jax.tree.map(
+            lambda leaf, f=factor: leaf * np.float32(f), variables["params"]["linear"]
+        )
+        rv.save_weights(tmp_path / "large.safetensors", model, large)
+        done = convert(tmp_path / "large.safetensors", tmp_path / "out.safetensors", "--overwrite")
+        assert done.returncode == 0, done.stderr
+        difference = float(done.stdout.split("relative difference ")[1].split()[0])
+        assert 1e-9 < difference < 1e-4
+
+
+def test_logits_that_are_not_finite_are_said(trained, tmp_path):
+    _, model, variables = trained
+    kernel = variables["params"]["linear"]["kernel"]
+    variables["params"]["linear"]["kernel"] = np.full_like(kernel, 3e38)
+    rv.save_weights(tmp_path / "huge.safetensors", model, variables)
+    message = error_of(convert(tmp_path / "huge.safetensors", tmp_path / "out.safetensors"))
+    assert "the training form's logits on a random batch are NaN or infinite" in message
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_relative_differences_are_taken_in_float64():
+    expected = np.array([3e38, -2e38], np.float32)
+    found = expected * np.float32(1.001)
+    assert compare.relative_difference(expected, found) == pytest.approx(1e-3, rel=1e-3)
+    assert np.isnan(compare.relative_difference(expected, np.array([np.inf, 0], np.float32)))
+    assert compare.relative_difference(np.zeros(3), np.zeros(3)) == 0
+    assert compare.relative_difference(np.zeros(3), np.ones(3)) > 1

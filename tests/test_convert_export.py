@@ -125,7 +125,7 @@ def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trai
     output = tmp_path / f"net{suffix}"
     output.write_text("before", encoding="utf-8")
     with mock.patch("convert.exports._logits", return_value=np.ones((2, 5), np.float32)):
-        message = error_of(convert(trained[0], output))
+        message = error_of(convert(trained[0], output, "--overwrite"))
     assert "differs from JAX by" in message
     assert "nothing written" in message
     assert output.read_text(encoding="utf-8") == "before"
@@ -142,14 +142,17 @@ def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
         for arguments, words in (
             ((path, out, "--keep-training-form"), "always fused"),
             ((path, out, "--to", "timm"), "always fused"),
-            ((path, tmp_path / "w.pth", "--image-size", "32"), "are for exports, not for weight files"),
+            ((path, tmp_path / "w.pth", "--check-images", "a.png"), "are for exports, not for weight files"),
             ((path, tmp_path / "w.pth", "--input-layout", "NHWC"), "are for exports"),
             ((path, out, "--image-size", "0"), "--image-size must be at least 1"),
             ((path, tmp_path / "w.pth", "--free-size"), "--free-size and --check-images are for exports"),
             ((path, tmp_path / "net.stablehlo", "--free-size"), "--free-size is for .onnx, not for"),
             ((path, out, "--onnx-target", "tensorrt"), "--onnx-target needs --int8"),
             ((path, tmp_path / "w.safetensors", *int8, "--onnx-target", "tensorrt"), "--onnx-target is for .onnx"),
-            ((path, tmp_path / "w.safetensors", *int8, "--image-size", "32"), "are for exports, not for weight files"),
+            (
+                (path, tmp_path / "w.safetensors", *int8, "--input-layout", "NHWC"),
+                "are for exports, not for weight files",
+            ),
             ((path, out, *int8, "--image-size", "-1"), "--image-size must be at least 1"),
             ((path, out, *int8, "--check-images", tmp_path / "no.png"), "--check-images compares"),
             ((path, out, "--image-size", "99999999"), "--image-size must be at most 16384, not 99999999"),

@@ -182,6 +182,9 @@ def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
     assert loaded == model
     assert_same_bits(variables, loaded_variables)
     with pytest.warns(WeightsWarning, match="is no published variant"):
+        assert rv.load_weights(tmp_path / "w.pth")[0].variant == model.variant
+    (tmp_path / "w.pth.json").unlink()
+    with pytest.warns(WeightsWarning, match="is no published variant"):
         assert rv.load_weights(tmp_path / "w.pth")[0].variant == VARIANT
 
 
@@ -199,23 +202,23 @@ def test_a_variant_that_the_weights_do_not_fit_is_refused(tmp_path):
     ids=str,
 )
 def test_a_damaged_description_is_refused(change, tmp_path, monkeypatch):
-    from repvgg_jax.weights import native
+    from repvgg_jax.weights import header
 
     model = rv.create_model(VARIANT, 5, **OPTIONS)
-    honest = native._variant_to_json(model.variant)
+    honest = header._variant_to_json(model.variant)
     assert isinstance(honest, dict)
-    monkeypatch.setattr(native, "_variant_to_json", lambda variant: honest | change)
+    monkeypatch.setattr(header, "_variant_to_json", lambda variant: honest | change)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     with pytest.raises(rv.WeightsError, match="damaged header"):
         rv.load_weights(tmp_path / "w.safetensors")
 
 
 def test_plain_variants_are_described_as_in_earlier_releases():
-    from repvgg_jax.weights import native
+    from repvgg_jax.weights import header
 
-    header = native._variant_to_json(VARIANT)
-    assert isinstance(header, dict)
-    assert not {"stem_stride", "output_stride", "activation", "block", "branches"} & set(header)
+    described = header._variant_to_json(VARIANT)
+    assert isinstance(described, dict)
+    assert not {"stem_stride", "output_stride", "activation", "block", "branches"} & set(described)
 
 
 def test_bfloat16_takes_every_option():

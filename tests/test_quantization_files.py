@@ -83,9 +83,12 @@ def test_a_damaged_file_is_refused(change, words, files, tmp_path):
 
 
 def _metadata(path) -> dict[str, str]:
+    """A file's own, without checksums: what is left to find is what is wrong with the numbers themselves."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length))["__metadata__"]
+        native = json.loads(json.loads(file.read(length))["__metadata__"]["repvgg_jax"])
+    del native["crc32"]
+    return {"repvgg_jax": json.dumps(native)}
 
 
 def test_other_suffixes_are_refused(files, tmp_path):

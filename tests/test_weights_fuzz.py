@@ -1,5 +1,7 @@
 """Claim: whatever is done to a weight file, loading it gives a whole model or a `RepVGGError`, and runs nothing.
 
+Where the file has checksums, the model is the one that was saved, to the bit.
+
 Some hundred mutations in CI; by hand `FUZZ_EXAMPLES=100000 pytest tests/test_weights_fuzz.py`.
 """
 
@@ -9,6 +11,7 @@ import dataclasses
 import encodings.cp437  # noqa: F401 (zipfile's codec for odd names: imported now, not while watching)
 import functools
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -16,7 +19,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,7 +28,7 @@ import torch
 import torch_oracle
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from weights_helpers import TINY, bits, random_model, torch_state
+from weights_helpers import TINY, assert_same_bits, bits, random_model, safetensors_bytes, torch_state
 
 import repvgg_jax as rv
 from repvgg_jax.weights import WeightsWarning
@@ -99,6 +102,16 @@ def originals(tmp_path_factory) -> dict[str, bytes]:
         for path in folder.iterdir():  # whatever is imported on the way, is now
             rv.load_weights(path, tensors_only=True)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def int8_file(tmp_path_factory):
+    """A place for mutated files, a sound quantised one's content, and its net."""
+    path = tmp_path_factory.mktemp("int8") / "w.safetensors"
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+    net = rv.quantize(*random_model(TINY, deploy=True), images, "naive", class_names=tuple("abcde"))
+    rv.save_quantized(path, net)
+    return path, path.read_bytes(), rv.load_quantized(path)
 
 
 def structure(content: bytes) -> list[tuple[int, int]]:
@@ -186,12 +199,17 @@ def is_state(value: Any) -> bool:
 
 
 SOUND = ["zip.pth", "checkpoint.pth", "legacy.pth", "network.pth", "native.safetensors", "timm.safetensors"]
+WITHOUT_CHECKSUMS = ("legacy.pth", "timm.safetensors")
 
 
 @pytest.mark.parametrize("name", SOUND)
 @pytest.mark.parametrize("tensors_only", [False, True])
 def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals, tmp_path):
     path = tmp_path / name
+    path.write_bytes(originals[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeightsWarning)
+        sound = rv.load_weights(path, tensors_only=True)[1]
 
     @FUZZ
     @given(changes=CHANGES)
@@ -213,10 +231,46 @@ def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals
         channels = next(iter(shapes.values()))[2]
         assert shapes == expected_shapes(model.variant, model.deploy, model.num_classes, channels)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+        if name not in WITHOUT_CHECKSUMS:
+            assert_same_bits(sound, variables)
         if name.endswith(".pth") and not tensors_only:
             assert_torch_agrees(path)
 
     fuzz()
+
+
+@FUZZ
+@given(changes=CHANGES)
+def test_a_mutated_int8_file_is_loaded_as_it_was_or_refused(changes, int8_file):
+    path, content, net = int8_file
+    path.write_bytes(functools.reduce(lambda content, change: change.apply(content), changes, content))
+    for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
+        message, found = None, cast(Any, None)
+        try:
+            with warnings.catch_warnings(), Watch.watching():
+                warnings.simplefilter("ignore", WeightsWarning)
+                found = load(path)
+        except rv.RepVGGError as error:
+            message = str(error)
+        if found is None:
+            assert message
+            assert "\n" not in message
+            assert len(message) < 4000
+        else:
+            assert load is not rv.load_weights
+            assert (found.preprocessing, found.class_names) == (net.preprocessing, net.class_names)
+            if load is rv.load_quantized:
+                assert_same_bits(net.variables, found.variables)
+
+
+def test_a_header_without_metadata_is_refused(int8_file):
+    path, content, _ = int8_file
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": None}
+    path.write_bytes(safetensors_bytes(header, content[8 + length :]))
+    for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
+        with pytest.raises(rv.WeightsError, match="no RepVGG of a known naming"):
+            load(path)
 
 
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]

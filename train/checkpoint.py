@@ -44,6 +44,7 @@ class RunFacts:
       devices: over all processes; may change, but then the resumption is not bit-exact.
       classes, images: fingerprints of the training split's class names and of a sample of its images; empty in
         checkpoints of earlier versions.
+      net: the trained net as a native weight file's header describes it, so that a checkpoint is a weight file.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class RunFacts:
     devices: int
     classes: str = ""
     images: str = ""
+    net: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:

@@ -24,6 +24,7 @@ from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 from repvgg_jax.weights.hub import is_hub_address
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
+from repvgg_jax.weights.options import WeightsOptions
 
 from . import data
 from .class_names import matched_source
@@ -141,9 +142,7 @@ class Arguments:
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
     """Side of the evaluation crops, pixels; the weight file's own if not given. As the authors do, the shorter side is
-    resized to this size itself from 320 on, and to 8/7 of it below (256 for 224)."""
-    crop_fraction: float | None = None
-    """Share of the resized shorter side that the crops keep, to override both the file's own and that rule."""
+    resized to this size itself from 320 on, and to 8/7 of it below (256 for 224), unless --crop-fraction says."""
     data_dir: str | None = None
     """Where TFDS keeps its data sets."""
     test_split: str | None = None
@@ -156,6 +155,7 @@ class Arguments:
     """Evaluate by index although the weight file names other classes than the data."""
     report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Write a report into this folder: per-class accuracy, confusion matrix, every prediction, the worst mistakes."""
+    options: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
 
 
 def evaluate_file(arguments: Arguments) -> Evaluation:
@@ -174,24 +174,23 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}")
-    if arguments.crop_fraction is not None and not 0 < arguments.crop_fraction <= 1:
-        raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {arguments.crop_fraction}")
     if arguments.resolution is not None and arguments.resolution > MAX_IMAGE_SIZE:
         raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
     if arguments.report is not None:
         check_report_folder(Path(arguments.report))
     if not is_hub_address(arguments.weights):
         arguments = dataclasses.replace(arguments, weights=str(local_path("WEIGHTS", arguments.weights)))
-    info = inspect_weights(arguments.weights)
+    described = inspect_weights(arguments.weights, **arguments.options.reading)
+    info = arguments.options.apply(described)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
     model, variables = _load(arguments, info)
     preprocessing = info.preprocessing
     if arguments.resolution is not None:
         preprocessing = preprocessing.at_size(arguments.resolution)
-    if arguments.crop_fraction is not None:
-        preprocessing = dataclasses.replace(preprocessing, crop_fraction=arguments.crop_fraction)
-    if preprocessing != info.preprocessing:
+    if arguments.options.crop_fraction is not None:
+        preprocessing = dataclasses.replace(preprocessing, crop_fraction=arguments.options.crop_fraction)
+    if preprocessing != described.preprocessing:
         print(
             f"evaluating at {preprocessing.image_size} pixels, cropped from images resized to "
             f"{preprocessing.resize_size} on the shorter side",
@@ -251,7 +250,7 @@ def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.Qu
     if info.quantized:
         net = rv.load_quantized(arguments.weights, arguments.arch)
         return net, net.variables
-    model, variables = rv.load_weights(arguments.weights, arguments.arch)
+    model, variables = rv.load_weights(arguments.weights, arguments.arch, **arguments.options.reading)
     if arguments.form == "deploy" and not model.deploy:
         return rv.to_deploy(model, variables)
     return model, variables

@@ -10,6 +10,7 @@ import jax
 import optax
 
 import repvgg_jax as rv
+from repvgg_jax.weights.header import TRAINING, Header
 
 from . import data
 from .checkpoint import Checkpoints, RunFacts
@@ -53,6 +54,8 @@ class Run:
     def facts(self) -> RunFacts:
         """What a checkpoint must agree with."""
         options, train = self.config.optimizer, self.dataset.train
+        names = tuple(self.dataset.class_names)
+        net = Header(TRAINING, self.model.variant, self.model.num_classes, self.dataset.preprocessing, names)
         return RunFacts(
             self.config.run.seed,
             options.batch_size,
@@ -60,6 +63,7 @@ class Run:
             jax.device_count(),
             classes=fingerprint(*train.class_names),
             images=data_fingerprint(train),
+            net=net.to_json(),
         )
 
 

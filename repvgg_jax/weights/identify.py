@@ -1,15 +1,20 @@
 """What a file of tensors is, from its keys and shapes alone: whose naming, which form, which architecture."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import WeightsError
-from ..variants import VARIANTS, Variant
+from ..variants import VARIANTS, BlockKind, Published, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
-from .layout import Shape, first_ten
+from .layout import Shape, first_ten, shown
+from .tensor_file import TensorFile
 
 MAX_WRAPPERS = 8
 """How deep inside other modules a network is looked for."""
+
+MAX_SEARCHED = 10_000
+"""Keys that are searched for networks inside other modules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Identity:
       deploy: fused form.
       num_classes: rows of the classifier, 0 without one.
       in_channels: input channels of the first convolution.
+      strangers: keys that are none of the family's.
       gaps: what speaks against a whole RepVGG, in words.
     """
 
@@ -30,7 +36,36 @@ class Identity:
     deploy: bool
     num_classes: int
     in_channels: int
+    strangers: tuple[str, ...]
     gaps: str
+
+
+def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
+    """The network in a file: what begins with `prefix`, its keys without what wrappers put before every one of them.
+
+    Raises:
+      WeightsError: no key begins so, or what begins so is not all of one network.
+    """
+    keys = [key for key in file.tensors if key.startswith(prefix)]
+    if prefix and not keys:
+        wrappers = _shared_prefixes(file.tensors)
+        keys = [key for key in file.tensors if key.startswith(tuple(wrapper + prefix for wrapper in wrappers))]
+    if prefix and not keys:
+        first = first_ten(dict.fromkeys(f"{key.partition('.')[0]}." for key in file.tensors))
+        raise WeightsError(f"{where} has no keys that begin with {shown(prefix)}; they begin with {first}")
+    names = without_wrappers(keys)
+    prefixes = [] if _any_block(names) else _net_prefixes(keys)
+    strangers = [key for key in keys if prefixes and not key.startswith(prefixes[0])]
+    if len(prefixes) > 1:
+        several = first_ten(prefixes)
+        raise WeightsError(f"{where} holds several networks: {several}; choose one with prefix= (--prefix)")
+    if strangers:
+        name = shown(prefixes[0])
+        raise WeightsError(
+            f"{where} holds a RepVGG under {name} and what does not belong to it: {first_ten(strangers)}; "
+            f'to leave that out: prefix="{name}" (--prefix {name})'
+        )
+    return dataclasses.replace(file, tensors={name: file.tensors[key] for name, key in names.items()})
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
@@ -39,11 +74,28 @@ def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
     A wrapper's own scalars are left out.
     """
     wrapped = [key for key in keys if key not in WRAPPER_ENTRIES]
-    names = next(iter(wrapped), "").split(".", MAX_WRAPPERS)[:-1]
-    prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
-    shared = [prefix for prefix in prefixes if all(key.startswith(prefix) for key in wrapped)]
+    shared = _shared_prefixes(wrapped)
     prefix = next((p for p in shared if _any_block(key.removeprefix(p) for key in wrapped)), "")
     return {key.removeprefix(prefix): key for key in wrapped}
+
+
+def _shared_prefixes(keys: Collection[str]) -> list[str]:
+    """What all keys begin with, from nothing to as many whole names as they share."""
+    names = next(iter(keys), "").split(".", MAX_WRAPPERS)[:-1]
+    prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
+    return [prefix for prefix in prefixes if all(key.startswith(prefix) for key in keys)]
+
+
+def _net_prefixes(keys: Iterable[str]) -> list[str]:
+    """What stands before the blocks of each network inside a file."""
+    found: list[str] = []
+    for key in itertools.islice(keys, MAX_SEARCHED):
+        names = key.split(".", MAX_WRAPPERS)[:-1]
+        prefixes = ("".join(f"{name}." for name in names[:depth]) for depth in range(1, len(names) + 1))
+        if not key.startswith(tuple(found)):
+            first = next((p for p in prefixes if _any_block([key.removeprefix(p)])), None)
+            found += [] if first is None else [first]
+    return found
 
 
 def _any_block(keys: Iterable[str]) -> bool:
@@ -77,6 +129,7 @@ def identify(shapes: Mapping[str, Shape], where: str) -> Identity:
         deploy=deploy,
         num_classes=head[0] if len(head) == 2 else 0,
         in_channels=body.kernel("stage0", 0)[1],
+        strangers=tuple(strangers),
         gaps="; ".join(f"{what} {first_ten(names)}" for what, names in gaps if names),
     )
 
@@ -121,6 +174,7 @@ class _Body:
         hidden = next(iter(gates.values()))[0] if gates and all(next(iter(gates.values()))) else 0
         one, two, three, four = counts
         zero, first, second, middle, last = widths
+        block = "qarepvgg" if any(layer == "rbr_1x1" for _, _, layer, _ in self.parsed) else "repvgg"
         try:
             variant = Variant(
                 num_blocks=(one, two, three, four),
@@ -129,10 +183,12 @@ class _Body:
                 squeeze_excite=place,
                 squeeze_excite_ratio=last // hidden if hidden else 16,
                 auxiliary_heads=split,
+                block=block,
             )
         except ValueError:
             return None
-        return next((known for known in VARIANTS.values() if same_network(known, variant)), variant)
+        known = next((known for known in VARIANTS.values() if same_network(known, variant)), None)
+        return variant if known is None else with_block(known, block)
 
     def _downs(self) -> list[tuple[tuple[str, int, str, str], Shape]]:
         """The last block's squeeze convolutions."""
@@ -144,6 +200,11 @@ class _Body:
         stage, before = ("stage1", "stage1") if self.counts.get("stage1", 0) > 1 else ("stage2", "stage1")
         inputs = self.kernel(stage, 1 if stage == before else 0)[1]
         return self.width(before) // inputs if inputs else 1
+
+
+def with_block(variant: Variant, block: BlockKind) -> Variant:
+    """The variant with blocks of that kind, whose accuracy nobody has published."""
+    return variant if variant.block == block else dataclasses.replace(variant, block=block, published=Published())
 
 
 def same_network(known: Variant, found: Variant) -> bool:

@@ -108,6 +108,20 @@ AUTHORS = Family(
     heads={"linear": "linear"},
 )
 
+# QARepVGG (`QARepVGGBlockV2` of its authors, `QARepVGGBlock` of YOLOv6): the 1x1 convolution has no BN, the identity
+# has no entries at all, and the sum has a BN. Gates come before that BN there and after it here: no names.
+QAREPVGG = dataclasses.replace(
+    AUTHORS,
+    name="qarepvgg",
+    branches={
+        "rbr_reparam": "rbr_reparam",
+        "rbr_dense/conv": "rbr_dense.conv",
+        "rbr_dense/bn": "rbr_dense.bn",
+        "rbr_1x1": "rbr_1x1",
+        "bn": "bn",
+    },
+)
+
 AUTHORS_PLUS = Family(
     name="authors-plus",
     stages={
@@ -155,6 +169,14 @@ TIMM = Family(
     heads={"linear": "head.fc"},
 )
 
+# `timm.create_model(…, features_only=True)`, which has no classifier.
+TIMM_FEATURES = dataclasses.replace(
+    TIMM,
+    name="timm-features",
+    stages={"stage0": "stem"} | {f"stage{number}": f"stages_{number - 1}.{{}}" for number in range(1, 5)},
+    heads={},
+)
+
 MMPRETRAIN = Family(
     name="mmpretrain",
     stages={
@@ -177,4 +199,6 @@ MMPRETRAIN = Family(
     heads={"linear": "head.fc"},
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (AUTHORS, AUTHORS_PLUS, TIMM, MMPRETRAIN)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (AUTHORS, QAREPVGG, AUTHORS_PLUS, TIMM, TIMM_FEATURES, MMPRETRAIN)
+}

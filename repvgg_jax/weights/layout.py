@@ -95,6 +95,13 @@ def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer
     return layers
 
 
+def constants(variant: Variant, deploy: bool) -> dict[str, np.ndarray]:
+    """Leaves that do not learn and that other people's files do not hold: what scales QARepVGG's identities, 1."""
+    layers = [layer for block in variant.blocks() for layer in block_layers(variant, block, deploy)]
+    identities = (layer.leaves() for layer in layers if layer.kind == "identity")
+    return {leaf: np.ones(shape, np.float32) for leaves in identities for leaf, shape in leaves}
+
+
 def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]:
     """The classifier and, in RepVGGplus's training form, the auxiliary heads."""
     layers = [Layer("linear", "linear", (variant.widths[-1], num_classes))]

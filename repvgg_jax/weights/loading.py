@@ -1,9 +1,8 @@
 """From a weight file, or its place on the Hugging Face hub, to a model and its variables."""
 
 import dataclasses
-import io
 import os
-import stat
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,16 @@ from ..model import RepVGG, checked_count
 from ..processes import check_not_forked
 from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from . import int8, native
+from .containers import is_folder, open_file, read_container
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, same_network, without_wrappers
+from .identify import Identity, identify, part_of, same_network, with_block
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
-from .layout import check_finite, check_shapes, head_layers, shown, unflatten
-from .safetensors_file import read_safetensors
+from .key_maps import QAREPVGG
+from .layout import check_finite, check_shapes, constants, head_layers, shown, unflatten
+from .side_file import with_side_file
 from .state_dict import Item, items, to_leaf
 from .tensor_file import TensorFile
-from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
+from .training_run import FACTS, find_checkpoint, read_checkpoint
 
 HEAD_SEED = 0
 """A fresh classifier is the same one every time."""
@@ -61,6 +62,7 @@ def load_weights(
     ema: bool = False,
     tensors_only: bool = False,
     epsilon: float | None = None,
+    prefix: str = "",
 ) -> tuple[RepVGG, dict[str, Any]]:
     """The model and the variables that a weight file holds, whoever wrote it.
 
@@ -68,7 +70,8 @@ def load_weights(
     as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
 
     Args:
-      path: a weight file, or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
+      path: a weight file, with the `PATH.json` that `save_weights` may have put beside it; a training run, for its
+        best checkpoint, or one of its checkpoints; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
         and output stride. (A native file's epsilon stays where the `Variant` has the usual one.)
@@ -78,6 +81,8 @@ def load_weights(
       tensors_only: pass over pickled objects of unknown classes beside the weights, which are refused otherwise.
       epsilon: of the BatchNorms that the weights were trained with, which only native files tell; 1e-5 for others
         unless given, as in PyTorch. YOLO trainers and Keras take 1e-3.
+      prefix: take only what is named so, such as `encoder.`, out of a larger model. A net without classifier needs
+        `num_classes`.
 
     Returns:
       `model, variables`, in the form (training or deploy) that the file has; float32.
@@ -89,10 +94,9 @@ def load_weights(
     """
     if num_classes is not None:
         num_classes = checked_count("num_classes", num_classes)
-    if epsilon is not None:
-        epsilon = checked_epsilon(epsilon)
     check_not_forked()
-    with open_weights(path, name, num_classes, ema=ema, tensors_only=tensors_only) as contents:
+    options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
+    with open_weights(path, name, num_classes, **options) as contents:
         info, file = contents.info, contents.file
         if info.quantized:
             raise WeightsError(
@@ -109,20 +113,26 @@ def load_weights(
 
         chosen = {i.leaf: i for i in contents.items if i.leaf is not None and not (fresh and _is_head(i.leaf))}
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            leaves = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
+            leaves: dict[str, Any] = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
         for note in file.notes:
             warnings.warn(note, WeightsWarning, stacklevel=2)
+    leaves = {leaf: jax.device_put(one) for leaf, one in constants(info.variant, info.deploy).items()} | leaves
     if fresh:
         leaves |= fresh_heads(info.variant, info.deploy, wanted)
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
         message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
         warnings.warn(message, WeightsWarning, stacklevel=2)
-    variant = info.variant if epsilon is None else dataclasses.replace(info.variant, epsilon=epsilon)
-    return RepVGG(variant, wanted, info.deploy), unflatten(leaves)
+    return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves)
 
 
 def inspect_weights(
-    path: str | os.PathLike, name: str | Variant | None = None, *, ema: bool = False, tensors_only: bool = False
+    path: str | os.PathLike,
+    name: str | Variant | None = None,
+    *,
+    ema: bool = False,
+    tensors_only: bool = False,
+    epsilon: float | None = None,
+    prefix: str = "",
 ) -> WeightsInfo:
     """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
 
@@ -131,8 +141,10 @@ def inspect_weights(
     Raises:
       UnknownModelError: no variant is called `name`.
       WeightsError: no sound weight file, or not exactly one whole RepVGG.
+      ValueError: `epsilon` is not above 0 and below 1.
     """
-    with open_weights(path, name, ema=ema, tensors_only=tensors_only, headless=True) as contents:
+    options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
+    with open_weights(path, name, headless=True, **options) as contents:
         return contents.info
 
 
@@ -144,6 +156,8 @@ def open_weights(
     *,
     ema: bool = False,
     tensors_only: bool = False,
+    epsilon: float | None = None,
+    prefix: str = "",
     headless: bool = False,
 ) -> Iterator[Contents]:
     """The file, open, once its keys and shapes are known to be exactly those of one model.
@@ -154,19 +168,34 @@ def open_weights(
     Raises:
       UnknownModelError, WeightsError: as `load_weights`.
     """
+    if epsilon is not None:
+        epsilon = checked_epsilon(epsilon)
     expected = get_variant(name) if isinstance(name, str) else name
     exact = isinstance(name, Variant)
-    address, config = os.fspath(path), None
+    address, config, note = os.fspath(path), None, None
     if is_hub_address(address):
         local, config = fetch(address)
     else:
-        local = Path(path)
-    with _open_file(local, f"{path}") as handle:
-        file = _read_container(handle, local, ema, tensors_only)
+        if re.match(r"\w+://", address):
+            raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
+        local = Path(os.path.expanduser(address))  # noqa: PTH111 (Path's own raises where there is no such user)
+    is_run = is_folder(local)
+    if is_run:
+        local, note = find_checkpoint(local)
+    with open_file(local / FACTS if is_run else local, f"{path}") as handle:
+        file = read_checkpoint(handle, local, ema) if is_run else read_container(handle, local, ema, tensors_only)
+        file.notes += [note] if note else []
         info = native.describe(file, name if isinstance(name, Variant) else None)
         if info is None:
+            file = part_of(file, prefix, f"{path}")
             contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}", exact=exact)
+            if not is_hub_address(address):
+                info, note = with_side_file(contents.info, local, expected if exact else None, len(file.tensors))
+                file.notes += [note] if note else []
+                contents = dataclasses.replace(contents, info=info)
         else:
+            if prefix:
+                raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
             _check_expected(info.variant, expected, f"{path}")
             if isinstance(name, Variant):
                 kept = info.variant.epsilon if name.epsilon == BN_EPSILON else name.epsilon
@@ -174,50 +203,10 @@ def open_weights(
             contents = _native_contents(file, info, f"{path}")
         if config is not None:
             contents = dataclasses.replace(contents, info=config.apply(contents.info))
+        if epsilon is not None:
+            variant = dataclasses.replace(contents.info.variant, epsilon=epsilon)
+            contents = dataclasses.replace(contents, info=dataclasses.replace(contents.info, variant=variant))
         yield contents
-
-
-def _open_file(local: Path, where: str) -> io.FileIO:
-    """The file, unbuffered: tensors are read in one piece each."""
-    try:
-        mode = local.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise WeightsError(f"{where} is a folder, not a weight file")
-        if not stat.S_ISREG(mode):  # a pipe or a device may never end
-            raise WeightsError(f"{where} is no ordinary file")
-        return local.open("rb", buffering=0)
-    except FileNotFoundError:
-        raise WeightsError(f"{where} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
-    """By what the file's first bytes say, whatever its suffix."""
-    try:
-        start = handle.read(512)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    if start[8:9] == b"{":
-        if ema:
-            raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
-        return read_safetensors(handle, path)
-    if start[:4] == ZIP_MAGIC or start[:1] == PICKLE_MAGIC:
-        return read_torch_file(handle, path, ema, tensors_only)
-    raise WeightsError(f"cannot read {path}: {_what_else(start)}")
-
-
-def _what_else(start: bytes) -> str:
-    """What a file is that begins like no weight file."""
-    if not start:
-        return "the file is empty"
-    if start.lstrip()[:1] == b"<":
-        return "a web page, not weights; did the download ask for a confirmation?"
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the weights themselves; run git lfs pull"
-    if start[257:262] == b"ustar":
-        return "a tar archive; unpack it first"
-    return "neither a safetensors nor a PyTorch file"
 
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
@@ -233,12 +222,12 @@ def _foreign_contents(
     file: TensorFile, expected: Variant | None, headless: bool, where: str, *, exact: bool
 ) -> Contents:
     """`exact`: the caller gave the variant's numbers, and need not be told that it is a custom one."""
-    keys = without_wrappers(file.tensors)
-    file = dataclasses.replace(file, tensors={key: file.tensors[original] for key, original in keys.items()})
     found = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
     if found.variant is not None and found.variant.name != "custom":
         _check_expected(found.variant, expected, where)
     variant = expected or found.variant
+    if variant is not None and not exact:
+        variant = with_block(variant, "qarepvgg" if found.family is QAREPVGG else "repvgg")
     if variant is None:
         raise WeightsError(
             f"{where} has {found.family.name} keys, but not those of a whole RepVGG"
@@ -250,8 +239,26 @@ def _foreign_contents(
     entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)
     if not found.num_classes and headless:
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
-    _check_entries(file, entries, where, variant)
+    try:
+        _check_entries(file, entries, where, variant)
+        if not found.num_classes and not headless:
+            raise WeightsError(f"{where} has no classifier")
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_advice(file, found, headless)}") from None
     return Contents(file, _describe(file, entries, found, variant, where), entries)
+
+
+def _advice(file: TensorFile, found: Identity, headless: bool) -> str:
+    """What to do about a file that holds more or less than one whole network."""
+    advice = ""
+    if found.strangers:
+        firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(found.strangers)}
+        if len(firsts) == 1:
+            (name,) = firsts
+            advice = f'; a RepVGG in a larger model is taken out of it with prefix="{name}." (--prefix {name}.)'
+    if not found.num_classes and not headless:
+        advice += "; a net without classifier gets a fresh one with num_classes=N (--num-classes N)"
+    return advice
 
 
 def _check_expected(found: Variant, expected: Variant | None, where: str) -> None:

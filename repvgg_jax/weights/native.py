@@ -1,35 +1,31 @@
 """The native weight file: `.safetensors` with our own tensor names and a self-describing header.
 
 Tensors are named as in the parameter tree (`params/stage1_0/rbr_dense/conv/kernel`), kernels HWIO. The header's
-metadata holds one JSON object under `repvgg_jax`.
+metadata holds one JSON object under `repvgg_jax`, with a CRC-32 for each tensor, and that object's own CRC-32 under
+`repvgg_jax_crc32`. Files of the first releases have no checksums.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..activations import ACTIVATIONS
 from ..errors import WeightsError
 from ..model import RepVGG
 from ..preprocess import Preprocessing
-from ..variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
-from .info import WeightsInfo, preprocessing_from_file
-from .layout import flatten, shown
+from ..variants import Variant
+from .header import DEPLOY, INT8, IS_DEPLOY, TRAINING, Header, integer
+from .info import WeightsInfo
+from .layout import Shape, flatten, shown
 from .safetensors_file import write_safetensors
-from .tensor_file import Tensor, TensorFile
+from .tensor_file import Record, Tensor, TensorFile
 
 HEADER = "repvgg_jax"
-FORMAT_VERSION = 1
-TRAINING, DEPLOY, INT8 = "training", "deploy", "int8"
-IS_DEPLOY = {TRAINING: False, DEPLOY: True, INT8: True}
-"""The forms of a net that a file can hold."""
-
-MAX_STEPS = 2**63 - 1
-"""Of a BN step counter, which PyTorch keeps as int64."""
+HEADER_CRC32 = "repvgg_jax_crc32"
 
 
 def write(
@@ -66,21 +62,24 @@ def write_form(
       RepVGGError: the file cannot be written.
     """
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
-    header = {
-        "version": FORMAT_VERSION,
-        "variant": _variant_to_json(variant),
-        "form": form,
-        "num_classes": num_classes,
-        "preprocessing": preprocessing.to_dict(),
-        "class_names": None if class_names is None else list(class_names),
+    header = Header(form, variant, num_classes, preprocessing, class_names, num_batches_tracked).to_json()
+    header["crc32"] = {
+        name: zlib.crc32(array.reshape(-1).view(np.uint8).data, _crc32_start(array.dtype, array.shape))
+        for name, array in arrays.items()
     }
-    if num_batches_tracked is not None:
-        header["num_batches_tracked"] = num_batches_tracked
-    write_safetensors(path, arrays, {HEADER: json.dumps(header)})
+    text = json.dumps(header)
+    write_safetensors(path, arrays, {HEADER: text, HEADER_CRC32: str(zlib.crc32(text.encode()))})
+
+
+def _crc32_start(dtype: np.dtype, shape: Shape) -> int:
+    """What a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
+    return zlib.crc32(f"{dtype.name} {list(shape)}".encode())
 
 
 def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
     """What a native file says of itself; None if it is a safetensors file of another family.
+
+    From here on, the file's tensors are read with the checksums that it has for them.
 
     Args:
       expected: where the activation comes from if it is a function, which a file cannot hold.
@@ -92,32 +91,41 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
     if text is None:
         return None
     try:
-        header = json.loads(text)
-        if header["version"] > FORMAT_VERSION:
-            raise WeightsError(
-                f"{file.path} has format version {header['version']}; this release reads {FORMAT_VERSION}"
-            )
-        quantized = header["form"] == INT8
-        class_names, steps, kernel = header["class_names"], header.get("num_batches_tracked"), _first_kernel(file)
-        info = WeightsInfo(
+        if zlib.crc32(text.encode()) != int(file.metadata.get(HEADER_CRC32, zlib.crc32(text.encode()))):
+            raise ValueError("its CRC-32 does not match; fetch or copy the file again")
+        fields = json.loads(text)
+        header = Header.from_json(fields, f"{file.path}", len(file.tensors), expected)
+        quantized, kernel = header.form == INT8, _first_kernel(file)
+        if "crc32" in fields:
+            file.tensors = _with_checksums(file.tensors, fields["crc32"])
+        return WeightsInfo(
             family="native",
-            variant=_variant_from_json(header["variant"], file, expected),
-            deploy=IS_DEPLOY[header["form"]],
+            variant=header.variant,
+            deploy=IS_DEPLOY[header.form],
             quantized=quantized,
-            num_classes=_integer(header["num_classes"]),
+            num_classes=header.num_classes,
             in_channels=kernel.shape[2],
             dtype="int8" if quantized else kernel.dtype.name,
             num_parameters=sum(t.size for name, t in file.tensors.items() if _is_parameter(name)),
-            preprocessing=preprocessing_from_file(header["preprocessing"]),
-            class_names=None if class_names is None else tuple(map(str, class_names)),
-            num_batches_tracked=None if steps is None else _integer(steps, largest=MAX_STEPS),
+            preprocessing=header.preprocessing,
+            class_names=header.class_names,
+            num_batches_tracked=header.num_batches_tracked,
         )
-        if info.class_names is not None and len(info.class_names) != info.num_classes:
-            raise ValueError(f"{len(info.class_names)} class names for {info.num_classes} classes")
-        return info
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
+
+
+def _with_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, Any]) -> dict[str, Tensor]:
+    if checksums.keys() != tensors.keys():
+        raise ValueError("checksums of other tensors")
+
+    def with_checksum(name: str, tensor: Tensor) -> Tensor:
+        crc32, start = integer(checksums[name], largest=2**32 - 1), _crc32_start(tensor.dtype, tensor.shape)
+        record = Record(tensor.offset, tensor.size * tensor.dtype.itemsize, crc32, start)
+        return dataclasses.replace(tensor, record=record)
+
+    return {name: with_checksum(name, tensor) for name, tensor in tensors.items()}
 
 
 def _first_kernel(file: TensorFile) -> Tensor:
@@ -131,113 +139,3 @@ def _first_kernel(file: TensorFile) -> Tensor:
 def _is_parameter(name: str) -> bool:
     """Whether a tensor was learned: neither a running statistic nor a scale."""
     return name.startswith("params/") and not name.endswith(("/kernel_scale", "/input_scale"))
-
-
-def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
-    """A published variant by name, any other by its numbers; of its options, those that are not RepVGG's own.
-
-    An activation that is a function has no name: it is null.
-    """
-    fields = dataclasses.asdict(variant)
-    del fields["published"]
-    if not isinstance(variant.activation, str):
-        fields["activation"] = None
-    for name, default in _OPTIONS.items():
-        if getattr(variant, name) == default:
-            del fields[name]
-    try:
-        return variant.name if get_variant(variant.name) == variant else fields
-    except ValueError:
-        return fields
-
-
-def _variant_from_json(value: str | dict[str, Any], file: TensorFile, expected: Variant | None) -> Variant:
-    if isinstance(value, str):
-        return get_variant(value)
-    fields = {name: _FIELDS[name](given) for name, given in value.items()}
-    if sum(fields["num_blocks"]) > len(file.tensors):
-        raise ValueError("more blocks than tensors")
-    if "activation" in fields and fields["activation"] is None:
-        if expected is None:
-            raise WeightsError(
-                f"{file.path}: the activation is a function of whoever wrote the file; give load_weights its Variant"
-            )
-        fields["activation"] = expected.activation
-    return Variant(**fields)
-
-
-def _integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
-    if type(value) is not int or not least <= value <= largest:
-        raise ValueError("a number that is no sensible integer")
-    return value
-
-
-def _positive(value: Any) -> int:
-    return _integer(value, least=1)
-
-
-def _several(value: Any) -> tuple[int, ...]:
-    return tuple(map(_integer, value))
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("neither true nor false")
-    return value
-
-
-def _place(value: Any) -> str | None:
-    if value not in (None, "before_relu", "after_relu"):
-        raise ValueError("an unknown place for the squeeze-and-excite gate")
-    return value
-
-
-def _fraction(value: Any) -> float:
-    if not isinstance(value, float | int) or not 0 < value <= 1:
-        raise ValueError("a fraction outside of 0..1")
-    return float(value)
-
-
-def _one_of(*choices: Any) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or value not in choices:
-            raise ValueError(f"none of {', '.join(map(str, choices))}")
-        return value
-
-    return check
-
-
-def _activation(value: Any) -> Any:
-    return None if value is None else _one_of(*ACTIVATIONS)(value)
-
-
-def _branches(value: Any) -> Branches:
-    checks = {"dense_copies": _positive, "dbb_1x1_3x3": _flag, "dbb_1x1_avg": _flag}
-    return Branches(**{name: checks[name](given) for name, given in value.items()})
-
-
-_OPTIONS = {
-    field.name: field.default
-    for field in dataclasses.fields(Variant)
-    if field.name in ("stem_stride", "output_stride", "activation", "block", "branches", "epsilon")
-}
-"""Fields that files of earlier releases do not have, and their defaults."""
-
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "num_blocks": _several,
-    "widths": _several,
-    "groups": _positive,
-    "squeeze_excite": _place,
-    "squeeze_excite_ratio": _positive,
-    "auxiliary_heads": _flag,
-    "name": shown,
-    "image_size": _positive,
-    "crop_fraction": _fraction,
-    "stem_stride": _one_of(1, 2),
-    "output_stride": _one_of(*OUTPUT_STRIDES),
-    "activation": _activation,
-    "block": _one_of("repvgg", "qarepvgg"),
-    "branches": _branches,
-    "epsilon": checked_epsilon,
-}
-"""A variant's fields in a header, each with the check that makes it one."""

@@ -52,7 +52,7 @@ def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
         with safe_open(path, framework="numpy"):
             pass
         header = json.loads(handle.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _locate(entry, 8 + count, length) for name, entry in header.items()}
     except (SafetensorError, struct.error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -70,10 +70,19 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray],
       RepVGGError: it cannot be written.
     """
     with atomic_path(path) as temporary:
-        try:
-            save_file(dict(arrays), temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise OSError(" ".join(str(error).split())) from error
+        save_arrays(temporary, arrays, metadata)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file to a temporary path.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    try:
+        save_file(dict(arrays), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(" ".join(str(error).split())) from error
 
 
 def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:

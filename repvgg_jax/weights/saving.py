@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import numpy as np
 
 from ..errors import WeightsError
 from ..extras import install_hint
-from ..files import atomic_path, check_target
-from ..kernel_algebra import BN_EPSILON
+from ..files import check_target
 from ..model import RepVGG
 from ..preprocess import Preprocessing
 from ..variants import Variant
-from . import native
-from .info import WeightsWarning, default_preprocessing
-from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, Family
-from .layout import check_arrays, expected_shapes, flatten
-from .safetensors_file import write_safetensors
+from . import native, side_file
+from .header import DEPLOY, TRAINING, Header
+from .info import default_preprocessing
+from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, QAREPVGG, Family
+from .layout import check_arrays, expected_shapes, flatten, shown
+from .safetensors_file import save_arrays
 from .state_dict import items, state_dict
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
@@ -44,57 +43,72 @@ def save_weights(
     `.tar` are PyTorch's, with the authors' keys, order, shapes and dtypes, for
     `load_state_dict(torch.load(path), strict=True)`.
 
+    A file under other people's names cannot hold preprocessing, class names, activation and strides. Where they are not
+    what its reader would assume, they go into `PATH.json` beside it, which `load_weights` reads, and a `WeightsWarning`
+    says so.
+
     Args:
       path: where to write.
       model: the model that `variables` belong to, training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
-      family: whose names to use: `authors`, `timm` or `mmpretrain`, in either format, or `native`.
-      preprocessing: how its images are prepared; the variant's published evaluation if None. Native files only.
-      class_names: names by class index. Native files only.
+      family: whose names to use: `authors` (QARepVGG's or RepVGG's), `timm` or `mmpretrain`, in either format, or
+        `native`.
+      preprocessing: how its images are prepared; the variant's published evaluation if None.
+      class_names: names by class index.
       num_batches_tracked: training steps behind the BN statistics; PyTorch files say 0 if None.
 
     Raises:
       WeightsError: unknown suffix or family, no torch for a PyTorch file, `variables` do not belong to `model`, the
-        family has no names for it, or NaN in the weights.
+        family has no names for it, NaN in the weights, or a `PATH.json` of somebody else's in the way.
       RepVGGError: the file cannot be written.
     """
-    names = choose_names(path, model.variant, family)
+    if not isinstance(model, RepVGG):
+        raise WeightsError(f"save_weights writes a RepVGG, not a {type(model).__name__}")
+    path = os.path.expanduser(path)  # noqa: PTH111 (Path's own raises where there is no such user)
+    names = choose_names(path, model.variant, model.deploy, family)
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
-    arrays = flatten(variables)
+    arrays = _arrays(variables)
     stem = "rbr_reparam/kernel" if model.deploy else "rbr_dense/conv/kernel"
     kernel = arrays.get(f"params/stage0/{stem}")
-    in_channels = 3 if kernel is None else kernel.shape[2]
+    in_channels = 3 if kernel is None or len(kernel.shape) != 4 else kernel.shape[2]
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
+    preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
     if names is None:
-        preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
         native.write(path, model, variables, preprocessing, class_names, num_batches_tracked)
         return
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    untold = _untold(model.variant, model.deploy)
-    if untold:
-        message = f"{path} cannot say {untold}: whoever loads it must know (give load_weights the Variant)"
-        warnings.warn(message, WeightsWarning, stacklevel=2)
-    if Path(path).suffix == ".safetensors":
-        write_safetensors(path, state, {"format": "pt"})
-    else:
-        _write_torch(path, state)
+    form = DEPLOY if model.deploy else TRAINING
+    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
+    with side_file.writing(path, header, in_channels) as temporary:
+        if Path(path).suffix == ".safetensors":
+            save_arrays(temporary, state, {"format": "pt"})
+        else:
+            _save_torch(temporary, state)
 
 
-def _untold(variant: Variant, deploy: bool) -> str:
-    """What changes the network's function and shows in no key of a PyTorch file, in words."""
-    plain = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
-    if not deploy:
-        plain["epsilon"] = BN_EPSILON
-    values = {name: getattr(variant, name) for name in plain}
-    found = (f"{name} {getattr(v, '__name__', v)}" for name, v in values.items() if v != plain[name])
-    return ", ".join(found)
+def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat tree of numbers that `variables` are.
+
+    Raises:
+      WeightsError: they are something else.
+    """
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        what = ", ".join(map(shown, variables)) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
+        raise WeightsError(f'variables must be a dict with "params", as model.init gives, not {what or "an empty one"}')
+    arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in flatten(variables).items()}
+    for name, array in arrays.items():
+        if np.dtype(array.dtype).kind not in "fV":  # V: bfloat16, to numpy
+            raise WeightsError(f"variables: {shown(name)} has {array.dtype} numbers, not floats")
+    return arrays
 
 
-def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) -> Family | None:
+def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> Family | None:
     """The naming that a file gets, None for the native one.
+
+    RepVGGplus and the training form of QARepVGG have names of their authors' of their own.
 
     Raises:
       WeightsError: unknown suffix or family, native names in a PyTorch file, or no torch to write it.
@@ -111,28 +125,43 @@ def choose_names(path: str | os.PathLike, variant: Variant, family: str | None) 
         if is_torch:
             raise WeightsError(f"cannot write {path}: native weights are .safetensors files")
         return None
-    if family in (AUTHORS.name, AUTHORS_PLUS.name):
+    if family in (AUTHORS.name, AUTHORS_PLUS.name, QAREPVGG.name):
+        if variant.block == "qarepvgg" and not deploy:
+            return QAREPVGG
         return AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     if family not in FAMILIES:
         raise WeightsError(f"unknown naming {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 
-def check_writable(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> None:
+def check_writable(
+    path: str | os.PathLike,
+    variant: Variant,
+    deploy: bool,
+    family: str | None,
+    preprocessing: Preprocessing | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> None:
     """Fails as `save_weights` would for such a model, as far as that shows beforehand.
 
     Raises:
       WeightsError, RepVGGError: as `save_weights`.
     """
-    items(choose_names(path, variant, family), variant, deploy, num_classes=1, in_channels=3)
+    names = choose_names(path, variant, deploy, family)
+    items(names, variant, deploy, num_classes=1, in_channels=3)
     check_target(path)
+    if names is not None:
+        preprocessing = preprocessing or default_preprocessing(variant)
+        header = Header(DEPLOY if deploy else TRAINING, variant, 1, preprocessing, class_names)
+        if side_file.lost(header, preprocessing.channels):
+            side_file.check_side_file(path)
 
 
-def _write_torch(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
+def _save_torch(path: Path, state: Mapping[str, np.ndarray]) -> None:
     import torch
 
     tensors = {key: torch.from_numpy(array) for key, array in state.items()}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         try:
             torch.save(tensors, file)
         except RuntimeError as error:  # a full disk ends in one, with the system's own error behind it

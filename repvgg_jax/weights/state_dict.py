@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import WeightsError
 from ..variants import Variant
 from .key_maps import COUNTER, LEAVES, Family
-from .layout import Layer, Shape, block_layers, expected_shapes, head_layers
+from .layout import Layer, Shape, block_layers, constants, expected_shapes, head_layers
 
 BLOCK_OUTPUTS = 128
 """Output channels transposed at a time: such a slice of any RepVGG kernel stays in the cache."""
@@ -54,6 +54,7 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
         position = counts[block.stage] = counts.get(block.stage, -1) + 1
         path = family.block_path(block.stage, position)
         layers = {layer.path.partition("/")[2]: layer for layer in block_layers(variant, block, deploy)}
+        layers = {name: layer for name, layer in layers.items() if layer.kind != "identity"}
         nameless = [layer for layer in layers if layer not in family.branches]
         if path is None or nameless:
             what = block.stage if path is None else nameless[0].replace("/", ".")
@@ -62,6 +63,8 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
             if layer in layers:
                 found += _layer_items(layers[layer], f"{path}.{name}")
     heads = {layer.path: layer for layer in head_layers(variant, deploy, num_classes)}
+    if num_classes and not heads.keys() <= family.heads.keys():
+        raise WeightsError(f"{family.name} files have no name for the classifier of {variant.name}")
     for layer, name in family.heads.items():
         if layer in heads:
             found += _layer_items(heads[layer], name)
@@ -122,9 +125,13 @@ def state_dict(
     """`arrays` (a flat tree) under the family's keys, in its layout, order and dtypes.
 
     Raises:
-      WeightsError: the family has no name for a part of the model.
+      WeightsError: the family has no name for a part of the model, or for a number that is not the usual constant.
     """
+    entries = items(family, variant, deploy, num_classes, in_channels)
+    for leaf, constant in constants(variant, deploy).items():
+        if not np.array_equal(arrays[leaf], constant):
+            raise WeightsError(f"{family.name} files have no name for {leaf}, which is {arrays[leaf]} and not 1")
     return {
         item.key: np.array(num_batches_tracked, np.int64) if item.leaf is None else from_leaf(arrays[item.leaf], item)
-        for item in items(family, variant, deploy, num_classes, in_channels)
+        for item in entries
     }

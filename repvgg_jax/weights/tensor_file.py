@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import threading
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,25 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMENSIONS = 8
 
 
+CHUNK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run of bytes in a file, and their checksum.
+
+    Attributes:
+      offset, size: where they are, in bytes from the start of the file.
+      crc32: what the file says their CRC-32 is; None if it does not say.
+      start: the CRC-32 to go on from.
+    """
+
+    offset: int
+    size: int
+    crc32: int | None = None
+    start: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Where a tensor lies in its file.
@@ -28,12 +48,14 @@ class Tensor:
       dtype: of its elements, as numpy has it.
       offset: of its first element, in bytes from the start of the file.
       strides: in elements.
+      record: the bytes with a checksum that it is part of; None if the file has no checksums.
     """
 
     shape: Shape
     dtype: np.dtype
     offset: int
     strides: Shape
+    record: Record | None = None
 
     @property
     def size(self) -> int:
@@ -66,21 +88,33 @@ class TensorFile:
     notes: list[str] = dataclasses.field(default_factory=list)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     _local: threading.local = dataclasses.field(default_factory=threading.local)
+    _sound: set[Record] = dataclasses.field(default_factory=set)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The tensor's values; valid until the same thread's next `read`.
 
         Raises:
-          WeightsError: the file ends before the tensor does, or cannot be read.
+          WeightsError: the file ends before the tensor does, cannot be read, or its checksum says that it is damaged.
         """
         count = tensor.span * tensor.dtype.itemsize
         buffer: np.ndarray = getattr(self._local, "buffer", np.empty(0, np.uint8))
         if buffer.size < count:
             buffer = self._local.buffer = np.empty(count, np.uint8)
-        view = buffer.data[:count]
+        self._fill(buffer.data[:count], tensor.offset)
+        record = tensor.record
+        if record is not None and record not in self._sound:
+            if (record.offset, record.size) == (tensor.offset, count):
+                self._compare(record, zlib.crc32(buffer.data[:count], record.start))
+            else:
+                self._compare(record, self._checksum(record))
+        values = buffer[:count].view(tensor.dtype)
+        strides = [step * tensor.dtype.itemsize for step in tensor.strides]
+        return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         try:
             with self._lock:
-                self.handle.seek(tensor.offset)
+                self.handle.seek(offset)
                 while len(view):
                     got = self.handle.readinto(view)
                     if not got:
@@ -88,9 +122,22 @@ class TensorFile:
                     view = view[got:]
         except OSError as error:
             raise WeightsError(f"cannot read {self.path}: {error.strerror or error}") from error
-        values = buffer[:count].view(tensor.dtype)
-        strides = [step * tensor.dtype.itemsize for step in tensor.strides]
-        return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
+
+    def _checksum(self, record: Record) -> int:
+        """CRC-32 of a record of which a tensor is only a part."""
+        chunk, crc = bytearray(min(CHUNK_BYTES, record.size)), record.start
+        for start in range(0, record.size, CHUNK_BYTES):
+            view = memoryview(chunk)[: record.size - start]
+            self._fill(view, record.offset + start)
+            crc = zlib.crc32(view, crc)
+        return crc
+
+    def _compare(self, record: Record, crc: int) -> None:
+        if crc != record.crc32:
+            key = next((key for key, tensor in self.tensors.items() if tensor.record == record), "a tensor")
+            what = f"{shown(key)} is damaged, its CRC-32 does not match"
+            raise WeightsError(f"cannot read {self.path}: {what}; fetch or copy the file again")
+        self._sound.add(record)
 
 
 def contiguous_strides(shape: Shape) -> Shape:

@@ -6,9 +6,11 @@ costs its own size and some hundred MB at most, and torch itself is not needed. 
 `torch.load(weights_only=True)`: the same tensors from every sound file, and nothing that it refuses as unsafe.
 """
 
+import dataclasses
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,16 @@ from ..errors import WeightsError
 from .checkpoint import find_state_dict
 from .layout import shown
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
-from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, overlaps_itself, sizes
+from .tensor_file import (
+    BFLOAT16,
+    Record,
+    Tensor,
+    TensorFile,
+    check_disjoint,
+    contiguous_strides,
+    overlaps_itself,
+    sizes,
+)
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
@@ -30,8 +41,8 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_DIRECTORY_BYTES = 4 << 20
 """Some fifty thousand records, each of which costs `zipfile` an object of some hundred bytes."""
 
-Places = Mapping[str, tuple[int, int]]
-"""Storage key -> byte offset and length in the file."""
+Places = Mapping[str, Record]
+"""Storage key -> where it is in the file."""
 
 
 def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
@@ -72,6 +83,8 @@ def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     with zipfile.ZipFile(handle) as archive:
         records = archive.infolist()
     names = {record.filename: record for record in records}
+    # torch.save can be told to compute no checksums (`set_crc32_options`), and writes zeros then.
+    checked = any(record.CRC for record in records)
     pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != len(records) or len(pickles) != 1:
         raise PickleError("a zip file, but not one of PyTorch")
@@ -87,10 +100,10 @@ def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
         start = _record_start(handle, record)
         if start + record.file_size > length:
             raise PickleError(f"{shown(name)} declares more bytes than the file has")
-        places[name.removeprefix(folder)] = start, record.file_size
-    if "byteorder" in places and _bytes_at(handle, *places["byteorder"], limit=16) != b"little":
+        places[name.removeprefix(folder)] = Record(start, record.file_size, record.CRC if checked else None)
+    if "byteorder" in places and _checked_bytes(handle, "byteorder", places, limit=16) != b"little":
         raise PickleError("big-endian numbers")
-    data = _bytes_at(handle, *places["data.pkl"], limit=MAX_PICKLE_BYTES)
+    data = _checked_bytes(handle, "data.pkl", places, limit=MAX_PICKLE_BYTES)
     root = reader.load(io.BytesIO(data))
     return root, {key.removeprefix("data/"): place for key, place in places.items() if key.startswith("data/")}
 
@@ -127,11 +140,16 @@ def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
     return record.header_offset + 30 + name_length + extra_length
 
 
-def _bytes_at(handle: io.FileIO, offset: int, count: int, limit: int) -> bytes:
-    if count > limit:
-        raise PickleError(f"a part of {count} bytes where at most {limit} make sense")
-    handle.seek(offset)
-    return handle.read(count)
+def _checked_bytes(handle: io.FileIO, name: str, places: Places, limit: int) -> bytes:
+    """A whole record, which must be the one that its checksum belongs to."""
+    record = places[name]
+    if record.size > limit:
+        raise PickleError(f"a part of {record.size} bytes where at most {limit} make sense")
+    handle.seek(record.offset)
+    data = handle.read(record.size)
+    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
+        raise PickleError(f"its {name} is damaged: its CRC-32 does not match; fetch or copy the file again")
+    return data
 
 
 def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
@@ -160,7 +178,7 @@ def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
         size = count * item_sizes[key]
         if count < 0 or position + 8 + size > length:
             raise PickleError(f"storage {shown(key)} declares more numbers than the file has")
-        places[key] = position + 8, size
+        places[key] = Record(position + 8, size)
         position += 8 + size
     return root, places
 
@@ -178,10 +196,12 @@ def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tenso
             raise ValueError("it has no sound place")
         if record.storage.key not in places:
             raise ValueError("its numbers are missing")
-        start, available = places[record.storage.key]
-        if record.storage.count * dtype.itemsize > available:
-            raise ValueError(f"it declares {record.storage.count} numbers, the file has {available // dtype.itemsize}")
-        tensor = Tensor(shape, dtype, start + record.offset * dtype.itemsize, strides)
+        place = places[record.storage.key]
+        if record.storage.count * dtype.itemsize > place.size:
+            numbers = place.size // dtype.itemsize
+            raise ValueError(f"it declares {record.storage.count} numbers, the file has {numbers}")
+        offset = place.offset + record.offset * dtype.itemsize
+        tensor = Tensor(shape, dtype, offset, strides, None if place.crc32 is None else place)
         if record.offset + tensor.span > record.storage.count:
             raise ValueError("it reaches beyond its storage")
         if overlaps_itself(tensor):
@@ -189,5 +209,5 @@ def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tenso
     except ValueError as error:
         raise WeightsError(f"cannot read {path}: {shown(key)} is unsound: {error}") from error
     if tensor.size == 1 or strides == contiguous_strides(shape):
-        return Tensor(shape, dtype, tensor.offset, contiguous_strides(shape))
+        return dataclasses.replace(tensor, strides=contiguous_strides(shape))
     return tensor

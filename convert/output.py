@@ -1,0 +1,67 @@
+"""Where a conversion may write: never over what it reads, and over anything else only if told to."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from repvgg_jax.errors import ConfigError, RepVGGError
+
+
+def check_output(source: str, output: str, *, overwrite: bool, folder: bool = False) -> None:
+    """Refuse an output that would cost the user a file.
+
+    Args:
+      source: what is read; a file, a folder, or an address.
+      output: what is written.
+      overwrite: replace what is there, unless it is the source.
+      folder: a SavedModel is written, and only a SavedModel may be replaced by it.
+
+    Raises:
+      ConfigError: `output` is `source`, by whatever name or link, or exists.
+    """
+    if not os.path.lexists(output):
+        return
+    if _same_file(source, output):
+        raise ConfigError(f"{output} is the input, {source}, itself: write to another file")
+    if not overwrite:
+        raise ConfigError(f"{output} exists already: choose another name, or replace it with --overwrite")
+    if folder and not (Path(output) / "saved_model.pb").is_file():
+        raise ConfigError(f"{output} is not a SavedModel, and only a SavedModel is replaced by one")
+
+
+@contextlib.contextmanager
+def replacing_folder(output: str) -> Iterator[str]:
+    """A name for a folder to write, which takes the place of `output` when the block succeeds.
+
+    Raises:
+      RepVGGError: it cannot be put in place; what was there stays.
+    """
+    target = Path(output)
+    if not os.path.lexists(target):
+        yield output
+        return
+    aside = None
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
+        yield str(aside / "new")
+        target.rename(aside / "old")
+        try:
+            (aside / "new").rename(target)
+        except OSError:
+            (aside / "old").rename(target)
+            raise
+    except OSError as error:
+        raise RepVGGError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _same_file(source: str, output: str) -> bool:
+    try:
+        return Path(source).samefile(output)
+    except (OSError, ValueError):  # an address, a broken link, or nothing at all: reported when it is read
+        return False

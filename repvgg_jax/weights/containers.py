@@ -1,0 +1,86 @@
+"""Opening a weight file, whatever it is: its first bytes say, not its suffix."""
+
+import io
+import stat
+from pathlib import Path
+
+from ..errors import WeightsError
+from .safetensors_file import read_safetensors
+from .tensor_file import TensorFile
+from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; not, if it is no possible name."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def open_file(local: Path, where: str) -> io.FileIO:
+    """The file, unbuffered: tensors are read in one piece each.
+
+    Raises:
+      WeightsError: there is no such file, or it cannot be opened.
+    """
+    try:
+        mode = local.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise WeightsError(f"{where} is a folder, not a weight file")
+        if not stat.S_ISREG(mode):  # a pipe or a device may never end
+            raise WeightsError(f"{where} is no ordinary file")
+        return local.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise WeightsError(f"{where} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
+    """The tensors of an open file.
+
+    Raises:
+      WeightsError: damaged, hostile, or not a weight file.
+    """
+    try:
+        start = handle.read(512)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if start[8:9] == b"{":
+        if ema:
+            raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
+        return read_safetensors(handle, path)
+    if start[:4] == ZIP_MAGIC or start[:1] == PICKLE_MAGIC:
+        return read_torch_file(handle, path, ema, tensors_only)
+    raise WeightsError(f"cannot read {path}: {_what_else(start, path)}")
+
+
+EXPORTS = {".onnx": "an ONNX export", ".stablehlo": "a StableHLO export (jax.export)"}
+
+
+def _what_else(start: bytes, path: Path) -> str:
+    """What a file is that begins like no weight file."""
+    if not start:
+        return "the file is empty"
+    export = EXPORTS.get(path.suffix.lower()) or _export(start)
+    if export:
+        return f"{export}, for another runtime, not weights; give the weight file that it was made from"
+    if start.lstrip()[:1] == b"<":
+        return "a web page, not weights; did the download ask for a confirmation?"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the weights themselves; run git lfs pull"
+    if start[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    return "neither a safetensors nor a PyTorch file"
+
+
+def _export(start: bytes) -> str:
+    """What other runtime's file begins so; empty if none that we write."""
+    # A flatbuffer, jax.export's: the place of its root table, then a table of fields, as long as it takes to get there.
+    if start[1:4] == bytes(3) and start[4:6] == bytes((start[0] - 4 & 255, 0)):
+        return EXPORTS[".stablehlo"]
+    # Protocol buffer's field 1, the version of ONNX's format in one byte, then field 2, the producer's name.
+    if start[:1] == b"\x08" and start[2:3] == b"\x12":
+        return EXPORTS[".onnx"]
+    return ""

@@ -1,0 +1,212 @@
+"""A training run's checkpoints, read as a weight file: `runs/x` for the best of them, `runs/x/checkpoints/6` for one.
+
+They are orbax's, as `train/checkpoint.py` writes them: an item `state` with the arrays, and an item `facts` that says,
+in JSON, which net it is (as a native file's header does), which arrays there are, and their common CRC-32.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import threading
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import WeightsError
+from .layout import shown
+from .native import HEADER
+from .tensor_file import Tensor, TensorFile, contiguous_strides
+
+METRIC = "top1"
+STATE, FACTS = "state", "facts/metadata"
+MAX_FACTS_BYTES = 64 << 20
+AVERAGED = "batch_stats"
+"""What each device has of its own; its average over them is the net's."""
+
+COLLECTIONS = {
+    False: {"params": "params", AVERAGED: AVERAGED},
+    True: {"ema_params": "params", f"ema_{AVERAGED}": AVERAGED},
+}
+"""By whether the moving average is asked for: the state's fields, and what they are called in a net's variables."""
+
+QAT_RANGE = "input_range"
+"""What quantisation-aware training keeps beside BN statistics, and no float net has."""
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
+    """The checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
+
+    Args:
+      folder: a run's folder, its `checkpoints`, or one checkpoint.
+
+    Raises:
+      WeightsError: there is none.
+    """
+    if (folder / FACTS).is_file():
+        return folder, None
+    inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    steps = sorted(int(path.name) for path in inner.iterdir() if path.name.isdecimal() and (path / FACTS).is_file())
+    if not steps:
+        if (folder / "saved_model.pb").is_file():
+            raise WeightsError(f"{folder} is a SavedModel, an export for TensorFlow, not weights")
+        raise WeightsError(f"{folder} is a folder, not a weight file, and holds no checkpoints of a training run")
+    evaluated = {step: top1 for step, top1 in _evaluations(inner).items() if step in steps}
+    if not evaluated:
+        return inner / str(steps[-1]), f"{folder}: took checkpoint {steps[-1]}, the newest; none has been evaluated"
+    top1, best = max((top1, step) for step, top1 in evaluated.items())
+    note = f"{folder}: took checkpoint {best}, the best of {len(steps)}, with top-1 {100 * top1:.2f} %"
+    return inner / str(best), note
+
+
+def _evaluations(checkpoints: Path) -> dict[int, float]:
+    """Top-1 by step, the better one of weights and moving average: from the run's log, or orbax's metrics."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(OSError):
+        for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
+                row = json.loads(line)
+                if row.get("form") in ("train", "ema"):
+                    found[row["step"]] = max(float(row[METRIC]), found.get(row["step"], 0.0))
+    for path in checkpoints.glob("*/metrics/metrics"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
+    return found
+
+
+def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
+    """A checkpoint as a native file of training form; its arrays are read when the first of them is.
+
+    Args:
+      handle: its `FACTS`, open.
+      folder: the checkpoint.
+      ema: take the moving average of the weights.
+
+    Raises:
+      WeightsError: damaged, without a moving average, or of a release that did not say which net it is.
+    """
+    try:
+        handle.seek(0)
+        facts = json.loads(handle.read(MAX_FACTS_BYTES))
+        net = facts["facts"].get("net")
+        shapes = {_name(key): tuple(map(int, shape)) for key, shape in facts["shapes"].items()}
+        crc32 = int(facts["crc32"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shown(f"{type(error).__name__}: {error}")
+        raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
+    if not net:
+        raise WeightsError(
+            f"{folder} does not say which net it is, as checkpoints of this release do: start its training command "
+            "again, which writes final.safetensors at the end"
+        )
+    places = _places(shapes, ema)
+    if not places:
+        raise WeightsError(f"{folder} has no moving average (EMA) of the weights: --ema-decay keeps one")
+    names = list(places)
+    tensors = {name: _tensor(number, places[name], shapes) for number, name in enumerate(names)}
+    step = {"num_batches_tracked": int(folder.name)} if folder.name.isdecimal() else {}
+    header = json.dumps(net | step)
+    leaves = _Leaves(folder, shapes, crc32, [places[name] for name in names])
+    return _CheckpointFile(folder, handle, tensors, {HEADER: header}, leaves=leaves)
+
+
+def _name(key: str) -> str:
+    """`['params']['linear']['bias']` -> `params/linear/bias`."""
+    return "/".join(re.findall(r"\['([^']*)'\]", key))
+
+
+def _places(shapes: Mapping[str, Any], ema: bool) -> dict[str, str]:
+    """Name among a net's variables -> name in the state."""
+    found = {}
+    for name in shapes:
+        field, _, rest = name.partition("/")
+        if field in COLLECTIONS[ema] and not rest.endswith(f"/{QAT_RANGE}"):
+            found[f"{COLLECTIONS[ema][field]}/{rest}"] = name
+    return found
+
+
+def _tensor(number: int, place: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    shape = shapes[place][1:] if _is_averaged(place) else shapes[place]
+    return Tensor(shape, np.dtype("float32"), number, contiguous_strides(shape))
+
+
+def _is_averaged(place: str) -> bool:
+    return place.partition("/")[0].endswith(AVERAGED)
+
+
+class _Leaves:
+    """The arrays of a checkpoint, read by orbax once they are asked for."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int, places: list[str]):
+        self._folder, self._shapes, self._crc32, self._places = folder, shapes, crc32, places
+        self._lock = threading.Lock()
+        self._arrays: list[np.ndarray] = []
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        with self._lock:
+            if not self._arrays:
+                state = _restore(self._folder, self._shapes, self._crc32)
+                self._arrays = [_on_one_device(state[place], place) for place in self._places]
+        return self._arrays[number]
+
+
+def _on_one_device(array: np.ndarray, place: str) -> np.ndarray:
+    return array.mean(0) if _is_averaged(place) else array
+
+
+@dataclasses.dataclass
+class _CheckpointFile(TensorFile):
+    """A file whose tensors' offsets are numbers of leaves."""
+
+    leaves: _Leaves = dataclasses.field(kw_only=True)
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """As `TensorFile.read`."""
+        return self.leaves[tensor.offset]
+
+
+def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by name, which must be those that were saved.
+
+    Raises:
+      WeightsError: orbax is not installed, cannot read them, or they are others.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise WeightsError(
+            f"reading the training checkpoint {folder} needs orbax-checkpoint: pip install orbax-checkpoint"
+        ) from error
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore((folder / STATE).absolute())
+        leaves = {name: np.asarray(leaf) for name, leaf in _walk(tree, "")}
+    except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
+        reason = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
+    if {name: leaf.shape for name, leaf in leaves.items()} != dict(shapes) or checksum(leaves) != crc32:
+        raise WeightsError(f"cannot read {folder}: damaged checkpoint (its numbers are not those that were saved)")
+    return leaves
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for key, value in tree.items():
+        found += _walk(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def checksum(leaves: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 over names and numbers of a checkpoint's leaves, `a/b/c` -> array.
+
+    Names go in as JAX writes paths, `['a']['b']['c']`, in that order.
+    """
+    written = {"".join(f"['{part}']" for part in name.split("/")): leaf for name, leaf in leaves.items()}
+    crc = 0
+    for path, leaf in sorted(written.items()):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, zlib.crc32(path.encode(), crc))
+    return crc
