@@ -1,6 +1,7 @@
 """Everything that the library computes, once, under the JAX settings of the environment."""
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def main() -> None:
         return mix(key, images, targets, mixup_alpha=0.2, cutmix_alpha=1.0)
 
     optimizer, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
-    options = dict(label_smoothing=0.1, mixing=mixing, accumulate=2, ema_decay=0.9)
+    options: dict[str, Any] = dict(label_smoothing=0.1, mixing=mixing, accumulate=2, ema_decay=0.9)
     step = make_train_step(model, optimizer, schedule, PREPROCESSING, **options, axis_name="batch")
     state = create_state(model, optimizer, 0, (SIZE, SIZE, 3), ema=True, variables=variables)
     batch = put_batch({"image": pixels[None, :4], "label": np.arange(4, dtype=np.int32)[None]})
@@ -55,6 +56,7 @@ def main() -> None:
         rv.quantize(model, variables, images, Method(bias_correction=True, adaround=AdaRoundOptions(2)))
         aware = quantization_aware(model)
         start = with_ranges(variables)
+        changed: Any
         _, changed = aware.apply(start, images, train=True, mutable=["batch_stats"])
         quantized_net(aware, start | changed, PREPROCESSING)(images)
     print("done")

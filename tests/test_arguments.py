@@ -1,7 +1,7 @@
 """Claim: arguments that make no sense are one sentence that names the value, not a traceback from below."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def test_class_counts_that_are_no_whole_number(count, tmp_path):
     if count is not None:
         with pytest.raises(ValueError, match="num_classes must be a whole number"):
             rv.load_weights(tmp_path / "none.pth", num_classes=count)
-    assert rv.create_model("RepVGG-A0", np.int64(10)).num_classes == 10
+    assert rv.create_model("RepVGG-A0", cast(Any, np.int64(10))).num_classes == 10
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", jnp.int32, np.dtype("complex64"), 32])

@@ -114,7 +114,8 @@ def test_every_branch_of_a_block_takes_it(block):
         tree = variables["params"], variables["batch_stats"]
         kernel, bias = rv.equivalent_kernel_bias(*tree, epsilon=EPSILON)
         fused = {"params": {"rbr_reparam": {"kernel": kernel, "bias": bias}}}
-        np.testing.assert_allclose(DeployBlock(4, **dtypes).apply(fused, x), expected, rtol=1e-9, atol=1e-11)
+        deployed: Any = DeployBlock(4, **dtypes).apply(fused, x)
+        np.testing.assert_allclose(deployed, expected, rtol=1e-9, atol=1e-11)
         assert relative_difference(kernel, rv.equivalent_kernel_bias(*tree)[0]) > 1e-2
 
 

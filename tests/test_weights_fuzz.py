@@ -245,7 +245,8 @@ def test_a_mutated_int8_file_is_loaded_as_it_was_or_refused(changes, int8_file):
     path, content, net = int8_file
     path.write_bytes(functools.reduce(lambda content, change: change.apply(content), changes, content))
     for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
-        message, found = None, cast(Any, None)
+        message: str | None = None
+        found: Any = None
         try:
             with warnings.catch_warnings(), Watch.watching():
                 warnings.simplefilter("ignore", WeightsWarning)
@@ -258,6 +259,7 @@ def test_a_mutated_int8_file_is_loaded_as_it_was_or_refused(changes, int8_file):
             assert len(message) < 4000
         else:
             assert load is not rv.load_weights
+            found = cast(Any, found)
             assert (found.preprocessing, found.class_names) == (net.preprocessing, net.class_names)
             if load is rv.load_quantized:
                 assert_same_bits(net.variables, found.variables)
