@@ -20,7 +20,7 @@ from ..files import atomic_path, check_target
 from ..kernel_algebra import BN_EPSILON
 from ..variants import VARIANTS, Variant
 from .header import IS_DEPLOY, TRAINING, Header
-from .identify import same_network
+from .identify import same_network, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .layout import shown
 
@@ -97,7 +97,7 @@ def with_side_file(
     Args:
       info: what the file itself shows.
       local: the weight file.
-      expected: a variant that the caller gave; it is kept.
+      expected: a variant that the caller gave; it is kept, all but a usual epsilon.
       num_tensors: in the weight file.
 
     Raises:
@@ -120,7 +120,7 @@ def with_side_file(
     if content.get(FILE) != _fingerprint(local) or not same or not same_network(header.variant, info.variant):
         note = f"{side} is passed over: it was written for another file than {local} is now"
         return info, note
-    variant = info.variant if expected is not None else header.variant
+    variant = header.variant if expected is None else with_stated_epsilon(expected, header.variant)
     return dataclasses.replace(
         info, variant=variant, preprocessing=header.preprocessing, class_names=header.class_names
     ), None
