@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,17 @@ class WeightsOptions:
         if self.class_names is not None:
             class_names = _read_names(self.class_names)
             if len(class_names) != classes:
-                raise ConfigError(f"--class-names gives {len(class_names)} names for {classes} classes")
+                count = f"{len(class_names)} name{'s' * (len(class_names) != 1)}"
+                hint = f"; there is no file called {self.class_names[0]}" if class_names == self.class_names[:1] else ""
+                raise ConfigError(f"--class-names gives {count} for {classes} classes{hint}")
         return dataclasses.replace(info, preprocessing=preprocessing, class_names=class_names)
 
 
 def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
     """The names, or those in a file if a file's name is all that is given."""
-    path = Path(given[0]).expanduser() if len(given) == 1 else None
+    path = Path(os.path.expanduser(given[0])) if len(given) == 1 else None  # noqa: PTH111 (a name may begin with ~)
     try:
-        if path is None or not path.is_file():
+        if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path's own raises where a name is too long)
             return given
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("["):
