@@ -197,6 +197,7 @@ def test_what_makes_no_sense_is_one_line(native, tmp_path):
     for options, words in (
         (("--mean", "0.5"), "--mean needs one number for each of 3 channels, not 1"),
         (("--std", "0.5", "0", "0.5"), "std must be positive"),
+        (("--mean", "0", "nan", "0"), "--mean must be finite, not 0.0 nan 0.0"),
         (("--image-size", "0"), "--image-size must be at least 1"),
         (("--crop-fraction", "1.5"), "--crop-fraction must be above 0 and at most 1"),
         (("--class-names", "a", "b"), "--class-names gives 2 names for 10 classes"),

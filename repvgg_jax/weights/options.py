@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,12 @@ class WeightsOptions:
             if len(given[name]) != info.in_channels:
                 wanted, count = info.in_channels, len(given[name])
                 raise ConfigError(f"--{name} needs one number for each of {wanted} channels, not {count}")
+            if not all(map(math.isfinite, given[name])):
+                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, given[name]))}")
         try:
             preprocessing = dataclasses.replace(info.preprocessing, **given)
         except ValueError as error:
-            first = next(iter(given)).replace("_", "-")
-            raise ConfigError(f"--{first}: {error}") from error
+            raise ConfigError(f"{error}") from error
         classes = num_classes or info.num_classes
         class_names = info.class_names if classes == info.num_classes else None
         if self.class_names is not None:
