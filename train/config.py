@@ -15,7 +15,7 @@ from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 from repvgg_jax.paths import local_path
 from repvgg_jax.variants import MAX_DENSE_COPIES, BlockKind, Branches, get_variant
-from repvgg_jax.weights.hub import is_hub_address
+from repvgg_jax.weights.hub import weights_path
 
 from .data.augmentation import Augmentation
 
@@ -349,10 +349,11 @@ def check(config: Config) -> None:
         ("--workdir", config.run.workdir),
         ("--data", config.input.data),
         ("--data-dir", config.input.data_dir),
-        ("--init", None if is_hub_address(config.fine_tune.init or "") else config.fine_tune.init),
     ):
         if path is not None:
             local_path(option, path)
+    if config.fine_tune.init is not None:
+        weights_path("--init", config.fine_tune.init)
     if config.run.seed >= 2**63:
         raise ConfigError(f"--seed must be below 2^63, not {config.run.seed}")
     if config.fine_tune.freeze_stages > 5:

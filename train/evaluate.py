@@ -21,7 +21,7 @@ from repvgg_jax.paths import local_path
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
-from repvgg_jax.weights.hub import is_hub_address
+from repvgg_jax.weights.hub import weights_path
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 from repvgg_jax.weights.options import WeightsOptions
 
@@ -178,8 +178,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     report = None if arguments.report is None else local_path("--report", arguments.report)
     if report is not None:
         check_report_folder(report)
-    if not is_hub_address(arguments.weights):
-        arguments = dataclasses.replace(arguments, weights=str(local_path("WEIGHTS", arguments.weights)))
+    arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
     described = inspect_weights(arguments.weights, **arguments.options.reading)
     info = arguments.options.apply(described)
     if info.in_channels != info.preprocessing.channels:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,11 @@ import numpy as np
 
 from ..errors import WeightsError
 from ..model import RepVGG, checked_count
+from ..paths import expand_home, is_folder, is_url
 from ..processes import check_not_forked
 from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from . import int8, native
-from .containers import is_folder, open_file, read_container
+from .containers import open_file, read_container
 from .hub import fetch, is_hub_address
 from .identify import Identity, identify, part_of, same_network, with_block, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
@@ -175,9 +175,9 @@ def open_weights(
     if is_hub_address(address):
         local, config = fetch(address)
     else:
-        if re.match(r"\w+://", address):
+        if is_url(address):
             raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
-        local = Path(os.path.expanduser(address))  # noqa: PTH111 (Path's own raises where there is no such user)
+        local = Path(expand_home(address))
     is_run = is_folder(local)
     if is_run:
         local, note = find_checkpoint(local)

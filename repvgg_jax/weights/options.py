@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..paths import expand_home
 from .info import MAX_IMAGE_SIZE, WeightsInfo
 
 
@@ -89,7 +90,7 @@ class WeightsOptions:
 
 def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
     """The names, or those in a file if a file's name is all that is given."""
-    path = Path(os.path.expanduser(given[0])) if len(given) == 1 else None  # noqa: PTH111 (a name may begin with ~)
+    path = Path(expand_home(given[0])) if len(given) == 1 else None
     try:
         if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path's own raises where a name is too long)
             return given
