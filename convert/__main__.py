@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
 
 import dataclasses
 import functools
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +25,7 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.kernel_algebra import BN_EPSILON
+from repvgg_jax.paths import expand_home
 from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.layout import first_ten
@@ -160,18 +160,14 @@ def convert(arguments: Arguments) -> str:
 
 def _expanded(arguments: Arguments) -> Arguments:
     """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
-
-    def expanded(path: str) -> str:
-        return os.path.expanduser(path)  # noqa: PTH111 (Path would drop a final slash)
-
     int8 = arguments.quantization
     if int8.calibration is not None:
-        int8 = dataclasses.replace(int8, calibration=expanded(int8.calibration))
+        int8 = dataclasses.replace(int8, calibration=expand_home(int8.calibration))
     return dataclasses.replace(
         arguments,
-        input=arguments.input and expanded(arguments.input),
-        output=arguments.output and expanded(arguments.output),
-        check_images=tuple(map(expanded, arguments.check_images)),
+        input=arguments.input and expand_home(arguments.input),
+        output=arguments.output and expand_home(arguments.output),
+        check_images=tuple(map(expand_home, arguments.check_images)),
         quantization=int8,
     )
 

@@ -19,6 +19,7 @@ from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
 from repvgg_jax.image_files import image_files
+from repvgg_jax.paths import is_folder
 from repvgg_jax.preprocess import eval_transform, normalize, open_image
 
 from .compare import relative_difference
@@ -212,7 +213,7 @@ def _as_input(picture: Image.Image, file: str, preprocessing: rv.Preprocessing) 
 def _image_files(path: str) -> list[Path]:
     """The file itself, or a folder's first images by name."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return [folder]
     found = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
     if not found:

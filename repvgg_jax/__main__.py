@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
     run_module("repvgg_jax.__main__")
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,7 @@ def _is_weight_file(name: str) -> bool:
     try:
         get_variant(name)
     except UnknownModelError:
-        return is_hub_address(name) or Path(name).suffix != "" or Path(name).exists()
+        return is_hub_address(name) or Path(name).suffix != "" or os.path.exists(name)  # noqa: PTH110 (any length)
     return False
 
 

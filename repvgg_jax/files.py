@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import RepVGGError
 from .interrupts import on_exit
+from .paths import expand_home
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
     Raises:
       RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
     """
-    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
+    target = Path(expand_home(path))
     check_target(target)
     temporary = None
     try:
@@ -56,7 +57,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
       RepVGGError: `path` exists, or it cannot be made.
     """
-    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
+    target = Path(expand_home(path))
     check_new_folder(target)
     temporary = None
     try:
@@ -85,7 +86,7 @@ def check_new_folder(path: str | os.PathLike) -> None:
     Raises:
       RepVGGError: `path` exists, or its parent does not, or it cannot be written to.
     """
-    if os.path.lexists(os.path.expanduser(path)):  # noqa: PTH111
+    if os.path.lexists(expand_home(path)):
         raise RepVGGError(f"cannot write {path}: it exists already")
     check_target(path)
 
@@ -96,7 +97,7 @@ def check_target(path: str | os.PathLike) -> None:
     Raises:
       RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
     """
-    target = Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises where there is no such user)
+    target = Path(expand_home(path))
     try:
         os.lstat(target)
     except FileNotFoundError:

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -12,6 +11,7 @@ import tyro
 
 from .errors import ConfigError, DataError, WeightsError
 from .image_files import image_files
+from .paths import is_folder
 from .planned_net import Output
 from .prediction_files import Format, Guess, check_embedding_file, embedding_writer, prediction_writer
 from .predictor import Predictor, make_predictor
@@ -118,7 +118,7 @@ class ImageReader:
     def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing):
         self.failures = 0
         self._paths, self._preprocessing = paths, preprocessing
-        self._alone = len(paths) == 1 and not Path(paths[0]).is_dir()
+        self._alone = len(paths) == 1 and not is_folder(paths[0])
 
     def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
         """Yield names and pixels (uint8 `[N, H, W, C]`) of the readable images, `size` at a time.
@@ -158,7 +158,7 @@ class ImageReader:
 
     def _files(self) -> Iterator[str]:
         for path in self._paths:
-            if not Path(path).is_dir():
+            if not is_folder(path):
                 yield path
                 continue
             try:

@@ -6,7 +6,8 @@ import json
 import pytest
 
 import repvgg_jax as rv
-from train.config import Config, RunConfig, save_or_compare
+from train.config import Config, RunConfig
+from train.config_file import save_or_compare
 
 
 @pytest.fixture

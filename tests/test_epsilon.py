@@ -119,7 +119,7 @@ def test_every_branch_of_a_block_takes_it(block):
         assert relative_difference(kernel, rv.equivalent_kernel_bias(*tree)[0]) > 1e-2
 
 
-def test_native_files_keep_it_and_others_warn(tmp_path):
+def test_native_files_keep_it_and_others_have_it_beside_them(tmp_path):
     model = rv.create_model(SMALLEST, 5, epsilon=EPSILON)
     variables = with_small_variances(random_variables(model))
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
@@ -131,6 +131,10 @@ def test_native_files_keep_it_and_others_warn(tmp_path):
     assert rv.load_weights(tmp_path / "w.safetensors", epsilon=1e-4)[0].variant.epsilon == 1e-4
     with pytest.warns(rv.weights.WeightsWarning, match=r"cannot say epsilon 0\.001"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
+    assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == EPSILON
+    assert rv.load_weights(tmp_path / "w.pth", SMALLEST)[0].variant.epsilon == EPSILON
+    assert rv.load_weights(tmp_path / "w.pth", epsilon=1e-4)[0].variant.epsilon == 1e-4
+    (tmp_path / "w.pth.json").unlink()
     assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == 1e-5
     assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
     deployed = rv.to_deploy(model, variables)

@@ -16,7 +16,8 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.variants import VARIANTS
 from train import data
-from train.config import PRESETS, Config, parse, save_or_compare
+from train.config import PRESETS, Config, parse
+from train.config_file import save_or_compare
 from train.main import set_up
 
 # Wants 48 pixels and no cropping, as D2se wants 320.

@@ -180,6 +180,15 @@ def test_a_predictor_on_one_device_says_what_the_model_says(weights):
         np.testing.assert_allclose(np.ravel(found[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
 
 
+def test_a_home_folder_that_no_shell_has_expanded_is_the_home_folder(photos, weights, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    done = command("train.evaluate", photos, "deploy", weights, "--report=~/report")
+    assert done.returncode == 0, done.stderr
+    assert (home / "report" / "report.json").is_file()
+
+
 def test_a_report_that_cannot_be_written_is_said_before_the_evaluation(photos, weights, tmp_path):
     (tmp_path / "file").write_text("x")
     for folder, words in ((tmp_path / "file", "it is not a folder"), (tmp_path / "no" / "r", "there is no folder")):

@@ -13,7 +13,7 @@ import pytest
 from command_helpers import command
 from run_helpers import rows, weights, without_times
 
-from train.checkpoint import evaluations
+from repvgg_jax.weights.training_run import evaluations
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ def test_the_same_checkpoints_are_kept_however_often_the_run_is_killed(runs, tmp
     assert runs.finish(workdir, **options).returncode == 0
     same_result(workdir, tmp_path / "whole")
     assert steps_in(workdir) == steps_in(tmp_path / "whole")
-    top1 = evaluations(workdir)
+    top1 = evaluations(workdir / "checkpoints")
     best = max(step for step in top1 if top1[step] == max(top1.values()) and step % 66 == 0)
     assert best in steps_in(workdir)
 

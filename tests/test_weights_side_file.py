@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_preprocessing_names_and_options_come_back(name, family, tmp_path):
     loaded, found = rv.load_weights(tmp_path / name)
     assert loaded == model
     assert_same_bits(variables, found)
+
+
+def test_an_activation_that_is_a_function_is_asked_for(tmp_path):
+    model, variables = net(activation=jax.nn.celu)
+    with pytest.warns(WeightsWarning, match="cannot say activation celu"):
+        rv.save_weights(tmp_path / "w.pth", model, variables)
+    with pytest.raises(rv.WeightsError, match="the activation is a function of whoever wrote the file; give load_w"):
+        rv.load_weights(tmp_path / "w.pth")
+    assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
 
 
 def test_nothing_is_written_beside_a_file_that_says_it_all(tmp_path):
@@ -187,9 +197,12 @@ def test_what_makes_no_sense_is_one_line(native, tmp_path):
     for options, words in (
         (("--mean", "0.5"), "--mean needs one number for each of 3 channels, not 1"),
         (("--std", "0.5", "0", "0.5"), "std must be positive"),
+        (("--mean", "0", "nan", "0"), "--mean must be finite, not 0.0 nan 0.0"),
         (("--image-size", "0"), "--image-size must be at least 1"),
         (("--crop-fraction", "1.5"), "--crop-fraction must be above 0 and at most 1"),
         (("--class-names", "a", "b"), "--class-names gives 2 names for 10 classes"),
+        (("--class-names", "~nobody/x"), "gives 1 name for 10 classes; there is no file called ~nobody/x"),
+        (("--class-names", "x" * 300), "gives 1 name for 10 classes; there is no file called"),
         (("--class-names", tmp_path / "bad.json"), "cannot read --class-names"),
     ):
         assert words in error_of(convert(native, out, *options))

@@ -13,7 +13,8 @@ from data_helpers import write_photos
 
 import repvgg_jax as rv
 from train.checkpoint import RunFacts
-from train.config import PRESETS, Config, RunConfig, parse, save_or_compare
+from train.config import PRESETS, Config, RunConfig, parse
+from train.config_file import save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
 from train.main import check_augmentation, make_evaluator, set_up

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from repvgg_jax.errors import RepVGGError
+from repvgg_jax.weights.training_run import METRIC, checksum, evaluations
 
 from . import cluster
-from .metrics import read_rows
 from .orbax_support import LiteralPath, orbax_messages
 from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
 from .window import DivergedError
-
-METRIC = "top1"
 
 GRACE_SECONDS = 0.2
 """How long tensorstore's further operations may take to fail after the first, whose error orbax has raised."""
@@ -63,13 +59,13 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
-        self._workdir, self._keep, self._note = workdir, keep, note
+        self._keep, self._note = keep, note
         self._directory = (workdir / "checkpoints").absolute()
         self._cleanup, self._orbax_failed = contextlib.ExitStack(), False
 
     def _open(self) -> ocp.CheckpointManager:
         """orbax's manager of what is in the folder now."""
-        best = _Best(evaluations(self._workdir))
+        best = _Best(evaluations(self._directory))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             best_fn=_top1,  # without it, orbax writes no metrics
@@ -95,7 +91,7 @@ class Checkpoints:
         """
         tree = _to_host(state)
         step = int(tree["step"])
-        described = {"facts": dataclasses.asdict(facts), "shapes": _shapes(tree), "crc32": checksum(tree)}
+        described = {"facts": dataclasses.asdict(facts), "shapes": _shapes(tree), "crc32": checksum(_flat(tree))}
         try:
             self._manager.save(
                 step,
@@ -181,7 +177,7 @@ class Checkpoints:
             raise _UnfittingError(f"it is of another model or optimizer ({first} and {len(more)} more differ)")
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
         tree = jax.tree.map(np.asarray, tree)
-        if checksum(tree) != described["crc32"]:
+        if checksum(_flat(tree)) != described["crc32"]:
             raise ValueError("its numbers are not those that were saved")
         return tree, saved
 
@@ -253,30 +249,6 @@ class _Best(policies.PreservationPolicy):
         }
         best = max(((top1, step) for step, top1 in evaluated.items() if top1 is not None), default=(None, None))[1]
         return [info.step == best for info in checkpoints]
-
-
-def evaluations(workdir: Path) -> dict[int, float]:
-    """Return top-1 by step of a run's checkpoints that have been evaluated, the better one of weights and average.
-
-    It stands in the checkpoint, as orbax's metrics; in those of earlier versions, or where that file is damaged, the
-    run's metrics.jsonl tells.
-    """
-    found: dict[int, float] = {}
-    for row in read_rows(workdir / "metrics.jsonl"):
-        if row.get("form") in ("train", "ema"):
-            found[row["step"]] = max(row[METRIC], found.get(row["step"], 0.0))
-    for path in (workdir / "checkpoints").glob("[0-9]*/metrics/metrics"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
-    return found
-
-
-def checksum(tree: Mapping[str, Any]) -> int:
-    """CRC-32 over names and numbers of all leaves."""
-    crc = 0
-    for path, leaf in sorted(_flat(tree).items()):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(path.encode(), crc))
-    return crc
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

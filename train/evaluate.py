@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -22,7 +21,7 @@ from repvgg_jax.paths import local_path
 from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
-from repvgg_jax.weights.hub import is_hub_address
+from repvgg_jax.weights.hub import weights_path
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 from repvgg_jax.weights.options import WeightsOptions
 
@@ -176,10 +175,10 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             raise ConfigError(f"{option} must be at least 1, not {value}")
     if arguments.resolution is not None and arguments.resolution > MAX_IMAGE_SIZE:
         raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
-    if arguments.report is not None:
-        check_report_folder(Path(arguments.report))
-    if not is_hub_address(arguments.weights):
-        arguments = dataclasses.replace(arguments, weights=str(local_path("WEIGHTS", arguments.weights)))
+    report = None if arguments.report is None else local_path("--report", arguments.report)
+    if report is not None:
+        check_report_folder(report)
+    arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
     described = inspect_weights(arguments.weights, **arguments.options.reading)
     info = arguments.options.apply(described)
     if info.in_channels != info.preprocessing.channels:
@@ -227,9 +226,9 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         strict=arguments.strict,
     )
     result = evaluator(placed)
-    if arguments.report is not None:
+    if report is not None:
         about = {"weights": arguments.weights, "form": arguments.form, "data": arguments.data}
-        write_report(Path(arguments.report), result, source, preprocessing, about)
+        write_report(report, result, source, preprocessing, about)
     return result
 
 

@@ -26,7 +26,7 @@ from repvgg_jax.paths import local_path
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
 from repvgg_jax.variants import get_variant
 from repvgg_jax.weights import WeightsWarning, save_weights
-from repvgg_jax.weights.hub import is_hub_address
+from repvgg_jax.weights.hub import weights_path
 
 from . import cluster, data
 from .checkpoint import Checkpoints
@@ -155,7 +155,7 @@ def init_path(config: Config) -> str | None:
       RepVGGError: it is no path that can be read.
     """
     path = config.fine_tune.init
-    return path if path is None or is_hub_address(path) else str(local_path("--init", path))
+    return None if path is None else weights_path("--init", path)
 
 
 def starting_epsilon(config: Config) -> float | None:

@@ -28,6 +28,8 @@ from repvgg_jax.preprocess import Preprocessing, decode_image, eval_transform, t
 from .data import Example, Source
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .evaluate import Evaluation
 
 MISTAKES = 32
@@ -228,14 +230,10 @@ def _pixels(example: Example, preprocessing: Preprocessing) -> np.ndarray:
 
 def _draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str]) -> None:
     """Colours are shares of each true class; few classes have their names and counts too."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # no display is needed
-    import matplotlib.pyplot as plt
-
     classes = len(names)
     side = float(np.clip(2.5 + 0.35 * classes, 4, 14))
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
@@ -253,16 +251,10 @@ def _draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str]) -> 
 
 
 def _draw_mistakes(path: Path, images: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(8, max(1, len(images)))
     lines = max(1, -(-len(images) // columns))
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(1.9 * columns, 2.3 * lines), layout="constrained", squeeze=False
-    )
+    figure = _figure(1.9 * columns, 2.3 * lines)
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, row in zip(grid.flat, images, rows, strict=False):
@@ -274,9 +266,13 @@ def _draw_mistakes(path: Path, images: Sequence[np.ndarray], rows: Sequence[dict
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _figure(width: float, height: float) -> "Figure":
+    """A figure of its own, not pyplot's: a process that draws for itself has chosen a backend for that."""
+    from matplotlib.figure import Figure
 
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)

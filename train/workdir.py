@@ -11,7 +11,8 @@ from typing import BinaryIO
 from repvgg_jax.errors import ConfigError, RepVGGError
 
 from . import cluster
-from .config import Config, save_or_compare
+from .config import Config
+from .config_file import save_or_compare
 from .orbax_support import check_folder_name
 
 LOCK = ".lock"

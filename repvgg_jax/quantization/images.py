@@ -11,6 +11,7 @@ from PIL import Image
 from ..digits import training_scans
 from ..errors import DataError, DataWarning
 from ..image_files import image_files
+from ..paths import is_folder
 from ..preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_image, to_mode
 
 DEFAULT_COUNT = 256
@@ -63,7 +64,7 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
 def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], Image.Image]]:
     """How many images there are, and what reads one."""
     channels = preprocessing.channels
-    if os.fspath(spec) == "digits" and not Path(spec).is_dir():
+    if os.fspath(spec) == "digits" and not is_folder(spec):
         scans, mode = training_scans(), "L" if channels == 1 else "RGB"
         return len(scans), lambda index: to_mode(Image.fromarray(scans[index]), mode)
     files = _image_files(Path(spec))
@@ -71,7 +72,7 @@ def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[in
 
 
 def _image_files(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(
             f"calibration images: {folder} is no folder, and no data set of that name is built in but digits"
         )

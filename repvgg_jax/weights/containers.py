@@ -10,14 +10,6 @@ from .tensor_file import TensorFile
 from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder; not, if it is no possible name."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def open_file(local: Path, where: str) -> io.FileIO:
     """The file, unbuffered: tensors are read in one piece each.
 

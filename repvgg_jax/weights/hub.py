@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import WeightsError
 from ..extras import install_hint
+from ..paths import local_path
 from ..preprocess import Preprocessing
 from .info import WeightsInfo, preprocessing_from_file
 from .layout import shown
@@ -27,6 +28,19 @@ _ADDRESS = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(
 def is_hub_address(path: object) -> bool:
     """Whether `path` names something on the hub."""
     return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def weights_path(option: str, text: str) -> str:
+    """Return the place of a weight file: a hub address as it is, a path with `~` expanded.
+
+    Args:
+      option: what it is given by, for the message.
+      text: what was given.
+
+    Raises:
+      ConfigError: as `local_path`.
+    """
+    return text if is_hub_address(text) else str(local_path(option, text))
 
 
 def fetch(address: str) -> tuple[Path, "HubConfig | None"]:

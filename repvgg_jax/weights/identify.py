@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import WeightsError
+from ..kernel_algebra import BN_EPSILON
 from ..variants import VARIANTS, BlockKind, Published, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .layout import Shape, first_ten, shown
@@ -205,6 +206,11 @@ class _Body:
 def with_block(variant: Variant, block: BlockKind) -> Variant:
     """The variant with blocks of that kind, whose accuracy nobody has published."""
     return variant if variant.block == block else dataclasses.replace(variant, block=block, published=Published())
+
+
+def with_stated_epsilon(variant: Variant, stated: Variant) -> Variant:
+    """The variant that a caller gave, with the epsilon that a file states unless the caller's is an unusual one."""
+    return dataclasses.replace(variant, epsilon=stated.epsilon) if variant.epsilon == BN_EPSILON else variant
 
 
 def same_network(known: Variant, found: Variant) -> bool:

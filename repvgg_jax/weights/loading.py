@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,14 @@ import jax
 import numpy as np
 
 from ..errors import WeightsError
-from ..kernel_algebra import BN_EPSILON
 from ..model import RepVGG, checked_count
+from ..paths import expand_home, is_folder, is_url
 from ..processes import check_not_forked
 from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from . import int8, native
-from .containers import is_folder, open_file, read_container
+from .containers import open_file, read_container
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, part_of, same_network, with_block
+from .identify import Identity, identify, part_of, same_network, with_block, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .key_maps import QAREPVGG
 from .layout import check_finite, check_shapes, constants, head_layers, shown, unflatten
@@ -74,7 +73,7 @@ def load_weights(
         best checkpoint, or one of its checkpoints; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
-        and output stride. (A native file's epsilon stays where the `Variant` has the usual one.)
+        and output stride. (The epsilon that a native or side file states stays where the `Variant` has the usual one.)
       num_classes: class count wanted. If the file has another, the classifier is a fresh one (a `WeightsWarning`
         says so); everything else is loaded.
       ema: take the moving average of the weights, where a training checkpoint has one.
@@ -176,9 +175,9 @@ def open_weights(
     if is_hub_address(address):
         local, config = fetch(address)
     else:
-        if re.match(r"\w+://", address):
+        if is_url(address):
             raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
-        local = Path(os.path.expanduser(address))  # noqa: PTH111 (Path's own raises where there is no such user)
+        local = Path(expand_home(address))
     is_run = is_folder(local)
     if is_run:
         local, note = find_checkpoint(local)
@@ -198,8 +197,7 @@ def open_weights(
                 raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
             _check_expected(info.variant, expected, f"{path}")
             if isinstance(name, Variant):
-                kept = info.variant.epsilon if name.epsilon == BN_EPSILON else name.epsilon
-                info = dataclasses.replace(info, variant=dataclasses.replace(name, epsilon=kept))
+                info = dataclasses.replace(info, variant=with_stated_epsilon(name, info.variant))
             contents = _native_contents(file, info, f"{path}")
         if config is not None:
             contents = dataclasses.replace(contents, info=config.apply(contents.info))

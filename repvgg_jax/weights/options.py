@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..paths import expand_home
 from .info import MAX_IMAGE_SIZE, WeightsInfo
 
 
@@ -68,25 +71,28 @@ class WeightsOptions:
             if len(given[name]) != info.in_channels:
                 wanted, count = info.in_channels, len(given[name])
                 raise ConfigError(f"--{name} needs one number for each of {wanted} channels, not {count}")
+            if not all(map(math.isfinite, given[name])):
+                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, given[name]))}")
         try:
             preprocessing = dataclasses.replace(info.preprocessing, **given)
         except ValueError as error:
-            first = next(iter(given)).replace("_", "-")
-            raise ConfigError(f"--{first}: {error}") from error
+            raise ConfigError(f"{error}") from error
         classes = num_classes or info.num_classes
         class_names = info.class_names if classes == info.num_classes else None
         if self.class_names is not None:
             class_names = _read_names(self.class_names)
             if len(class_names) != classes:
-                raise ConfigError(f"--class-names gives {len(class_names)} names for {classes} classes")
+                count = f"{len(class_names)} name{'s' * (len(class_names) != 1)}"
+                hint = f"; there is no file called {self.class_names[0]}" if class_names == self.class_names[:1] else ""
+                raise ConfigError(f"--class-names gives {count} for {classes} classes{hint}")
         return dataclasses.replace(info, preprocessing=preprocessing, class_names=class_names)
 
 
 def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
     """The names, or those in a file if a file's name is all that is given."""
-    path = Path(given[0]).expanduser() if len(given) == 1 else None
+    path = Path(expand_home(given[0])) if len(given) == 1 else None
     try:
-        if path is None or not path.is_file():
+        if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path's own raises where a name is too long)
             return given
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("["):

@@ -12,6 +12,7 @@ from ..errors import WeightsError
 from ..extras import install_hint
 from ..files import check_target
 from ..model import RepVGG
+from ..paths import expand_home
 from ..preprocess import Preprocessing
 from ..variants import Variant
 from . import native, side_file
@@ -64,7 +65,7 @@ def save_weights(
     """
     if not isinstance(model, RepVGG):
         raise WeightsError(f"save_weights writes a RepVGG, not a {type(model).__name__}")
-    path = os.path.expanduser(path)  # noqa: PTH111 (Path's own raises where there is no such user)
+    path = expand_home(path)
     names = choose_names(path, model.variant, model.deploy, family)
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")

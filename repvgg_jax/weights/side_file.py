@@ -20,7 +20,7 @@ from ..files import atomic_path, check_target
 from ..kernel_algebra import BN_EPSILON
 from ..variants import VARIANTS, Variant
 from .header import IS_DEPLOY, TRAINING, Header
-from .identify import same_network
+from .identify import same_network, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .layout import shown
 
@@ -97,11 +97,12 @@ def with_side_file(
     Args:
       info: what the file itself shows.
       local: the weight file.
-      expected: a variant that the caller gave; it is kept.
+      expected: a variant that the caller gave; it is kept, all but a usual epsilon.
       num_tensors: in the weight file.
 
     Raises:
-      WeightsError: the side file is damaged, or of a later release.
+      WeightsError: the side file is damaged, of a later release, or of a net whose activation is a function, which only
+        `expected` can say.
     """
     side = side_path(local)
     content = _read(side)
@@ -109,18 +110,20 @@ def with_side_file(
         return info, None
     if not content:
         return info, f"{side} cannot be read, and is passed over"
+    passed_over = f"{side} is passed over: it was written for another file than {local} is now"
+    if content.get(FILE) != _fingerprint(local):
+        return info, passed_over
     try:
-        header = Header.from_json(content[KEY], f"{side}", num_tensors, expected or info.variant)
+        header = Header.from_json(content[KEY], f"{side}", num_tensors, expected)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shown(f"{type(error).__name__}: {error}")
         raise WeightsError(
             f"cannot read {side}, which belongs to {local}: damaged ({reason}); mend or remove it"
         ) from error
     same = (header.num_classes, IS_DEPLOY.get(header.form)) == (info.num_classes, info.deploy)
-    if content.get(FILE) != _fingerprint(local) or not same or not same_network(header.variant, info.variant):
-        note = f"{side} is passed over: it was written for another file than {local} is now"
-        return info, note
-    variant = info.variant if expected is not None else header.variant
+    if not same or not same_network(header.variant, info.variant):
+        return info, passed_over
+    variant = header.variant if expected is None else with_stated_epsilon(expected, header.variant)
     return dataclasses.replace(
         info, variant=variant, preprocessing=header.preprocessing, class_names=header.class_names
     ), None

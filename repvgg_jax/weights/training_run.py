@@ -55,7 +55,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
         if (folder / "saved_model.pb").is_file():
             raise WeightsError(f"{folder} is a SavedModel, an export for TensorFlow, not weights")
         raise WeightsError(f"{folder} is a folder, not a weight file, and holds no checkpoints of a training run")
-    evaluated = {step: top1 for step, top1 in _evaluations(inner).items() if step in steps}
+    evaluated = {step: top1 for step, top1 in evaluations(inner).items() if step in steps}
     if not evaluated:
         return inner / str(steps[-1]), f"{folder}: took checkpoint {steps[-1]}, the newest; none has been evaluated"
     top1, best = max((top1, step) for step, top1 in evaluated.items())
@@ -63,8 +63,12 @@ def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
     return inner / str(best), note
 
 
-def _evaluations(checkpoints: Path) -> dict[int, float]:
-    """Top-1 by step, the better one of weights and moving average: from the run's log, or orbax's metrics."""
+def evaluations(checkpoints: Path) -> dict[int, float]:
+    """Return top-1 by step of a run's checkpoints that have been evaluated, the better one of weights and average.
+
+    It is in the checkpoint, as orbax's metrics; for those of earlier versions, or where that file is damaged, in the
+    run's metrics.jsonl.
+    """
     found: dict[int, float] = {}
     with contextlib.suppress(OSError):
         for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -117,6 +121,11 @@ def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
 def _name(key: str) -> str:
     """`['params']['linear']['bias']` -> `params/linear/bias`."""
     return "/".join(re.findall(r"\['([^']*)'\]", key))
+
+
+def _key(name: str) -> str:
+    """The inverse of `_name`."""
+    return "".join(f"['{part}']" for part in name.split("/"))
 
 
 def _places(shapes: Mapping[str, Any], ema: bool) -> dict[str, str]:
@@ -188,7 +197,8 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
     except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
         reason = shown(" ".join(str(error).split()) or type(error).__name__)
         raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
-    if {name: leaf.shape for name, leaf in leaves.items()} != dict(shapes) or checksum(leaves) != crc32:
+    same_shapes = {name: leaf.shape for name, leaf in leaves.items()} == dict(shapes)
+    if not same_shapes or checksum({_key(name): leaf for name, leaf in leaves.items()}) != crc32:
         raise WeightsError(f"cannot read {folder}: damaged checkpoint (its numbers are not those that were saved)")
     return leaves
 
@@ -201,12 +211,8 @@ def _walk(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 
 def checksum(leaves: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 over names and numbers of a checkpoint's leaves, `a/b/c` -> array.
-
-    Names go in as JAX writes paths, `['a']['b']['c']`, in that order.
-    """
-    written = {"".join(f"['{part}']" for part in name.split("/")): leaf for name, leaf in leaves.items()}
+    """Return the CRC-32 over names (as JAX writes paths, `['a']['b']`) and numbers of a checkpoint's arrays."""
     crc = 0
-    for path, leaf in sorted(written.items()):
+    for path, leaf in sorted(leaves.items()):
         crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, zlib.crc32(path.encode(), crc))
     return crc
