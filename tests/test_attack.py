@@ -27,9 +27,9 @@ def test_an_attack_that_dies_is_a_row_that_failed(tmp_path, monkeypatch):
     folder = tmp_path / "tests" / "attack"
     folder.mkdir(parents=True)
     row = '{"attack": "well", "attempts": 3, "survived": 3, "failed": 0}'
-    (folder / "dies.py").write_text(f"import os\nprint('{row}', flush=True)\nos.abort()\n")
-    (folder / "lives.py").write_text(f"print('{row}')\n")
-    (folder / "_helper.py").write_text("")
+    (folder / "dies.py").write_text(f"import os\nprint('{row}', flush=True)\nos.abort()\n", encoding="utf-8")
+    (folder / "lives.py").write_text(f"print('{row}')\n", encoding="utf-8")
+    (folder / "_helper.py").write_text("", encoding="utf-8")
     monkeypatch.setattr(runner, "FOLDER", folder)
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     assert runner.names() == ["dies", "lives"]

@@ -35,7 +35,8 @@ def write(folder: Path, body: str) -> None:
         "    run_module('command')\n"
         "import os, sys, time, warnings\n"
         "from repvgg_jax import errors, interrupts\n"
-        "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\n"
+        "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\n",
+        encoding="utf-8",
     )
 
 

@@ -173,9 +173,9 @@ def test_an_unfinished_build_is_named(tmp_path: Path) -> None:
 
 def test_a_build_whose_splits_were_never_written_down_is_named(tmp_path: Path) -> None:
     folder = build(tmp_path, train=LABELS)
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     del info["splits"]
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(DataError, match=r"1\.2\.0 holds no splits: its build is unfinished"):
         load("animals", data_dir=tmp_path)
 

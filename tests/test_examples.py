@@ -121,7 +121,7 @@ def test_folders_in_class_folders_keep_their_place(photos, tmp_path):
     (photos / "dahlia" / "trip").mkdir()
     for number in range(1, 6):
         (photos / "dahlia" / f"{number}.jpg").rename(photos / "dahlia" / "trip" / f"{number}.jpg")
-    (photos / "pagoda" / "notes.txt").write_text("x")
+    (photos / "pagoda" / "notes.txt").write_text("x", encoding="utf-8")
     out = tmp_path / "split"
     assert split(Arguments(str(photos), str(out))).endswith("; left out 1 file that is not an image (1 .txt)")
     names = {str(path.relative_to(out / side)) for side in ("train", "val") for path in (out / side).rglob("*.jpg")}

@@ -44,7 +44,7 @@ class Command:
 
     def write(self, body: str) -> None:
         """Write its module; `ready()` in it says that the moment has come."""
-        (self.folder / "command.py").write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body))
+        (self.folder / "command.py").write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body), encoding="utf-8")
 
     def start(self, words: list[str] | None = None, **options) -> subprocess.Popen:
         """Start it, and return when it is ready."""
@@ -265,7 +265,7 @@ def test_the_terminal_s_cursor_comes_back(command):
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_ctrl_c_under_make_ends_both_and_starts_nothing_else(command):
     command.write("def main():\n    ready()\n    time.sleep(100)")
-    (command.folder / "Makefile").write_text(f"demo:\n\t@{' '.join(command.words)}\n\t@touch next\n")
+    (command.folder / "Makefile").write_text(f"demo:\n\t@{' '.join(command.words)}\n\t@touch next\n", encoding="utf-8")
     process = command.start(["make", "demo"])
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) != 0
@@ -351,6 +351,7 @@ def test_outside_a_command_handlers_stay_as_they_are(command):
         assert before == after == [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL]
         assert signal.set_wakeup_fd(-1) == -1
         print("ready", flush=True)
-        """)
+        """),
+        encoding="utf-8",
     )
     ends(command.start(), 0)

@@ -53,7 +53,7 @@ def photos(tmp_path) -> list[Path]:
     for number, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
         PHOTO.crop((40 * number, 20 * number, 40 * number + 90, 20 * number + 60)).save(file)
-    (folder / "notes.txt").write_text("not an image")
+    (folder / "notes.txt").write_text("not an image", encoding="utf-8")
     return files
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_answered(fake, weights, ph
 
 def test_nothing_that_can_be_read_is_an_error(fake, weights, tmp_path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_text("hello")
+        (tmp_path / name).write_text("hello", encoding="utf-8")
     done = predict(weights, tmp_path / "a.png")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'a.png'}: cannot be read as an image (no known image format)\n"
@@ -266,7 +266,7 @@ def test_embeddings_as_csv_are_the_same_numbers(fake, weights, photos, tmp_path)
     found = np.load(tmp_path / "out.npy")
     assert found.shape == (5, 3)
     assert len(np.unique(found)) > 3
-    rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text())))
+    rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text(encoding="utf-8"))))
     assert rows[0] == ["image", "0", "1", "2"]
     assert [row[0] for row in rows[1:]] == list(map(str, photos))
     np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), found)

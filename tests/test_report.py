@@ -111,7 +111,7 @@ def test_many_classes_no_mistake_and_a_second_report_in_the_same_folder(tmp_path
     names = [f"class {index}" for index in range(150)]
     for _ in range(2):
         report_of(tmp_path / "r", labels, labels, names)
-    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    report = json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))
     assert (report["mean_class_accuracy"], report["mean_f1"], report["mistakes"], report["confusions"]) == (
         1,
         1,
@@ -143,7 +143,7 @@ def test_every_image_has_the_prediction_that_predict_gives_it(form, photos, weig
     done = command("train.evaluate", photos, form, weights, "--report", folder, "-b", 4)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert said == {name: report[name] for name in ("top1", "top5", "images")}
     assert (report["images"], report["skipped"], report["form"]) == (9, 1, form)
     rows = table(folder / "predictions.csv")
@@ -190,9 +190,9 @@ def test_a_home_folder_that_no_shell_has_expanded_is_the_home_folder(photos, wei
 
 
 def test_a_report_that_cannot_be_written_is_said_before_the_evaluation(photos, weights, tmp_path):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     for folder, words in ((tmp_path / "file", "it is not a folder"), (tmp_path / "no" / "r", "there is no folder")):
         done = command("train.evaluate", photos, "deploy", weights, "--report", folder)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert words in done.stderr
-    assert (tmp_path / "file").read_text() == "x"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "x"

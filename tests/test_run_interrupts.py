@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def until_it_trains(process: subprocess.Popen, workdir) -> None:
     """Wait for the first row of metrics."""
     log = workdir / "metrics.jsonl"
-    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text()), seconds=400)
+    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text(encoding="utf-8")), seconds=400)
     assert process.poll() is None, process.communicate()
 
 
@@ -64,7 +64,8 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
         "    if hang.count > 2000:\n"
         "        threading.Event().wait()\n"
         "    return render(self, index, transform)\n"
-        "batches.Reader.__call__ = hang\n"
+        "batches.Reader.__call__ = hang\n",
+        encoding="utf-8",
     )
     workdir = tmp_path / "run"
     words = runs.command(workdir, log_every=1, evaluate_every=2)
@@ -120,7 +121,7 @@ def test_on_a_terminal_the_bar_goes_and_the_cursor_comes_back(runs, tmp_path):
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=its, stderr=its)
     os.close(its)
     log, shown = workdir / "metrics.jsonl", b""
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text(encoding="utf-8")):
         shown += os.read(ours, 1 << 16)
     process.send_signal(signal.SIGINT)
     while True:
@@ -159,7 +160,8 @@ def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterru
         "    if int(state.step.reshape(-1)[0]) == 44:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        time.sleep(0.5)\n"
-        "Checkpoints.save = then_interrupt\n"
+        "Checkpoints.save = then_interrupt\n",
+        encoding="utf-8",
     )
     workdir = tmp_path / "run"
     words = runs.command(workdir, ema_decay=0.99)

@@ -159,7 +159,7 @@ def test_damage_is_one_line(run, tmp_path):
         )
     ):
         bad = copy_of(checkpoint, tmp_path / str(number))
-        (bad / "facts/metadata").write_text(json.dumps(facts | change))
+        (bad / "facts/metadata").write_text(json.dumps(facts | change), encoding="utf-8")
         assert "/7" in refused(bad)
     (whole / "facts/metadata").write_text("{", encoding="utf-8")
     assert "damaged checkpoint" in refused(whole)
@@ -169,12 +169,12 @@ def test_damage_is_one_line(run, tmp_path):
     assert "damaged checkpoint" in refused(cut)
     old = copy_of(checkpoint, tmp_path / "old")
     del facts["facts"]["net"]
-    (old / "facts/metadata").write_text(json.dumps(facts))
+    (old / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
     assert "does not say which net it is" in refused(old)
     none = copy_of(checkpoint, tmp_path / "none")
     facts = json.loads((checkpoint / "facts/metadata").read_text(encoding="utf-8"))
     facts["shapes"] = {key: shape for key, shape in facts["shapes"].items() if "ema" not in key}
-    (none / "facts/metadata").write_text(json.dumps(facts))
+    (none / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
     assert "has no moving average" in refused(none, ema=True)
 
 

@@ -111,9 +111,9 @@ def test_a_damaged_side_file_is_said(native, tmp_path):
     assert convert(native, tmp_path / "w.pth").returncode == 0
     sound = json.loads((tmp_path / "w.pth.json").read_text(encoding="utf-8"))
     sound["repvgg_jax"]["preprocessing"]["std"] = [0, 0, 0]
-    (tmp_path / "w.pth.json").write_text(json.dumps(sound))
+    (tmp_path / "w.pth.json").write_text(json.dumps(sound), encoding="utf-8")
     assert "w.pth.json, which belongs to" in error_of(convert("--inspect", tmp_path / "w.pth"))
-    (tmp_path / "w.pth.json").write_text('{"repvgg_jax": {')
+    (tmp_path / "w.pth.json").write_text('{"repvgg_jax": {', encoding="utf-8")
     with pytest.warns(WeightsWarning, match=r"w\.pth\.json cannot be read, and is passed over"):
         rv.load_weights(tmp_path / "w.pth")
 

@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(kilobyt
     rows = read_rows(workdir / "metrics.jsonl") if workdir.exists() else []
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     if (workdir / "config.json").exists():
-        json.loads((workdir / "config.json").read_text())
+        json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     if (workdir / "final.safetensors").exists():
         rv.load_weights(workdir / "final.safetensors")
     complete = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
