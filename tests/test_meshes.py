@@ -127,5 +127,6 @@ def test_lowering_for_accelerators(platform):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype, sharding=NamedSharding(mesh, P("data")))
+        variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))  # a plain Flax convolution asks for it, too
         function = jax.jit(functools.partial(everything, MODEL))
-        assert jax.export.export(function, platforms=(platform,))(VARIABLES, images).nr_devices == 4
+        assert jax.export.export(function, platforms=(platform,))(variables, images).nr_devices == 4
