@@ -171,8 +171,8 @@ class Config:
 
 
 MAX_CROP_SIZE = 4096
-"""Largest side of a run's crops, pixels: one image of A0 takes gigabytes then. Predictions, which need less, are bounded
-by `MAX_IMAGE_SIZE` of `weights/info.py`."""
+"""Largest side of a run's crops, pixels: one image of A0 takes gigabytes then. Predictions, which need less, have
+`MAX_IMAGE_SIZE` of `weights/info.py`."""
 
 _IMAGENET = InputConfig(data="imagenet2012")
 

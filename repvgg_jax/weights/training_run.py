@@ -45,7 +45,7 @@ QAT_RANGE = "input_range"
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
-    """The checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
+    """Return the checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
 
     Args:
       folder: a run's folder, its `checkpoints`, or one checkpoint.
@@ -89,7 +89,7 @@ def evaluations(checkpoints: Path) -> dict[int, float]:
 
 
 def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
-    """A checkpoint as a native file of training form; its arrays are read when the first of them is.
+    """Return a checkpoint as a native file of training form; its arrays are read when the first of them is.
 
     Args:
       handle: its `FACTS`, open.
