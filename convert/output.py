@@ -34,7 +34,7 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
 
 @contextlib.contextmanager
 def replacing_folder(output: str) -> Iterator[str]:
-    """A name for a folder to write, which takes the place of `output` when the block succeeds.
+    """Yield a name for a folder to write, which takes the place of `output` when the block succeeds.
 
     Raises:
       RepVGGError: it cannot be put in place; what was there stays.

@@ -118,6 +118,11 @@ def test_other_or_repeated_names_have_no_order(of_file: list[str], of_data: list
     assert class_order(of_file, of_data) is None
 
 
+def test_the_same_names_are_the_same_order_though_one_is_there_twice() -> None:
+    assert class_order(["crane", "owl", "crane"], ["crane", "owl", "crane"]) == [0, 1, 2]  # as ImageNet has it
+    assert class_order(["crane", "owl", "crane"], ["owl", "crane", "crane"]) is None
+
+
 # Fine-tuning: --init
 
 

@@ -322,7 +322,7 @@ def test_a_run_s_loop_hears_of_a_signal_between_its_steps(command):
                     if step == 3:
                         ready()
                     time.sleep(0.01)
-            assert preemption.stopping
+            assert preemption.stopping()
             print("stopped", step < 9_999)
             sys.exit(128 + stop_signal())
     """)
@@ -331,6 +331,13 @@ def test_a_run_s_loop_hears_of_a_signal_between_its_steps(command):
     out, err = ends(process, 130)
     assert out == "stopped True\n"
     assert "SIGINT: saving the state after this step" in err
+
+
+def test_a_signal_that_one_process_hears_after_the_last_step_stops_all(monkeypatch):
+    from train import cluster
+
+    monkeypatch.setattr(cluster, "sum_over_processes", lambda heard: heard + 1)  # as another process's
+    assert cluster.Preemption().stopping()
 
 
 def test_outside_a_command_handlers_stay_as_they_are(command):

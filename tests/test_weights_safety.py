@@ -338,7 +338,7 @@ def test_files_that_are_something_else_are_named(tmp_path):
         assert words in refused(tmp_path / name)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.pth")
-        assert "is no ordinary file" in refused(tmp_path / "pipe.pth")
+        assert "is not an ordinary file" in refused(tmp_path / "pipe.pth")
 
 
 def test_the_content_decides_not_the_suffix(tmp_path):

@@ -14,16 +14,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from repvgg_jax.errors import RepVGGError
-from repvgg_jax.weights.training_run import METRIC, checksum, evaluations
+from repvgg_jax.weights.training_run import GRACE_SECONDS, METRIC, checksum, evaluations
 
 from . import cluster
 from .orbax_support import LiteralPath, orbax_messages
 from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
 from .window import DivergedError
-
-GRACE_SECONDS = 0.2
-"""How long tensorstore's further operations may take to fail after the first, whose error orbax has raised."""
 
 # What each device has of its own, and a checkpoint therefore keeps for each of them.
 PER_DEVICE = ("batch_stats", "ema_batch_stats")

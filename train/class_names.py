@@ -24,10 +24,10 @@ def class_order(of_file: Sequence[str], of_data: Sequence[str]) -> list[int] | N
 
     Names that differ only in how Unicode composes their letters, which some file systems change, are the same.
     """
-    indices = {_composed(name): index for index, name in enumerate(of_file)}
-    names = [_composed(name) for name in of_data]
-    if list(indices) == names:
+    file_names, names = (list(map(_composed, side)) for side in (of_file, of_data))
+    if file_names == names:  # also where a name is there twice, as "crane" is among ImageNet's
         return list(range(len(names)))
+    indices = {name: index for index, name in enumerate(file_names)}
     if len(indices) != len(of_file) or len(set(names)) != len(names) or set(names) != set(indices):
         return None
     return [indices[name] for name in names]

@@ -12,6 +12,7 @@ from repvgg_jax import interrupts
 from repvgg_jax.errors import ConfigError
 
 from .config import ClusterConfig
+from .parallel import sum_over_processes
 
 HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long counts as dead, and the others stop."""
@@ -99,10 +100,9 @@ class Preemption:
             self._asked = True
         return self._asked or (jax.process_count() == 1 and interrupts.requested() is not None)
 
-    @property
     def stopping(self) -> bool:
-        """Whether a stop was asked for, be it after the last step."""
-        return self._asked or interrupts.requested() is not None
+        """Whether a stop was asked for, be it after the last step; every process calls it and gets the same answer."""
+        return self._asked or sum_over_processes(int(interrupts.requested() is not None)) > 0
 
 
 def _answer(number: signal.Signals) -> None:

@@ -170,8 +170,9 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
 
 
-MAX_IMAGE_SIZE = 4096
-"""Largest side of crops, pixels: one image of A0 takes gigabytes then."""
+MAX_CROP_SIZE = 4096
+"""Largest side of a run's crops, pixels: one image of A0 takes gigabytes then. Predictions, which need less, have
+`MAX_IMAGE_SIZE` of `weights/info.py`."""
 
 _IMAGENET = InputConfig(data="imagenet2012")
 
@@ -341,8 +342,8 @@ def check(config: Config) -> None:
         ("--image-size", config.input.image_size),
         ("--test-image-size", config.input.test_image_size),
     ):
-        if side is not None and side > MAX_IMAGE_SIZE:
-            raise ConfigError(f"{option} must be at most {MAX_IMAGE_SIZE}, not {side}")
+        if side is not None and side > MAX_CROP_SIZE:
+            raise ConfigError(f"{option} must be at most {MAX_CROP_SIZE}, not {side}")
     for option, path in (
         ("--workdir", config.run.workdir),
         ("--data", config.input.data),

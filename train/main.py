@@ -88,7 +88,7 @@ def train(config: Config) -> Result | None:
         ):
             state, reached = run_steps(run, state, start_step, on_device, watchers, preemption)
             checkpoints.wait()
-        if preemption.stopping:
+        if preemption.stopping():
             progress.note(
                 f"{cluster.stop_signal().name}: stopped after step {reached}, state saved; "
                 "the same command again goes on from there"
@@ -186,7 +186,7 @@ def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> Non
 
 
 def starting_weights(run: Run) -> dict[str, Any] | None:
-    """The weights of `--init`; None without it.
+    """Return the weights of `--init`; None without it.
 
     Raises:
       RepVGGError: the file cannot be read, is in deploy form, or holds another network.
@@ -208,7 +208,7 @@ def starting_weights(run: Run) -> dict[str, Any] | None:
 
 
 def fresh_state(run: Run, weights: dict[str, Any] | None) -> TrainState:
-    """The state at step 0: these weights, or random ones."""
+    """Return the state at step 0: these weights, or random ones."""
     config = run.config
     size, channels = config.input.image_size, run.dataset.preprocessing.channels
     ema = bool(config.optimizer.ema_decay)
@@ -309,7 +309,7 @@ def opening_line(run: Run, start_step: int) -> str:
 
 
 def exact_float32() -> AbstractContextManager[object]:
-    """A context in which float32 is computed as such: with TF32, a GPU's own choice, the two forms differ by that."""
+    """Return a context in which float32 is computed as such: with TF32, a GPU's own choice, the two forms differ."""
     on_cpu = jax.default_backend() == "cpu"
     return nullcontext() if on_cpu else jax.default_matmul_precision("float32")
 

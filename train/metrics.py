@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, note: Callable[[str], object] | None = None) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out, and `note` hears of it.
+    """Return the rows of a metrics.jsonl; a last line cut short by a crash is left out, and `note` hears of it.
 
     Raises:
       RepVGGError: it cannot be read, or a line before the last is not a JSON object with a step.

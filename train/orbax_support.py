@@ -3,14 +3,13 @@
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from repvgg_jax.errors import ConfigError
+from repvgg_jax.weights.training_run import without_late_failures
 
 
 class LiteralPath(type(epath.Path())):
@@ -39,17 +38,17 @@ def check_folder_name(option: str, folder: Path) -> None:
 @contextlib.contextmanager
 def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
     """Give orbax's warnings to `note`, a line each, and leave out the tracebacks of what it raises as well."""
-    filters = {"absl": lambda record: _filter_orbax(record, note), "asyncio": _filter_asyncio}
-    hook = sys.unraisablehook
-    for name, function in filters.items():
-        logging.getLogger(name).addFilter(function)
-    sys.unraisablehook = _without_late_writes(hook)
+    logger = logging.getLogger("absl")
+
+    def given_to_note(record: logging.LogRecord) -> bool:
+        return _filter_orbax(record, note)
+
+    logger.addFilter(given_to_note)
     try:
-        yield
+        with without_late_failures():
+            yield
     finally:
-        sys.unraisablehook = hook
-        for name, function in filters.items():
-            logging.getLogger(name).removeFilter(function)
+        logger.removeFilter(given_to_note)
 
 
 # Most checkpoints are written without an evaluation; a slow disk shows in the images per second.
@@ -63,19 +62,3 @@ def _filter_orbax(record: logging.LogRecord, note: Callable[[str], None]) -> boo
     if not record.exc_info and not any(text in message for text in _ROUTINE):  # an exception is raised as well
         note(f"orbax: {' '.join(message.split())}")
     return False
-
-
-def _filter_asyncio(record: logging.LogRecord) -> bool:
-    """Leave out the further failures of writes whose first failure orbax has raised."""
-    message = record.getMessage()
-    return not ("orbax" in message or "tensorstore" in message)
-
-
-def _without_late_writes(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """`sys.unraisablehook` without tensorstore's writes that fail after the first, whose error orbax has raised."""
-
-    def filtered(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return filtered

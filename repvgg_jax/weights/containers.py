@@ -11,7 +11,7 @@ from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 
 def open_file(local: Path, where: str) -> io.FileIO:
-    """The file, unbuffered: tensors are read in one piece each.
+    """Open a file unbuffered: tensors are read in one piece each.
 
     Raises:
       WeightsError: there is no such file, or it cannot be opened.
@@ -21,7 +21,7 @@ def open_file(local: Path, where: str) -> io.FileIO:
         if stat.S_ISDIR(mode):
             raise WeightsError(f"{where} is a folder, not a weight file")
         if not stat.S_ISREG(mode):  # a pipe or a device may never end
-            raise WeightsError(f"{where} is no ordinary file")
+            raise WeightsError(f"{where} is not an ordinary file")
         return local.open("rb", buffering=0)
     except FileNotFoundError:
         raise WeightsError(f"{where} does not exist") from None
@@ -30,7 +30,7 @@ def open_file(local: Path, where: str) -> io.FileIO:
 
 
 def read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
-    """The tensors of an open file.
+    """Return the tensors of an open file.
 
     Raises:
       WeightsError: damaged, hostile, or not a weight file.

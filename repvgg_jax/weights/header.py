@@ -120,7 +120,7 @@ def _variant_from_json(value: str | dict[str, Any], where: str, num_tensors: int
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
-    """`value`, if it is a whole number within bounds.
+    """Return `value`, if it is a whole number within bounds.
 
     Raises:
       ValueError: it is not.

@@ -42,7 +42,7 @@ class Identity:
 
 
 def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
-    """The network in a file: what begins with `prefix`, its keys without what wrappers put before every one of them.
+    """Return the network in a file: what begins with `prefix`, its keys without what wrappers put before them all.
 
     Raises:
       WeightsError: no key begins so, or what begins so is not all of one network.
@@ -204,12 +204,12 @@ class _Body:
 
 
 def with_block(variant: Variant, block: BlockKind) -> Variant:
-    """The variant with blocks of that kind, whose accuracy nobody has published."""
+    """Return the variant with blocks of that kind, whose accuracy nobody has published."""
     return variant if variant.block == block else dataclasses.replace(variant, block=block, published=Published())
 
 
 def with_stated_epsilon(variant: Variant, stated: Variant) -> Variant:
-    """The variant that a caller gave, with the epsilon that a file states unless the caller's is an unusual one."""
+    """Return the variant that a caller gave, with the epsilon that a file states unless the caller's is unusual."""
     return dataclasses.replace(variant, epsilon=stated.epsilon) if variant.epsilon == BN_EPSILON else variant
 
 

@@ -39,7 +39,7 @@ class WeightsOptions:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The arguments of `load_weights` and `inspect_weights`.
+        """Return the arguments of `load_weights` and `inspect_weights`.
 
         Raises:
           ConfigError: an epsilon that cannot be one.
@@ -49,7 +49,7 @@ class WeightsOptions:
         return dict(ema=self.ema, tensors_only=self.tensors_only, epsilon=self.epsilon, prefix=self.prefix)
 
     def apply(self, info: WeightsInfo, num_classes: int | None = None) -> WeightsInfo:
-        """`info` with what the options say.
+        """Return `info` with what the options say.
 
         Args:
           info: what a weight file says of itself.

@@ -30,12 +30,12 @@ END_BYTES = 64 << 10
 
 
 def side_path(path: str | os.PathLike) -> Path:
-    """Where the side file of `path` is."""
+    """Return where the side file of `path` is."""
     return Path(f"{os.fspath(path)}.json")
 
 
 def lost(header: Header, in_channels: int) -> str:
-    """What of `header` shows in no key and no shape of a foreign file, in words; empty if nothing is lost."""
+    """Say what of `header` shows in no key and no shape of a foreign file; empty if nothing is lost."""
     variant = header.variant
     plain: dict[str, Any] = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
     if header.form == TRAINING:
@@ -66,7 +66,7 @@ def check_side_file(path: str | os.PathLike) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike, header: Header, in_channels: int) -> Iterator[Path]:
-    """A temporary path for a foreign weight file, put in place together with the side file that it needs.
+    """Yield a temporary path for a foreign weight file, put in place together with the side file that it needs.
 
     The side file comes first: whatever happens in between, it never speaks for the file that was there before.
 
@@ -92,7 +92,7 @@ def writing(path: str | os.PathLike, header: Header, in_channels: int) -> Iterat
 def with_side_file(
     info: WeightsInfo, local: Path, expected: Variant | None, num_tensors: int
 ) -> tuple[WeightsInfo, str | None]:
-    """`info` with what the side file of `local` adds to it, if there is one, and what a user should hear about it.
+    """Return `info` with what the side file of `local` adds, if there is one, and what a user should hear about it.
 
     Args:
       info: what the file itself shows.

@@ -8,10 +8,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import re
+import sys
 import threading
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ MAX_FACTS_BYTES = 64 << 20
 AVERAGED = "batch_stats"
 """What each device has of its own; its average over them is the net's."""
 
+GRACE_SECONDS = 0.2
+"""How long tensorstore's further operations may take to fail after the first, whose error orbax has raised."""
+
 COLLECTIONS = {
     False: {"params": "params", AVERAGED: AVERAGED},
     True: {"ema_params": "params", f"ema_{AVERAGED}": AVERAGED},
@@ -39,7 +45,7 @@ QAT_RANGE = "input_range"
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
-    """The checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
+    """Return the checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
 
     Args:
       folder: a run's folder, its `checkpoints`, or one checkpoint.
@@ -83,7 +89,7 @@ def evaluations(checkpoints: Path) -> dict[int, float]:
 
 
 def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
-    """A checkpoint as a native file of training form; its arrays are read when the first of them is.
+    """Return a checkpoint as a native file of training form; its arrays are read when the first of them is.
 
     Args:
       handle: its `FACTS`, open.
@@ -190,17 +196,42 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
         raise WeightsError(
             f"reading the training checkpoint {folder} needs orbax-checkpoint: pip install orbax-checkpoint"
         ) from error
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore((folder / STATE).absolute())
-        leaves = {name: np.asarray(leaf) for name, leaf in _walk(tree, "")}
-    except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
-        reason = shown(" ".join(str(error).split()) or type(error).__name__)
-        raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
+    with without_late_failures():
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                tree = checkpointer.restore((folder / STATE).absolute())
+            leaves = {name: np.asarray(leaf) for name, leaf in _walk(tree, "")}
+        except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
+            time.sleep(GRACE_SECONDS)
+            reason = shown(" ".join(str(error).split()) or type(error).__name__)
+            raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
     same_shapes = {name: leaf.shape for name, leaf in leaves.items()} == dict(shapes)
     if not same_shapes or checksum({_key(name): leaf for name, leaf in leaves.items()}) != crc32:
         raise WeightsError(f"cannot read {folder}: damaged checkpoint (its numbers are not those that were saved)")
     return leaves
+
+
+@contextlib.contextmanager
+def without_late_failures() -> Iterator[None]:
+    """Leave out the further failures of tensorstore's operations after the first, whose error orbax has raised."""
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def of_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.addFilter(_is_of_others)
+    sys.unraisablehook = of_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logger.removeFilter(_is_of_others)
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("orbax" in message or "tensorstore" in message)
 
 
 def _walk(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -111,7 +111,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def no_images(folder: Path, or_remove: str = "it") -> DataError:
-    """The error of a class folder without images: what it holds besides, and what to do."""
+    """Return the error of a class folder without images: what it holds besides, and what to do."""
     left_out = image_files(folder).left_out
     others = f", but {describe_left_out(left_out)}" if left_out else ""
     suffixes = ", ".join(IMAGE_SUFFIXES)
