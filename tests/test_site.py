@@ -1,5 +1,6 @@
-"""Claim: the documentation builds without a warning, its links hold, and it works, search included, when opened as files
-on a machine without a network."""
+"""Claim: the documentation builds without a warning, its links hold, and it works, search included, when its pages are
+opened as files on a machine without a network.
+"""
 
 import html
 import json
