@@ -65,7 +65,8 @@ class Preprocessing:
       image_size: height and width of the network's input.
       crop_fraction: share of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
         1.0: the shorter side becomes `image_size` itself).
-      mean, std: one number per channel, for pixel values in 0..1. Their count is the number of channels.
+      mean: one number per channel, for pixel values in 0..1. Their count is the number of channels.
+      std: as many.
 
     Raises:
       ValueError: a field is out of range, or `mean` and `std` differ in length.

@@ -24,6 +24,7 @@ from repvgg_jax.blocks import DeployBlock, RepVGGBlock
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.quantization.qat import quantization_aware, quantized_net, with_ranges
 from repvgg_jax.variants import VARIANTS
+from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.layout import flatten
 from train.config import parse
 
@@ -129,7 +130,7 @@ def test_native_files_keep_it_and_others_have_it_beside_them(tmp_path):
     # A Variant says what a file cannot; this one can.
     assert rv.load_weights(tmp_path / "w.safetensors", SMALLEST)[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.safetensors", epsilon=1e-4)[0].variant.epsilon == 1e-4
-    with pytest.warns(rv.weights.WeightsWarning, match=r"cannot say epsilon 0\.001"):
+    with pytest.warns(WeightsWarning, match=r"cannot say epsilon 0\.001"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
     assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.pth", SMALLEST)[0].variant.epsilon == EPSILON

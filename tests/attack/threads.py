@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import repvgg_jax as rv
+from repvgg_jax.predictor import Predictor
 from tests.random_weights import random_variables
 
 from .report import Attack, attempts, finish
@@ -20,7 +21,7 @@ VARIANT = rv.Variant((1, 2, 2, 1), (8, 16, 32, 64, 128))
 GATED = rv.Variant((1, 1, 1, 1), (8, 16, 32, 64, 128), groups=2, squeeze_excite="before_relu", squeeze_excite_ratio=4)
 
 
-def predictors() -> Iterator[tuple[str, rv.predictor.Predictor]]:
+def predictors() -> Iterator[tuple[str, Predictor]]:
     """Yield each kind of predictor with its name; all take float images of `SIZE` pixels."""
     for name, variant in (("plain", VARIANT), ("grouped, gated", GATED)):
         model = rv.create_model(variant, 10)
@@ -32,7 +33,7 @@ def predictors() -> Iterator[tuple[str, rv.predictor.Predictor]]:
         yield f"{name}, INT8", rv.make_predictor(quantized=net, batch_size=4, image_size=SIZE)
 
 
-def attacked(name: str, predict: rv.predictor.Predictor, calls: int, threads: int = THREADS) -> Attack:
+def attacked(name: str, predict: Predictor, calls: int, threads: int = THREADS) -> Attack:
     """Call `predict` from `threads` threads with batches of 1 to 9 images, and compare with calls made before."""
     attack = Attack(f"{threads} threads on one predictor: {name}")
     rng = np.random.default_rng(2)
