@@ -15,7 +15,7 @@ from .paths import is_folder
 from .planned_net import Output
 from .prediction_files import Format, Guess, check_embedding_file, embedding_writer, prediction_writer
 from .predictor import Predictor, make_predictor
-from .preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, normalize, open_image
+from .preprocess import IMAGE_SUFFIXES, Preprocessing, normalize, open_as_input
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
 from .weights.options import WeightsOptions
@@ -133,7 +133,7 @@ class ImageReader:
         readable = False
         for path in self._files():
             try:
-                pixels.append(self._read(path))
+                pixels.append(open_as_input(path, self._preprocessing, exif=True))
             except DataError as error:
                 if self._alone:
                     raise
@@ -148,13 +148,6 @@ class ImageReader:
             yield names, np.stack(pixels)
         if not readable:
             raise DataError(f"none of {self.failures} images and folders can be read")
-
-    def _read(self, path: str) -> np.ndarray:
-        image = open_image(path, self._preprocessing.channels, exif=True)
-        try:
-            return eval_transform(image, self._preprocessing)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
 
     def _files(self) -> Iterator[str]:
         for path in self._paths:

@@ -292,6 +292,19 @@ def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarr
     return to_array(image.crop((left, top, left + size, top + size)))
 
 
+def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif: bool = False) -> np.ndarray:
+    """Read an image file as `eval_transform` prepares it: uint8 [image_size, image_size, C].
+
+    Raises:
+      DataError: as `open_image` and `eval_transform`; the text names the file.
+    """
+    image = open_image(path, preprocessing.channels, exif=exif)
+    try:
+        return eval_transform(image, preprocessing)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
     """(width, height) once the shorter side is `shorter`; the longer one truncates, as torchvision's does."""
     if width <= height:

@@ -11,8 +11,8 @@ from PIL import Image
 from ..digits import training_scans
 from ..errors import DataError, DataWarning
 from ..image_files import image_files
-from ..paths import is_folder
-from ..preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_image, to_mode
+from ..paths import is_folder, local_path
+from ..preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_as_input, to_mode
 
 DEFAULT_COUNT = 256
 
@@ -46,7 +46,7 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
         if used == len(pixels):
             break
         try:
-            pixels[used] = eval_transform(read(index), preprocessing)
+            pixels[used] = read(index)
         except DataError as error:
             failures.append(error)
         else:
@@ -61,14 +61,13 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
     return pixels[:used]
 
 
-def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], Image.Image]]:
-    """How many images there are, and what reads one."""
-    channels = preprocessing.channels
+def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], np.ndarray]]:
+    """How many images there are, and what reads one, prepared."""
     if os.fspath(spec) == "digits" and not is_folder(spec):
-        scans, mode = training_scans(), "L" if channels == 1 else "RGB"
-        return len(scans), lambda index: to_mode(Image.fromarray(scans[index]), mode)
-    files = _image_files(Path(spec))
-    return len(files), lambda index: open_image(files[index], channels)
+        scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
+        return len(scans), lambda index: eval_transform(to_mode(Image.fromarray(scans[index]), mode), preprocessing)
+    files = _image_files(local_path("calibration images", os.fspath(spec)))
+    return len(files), lambda index: open_as_input(files[index], preprocessing)
 
 
 def _image_files(folder: Path) -> list[str]:
