@@ -283,7 +283,7 @@ def test_a_net_without_a_classifier_has_embeddings_and_no_predictions(fake, phot
     assert (done.returncode, done.stderr) == (0, "")
     done = predict(tmp_path / "body.pth", photos[0])
     assert (done.returncode, done.stdout) == (2, "")
-    assert "classifier" in done.stderr
+    assert "missing: linear.weight, linear.bias" in done.stderr
 
 
 def test_a_file_of_embeddings_is_whole_or_not_there(fake, weights, photos, tmp_path):
