@@ -98,6 +98,7 @@ def test_files_that_are_not_images_are_counted_once(photos: Path, weights: Path)
     assert done.stderr == f"{photos / 'val'}: left out 3 files that are not images (2 .csv, 1 .heic)\n"
 
 
+@pytest.mark.slow
 def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(photos: Path, weights: Path) -> None:
     """Two evaluations while training, and four forms at the end."""
     broken = photos / "val" / "garden" / "broken.jpg"

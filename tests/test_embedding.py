@@ -32,7 +32,7 @@ def oracle_embedding(oracle: Any, x: np.ndarray) -> np.ndarray:
     return seen[0].numpy()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n != "plain")])
 def test_both_forms_and_a_predictor_give_what_pytorchs_classifier_reads(name, tmp_path):
     oracle = make_oracle(name)
     model, variables = flax_model(name, "float32"), to_flax(oracle, name, tmp_path)
@@ -51,8 +51,12 @@ def test_both_forms_and_a_predictor_give_what_pytorchs_classifier_reads(name, tm
     assert relative_difference(logits, found @ head["kernel"] + head["bias"]) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"float_last": True}], ids=["8 bits throughout", "float classifier"])
-@pytest.mark.parametrize("name", ["plain", "SE after ReLU"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"float_last": True}, marks=pytest.mark.slow)],
+    ids=["8 bits throughout", "float classifier"],
+)
+@pytest.mark.parametrize("name", ["plain", pytest.param("SE after ReLU", marks=pytest.mark.slow)])
 def test_a_quantised_net_gives_the_float_nets_embedding_up_to_its_noise(name, options, monkeypatch):
     model, variables = deploy_net(name)
     net = rv.quantize(model, variables, images(), "equalized", **options)

@@ -31,6 +31,7 @@ def test_forward_mode_agrees_with_reverse_mode():
     assert abs(expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_jacobians_and_hessians():
     """Of the stem's BN, whose Hessian is small enough to be held to what reverse mode alone gives."""
 

@@ -60,7 +60,7 @@ def test_quantisation_aware_training_promotes_nothing_implicitly():
 @pytest.mark.parametrize(
     ("settings", "extent"),
     [
-        (STRICT, "some"),
+        pytest.param(STRICT, "some", marks=pytest.mark.slow),
         pytest.param(STRICT, "all", marks=pytest.mark.slow),
         pytest.param({"JAX_DISABLE_JIT": "1"}, "some", marks=pytest.mark.slow),
     ],

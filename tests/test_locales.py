@@ -65,6 +65,7 @@ def locpath(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_predictors_and_native_code(locpath, tmp_path):
     walk("short", "zh_CN.GBK", locpath, tmp_path)
 

@@ -72,7 +72,8 @@ def test_jit_on_a_mesh_is_jit_without(kind, count):
     check(reference(), found)
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
 def test_gradients_in_shard_map_that_checks_what_varies(count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
     # A parameter that all devices share gets the sum of their gradients; each keeps its own statistics.
