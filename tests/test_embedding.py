@@ -32,7 +32,7 @@ def oracle_embedding(oracle: Any, x: np.ndarray) -> np.ndarray:
     return seen[0].numpy()
 
 
-@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n != "plain")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "grouped")) for name in SMALL])
 def test_both_forms_and_a_predictor_give_what_pytorchs_classifier_reads(name, tmp_path):
     oracle = make_oracle(name)
     model, variables = flax_model(name, "float32"), to_flax(oracle, name, tmp_path)
