@@ -72,8 +72,9 @@ def test_the_others_too(name, arguments, words, editable, tmp_path):
 
 def test_without_a_checkout_they_say_what_they_need(monkeypatch, tmp_path, capsys):
     """As from the wheel."""
-    from repvgg_jax import console
+    from repvgg_jax import console, interrupts
 
+    monkeypatch.setattr(interrupts, "watch", lambda: None)  # it lasts to the process's end
     monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "repvgg_jax" / "console.py"))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/repvgg-train"])
     for command in (console.train, console.evaluate, console.convert):
