@@ -7,6 +7,7 @@ checkout that an editable install points to, whatever the current folder is.
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import interrupts
@@ -16,26 +17,28 @@ from .errors import RepVGGError
 
 def repvgg() -> None:
     """`python -m repvgg_jax`."""
-    interrupts.watch()
-    run_command(lambda: _main("repvgg_jax.__main__"))
+    _run(_main, "repvgg_jax.__main__")
 
 
 def train() -> None:
     """`python -m train.main`."""
-    interrupts.watch()
-    run_command(lambda: _main_of_checkout("train.main"))
+    _run(_main_of_checkout, "train.main")
 
 
 def evaluate() -> None:
     """`python -m train.evaluate`."""
-    interrupts.watch()
-    run_command(lambda: _main_of_checkout("train.evaluate"))
+    _run(_main_of_checkout, "train.evaluate")
 
 
 def convert() -> None:
     """`python -m convert`."""
+    _run(_main_of_checkout, "convert.__main__")
+
+
+def _run(main_of: Callable[[str], None], module: str) -> None:
+    """Run it as a command that hears of signals while it is imported."""
     interrupts.watch()
-    run_command(lambda: _main_of_checkout("convert.__main__"))
+    run_command(lambda: main_of(module))
 
 
 def _main(module: str) -> None:
