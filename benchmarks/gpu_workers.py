@@ -175,8 +175,8 @@ def _check_variant(name: str, image_size: int) -> dict[str, Any]:
     import torch
 
     import repvgg_jax as rv
-    from tests import torch_oracle
-    from tests.random_weights import random_variables
+    from tests.helpers import torch_oracle
+    from tests.helpers.random_weights import random_variables
 
     model = rv.create_model(name, 100)
     variables = random_variables(model)
@@ -215,7 +215,7 @@ def _check_train_step(image_size: int) -> dict[str, float]:
 
     import repvgg_jax as rv
     from repvgg_jax.preprocess import Preprocessing
-    from tests.random_weights import random_variables
+    from tests.helpers.random_weights import random_variables
     from train.state import create_state
     from train.step import make_train_step
 

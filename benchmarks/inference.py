@@ -60,7 +60,7 @@ def write_files(case: Case, *, onnx: bool) -> None:
     import jax
 
     import repvgg_jax as rv
-    from tests.random_weights import random_variables
+    from tests.helpers.random_weights import random_variables
 
     model = rv.create_model(case.model, CLASSES)
     deploy, variables = rv.to_deploy(model, jax.tree.map(np.asarray, random_variables(model)))
@@ -83,7 +83,7 @@ def torch_model(case: Case) -> Any:
     """The independent PyTorch implementation that the tests use, in deploy form."""
     import torch
 
-    from tests import torch_oracle
+    from tests.helpers import torch_oracle
 
     model = torch_oracle.create(case.model, CLASSES, deploy=True).eval()
     model.load_state_dict(torch.load(case.file(".pth"), weights_only=True))
@@ -244,7 +244,7 @@ def seconds(contestant: Contestant) -> float:
 def multiplications(model: str, image_size: int) -> int:
     """Of the deploy form by the direct sum, for one image."""
     import repvgg_jax as rv
-    from repvgg_jax.planner import stage_layers
+    from repvgg_jax.inference.plan import stage_layers
 
     variant = rv.create_model(model).variant
     layers = [layer for stage in stage_layers(variant, (image_size, image_size)) for layer in stage]

@@ -22,7 +22,7 @@ FILES, RUNTIMES = ("float32", "int8"), ("repvgg_jax", "onnxruntime", "openvino")
 def write_files(folder: Path, name: str, image_size: int) -> None:
     """A net with random weights, on which speed does not depend: `float32` and `int8`, `.onnx` and `.safetensors`."""
     import repvgg_jax as rv
-    from tests.random_weights import random_variables
+    from tests.helpers.random_weights import random_variables
 
     model = rv.create_model(name, deploy=True)
     variables = random_variables(model)

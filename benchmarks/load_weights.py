@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import repvgg_jax as rv
+from repvgg_jax.net.layout import expected_shapes
 from repvgg_jax.weights.key_maps import AUTHORS
-from repvgg_jax.weights.layout import expected_shapes
 from repvgg_jax.weights.state_dict import state_dict
 
 from .contest import resident_bytes

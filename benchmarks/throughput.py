@@ -12,7 +12,7 @@ from typing import Any
 
 import repvgg_jax as rv
 from repvgg_jax.files import atomic_path
-from repvgg_jax.variants import get_variant
+from repvgg_jax.net.variants import get_variant
 
 from .inference import Case, contest, seconds, write_files
 

@@ -100,7 +100,7 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
     import torch
     import torch.nn.functional as F
 
-    from tests import torch_oracle
+    from tests.helpers import torch_oracle
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -23,12 +23,11 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.errors import ConfigError, FusionError, WeightsError
-from repvgg_jax.kernel_algebra import BN_EPSILON
+from repvgg_jax.errors import ConfigError, FusionError, WeightsError, first_ten
+from repvgg_jax.net.kernel_algebra import BN_EPSILON
+from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.paths import expand_home
-from repvgg_jax.variants import VARIANTS
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
-from repvgg_jax.weights.layout import first_ten
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 

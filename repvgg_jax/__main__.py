@@ -14,11 +14,12 @@ from typing import Annotated
 import tyro
 
 from .errors import UnknownModelError
+from .net.summary import summary_table
+from .net.variants import VARIANTS, get_variant
 from .predict import Predict, predict
-from .summary import file_summary, summary_table
-from .variants import VARIANTS, get_variant
 from .weights import inspect_weights
 from .weights.hub import is_hub_address
+from .weights.info import file_summary
 
 
 @dataclasses.dataclass(frozen=True)

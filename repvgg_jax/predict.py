@@ -11,10 +11,10 @@ import tyro
 
 from .errors import ConfigError, DataError, WeightsError
 from .image_files import image_files
+from .inference.planned_net import Output
+from .inference.predictor import Predictor, make_predictor
 from .paths import is_folder
-from .planned_net import Output
 from .prediction_files import Format, Guess, check_embedding_file, embedding_writer, prediction_writer
-from .predictor import Predictor, make_predictor
 from .preprocess import IMAGE_SUFFIXES, Preprocessing, normalize, open_as_input
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights

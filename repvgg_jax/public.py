@@ -11,12 +11,12 @@ from .errors import (
     WeightsError,
 )
 from .export import export_onnx, export_quantized_onnx, export_saved_model, export_stablehlo
-from .fusion import equivalent_kernel_bias, fuse_variables, to_deploy
-from .model import RepVGG, create_model
-from .predictor import make_predictor
+from .inference.predictor import make_predictor
+from .net.fusion import equivalent_kernel_bias, fuse_variables, to_deploy
+from .net.model import RepVGG, create_model
+from .net.variants import Branches, Variant, list_models
 from .preprocess import Preprocessing
 from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
-from .variants import Branches, Variant, list_models
 from .version import __version__
 from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
 

@@ -1,4 +1,4 @@
-"""What every test may use: models with weights at which an equivalence test is not empty."""
+"""What holds for every test: four virtual devices, and Ctrl-C that reaches the commands that tests start."""
 
 import os
 import signal
@@ -10,17 +10,4 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from typing import Any
-
-import numpy as np
-from random_weights import random_variables
-
-__all__ = ["random_variables", "relative_difference"]
-
-pytest_plugins = ["run_helpers"]
-
-
-def relative_difference(expected: Any, found: Any) -> float:
-    """`||expected - found|| / ||expected||`, in float64."""
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+pytest_plugins = ["tests.helpers.runs"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.errors import ConfigError, WeightsError
-from repvgg_jax.variants import AUX_HEADS
+from repvgg_jax.net.variants import AUX_HEADS
+from repvgg_jax.trees import flatten, unflatten
 from repvgg_jax.weights import WeightsInfo, WeightsWarning
-from repvgg_jax.weights.layout import flatten, unflatten
 from repvgg_jax.weights.loading import fresh_heads
 
 from .data import DataSet

@@ -17,8 +17,8 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.inference.predictor import Predictor
 from repvgg_jax.paths import local_path
-from repvgg_jax.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 from repvgg_jax.weights.hub import weights_path

@@ -22,9 +22,9 @@ import numpy as np
 
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, RepVGGError, WeightsError
+from repvgg_jax.net.variants import get_variant
 from repvgg_jax.paths import local_path
 from repvgg_jax.quantization.qat import QATRepVGG, quantization_aware, quantized_net, with_ranges, without_ranges
-from repvgg_jax.variants import get_variant
 from repvgg_jax.weights import WeightsWarning, save_weights
 from repvgg_jax.weights.hub import weights_path
 

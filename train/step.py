@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from repvgg_jax import QuantizedNet, RepVGG
-from repvgg_jax.predictor import Predictor
+from repvgg_jax.inference.predictor import Predictor
 from repvgg_jax.preprocess import Preprocessing, normalize
 
 from .state import TrainState

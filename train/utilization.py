@@ -1,7 +1,7 @@
 """What a training step costs and what a device could do: the two sides of model FLOP utilisation."""
 
-from repvgg_jax.summary import summarize
-from repvgg_jax.variants import Variant
+from repvgg_jax.net.summary import summarize
+from repvgg_jax.net.variants import Variant
 
 # Dense bfloat16 peak of one device, floating-point operations a second, from the makers' data sheets.
 _BFLOAT16_PEAK = {

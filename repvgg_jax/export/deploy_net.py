@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from ..fusion import to_deploy
-from ..model import RepVGG
+from ..net.fusion import to_deploy
+from ..net.layout import check_arrays, expected_shapes
+from ..net.model import RepVGG
+from ..net.variants import BlockSpec
 from ..preprocess import Preprocessing, height_and_width
-from ..variants import BlockSpec
+from ..trees import flatten
 from ..weights.info import default_preprocessing
-from ..weights.layout import check_arrays, expected_shapes, flatten
 
 InputLayout = Literal["NCHW", "NHWC"]
 

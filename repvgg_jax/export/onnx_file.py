@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ExportError
 from ..extras import install_hint
 from ..files import atomic_path
-from ..model import RepVGG
+from ..net.model import RepVGG
 from ..preprocess import Preprocessing
 from .deploy_net import Check, InputLayout, deploy_net
 

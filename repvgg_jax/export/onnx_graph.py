@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..activations import Activation
 from ..errors import ExportError
-from ..variants import BlockSpec
+from ..net.activations import Activation
+from ..net.variants import BlockSpec
 from ..version import __version__
 from .deploy_net import INPUT, OUTPUT, DeployNet
 

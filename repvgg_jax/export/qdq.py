@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ..files import atomic_path
-from ..model import RepVGG
+from ..net.model import RepVGG
 from ..preprocess import height_and_width
 from ..quantization.calibration import input_dtype
 from ..quantization.net import QuantizedNet, dequantized, is_quantized

@@ -9,7 +9,7 @@ import jax
 
 from ..errors import ExportError
 from ..files import atomic_folder
-from ..model import RepVGG
+from ..net.model import RepVGG
 from ..preprocess import Preprocessing
 from .deploy_net import INPUT, OUTPUT, Check, InputLayout, deploy_net
 from .stablehlo import PLATFORMS, forward_function

@@ -10,7 +10,7 @@ from jax import Array
 from jax import export as jax_export
 
 from ..files import atomic_path
-from ..model import RepVGG
+from ..net.model import RepVGG
 from ..preprocess import Preprocessing
 from .deploy_net import Check, DeployNet, InputLayout, deploy_net
 

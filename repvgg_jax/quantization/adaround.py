@@ -21,7 +21,7 @@ from jax import Array, lax
 from ..broadcasting import channelwise
 from ..errors import QuantizationError
 from ..extras import install_hint
-from ..variants import BlockSpec
+from ..net.variants import BlockSpec
 from .quantizer import WEIGHT_LEVELS
 from .stack import Geometry, geometry, linear_map
 

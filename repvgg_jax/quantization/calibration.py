@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from ..variants import Variant
+from ..net.variants import Variant
 from .quantizer import SIGNED, UNSIGNED, levels
 from .stack import Layers, in_batches, layer_inputs
 

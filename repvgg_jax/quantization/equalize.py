@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..variants import Variant
+from ..net.variants import Variant
 from .stack import LINEAR
 
 SWEEPS = 40

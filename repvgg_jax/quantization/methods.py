@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantizationError
-from ..fusion import to_deploy
-from ..model import RepVGG
+from ..net.fusion import to_deploy
+from ..net.layout import check_arrays, expected_shapes
+from ..net.model import RepVGG
 from ..preprocess import Preprocessing, normalize
+from ..trees import flatten
 from ..weights.info import default_preprocessing
-from ..weights.layout import check_arrays, expected_shapes, flatten
 from .adaround import AdaRoundOptions
 from .calibration import Calibration, channel_ranges, input_scales
 from .equalize import equalize_activations, equalize_weights

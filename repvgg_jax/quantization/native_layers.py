@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .. import native
-from ..variants import BlockSpec, Variant
+from ..conv import native
+from ..net.variants import BlockSpec, Variant
 from .net import SHIFT, InXla, is_quantized
 from .stack import LINEAR, with_readers
 

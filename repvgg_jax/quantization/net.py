@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv3x3 import DIMENSION_NUMBERS
+from ..conv.deploy import DIMENSION_NUMBERS
+from ..net.variants import BlockSpec, Variant
 from ..preprocess import Preprocessing
-from ..variants import BlockSpec, Variant
 from .calibration import input_dtype
 from .quantizer import UNSIGNED, WEIGHT_LEVELS, quantize
 from .stack import LINEAR, POOL, activate, geometry, linear_map, with_readers

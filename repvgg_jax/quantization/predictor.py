@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import native
-from ..planned_net import Output, compile_for
-from ..predictor import Predictor
+from ..conv import native
+from ..inference.planned_net import Output, compile_for
+from ..inference.predictor import Predictor
 from ..preprocess import Preprocessing, normalize
 from .native_layers import NativeIntegers, pack_layers
 from .net import QuantizedNet, embedding, forward

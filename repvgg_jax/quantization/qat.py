@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..blocks import RepVGGBlock
 from ..broadcasting import channelwise
+from ..conv.training import materialize, plain_conv, training_conv
 from ..errors import QuantizationError
-from ..fusion import equivalent_kernel_bias, fuse_variables
-from ..model import Linear, RepVGG
+from ..net.blocks import RepVGGBlock
+from ..net.fusion import equivalent_kernel_bias, fuse_variables
+from ..net.model import Linear, RepVGG
 from ..preprocess import Preprocessing
-from ..training_conv import materialize, plain_conv, training_conv
-from ..weights.layout import flatten, unflatten
+from ..trees import flatten, unflatten
 from .calibration import input_dtype
 from .net import QuantizedNet, quantize_layer, safe_weight_scale
 from .quantizer import fake_quantize_activations, fake_quantize_weights, levels, weight_scale

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..variants import BlockSpec, Variant
+from ..net.variants import BlockSpec, Variant
 from .adaround import AdaRoundOptions, learn_rounding
 from .calibration import input_dtype
 from .net import dequantized, quantize_layer, safe_weight_scale

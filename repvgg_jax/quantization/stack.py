@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..blocks import SqueezeExcite
 from ..broadcasting import channelwise
-from ..training_conv import plain_conv
-from ..variants import BlockSpec, SqueezeExcitePlace, Variant
+from ..conv.training import plain_conv
+from ..net.blocks import SqueezeExcite
+from ..net.variants import BlockSpec, SqueezeExcitePlace, Variant
 
 Layers = Mapping[str, Mapping[str, Any]]
 

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError
+from ..errors import WeightsError, first_ten
 from .key_maps import EMA_KEYS, MODEL_KEYS
-from .layout import first_ten
 from .safe_pickle import Opaque, TensorRecord
 
 MAX_ENTRIES = 1_000_000

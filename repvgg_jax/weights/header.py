@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..activations import ACTIVATIONS
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
+from ..net.activations import ACTIVATIONS
+from ..net.variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
 from ..preprocess import Preprocessing
-from ..variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
 from .info import preprocessing_from_file
-from .layout import shown
 
 FORMAT_VERSION = 1
 TRAINING, DEPLOY, INT8 = "training", "deploy", "int8"

@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
 from ..extras import install_hint
 from ..paths import local_path
 from ..preprocess import Preprocessing
 from .info import WeightsInfo, preprocessing_from_file
-from .layout import shown
 
 SCHEME = "hf://"
 FILES = ("model.safetensors", "pytorch_model.bin")

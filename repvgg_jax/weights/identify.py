@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 
-from ..errors import WeightsError
-from ..kernel_algebra import BN_EPSILON
-from ..variants import VARIANTS, BlockKind, Published, Variant
+from ..errors import WeightsError, first_ten, shown
+from ..net.kernel_algebra import BN_EPSILON
+from ..net.layout import Shape
+from ..net.variants import VARIANTS, BlockKind, Published, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
-from .layout import Shape, first_ten, shown
 from .tensor_file import TensorFile
 
 MAX_WRAPPERS = 8

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..net.variants import Variant
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from ..variants import Variant
 
 MAX_IMAGE_SIZE = 16_384
 """Pixels. A file of unknown origin must not choose how much memory a prediction takes."""
@@ -70,3 +70,36 @@ def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
     if not all(math.isfinite(number) for number in (*found.mean, *found.std)):
         raise ValueError("mean and std must be finite")
     return found
+
+
+MAX_CLASS_NAMES = 20
+"""As many names are shown of a file's classes."""
+
+
+def file_summary(path: str, info: WeightsInfo) -> str:
+    """Describe a weight file in some lines: net, form, input, preprocessing, classes."""
+    form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
+    how = info.preprocessing
+    colours = {1: "grey", 3: "RGB"}.get(info.in_channels, f"{info.in_channels} channels")
+    crop = f"shorter side resized to {how.resize_size}, then the central {how.image_size}x{how.image_size}"
+    classes = f"{info.num_classes}" if info.num_classes else "none: no classifier"
+    if info.class_names:
+        shown = ", ".join(info.class_names[:MAX_CLASS_NAMES])
+        hidden = len(info.class_names) - MAX_CLASS_NAMES
+        classes += f": {shown}{f' and {hidden} more' if hidden > 0 else ''}"
+    elif info.num_classes:
+        classes += ", names unknown"
+    return "\n".join(
+        (
+            f"{path}: {info.variant.name}, {form} form",
+            f"  weights   {info.num_parameters:,} parameters, {info.dtype}, {info.family} names",
+            f"  images    {how.image_size}x{how.image_size} {colours}: {crop}",
+            f"  mean      {_numbers(how.mean)} (of pixel values in 0..1)",
+            f"  std       {_numbers(how.std)}",
+            f"  classes   {classes}",
+        )
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

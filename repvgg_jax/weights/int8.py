@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError
-from ..variants import Variant
+from ..errors import WeightsError, shown
+from ..net.layout import check_finite, check_shapes, expected_shapes
+from ..net.variants import Variant
+from ..trees import unflatten
 from .info import WeightsInfo
-from .layout import check_finite, check_shapes, expected_shapes, shown, unflatten
 from .tensor_file import TensorFile
 
 REPARAM, SCALE, INPUT_SCALE = "/rbr_reparam/", "kernel_scale", "input_scale"

@@ -12,18 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import WeightsError
-from ..model import RepVGG, checked_count
+from ..errors import WeightsError, shown
+from ..net.layout import check_finite, check_shapes, constants, head_layers
+from ..net.model import RepVGG, checked_count
+from ..net.variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from ..paths import expand_home, is_folder, is_url
 from ..processes import check_not_forked
-from ..variants import AUX_HEADS, Variant, checked_epsilon, get_variant
+from ..trees import unflatten
 from . import int8, native
 from .containers import open_file, read_container
 from .hub import fetch, is_hub_address
 from .identify import Identity, identify, part_of, same_network, with_block, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .key_maps import QAREPVGG
-from .layout import check_finite, check_shapes, constants, head_layers, shown, unflatten
 from .side_file import with_side_file
 from .state_dict import Item, items, to_leaf
 from .tensor_file import TensorFile

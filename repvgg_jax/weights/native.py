@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError
-from ..model import RepVGG
+from ..errors import WeightsError, shown
+from ..net.layout import Shape
+from ..net.model import RepVGG
+from ..net.variants import Variant
 from ..preprocess import Preprocessing
-from ..variants import Variant
+from ..trees import flatten
 from .header import DEPLOY, INT8, IS_DEPLOY, TRAINING, Header, integer
 from .info import WeightsInfo
-from .layout import Shape, flatten, shown
 from .safetensors_file import write_safetensors
 from .tensor_file import Record, Tensor, TensorFile
 

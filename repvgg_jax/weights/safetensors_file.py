@@ -16,9 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
 from ..files import atomic_path
-from .layout import shown
 from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
 
 MAX_HEADER_BYTES = 4 << 20

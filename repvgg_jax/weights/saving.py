@@ -8,18 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
 from ..extras import install_hint
 from ..files import check_target
-from ..model import RepVGG
+from ..net.layout import check_arrays, expected_shapes
+from ..net.model import RepVGG
+from ..net.variants import Variant
 from ..paths import expand_home
 from ..preprocess import Preprocessing
-from ..variants import Variant
+from ..trees import flatten
 from . import native, side_file
 from .header import DEPLOY, TRAINING, Header
 from .info import default_preprocessing
 from .key_maps import AUTHORS, AUTHORS_PLUS, FAMILIES, QAREPVGG, Family
-from .layout import check_arrays, expected_shapes, flatten, shown
 from .safetensors_file import save_arrays
 from .state_dict import items, state_dict
 

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
 from ..files import atomic_path, check_target
-from ..kernel_algebra import BN_EPSILON
-from ..variants import VARIANTS, Variant
+from ..net.kernel_algebra import BN_EPSILON
+from ..net.variants import VARIANTS, Variant
 from .header import IS_DEPLOY, TRAINING, Header
 from .identify import same_network, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
-from .layout import shown
 
 KEY, FILE = "repvgg_jax", "file"
 MAX_BYTES = 16 << 20

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import WeightsError
-from ..variants import Variant
+from ..net.layout import Layer, Shape, block_layers, constants, expected_shapes, head_layers
+from ..net.variants import Variant
 from .key_maps import COUNTER, LEAVES, Family
-from .layout import Layer, Shape, block_layers, constants, expected_shapes, head_layers
 
 BLOCK_OUTPUTS = 128
 """Output channels transposed at a time: such a slice of any RepVGG kernel stays in the cache."""

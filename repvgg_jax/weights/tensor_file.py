@@ -13,8 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import WeightsError
-from .layout import Shape, shown
+from ..errors import WeightsError, shown
+from ..net.layout import Shape
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMENSIONS = 8

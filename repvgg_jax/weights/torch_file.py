@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError
+from ..errors import WeightsError, shown
 from .checkpoint import find_state_dict
-from .layout import shown
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
 from .tensor_file import (
     BFLOAT16,

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError
-from .layout import shown
+from ..errors import WeightsError, shown
 from .native import HEADER
 from .tensor_file import Tensor, TensorFile, contiguous_strides
 

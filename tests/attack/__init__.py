@@ -3,13 +3,7 @@
 `make attack` (or `python -m tests.attack`) runs every module of this package and prints one table;
 `python -m tests.attack.NAME` runs one. `docs/reliability.md` keeps the results. To add an attack, add a module: it
 counts with `report.Attack`, ends in `report.finish`, and is found by its being here. Modules whose names begin with an
-underscore, or end in `_helpers`, are not run.
+underscore are not run.
 
 `ATTACK_SCALE=0.01` tries a hundredth of everything: to see that an attack runs at all.
 """
-
-import sys
-from pathlib import Path
-
-# The helpers of the tests (`run_helpers`, `random_weights`, …) are imported here as the tests import them.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -17,7 +17,7 @@ HOURS = 6
 def names() -> list[str]:
     """Return the names of all attacks."""
     modules = (path.stem for path in FOLDER.glob("*.py"))
-    return sorted(n for n in modules if not (n.startswith("_") or n.endswith("_helpers") or n in NOT_ATTACKS))
+    return sorted(n for n in modules if not (n.startswith("_") or n in NOT_ATTACKS))
 
 
 def run(name: str) -> list[dict[str, Any]]:

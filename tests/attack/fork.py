@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from random_weights import random_variables
 
 import repvgg_jax as rv
+from tests.helpers.random_weights import random_variables
 
 from .report import Attack, attempts, finish
 

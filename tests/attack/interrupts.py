@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run_helpers import Runs, environment, weights
+from tests.helpers.runs import Runs, environment, weights
 
 from .report import Attack, attempts, finish
 

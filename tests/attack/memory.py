@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import repvgg_jax as rv
-from tests.random_weights import random_variables
+from tests.helpers.random_weights import random_variables
 
 from .report import Attack, attempts, finish
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import repvgg_jax as rv
-from repvgg_jax.predictor import Predictor
-from tests.random_weights import random_variables
+from repvgg_jax.inference.predictor import Predictor
+from tests.helpers.random_weights import random_variables
 
 from .report import Attack, attempts, finish
 

@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from run_helpers import Runs
-from test_processes import start_two
-from test_resume import same_result, steps_in, wait_for, writing_or_over
-
+from tests.helpers.runs import Runs
+from tests.train.test_processes import start_two
+from tests.train.test_resume import same_result, steps_in, wait_for, writing_or_over
 from train.cluster import HEARTBEAT_SECONDS
 
 from .report import Attack, attempts, finish

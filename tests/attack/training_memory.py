@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run_helpers import Runs, rows
+from tests.helpers.runs import Runs, rows
 
 from .report import Attack, attempts, finish
 

@@ -1,4 +1,4 @@
-"""`python -m tests.attack.weight_file_fuzz`: the fuzz of `tests/test_weights_fuzz.py`, with 100,000 mutations and more.
+"""`python -m tests.attack.weight_file_fuzz`: the fuzz of `tests/weights/test_fuzz.py`, with 100,000 mutations and more.
 
 `FUZZ_EXAMPLES` says how many mutations each of its tests of files tries; the one of pickle programs tries ten times as
 many. Every file must load whole or be refused in one line, and run nothing.
@@ -19,7 +19,7 @@ def main() -> int:
     """Run the tests and count what Hypothesis says that it tried."""
     attack = Attack("mutated weight files and pickle programs: loaded whole or refused, nothing run")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--hypothesis-show-statistics", "tests/test_weights_fuzz.py"],
+        [sys.executable, "-m", "pytest", "-q", "--hypothesis-show-statistics", "tests/weights/test_fuzz.py"],
         cwd=ROOT,
         env=os.environ | {"FUZZ_EXAMPLES": str(attempts(EXAMPLES))},
         stdout=subprocess.PIPE,

@@ -13,9 +13,9 @@ from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.extras import install_hint
 from repvgg_jax.image_files import describe_left_out
+from repvgg_jax.net.variants import Variant
 from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from repvgg_jax.variants import Variant
 
 from .augmentation import Augmentation, make_transform
 from .batches import BadImages, Batches

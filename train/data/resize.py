@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.native.compiler import load, switched_on
+from repvgg_jax.compiler import load, switched_on
 
 SOURCE = Path(__file__).parent / "resize.cc"
 

@@ -1,0 +1,82 @@
+"""Calibration images from disk, prepared as evaluation prepares them."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from repvgg_jax.digits import training_scans
+from repvgg_jax.errors import DataError, DataWarning
+from repvgg_jax.image_files import image_files
+from repvgg_jax.paths import is_folder, local_path
+from repvgg_jax.preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_as_input, to_mode
+
+DEFAULT_COUNT = 256
+
+
+def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, count: int = DEFAULT_COUNT) -> np.ndarray:
+    """Read some images of a data set, the same ones every time.
+
+    They are decoded one at a time. For one that cannot be read, another is taken.
+
+    Args:
+      spec: a folder with images at any depth, of which those under `train/` are taken if there is such a folder; or
+        `digits`, for training images of scikit-learn's.
+      preprocessing: size, crop and channels.
+      count: how many; all if there are fewer.
+
+    Returns:
+      uint8 `[N, image_size, image_size, C]`.
+
+    Raises:
+      DataError: no such folder, no image in it, or none that can be read.
+
+    Warns:
+      DataWarning: names each image that cannot be read, and says how many there were.
+    """
+    total, read = _data_set(spec, preprocessing)
+    size = preprocessing.image_size
+    pixels = np.empty((min(count, total), size, size, preprocessing.channels), np.uint8)
+    failures: list[DataError] = []
+    used = 0
+    for index in np.random.default_rng(0).permutation(total).tolist():
+        if used == len(pixels):
+            break
+        try:
+            pixels[used] = read(index)
+        except DataError as error:
+            failures.append(error)
+        else:
+            used += 1
+    if not used:
+        raise DataError(f"none of {len(failures)} calibration images can be read; the first: {failures[0]}")
+    for error in failures:
+        warnings.warn(f"calibration image left out: {error}", DataWarning, stacklevel=2)
+    if failures:
+        summary = f"{len(failures)} calibration images could not be read; {used} others are used"
+        warnings.warn(summary, DataWarning, stacklevel=2)
+    return pixels[:used]
+
+
+def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], np.ndarray]]:
+    """How many images there are, and what reads one, prepared."""
+    if os.fspath(spec) == "digits" and not is_folder(spec):
+        scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
+        return len(scans), lambda index: eval_transform(to_mode(Image.fromarray(scans[index]), mode), preprocessing)
+    files = _image_files(local_path("calibration images", os.fspath(spec)))
+    return len(files), lambda index: open_as_input(files[index], preprocessing)
+
+
+def _image_files(folder: Path) -> list[str]:
+    if not is_folder(folder):
+        raise DataError(
+            f"calibration images: {folder} is no folder, and no data set of that name is built in but digits"
+        )
+    inside = folder / "train" if (folder / "train").is_dir() else folder
+    files = image_files(inside).paths
+    if not files:
+        raise DataError(f"calibration images: {inside} holds none ({', '.join(IMAGE_SUFFIXES)})")
+    return files

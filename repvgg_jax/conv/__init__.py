@@ -1,0 +1,1 @@
+"""How a convolution is computed, in deployment and in training; nothing here knows a net."""

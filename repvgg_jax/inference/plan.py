@@ -1,0 +1,144 @@
+"""Which algorithm computes each layer of a deploy-form net, and in what portions the batch is walked.
+
+A small cost model answers at once (`default_plan`); `tuning` measures instead. On accelerators the plan is XLA's own
+convolution throughout.
+
+Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again; and
+memory that a call allocates afresh costs a page fault every 4 KiB, which outweighs the arithmetic of the first
+layers. So a batch is walked `outer` images at a time through the whole net, and within that, each stage walks its own
+`portion` of images at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from ..conv.cost import LayerShape, candidates, estimated_seconds, products
+from ..conv.deploy import Algorithm
+from ..net.variants import Variant
+
+OUTER = 16
+"""Images that go through the whole net together: enough rows for the late stages' matrix products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What computes the block called `name`."""
+
+    name: str
+    shape: LayerShape
+    algorithm: Algorithm
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """Consecutive layers, walked `portion` images at a time."""
+
+    portion: int
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one net computes one batch; `str` of it is a table.
+
+    Attributes:
+      batch_size: images a call.
+      outer: images that go through all stages together; the last ones of a call may be blank.
+      stages: in order; each portion divides `outer`.
+      source: who chose: "cost model", "measured", "cached measurement", or the platform's name.
+    """
+
+    batch_size: int
+    outer: int
+    stages: tuple[StagePlan, ...]
+    source: str
+
+    def algorithms(self) -> dict[str, Algorithm]:
+        """Algorithm of every block, by name."""
+        return {layer.name: layer.algorithm for stage in self.stages for layer in stage.layers}
+
+    def __str__(self) -> str:
+        rows = [("block", "input", "channels", "stride", "groups", "algorithm", "images", "G multiplications")]
+        for stage in self.stages:
+            for layer in stage.layers:
+                shape = layer.shape
+                rows.append(
+                    (
+                        layer.name,
+                        f"{shape.height}x{shape.width}",
+                        f"{shape.in_channels} -> {shape.out_channels}",
+                        str(shape.stride),
+                        str(shape.groups),
+                        layer.algorithm,
+                        str(stage.portion),
+                        f"{self._multiplications(layer):.3f}",
+                    )
+                )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        direct = sum(layer.shape.multiplications for stage in self.stages for layer in stage.layers) / 1e9
+        planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
+        total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications an image"
+        return "\n".join([*lines, "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
+
+    @staticmethod
+    def _multiplications(layer: LayerPlan) -> float:
+        return products(layer.shape, layer.algorithm) / 1e9
+
+
+def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
+    """The net's convolutions with their shapes, stage by stage, all direct."""
+    height, width = image_size
+    stages: dict[str, list[LayerPlan]] = {}
+    for block in variant.blocks(in_channels):
+        channels = (block.in_channels, block.out_channels)
+        shape = LayerShape(height, width, *channels, block.stride, block.groups, block.dilation)
+        stages.setdefault(block.stage, []).append(LayerPlan(block.name, shape, "direct"))
+        height, width = math.ceil(height / block.stride), math.ceil(width / block.stride)
+    return list(stages.values())
+
+
+def xla_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int, source: str) -> Plan:
+    """XLA's own convolution for every layer, the batch in one piece: right for GPU, TPU and 16-bit floats."""
+    stages = (StagePlan(batch_size, tuple(layers)) for layers in stage_layers(variant, image_size, in_channels))
+    return Plan(batch_size, batch_size, tuple(stages), source)
+
+
+def default_plan(
+    variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3, *, dtype: str = "float32"
+) -> Plan:
+    """The cost model's choice for a CPU: by stage, the portion and the algorithms of least estimated time."""
+    outer = outer_portion(batch_size)
+
+    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
+        costs: list[tuple[Algorithm, float]] = [
+            (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape, dtype)
+        ]
+        return min(costs, key=lambda pair: pair[1])
+
+    stages = []
+    for layers in stage_layers(variant, image_size, in_channels):
+        portions = {p: sum(best(layer.shape, p)[1] for layer in layers) for p in divisors(outer)}
+        portion = min(portions, key=lambda p: portions[p])
+        chosen = (dataclasses.replace(layer, algorithm=best(layer.shape, portion)[0]) for layer in layers)
+        stages.append(StagePlan(portion, tuple(chosen)))
+    return Plan(batch_size, outer, tuple(stages), "cost model")
+
+
+def outer_portion(batch_size: int) -> int:
+    """Images that go through the whole net together: `OUTER` at most, the batch cut into equal parts, rounded up."""
+    return math.ceil(batch_size / math.ceil(batch_size / OUTER))
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def portion_choices(outer: int) -> Sequence[int]:
+    """Portions worth measuring: at most five, spread over the divisors."""
+    choices = divisors(outer)
+    while len(choices) > 5:
+        del choices[len(choices) // 2]
+    return choices

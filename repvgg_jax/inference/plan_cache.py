@@ -1,0 +1,100 @@
+"""Measured plans, kept on disk between processes.
+
+One JSON file per plan, named by a digest of everything the measurement depends on; a file that cannot be read, that is
+not what it claims to be, or that somebody else may have written, counts as absent.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from ..conv import native
+from ..conv.cost import candidates
+from ..conv.deploy import ALGORITHMS
+from ..errors import RepVGGError
+from ..files import atomic_path
+from ..machine import cache_folder, cores, cpu_model
+from ..ownership import check_own_file, find_private_folder, make_private_folder
+from ..version import __version__
+from .plan import Plan, StagePlan, divisors
+
+FORMAT = 2
+
+
+def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
+    """What a measurement belongs to: device, versions, dtype, batch and every layer's shape."""
+    return {
+        "format": FORMAT,
+        "repvgg_jax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "device": device_name(),
+        "native": native.available(),
+        "dtype": dtype,
+        "batch_size": plan.batch_size,
+        "outer": plan.outer,
+        "stages": [
+            [[layer.name, *dataclasses.astuple(layer.shape)] for layer in stage.layers] for stage in plan.stages
+        ],
+    }
+
+
+def load_plan(plan: Plan, dtype: str) -> Plan | None:
+    """The cached measurement for the net, batch and machine that `plan` is for; None if there is none."""
+    key = cache_key(plan, dtype)
+    try:
+        path = find_private_folder(cache_folder("plans")) / _file_name(key)
+        check_own_file(path)
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["key"] != key:
+            return None
+        return _with_choices(plan, stored["portions"], stored["algorithms"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def save_plan(plan: Plan, dtype: str) -> bool:
+    """Keep a measured plan; False, and no harm done, where it cannot be written or others could write to its folder."""
+    key = cache_key(plan, dtype)
+    stored = {"key": key, "portions": [stage.portion for stage in plan.stages], "algorithms": plan.algorithms()}
+    try:
+        path = make_private_folder(cache_folder("plans")) / _file_name(key)
+        with atomic_path(path, mode=0o600) as temporary:
+            temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    except (OSError, RepVGGError):
+        return False
+    return True
+
+
+def device_name() -> str:
+    """Device kind; on a CPU also its model, and the number of cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"{cpu_model()}, {cores()} cores"
+
+
+def _file_name(key: dict[str, Any]) -> str:
+    return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
+
+
+def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:
+    """`plan` with stored choices, or None where one is impossible."""
+    if len(portions) != len(plan.stages):
+        return None
+    stages = []
+    for stage, portion in zip(plan.stages, portions, strict=True):
+        layers = []
+        for layer in stage.layers:
+            algorithm = algorithms[layer.name]
+            if algorithm not in ALGORITHMS or algorithm not in candidates(layer.shape):
+                return None
+            layers.append(dataclasses.replace(layer, algorithm=algorithm))
+        if type(portion) is not int or portion not in divisors(plan.outer):
+            return None
+        stages.append(StagePlan(portion, tuple(layers)))
+    return dataclasses.replace(plan, stages=tuple(stages), source="cached measurement")

@@ -1,0 +1,131 @@
+"""A deploy-form net computed as a `Plan` says: its parameters made ready, its forward pass, its compilation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+
+from ..broadcasting import channelwise
+from ..conv.deploy import convolve, prepare_kernel
+from ..net.activations import activation_function
+from ..net.blocks import SqueezeExcite
+from ..net.model import RepVGG, global_average_pool
+from .plan import LayerPlan, Plan, StagePlan
+
+Output = Literal["logits", "embedding"]
+"""What a predictor returns: class scores, or the pooled features that the classifier would read (`RepVGG.embed`)."""
+
+CPU_OPTIONS: dict[str, Any] = {
+    # Eigen's matrix products: YNNPACK, XLA's default, packs anew each time, which small products do not repay.
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_prefer_vector_width": 512,
+}
+
+
+def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[str, Any]:
+    """Deploy-form parameters with every kernel made ready for its algorithm, the body in `dtype`.
+
+    Args:
+      params: `{block: {"rbr_reparam": {kernel, bias}, …}, "linear": …}`.
+      plan: names each block's algorithm.
+      dtype: computation dtype of the body; head parameters keep theirs.
+    """
+    ready: dict[str, Any] = {"linear": jax.tree.map(jnp.asarray, params["linear"])}
+    for stage in plan.stages:
+        for layer in stage.layers:
+            block = params[layer.name]
+            kernel, bias = (block["rbr_reparam"][leaf] for leaf in ("kernel", "bias"))
+            if layer.algorithm != "direct":
+                kernel = prepare_kernel(np.asarray(kernel), layer.algorithm, groups=layer.shape.groups)
+            gate = {name: leaf for name, leaf in block.items() if name != "rbr_reparam"}
+            cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), {"kernel": kernel, "bias": bias})
+            ready[layer.name] = cast | jax.tree.map(jnp.asarray, gate)
+    return ready
+
+
+def planned_forward(
+    model: RepVGG, plan: Plan, output: Output = "logits"
+) -> Callable[[Mapping[str, Any], Array], Array]:
+    """`forward(prepared params, images [batch_size, H, W, C] normalised) -> [batch_size, outputs]`, to be jitted."""
+
+    def stem_to_output(params: Mapping[str, Any], images: Array) -> Array:
+        x = images
+        for stage in plan.stages:
+            x = _in_portions(lambda part, stage=stage: _run_stage(model, stage, params, part), x, stage.portion)
+        pooled = global_average_pool(x, model.param_dtype)
+        if output == "embedding":
+            return pooled
+        return pooled @ params["linear"]["kernel"] + channelwise(params["linear"]["bias"], pooled.ndim)
+
+    def forward(params: Mapping[str, Any], images: Array) -> Array:
+        images = images.astype(model.dtype)
+        blank = -plan.batch_size % plan.outer
+        if blank:
+            images = jnp.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))
+        return _in_portions(lambda part: stem_to_output(params, part), images, plan.outer)[: plan.batch_size]
+
+    return forward
+
+
+def _in_portions(function: Callable[[Array], Array], x: Array, portion: int) -> Array:
+    """`function(x)`, `portion` entries of the first axis at a time."""
+    if portion >= len(x):
+        return function(x)
+    parts = lax.map(function, x.reshape(-1, portion, *x.shape[1:]))
+    return parts.reshape(-1, *parts.shape[2:])
+
+
+def _run_stage(model: RepVGG, stage: StagePlan, params: Mapping[str, Any], x: Array) -> Array:
+    for layer in stage.layers:
+        x = _run_block(model, layer, params[layer.name], x)
+    return x
+
+
+def _run_block(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
+    """`DeployBlock` by the planned algorithm: convolution, bias, (SE,) activation (, SE)."""
+    place, activation = model.variant.squeeze_excite, model.variant.activation
+    folded = activation == "relu" and place != "before_relu"
+    x = convolve(
+        x,
+        params["kernel"],
+        params["bias"],
+        algorithm=layer.algorithm,
+        stride=layer.shape.stride,
+        groups=layer.shape.groups,
+        dilation=layer.shape.dilation,
+        relu=folded,
+    )
+    if place == "before_relu":
+        x = _gate(model, layer, params["se"], x)
+    if not folded:
+        x = activation_function(activation)(x)
+    return _gate(model, layer, params["post_se"], x) if place == "after_relu" else x
+
+
+def _gate(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
+    gate = SqueezeExcite(model.variant.squeeze_width(layer.shape.out_channels), model.dtype, model.param_dtype)
+    gated = gate.apply({"params": params}, x)
+    assert isinstance(gated, jax.Array)
+    return gated
+
+
+def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """`jit` ahead of time with this library's options for the platform.
+
+    Args:
+      platform: "cpu", "gpu", …
+      function: what to compile.
+      arguments: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    with jax.disable_jit(False):  # nothing is compiled ahead of time otherwise
+        lowered = jax.jit(function).lower(*arguments)
+    if platform == "cpu":
+        try:
+            return lowered.compile(compiler_options=CPU_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:  # another jaxlib may not know an option
+            if "compile option" not in str(error):
+                raise
+    return lowered.compile()

@@ -1,0 +1,86 @@
+"""Measuring which algorithm is fastest for each layer, here and now."""
+
+import dataclasses
+import time
+from statistics import median
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from ..conv.cost import LayerShape, candidates, estimated_seconds
+from ..conv.deploy import Algorithm, convolve, prepare_kernel
+from .plan import Plan, StagePlan, portion_choices
+from .planned_net import compile_for
+
+RUNS = 5
+HOPELESS = 4.0
+"""Candidates that the cost model thinks this many times slower than its best are not measured."""
+
+
+def measured_plan(plan: Plan) -> Plan:
+    """`plan` with each stage's portion and each layer's algorithm replaced by the fastest of those measured (CPU).
+
+    Costs one small compilation and a few runs for each distinct layer shape, candidate and portion: a minute or two.
+    """
+    cache: dict[tuple[LayerShape, int], tuple[Algorithm, float]] = {}
+
+    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
+        if (shape, portion) not in cache:
+            guesses: list[tuple[Algorithm, float]] = [
+                (a, estimated_seconds(shape, a, portion)) for a in candidates(shape)
+            ]
+            least = min(guess for _, guess in guesses)
+            worth: list[Algorithm] = [a for a, guess in guesses if guess <= HOPELESS * least]
+            times: list[tuple[Algorithm, float]] = [(a, measure_layer(shape, a, portion, plan.outer)) for a in worth]
+            cache[shape, portion] = min(times, key=lambda pair: pair[1])
+        return cache[shape, portion]
+
+    stages = []
+    for stage in plan.stages:
+        totals = {p: sum(best(layer.shape, p)[1] for layer in stage.layers) for p in portion_choices(plan.outer)}
+        portion = min(totals, key=lambda p: totals[p])
+        layers = (dataclasses.replace(x, algorithm=best(x.shape, portion)[0]) for x in stage.layers)
+        stages.append(StagePlan(portion, tuple(layers)))
+    return dataclasses.replace(plan, stages=tuple(stages), source="measured")
+
+
+def measure_layer(shape: LayerShape, algorithm: Algorithm, portion: int, images: int) -> float:
+    """Seconds an image that one layer takes when `images` images are walked `portion` at a time, in float32.
+
+    Like inside a net, the layer's output stays in the loop: what leaves is one maximum a channel, so that the
+    measurement contains no page faults for a large result.
+    """
+    rng = np.random.default_rng(0)
+    scale = (9 * shape.in_channels / shape.groups) ** -0.5
+    kernel = rng.normal(0, scale, (3, 3, shape.in_channels // shape.groups, shape.out_channels)).astype(np.float32)
+    prepared = jnp.asarray(prepare_kernel(kernel, algorithm, groups=shape.groups))
+    bias = jnp.zeros(shape.out_channels)
+    steps = max(images // portion, 2)
+    batches = rng.normal(0, 1, (steps, portion, shape.height, shape.width, shape.in_channels)).astype(np.float32)
+
+    def run(batches: jax.Array, prepared: jax.Array, bias: jax.Array) -> jax.Array:
+        def step(x: jax.Array) -> jax.Array:
+            y = convolve(
+                x,
+                prepared,
+                bias,
+                algorithm=algorithm,
+                stride=shape.stride,
+                groups=shape.groups,
+                dilation=shape.dilation,
+                relu=True,
+            )
+            return y.max((0, 1, 2))
+
+        return lax.map(step, batches)
+
+    arguments = (jnp.asarray(batches), prepared, bias)
+    compiled = compile_for("cpu", run, *arguments)
+    times = []
+    for _ in range(RUNS + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - start)
+    return median(times[1:]) / (steps * portion)

@@ -1,0 +1,160 @@
+"""What a RepVGG's parameter tree contains, from the architecture's numbers alone, and the check that one fits."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..errors import WeightsError, first_ten
+from ..trees import FlatArrays
+from .variants import AUX_HEADS, BlockSpec, Variant
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One convolution, BN or linear layer of the tree.
+
+    Attributes:
+      path: where it is, such as `stage1_0/rbr_dense/conv`.
+      kind: what its leaves are.
+      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), `[channels]` for a BN, or `[]` for QARepVGG's
+        identity, whose only leaf is a constant.
+      has_bias: whether a convolution has one; linear layers and BNs always do.
+    """
+
+    path: str
+    kind: Literal["conv", "bn", "linear", "identity"]
+    shape: Shape
+    has_bias: bool = True
+
+    def leaves(self) -> Iterator[tuple[str, Shape]]:
+        """`(name in the flat tree, shape)` of the layer's leaves."""
+        if self.kind == "identity":
+            yield f"batch_stats/{self.path}/scale", self.shape
+            return
+        if self.kind == "bn":
+            for collection, leaf in (("params", "scale"), ("params", "bias")):
+                yield f"{collection}/{self.path}/{leaf}", self.shape
+            for leaf in ("mean", "var"):
+                yield f"batch_stats/{self.path}/{leaf}", self.shape
+            return
+        yield f"params/{self.path}/kernel", self.shape
+        if self.has_bias:
+            yield f"params/{self.path}/bias", self.shape[-1:]
+
+
+def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer]:
+    """The layers of one block of the body."""
+    inputs, outputs = block.in_channels // block.groups, block.out_channels
+    layers: list[Layer] = []
+
+    def conv(path: str, size: int, shape: Shape) -> None:
+        layers.append(Layer(f"{block.name}/{path}", "conv", (size, size, *shape), has_bias=False))
+
+    def bn(path: str, channels: int = outputs) -> None:
+        layers.append(Layer(f"{block.name}/{path}", "bn", (channels,)))
+
+    if deploy:
+        layers.append(Layer(f"{block.name}/rbr_reparam", "conv", (3, 3, inputs, outputs)))
+    else:
+        bare = variant.block == "qarepvgg"
+        for name in variant.branches.dense_names():
+            conv(f"{name}/conv", 3, (inputs, outputs))
+            bn(f"{name}/bn")
+        conv("rbr_1x1" if bare else "rbr_1x1/conv", 1, (inputs, outputs))
+        if not bare:
+            bn("rbr_1x1/bn")
+        if variant.branches.dbb_1x1_3x3:
+            conv("dbb_1x1_3x3/conv1", 1, (inputs, block.in_channels))
+            bn("dbb_1x1_3x3/bn1", block.in_channels)
+            conv("dbb_1x1_3x3/conv2", 3, (inputs, outputs))
+            bn("dbb_1x1_3x3/bn2")
+        if variant.branches.dbb_1x1_avg:
+            conv("dbb_1x1_avg/conv1", 1, (inputs, outputs))
+            bn("dbb_1x1_avg/bn1")
+            bn("dbb_1x1_avg/bn2")
+        if block.has_identity:
+            if bare:
+                layers.append(Layer(f"{block.name}/rbr_identity", "identity", ()))
+            else:
+                bn("rbr_identity")
+        if bare:
+            bn("bn")
+    if variant.squeeze_excite:
+        gate = "se" if variant.squeeze_excite == "before_relu" else "post_se"
+        hidden = variant.squeeze_width(outputs)
+        layers.append(Layer(f"{block.name}/{gate}/down", "conv", (1, 1, outputs, hidden)))
+        layers.append(Layer(f"{block.name}/{gate}/up", "conv", (1, 1, hidden, outputs)))
+    return layers
+
+
+def constants(variant: Variant, deploy: bool) -> dict[str, np.ndarray]:
+    """Leaves that do not learn and that other people's files do not hold: what scales QARepVGG's identities, 1."""
+    layers = [layer for block in variant.blocks() for layer in block_layers(variant, block, deploy)]
+    identities = (layer.leaves() for layer in layers if layer.kind == "identity")
+    return {leaf: np.ones(shape, np.float32) for leaves in identities for leaf, shape in leaves}
+
+
+def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]:
+    """The classifier and, in RepVGGplus's training form, the auxiliary heads."""
+    layers = [Layer("linear", "linear", (variant.widths[-1], num_classes))]
+    if variant.auxiliary_heads and not deploy:
+        for name, width in zip(AUX_HEADS, variant.widths[1:4], strict=True):
+            layers.append(Layer(f"{name}/conv", "conv", (3, 3, width, width), has_bias=False))
+            layers.append(Layer(f"{name}/bn", "bn", (width,)))
+            layers.append(Layer(f"{name}/linear", "linear", (width, num_classes)))
+    return layers
+
+
+@functools.lru_cache(maxsize=32)
+def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> Mapping[str, Shape]:
+    """Name and shape of every leaf of that model's variables (what tracing `model.init` would find, at once)."""
+    layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
+    return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
+
+
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, model: str) -> None:
+    """Hold names and shapes to what a model expects; nothing is ever partly loaded in silence.
+
+    Args:
+      found, expected: name -> shape.
+      where: what to call the entries' origin in an error.
+      model: what to call the model.
+
+    Raises:
+      WeightsError: lists missing, unexpected and mis-shaped entries (the first ten of each kind, then a count).
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+    problems = [f"{what}: {first_ten(names)}" for what, names in kinds if names]
+    if problems:
+        raise WeightsError(f"{where} does not fit {model}; {'; '.join(problems)}")
+
+
+def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) -> None:
+    """`check_shapes` for arrays, and that every number in them is finite.
+
+    Raises:
+      WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
+    """
+    check_shapes({name: tuple(array.shape) for name, array in arrays.items()}, expected, where, "the model")
+    for name, array in arrays.items():
+        check_finite(np.asarray(array), name, where)
+
+
+def check_finite(array: np.ndarray, name: str, where: str) -> None:
+    """Raises WeightsError, naming the array, if it has NaN or infinite values."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum()  # NaN and infinity stay in a sum, which costs a fraction of looking at each number
+    if not np.isfinite(total) and not np.isfinite(array).all():
+        raise WeightsError(f"{where}: {name} has NaN or infinite values")

@@ -1,0 +1,139 @@
+"""Parameters, FLOPs, Winograd multiplications and activation memory of a variant, from the architecture alone.
+
+Counted as the paper's tables count them: deploy form, multiply-adds, 3x3 stride-1 convolutions at 4/9 of their
+multiplications under Winograd F(2x2, 3x3) (paper section 2.4), strided ones in full.
+"""
+
+import dataclasses
+import math
+
+from ..errors import ConfigError
+from .variants import VARIANTS, BlockSpec, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What one deploy-form network costs for one image.
+
+    Attributes:
+      params: weights and biases of the deploy form.
+      train_params: parameters of the training form (without running statistics).
+      flops: multiply-adds of convolutions, squeeze-and-excite and classifier.
+      train_flops: the same of the training form's forward pass (without auxiliary heads).
+      winograd_muls: multiplications left when stride-1 3x3 convolutions run as F(2x2, 3x3).
+      peak_activation_bytes: largest input plus output of one block in float32, what a plain stack must hold.
+    """
+
+    params: int
+    train_params: int
+    flops: int
+    train_flops: int
+    winograd_muls: int
+    peak_activation_bytes: int
+
+
+def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
+    """Cost of `variant` on one square image of `image_size` pixels a side.
+
+    Raises:
+      ConfigError: a size is not positive.
+    """
+    for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ConfigError(f"{option} must be at least 1, not {value}")
+    params = train_params = flops = train_flops = peak = 0
+    winograd = 0.0
+    size = image_size
+    for block in variant.blocks(in_channels):
+        in_pixels, size = size * size, math.ceil(size / block.stride)
+        point = block.in_channels // block.groups * block.out_channels
+        params += 9 * point + block.out_channels
+        branch_params, branch_flops = _branches_cost(variant, block, in_pixels, size * size)
+        train_params += branch_params
+        train_flops += branch_flops
+        multiplies = 9 * point * size * size
+        flops += multiplies
+        winograd += multiplies * (4 / 9 if block.stride == 1 else 1)
+        peak = max(peak, 4 * (in_pixels * block.in_channels + size * size * block.out_channels))
+        if variant.squeeze_excite:
+            hidden = variant.squeeze_width(block.out_channels)
+            gate = 2 * hidden * block.out_channels
+            params += gate + hidden + block.out_channels
+            train_params += gate + hidden + block.out_channels
+            flops += gate
+            train_flops += gate
+            winograd += gate
+    head = variant.widths[-1] * num_classes
+    auxiliary = 0
+    if variant.auxiliary_heads:
+        for width in variant.widths[1:4]:
+            auxiliary += 9 * width * width + 2 * width + width * num_classes + num_classes
+    return Summary(
+        params=params + head + num_classes,
+        train_params=train_params + head + num_classes + auxiliary,
+        flops=flops + head,
+        train_flops=train_flops + head,
+        winograd_muls=round(winograd) + head,
+        peak_activation_bytes=peak,
+    )
+
+
+def _branches_cost(variant: Variant, block: BlockSpec, in_pixels: int, out_pixels: int) -> tuple[int, int]:
+    """Parameters and multiply-adds of one training-form block, without its gate."""
+    inputs, outputs = block.in_channels, block.out_channels
+    point, branches = inputs // block.groups * outputs, variant.branches
+    bare = variant.block == "qarepvgg"
+    at_output, at_input = (9 * branches.dense_copies + 1) * point, 0
+    norms = branches.dense_copies * outputs
+    norms += outputs if bare else outputs * (2 if block.has_identity else 1)
+    if branches.dbb_1x1_3x3:
+        at_output += 9 * point
+        at_input += inputs // block.groups * inputs
+        norms += inputs + outputs
+    if branches.dbb_1x1_avg:
+        at_input += point
+        norms += 2 * outputs
+    return at_output + at_input + 2 * norms, at_output * out_pixels + at_input * in_pixels
+
+
+def summary_table(
+    variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3
+) -> str:
+    """A text table, one variant a line: ours, and in brackets the published figure where there is one.
+
+    Raises:
+      ConfigError: a size is not positive.
+    """
+    rows = [("model", "top-1 %", "params M", "(train)", "FLOPs B", "Wino MULs B", "peak act. MB")]
+    for variant in variants or list(VARIANTS.values()):
+        cost = summarize(variant, image_size=image_size, num_classes=num_classes, in_channels=in_channels)
+        paper = variant.published
+        rows.append(
+            (
+                variant.name,
+                "" if paper.top1 is None else f"[{paper.top1:.2f}]",
+                _beside(truncated(cost.params / 1e6, 2), paper.params_millions, 2),
+                f"{truncated(cost.train_params / 1e6, 2):.2f}",
+                _beside(cost.flops / 1e9, paper.flops_billions, 1),
+                _beside(cost.winograd_muls / 1e9, paper.winograd_muls_billions, 1),
+                f"{cost.peak_activation_bytes / 1e6:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = (
+        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
+        "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of\n"
+        "D2se and RepVGGplus at 320x320.]"
+    )
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
+
+
+def truncated(value: float, digits: int) -> float:
+    """`value` cut after `digits` decimals: the paper cuts its parameter counts where it rounds everything else."""
+    return math.floor(value * 10**digits) / 10**digits
+
+
+def _beside(ours: float, published: float | None, digits: int) -> str:
+    ours_text = f"{ours:.{digits}f}"
+    return ours_text if published is None else f"{ours_text} [{published:.{digits}f}]"

@@ -1,0 +1,291 @@
+"""The published RepVGG variants, as one table, and the block list that each expands to.
+
+Source: paper (arXiv 2101.03697) Tables 2 to 5; D2se and RepVGGplus-L2pse from the authors' later releases.
+"""
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from ..errors import UnknownModelError
+from .activations import Activation, activation_function
+from .kernel_algebra import BN_EPSILON
+
+SqueezeExcitePlace = Literal["before_relu", "after_relu"]
+
+BlockKind = Literal["repvgg", "qarepvgg"]
+"""The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
+
+OUTPUT_STRIDES = (8, 16, 32)
+MAX_DENSE_COPIES = 8
+
+AUX_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
+"""RepVGGplus's auxiliary heads, named after the (half) stage whose output each reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Figures the authors print: deploy form at 224x224, multiply-adds; speed on a 1080Ti, fp32, batch 128."""
+
+    top1: float | None = None
+    images_per_second: int | None = None
+    params_millions: float | None = None
+    flops_billions: float | None = None
+    winograd_muls_billions: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """One block of the body: what a module, a weight map and a FLOP count need to know about it.
+
+    `dense` 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, and their taps are `dilation` pixels
+    apart. `nominal_stride` is the stride that the block has in the same net without dilation.
+    """
+
+    name: str
+    stage: str
+    in_channels: int
+    out_channels: int
+    stride: int
+    groups: int
+    dilation: int
+    nominal_stride: int
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether the training form has the identity branch (paper section 3.3); dilation does not change that."""
+        return self.nominal_stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """What a training-form block sums besides RepVGG's own three branches; all of it fuses into the one 3x3 kernel.
+
+    Attributes:
+      dense_copies: 3x3 branches, each with its own BN (MobileOne, arXiv 2206.04040: up to 4); RepVGG has 1.
+      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, a BN after each (Diverse Branch Block, arXiv 2103.13425).
+      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
+    """
+
+    dense_copies: int = 1
+    dbb_1x1_3x3: bool = False
+    dbb_1x1_avg: bool = False
+
+    def __post_init__(self):
+        if type(self.dense_copies) is not int or not 1 <= self.dense_copies <= MAX_DENSE_COPIES:
+            raise ValueError(f"dense_copies must be 1 to {MAX_DENSE_COPIES}, not {self.dense_copies}")
+
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the 3x3 branches in the parameter tree: `rbr_dense`, `rbr_dense_1`, …"""
+        return "rbr_dense", *(f"rbr_dense_{copy}" for copy in range(1, self.dense_copies))
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The numbers that make one RepVGG; all but the first two have RepVGG's own defaults.
+
+    `Variant(num_blocks=(1, 2, 2, 1), widths=(16, 16, 32, 64, 128))` is a whole architecture for `create_model`.
+
+    Attributes:
+      num_blocks: blocks in stages 1 to 4; stage 0 is one block, and each stage starts with stride 2.
+      widths: output channels of stages 0 to 4.
+      groups: groups of the 3x3 and 1x1 convolutions in the even-numbered blocks 2, 4, ….
+      squeeze_excite: where the squeeze-and-excite gate sits, or None.
+      squeeze_excite_ratio: the gate's hidden width is the block's width divided by this.
+      auxiliary_heads: RepVGGplus: stage 3 in two halves, auxiliary classifiers while training.
+      image_size: test resolution the published accuracy belongs to, in pixels.
+      crop_fraction: centre crop over resized shorter side at evaluation.
+      published: the authors' figures, where there are any.
+      stem_stride: stride of stage 0: 2, or 1 for images as small as 32x32.
+      output_stride: 32, or 16 or 8 for a backbone of dense prediction: stages that would go beyond it keep stride 1,
+        and the blocks after their strides are dilated instead, as in timm and torchvision.
+      activation: what follows each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
+      block: the kind of the training form's block.
+      branches: more branches for the training form's blocks.
+      epsilon: what every BatchNorm of the training form adds to the variance. No key of a weight file shows it.
+
+    Raises:
+      ValueError: numbers that make no network; it names the field, its value and what it must be.
+    """
+
+    num_blocks: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int, int]
+    groups: int = 1
+    squeeze_excite: SqueezeExcitePlace | None = None
+    squeeze_excite_ratio: int = 16
+    auxiliary_heads: bool = False
+    name: str = "custom"
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    published: Published = dataclasses.field(default=Published(), compare=False)
+    stem_stride: int = 2
+    output_stride: int = 32
+    activation: Activation = "relu"
+    block: BlockKind = "repvgg"
+    branches: Branches = Branches()
+    epsilon: float = BN_EPSILON
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_blocks", _positive_numbers("num_blocks", self.num_blocks, "four", "1 to 4"))
+        object.__setattr__(self, "widths", _positive_numbers("widths", self.widths, "five", "0 to 4"))
+        for field in ("groups", "squeeze_excite_ratio", "image_size"):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 1:
+                raise ValueError(f"{field} must be a positive whole number, not {getattr(self, field)!r}")
+        choices = {
+            "squeeze_excite": (None, *get_args(SqueezeExcitePlace)),
+            "stem_stride": (1, 2),
+            "output_stride": OUTPUT_STRIDES,
+            "block": get_args(BlockKind),
+        }
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {', '.join(map(str, known))}, not {getattr(self, field)!r}")
+        if not isinstance(self.branches, Branches):
+            raise ValueError(f"branches must be a Branches, not {self.branches!r}")
+        activation_function(self.activation)
+        object.__setattr__(self, "epsilon", checked_epsilon(self.epsilon))
+        if self.auxiliary_heads and self.num_blocks[2] < 2:
+            raise ValueError(f"auxiliary heads split stage 3 in two, which needs 2 blocks, not {self.num_blocks[2]}")
+        for block in self.blocks():
+            if block.in_channels % block.groups or block.out_channels % block.groups:
+                raise ValueError(
+                    f"{block.name}: {block.in_channels} -> {block.out_channels} channels cannot be split "
+                    f"into {block.groups} groups"
+                )
+
+    def stages(self) -> tuple[tuple[str, int, int, int], ...]:
+        """`(name, number of blocks, width, nominal stride of the first block)` of every stage, in order."""
+        one, two, three, four = self.num_blocks
+        if self.auxiliary_heads:
+            first = three // 2
+            third = (("stage3_first", first, self.widths[3], 2), ("stage3_second", three - first, self.widths[3], 1))
+        else:
+            third = (("stage3", three, self.widths[3], 2),)
+        return (
+            ("stage0", 1, self.widths[0], self.stem_stride),
+            ("stage1", one, self.widths[1], 2),
+            ("stage2", two, self.widths[2], 2),
+            *third,
+            ("stage4", four, self.widths[4], 2),
+        )
+
+    def blocks(self, in_channels: int = 3) -> tuple[BlockSpec, ...]:
+        """Every block of the body, from image to head, named as in the parameter tree."""
+        specs: list[BlockSpec] = []
+        reduction = dilation = 1
+        for stage, count, width, stage_stride in self.stages():
+            dilated = stage_stride == 2 and reduction >= self.output_stride
+            # The block that would have had the stride still sees what it saw then, those after it look twice as far.
+            dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
+            reduction *= 1 if dilated else stage_stride
+            for position in range(count):
+                index = len(specs)  # stage 0 is block 0; groups go to even blocks after it
+                nominal_stride = stage_stride if position == 0 else 1
+                specs.append(
+                    BlockSpec(
+                        name=stage if stage == "stage0" else f"{stage}_{position}",
+                        stage=stage,
+                        in_channels=specs[-1].out_channels if specs else in_channels,
+                        out_channels=width,
+                        stride=1 if dilated else nominal_stride,
+                        groups=self.groups if index and index % 2 == 0 else 1,
+                        dilation=dilation_before if position == 0 else dilation,
+                        nominal_stride=nominal_stride,
+                    )
+                )
+        return tuple(specs)
+
+    def squeeze_width(self, channels: int) -> int:
+        """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
+        return max(1, channels // self.squeeze_excite_ratio)
+
+
+def checked_epsilon(value: Any) -> float:
+    """Return `value` as the epsilon of a BatchNorm.
+
+    Raises:
+      ValueError: it is not a number above 0 and below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+        raise ValueError(f"epsilon must be a number above 0 and below 1, such as 1e-3, not {value!r}")
+    return float(value)
+
+
+def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tuple[int, ...]:
+    """`value` as a tuple of so many positive whole numbers."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(values) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in values):
+        shown = tuple(value) if isinstance(value, list) else value
+        raise ValueError(f"{field} must be {how_many} positive numbers (stages {stages}), not {shown}")
+    return values
+
+
+def scaled_widths(a: float, b: float) -> tuple[int, int, int, int, int]:
+    """Stage widths from the paper's multipliers: 64a capped at 64, 64a, 128a, 256a, 512b (section 3.4)."""
+    return min(64, int(64 * a)), int(64 * a), int(128 * a), int(256 * a), int(512 * b)
+
+
+_A = (2, 4, 14, 1)
+_B = (4, 6, 16, 1)
+_D = (8, 14, 24, 1)
+
+_TABLE = (
+    Variant(_A, scaled_widths(0.75, 2.5), name="RepVGG-A0", published=Published(72.41, 3256, 8.30, 1.4, 0.7)),
+    Variant(_A, scaled_widths(1, 2.5), name="RepVGG-A1", published=Published(74.46, 2339, 12.78, 2.4, 1.3)),
+    Variant(_A, scaled_widths(1.5, 2.75), name="RepVGG-A2", published=Published(76.48, 1322, 25.49, 5.1, 2.7)),
+    Variant(_B, scaled_widths(1, 2.5), name="RepVGG-B0", published=Published(75.14, 1817, 14.33, 3.1, 1.6)),
+    Variant(_B, scaled_widths(2, 4), name="RepVGG-B1", published=Published(78.37, 685, 51.82, 11.8, 5.9)),
+    Variant(_B, scaled_widths(2, 4), 2, name="RepVGG-B1g2", published=Published(77.78, 792, 41.36, 8.8, 4.6)),
+    Variant(_B, scaled_widths(2, 4), 4, name="RepVGG-B1g4", published=Published(77.58, 868, 36.12, 7.3, 3.9)),
+    Variant(_B, scaled_widths(2.5, 5), name="RepVGG-B2", published=Published(78.78, 460, 80.31, 18.4, 9.1)),
+    Variant(_B, scaled_widths(2.5, 5), 2, name="RepVGG-B2g2"),
+    Variant(_B, scaled_widths(2.5, 5), 4, name="RepVGG-B2g4", published=Published(79.38, 581, 55.77, 11.3, 6.0)),
+    Variant(_B, scaled_widths(3, 5), name="RepVGG-B3", published=Published(80.52, 363, 110.96, 26.2, 12.9)),
+    Variant(_B, scaled_widths(3, 5), 2, name="RepVGG-B3g2"),
+    Variant(_B, scaled_widths(3, 5), 4, name="RepVGG-B3g4", published=Published(80.21, 464, 75.62, 16.1, 8.4)),
+    Variant(
+        _D,
+        scaled_widths(2.5, 5),
+        squeeze_excite="before_relu",
+        name="RepVGG-D2se",
+        image_size=320,
+        crop_fraction=1.0,
+        published=Published(83.55),
+    ),
+    Variant(
+        _D,
+        scaled_widths(2.5, 5),
+        squeeze_excite="after_relu",
+        squeeze_excite_ratio=4,
+        auxiliary_heads=True,
+        name="RepVGGplus-L2pse",
+        image_size=320,
+        crop_fraction=1.0,
+        published=Published(84.06),
+    ),
+)
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
+
+
+def list_models() -> list[str]:
+    """Names of all published variants, in the order of the paper's tables."""
+    return list(VARIANTS)
+
+
+def get_variant(name: str) -> Variant:
+    """The published variant called `name` (letter case does not matter).
+
+    Raises:
+      UnknownModelError: no such variant; the message suggests the nearest names.
+    """
+    by_lower = {known.lower(): variant for known, variant in VARIANTS.items()}
+    found = by_lower.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(by_lower[n].name for n in near)}?" if near else f"known: {', '.join(VARIANTS)}"
+        )
+        raise UnknownModelError(f"unknown model {name!r}; {hint}")
+    return found

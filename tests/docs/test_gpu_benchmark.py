@@ -1,0 +1,79 @@
+"""`benchmarks.gpu` runs on what a CUDA image holds, ends in time, and keeps RESULTS.md a table."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.contest import Contestant, ContestantDiedError
+from benchmarks.gpu import Clock, append_row
+
+DEVICE = {"device": "GPU", "versions": "jax 1", "product_tflops": 750.4, "copy_gb_per_second": 4000.0}
+
+
+def test_the_row_follows_the_tables_last_one(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("| date |\n|---|\n| old |\n\nMore text.\n", encoding="utf-8")
+    clock = Clock(0)
+    assert not clock.allows("profile", 1)
+    append_row(path, DEVICE, ["A0: 1 | 2"], clock)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[2] == "| old |"
+    assert lines[3].endswith("jax 1 | A0: 1 / 2; left out for want of time: profile |")
+    assert lines[4:] == ["", "More text."]
+
+
+class Sleeper(Contestant):
+    """A worker that never becomes ready."""
+
+    def __init__(self):
+        self.name = "sleeper"
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_compilation_that_outlasts_the_minutes_is_stopped_and_named():
+    clock, sleeper = Clock(0.5 / 60), Sleeper()
+    with clock.stops("train step", [sleeper]):
+        sleeper.expect_ready()
+    assert clock.left_out == ["train step"]
+
+
+def test_a_worker_that_dies_by_itself_is_an_error():
+    clock, sleeper = Clock(1), Sleeper()
+    sleeper.kill()
+    with pytest.raises(ContestantDiedError), clock.stops("train step", [sleeper]):
+        sleeper.expect_ready()
+
+
+IMPORTS = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "tyro", "simplejpeg", "array_record", "sklearn", "onnx"):
+    sys.modules[name] = None
+import benchmarks.gpu, benchmarks.gpu_workers, benchmarks.train_step, benchmarks.resnet
+import tests.helpers.random_weights, tests.helpers.torch_oracle
+import train.config, train.optimizer, train.parallel, train.state, train.step, train.utilization
+import repvgg_jax
+repvgg_jax.make_predictor
+"""
+
+
+def test_it_imports_nothing_that_a_cuda_image_lacks():
+    run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_the_dry_run_walks_through_every_section():
+    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + run.stdout
+    lines = run.stdout.splitlines()
+    for start in (
+        "RepVGG-A0               ",
+        "one train step",
+        "RepVGG-A2",
+        "kernels of",
+        "float32",
+        "RepVGG-A0         2",
+    ):
+        assert any(line.startswith(start) for line in lines), start

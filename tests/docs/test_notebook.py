@@ -1,0 +1,24 @@
+"""Claim: the notebook runs from top to bottom, and is kept without anything that a run leaves in it."""
+
+import nbformat
+from nbclient import NotebookClient
+
+from tests.helpers.repository import ROOT
+
+PATH = ROOT / "examples" / "repvgg_tour.ipynb"
+
+
+def test_the_notebook_runs_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this checkout's library, whichever is installed
+    notebook = nbformat.read(PATH, as_version=4)
+    done = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_notebook_is_kept_without_outputs():
+    notebook = nbformat.read(PATH, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert not any(cell.outputs or cell.execution_count for cell in code)

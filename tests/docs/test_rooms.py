@@ -1,0 +1,55 @@
+"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go up it alone."""
+
+import ast
+import re
+from pathlib import Path
+
+from tests.helpers.repository import ROOT
+
+PACKAGE = ROOT / "repvgg_jax"
+
+
+def rows() -> list[list[str]]:
+    """The rooms of `repvgg_jax`, row by row: modules and subpackages, by name."""
+    table = re.findall(r"^\| (`repvgg_jax/[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    return [[Path(name).stem for name in re.findall(r"`([^`]+)`", cell)] for cell in table]
+
+
+def room_of(module: Path) -> str:
+    """The name of the module, or of the subpackage that it is in."""
+    return Path(module.relative_to(PACKAGE).parts[0]).stem
+
+
+def imports(module: Path) -> set[str]:
+    """The rooms that a module imports from when it is imported itself."""
+    folder = ["repvgg_jax", *module.relative_to(PACKAGE).parts[:-1]]
+    found: list[list[str]] = []
+    pending: list[ast.AST] = [ast.parse(module.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ImportFrom) and node.level:
+            origin = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+            found += [origin] if node.module else [[*origin, alias.name] for alias in node.names]
+        if not isinstance(node, ast.FunctionDef | ast.If):  # `if TYPE_CHECKING` is not run
+            pending += ast.iter_child_nodes(node)
+    return {names[1] for names in found if len(names) > 1} - {room_of(module), "version"}
+
+
+def modules() -> list[Path]:
+    return [m for m in PACKAGE.rglob("*.py") if m not in (PACKAGE / "__init__.py", PACKAGE / "version.py")]
+
+
+def test_every_module_has_a_room():
+    listed = [name for row in rows() for name in row]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {room_of(module) for module in modules()}
+
+
+def test_rooms_import_from_rows_above_and_their_own():
+    row_of = {name: number for number, row in enumerate(rows()) for name in row}
+    seen = 0
+    for module in modules():
+        for imported in imports(module):
+            seen += 1
+            assert row_of[imported] <= row_of[room_of(module)], f"{module.relative_to(ROOT)} imports {imported}"
+    assert seen > 100

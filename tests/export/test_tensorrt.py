@@ -1,0 +1,188 @@
+"""Claim: `target="tensorrt"` writes what TensorRT's parser takes, and other runtimes compute the same from it.
+
+No TensorRT here: its published rules stand below as data, each with where it is published, and a checker applies them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+import repvgg_jax as rv
+from repvgg_jax.quantization.net import dequantized, is_quantized
+from repvgg_jax.quantization.stack import LINEAR, POOL, activate, affine
+from tests.export.test_onnx import in_onnxruntime, in_openvino, nchw
+from tests.helpers.quantization import VARIANTS, deploy_net, images
+
+DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A QuantizeLinear or DequantizeLinear and what stands around it; arrays are None where they are computed."""
+
+    node: onnx.NodeProto
+    scale: np.ndarray | None
+    zero: np.ndarray | None
+    integers: np.ndarray | None
+    weight_of: str | None
+    """The operator that reads the result as its weights or bias."""
+    place: int
+    """As which of its inputs: 1 for weights, 2 for a bias."""
+    axis: int | None
+    output_axis: int
+    """Of that operator's weights."""
+
+
+Rule = tuple[str, str, Callable[[Quantizer], bool]]
+
+RULES: tuple[Rule, ...] = (
+    (
+        "zero-points are 0: symmetric quantisation alone",
+        DOCS + "work-quantized-types.html; shiftIsAllZeros in the parser, github.com/NVIDIA/TensorRT/issues/2774",
+        lambda q: q.zero is not None and not q.zero.any(),
+    ),
+    (
+        "quantised tensors are int8, not uint8",
+        DOCS + "work-quantized-types.html, supported data types",
+        lambda q: (
+            q.zero is not None and q.zero.dtype == np.int8 and (q.integers is None or q.integers.dtype == np.int8)
+        ),
+    ),
+    (
+        "no int32 bias through DequantizeLinear: 'only activation types allowed as input to this layer'",
+        "github.com/microsoft/onnxruntime/issues/14229, github.com/onnx/onnx-tensorrt/issues/850",
+        lambda q: q.place != 2,
+    ),
+    (
+        "activations have one scale, which is a positive constant",
+        DOCS + "work-quantized-types.html, quantization granularities",
+        lambda q: q.scale is not None and bool((q.scale > 0).all()) and (q.weight_of is not None or q.scale.ndim == 0),
+    ),
+    (
+        "weights have one scale, or one per output channel",
+        DOCS + "work-quantized-types.html, quantization granularities",
+        lambda q: q.weight_of is None or q.scale is None or q.scale.ndim == 0 or q.axis == q.output_axis == 0,
+    ),
+    (
+        "weights lie in -127..127",
+        "the range of INT8 weights, developer guide, ONNX support of Q/DQ",
+        lambda q: q.integers is None or int(q.integers.min()) >= -127,
+    ),
+)
+
+
+def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
+    """Every one in the graph."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        readers = [(r, list(r.input).index(node.output[0])) for r in model.graph.node if node.output[0] in r.input]
+        reader, place = readers[0] if readers else (None, 0)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for r in [reader] if r for a in r.attribute}
+        output_axis = 1 if reader is not None and reader.op_type == "Gemm" and not attributes.get("transB") else 0
+        axes = [a.i for a in node.attribute if a.name == "axis"]
+        found.append(
+            Quantizer(
+                node,
+                constants.get(node.input[1]),
+                constants.get(node.input[2]) if len(node.input) > 2 else None,
+                constants.get(node.input[0]),
+                reader.op_type if reader is not None and place > 0 else None,
+                place,
+                axes[0] if axes else None,
+                output_axis,
+            )
+        )
+    return found
+
+
+def broken_rules(path: Path) -> set[str]:
+    return {words for quantizer in quantizers(onnx.load(path)) for words, _, holds in RULES if not holds(quantizer)}
+
+
+def expected_logits(net: rv.QuantizedNet, x: np.ndarray) -> np.ndarray:
+    """Float layers on activations rounded to int8: what the file is to compute."""
+
+    def rounded(x: np.ndarray, name: str, scale: np.ndarray) -> np.ndarray:
+        scale = scale if name == "stage0" else scale * 255 / 127
+        return np.clip(np.rint(x / scale), -128, 127) * scale
+
+    for spec in net.variant.blocks():
+        layer = net.params[spec.name]
+        x = rounded(x, spec.name, layer["input_scale"]) if is_quantized(layer) else x
+        x = np.asarray(activate(net.variant, spec, layer, affine(spec, dequantized(layer), x)))
+    pooled, linear = rounded(x, POOL, net.params[POOL]["input_scale"]).mean((1, 2)), net.params[LINEAR]
+    pooled = rounded(pooled, LINEAR, linear["input_scale"]) if is_quantized(linear) else pooled
+    return pooled @ np.asarray(dequantized(linear)["kernel"]) + np.asarray(dequantized(linear)["bias"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_graph_keeps_tensorrts_rules_and_two_runtimes_compute_it(name, tmp_path):
+    options: dict[str, Any] = {"float_first": True, "float_last": True} if name == "grouped" else {}
+    net = rv.quantize(*deploy_net(name), images(), "equalized", **options)
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32, target="tensorrt")
+    assert broken_rules(tmp_path / "net.onnx") == set()
+    model = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert TensorProto.UINT8 not in {tensor.data_type for tensor in model.graph.initializer}
+    x = images(16, seed=1)
+    expected = expected_logits(net, x)
+    largest = np.abs(expected).max()
+    for run in (in_onnxruntime, in_openvino):
+        # A unit of the pooled features, which runtimes average in their own ways, may fall to the other side of a half.
+        found = run(tmp_path / "net.onnx", nchw(x))
+        np.testing.assert_allclose(found, expected, atol=0.05 * largest)
+        assert np.median(np.abs(found - expected)) < 0.01 * largest
+
+
+def test_both_flavours_run_in_both_runtimes_and_are_near_each_other(tmp_path):
+    net = rv.quantize(*deploy_net(), images(), "equalized")
+    x, logits = images(16, seed=1), {}
+    for target in ("onnxruntime", "tensorrt"):
+        rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32, target=target)
+        for run in (in_onnxruntime, in_openvino):
+            logits[target, run.__name__] = run(tmp_path / "net.onnx", nchw(x))
+    reference = np.asarray(net(x))
+    largest = np.abs(reference).max()
+    for found in logits.values():
+        # Half the steps in the same range: twice the rounding error in every layer.
+        np.testing.assert_allclose(found, reference, atol=0.15 * largest)
+
+
+def test_the_checker_finds_what_the_other_flavour_does_otherwise(tmp_path):
+    """So that the tests above are not empty."""
+    net = rv.quantize(*deploy_net(), images(), "equalized")
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32)
+    broken = broken_rules(tmp_path / "net.onnx")
+    assert {words.partition(":")[0] for words in broken} >= {
+        "zero-points are 0",
+        "quantised tensors are int8, not uint8",
+        "no int32 bias through DequantizeLinear",
+    }
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_height_and_width_are_free_on_request(target, tmp_path):
+    net = rv.quantize(*deploy_net(), images(), "equalized")
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, dynamic_size=True, target=target)
+    for height, width in ((32, 32), (24, 56)):
+        x = np.tile(images(4, seed=1), (1, 2, 2, 1))[:, :height, :width]
+        expected = np.asarray(net(x)) if target == "onnxruntime" else expected_logits(net, x)
+        for run in (in_onnxruntime, in_openvino):
+            found = run(tmp_path / "net.onnx", nchw(x))
+            np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_an_unknown_target_is_refused(tmp_path):
+    net = rv.quantize(*deploy_net(), images(), "naive")
+    with pytest.raises(ValueError, match="target must be onnxruntime or tensorrt, not 'tflite'"):
+        rv.export_quantized_onnx(tmp_path / "net.onnx", net, target="tflite")  # pyright: ignore[reportArgumentType]
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""Runs of a tiny model on the digits, as real processes: for the tests of what a run survives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers.repository import ROOT
+
+
+def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
+    """Variables of a process with so many virtual CPU devices, one that keeps what it compiles in `cache`."""
+    variables = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    if cache is not None:
+        variables |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    return variables
+
+
+class Runs:
+    """Starts runs that share their data set and what they have compiled."""
+
+    def __init__(self, folder: Path):
+        self.data, self.cache = folder / "data", folder / "cache"
+
+    def command(self, workdir: Path, **options: Any) -> list[str]:
+        """The command line; option names with underscores, True for a flag."""
+        chosen = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=10, log_every=11) | options
+        words = [
+            sys.executable,
+            "-m",
+            "tests.helpers.tiny_train",
+            "--preset",
+            "digits",
+            "--model",
+            "Tiny",
+            "--image-size",
+            "16",
+        ]
+        words += ["--test-image-size", "16", "--data-dir", str(self.data), "--workdir", str(workdir)]
+        for name, value in chosen.items():
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return words
+
+    def start(
+        self, workdir: Path, devices: int = 1, largest_file: int | None = None, **options: Any
+    ) -> subprocess.Popen:
+        """A run in the background; `largest_file`: bytes after which writing fails, as it does on a full disk."""
+        limit = [] if largest_file is None else ["prlimit", f"--fsize={largest_file}"]
+        return subprocess.Popen(
+            limit + self.command(workdir, **options),
+            env=environment(devices, self.cache),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, workdir: Path, devices: int = 1, **options: Any) -> subprocess.CompletedProcess:
+        """A run to its end, whatever that is."""
+        process = self.start(workdir, devices, **options)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def weights(workdir: Path, name: str = "final") -> dict[str, bytes]:
+    """A weight file's tensors as bytes, to compare bit for bit."""
+    return {key: array.tobytes() for key, array in load_file(workdir / f"{name}.safetensors").items()}
+
+
+def rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what depends on the machine's speed."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    """Shared by all tests of one process."""
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(runs: Runs, tmp_path_factory) -> Path:
+    """The workdir of a run, with moving averages, that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert done.returncode == 0, done.stderr
+    return workdir

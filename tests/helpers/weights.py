@@ -1,0 +1,98 @@
+"""Shared by the tests on weight files: models small enough to make thousands of, and files of any shape."""
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import repvgg_jax as rv
+from repvgg_jax.net.layout import expected_shapes
+from repvgg_jax.trees import flatten, unflatten
+from repvgg_jax.weights.key_maps import FAMILIES, Family
+from repvgg_jax.weights.state_dict import items, state_dict
+
+TINY = rv.Variant((2, 2, 2, 1), (8, 8, 12, 16, 20))
+CLASSES = 5
+
+
+def random_arrays(variant: rv.Variant, deploy: bool = False, num_classes: int = CLASSES, seed: int = 0, channels=3):
+    """A flat tree of random numbers between 0.1 and 1.1: no run of the model, so quick at any size."""
+    rng = np.random.default_rng(seed)
+    shapes = expected_shapes(variant, deploy, num_classes, channels)
+    return {name: rng.random(shape, np.float32) + np.float32(0.1) for name, shape in shapes.items()}
+
+
+def random_model(variant: rv.Variant | str, deploy: bool = False, num_classes: int = CLASSES, seed: int = 0):
+    """A model and random variables for it."""
+    model = rv.create_model(variant, num_classes, deploy)
+    return model, unflatten(random_arrays(model.variant, deploy, num_classes, seed))
+
+
+def torch_state(
+    variant: rv.Variant,
+    deploy: bool = False,
+    family: Family = FAMILIES["authors"],
+    seed: int = 0,
+    channels: int = 3,
+    steps: int = 7,
+) -> dict[str, torch.Tensor]:
+    """A family's state dict with random numbers, as PyTorch tensors."""
+    arrays = random_arrays(variant, deploy, seed=seed, channels=channels)
+    state = state_dict(family, arrays, variant, deploy, CLASSES, channels, steps)
+    return {key: torch.from_numpy(value) for key, value in state.items()}
+
+
+def file_shapes(family: Family, variant: rv.Variant, deploy: bool, num_classes: int = 10, channels: int = 3):
+    """Keys and shapes of that model's file."""
+    return {item.key: item.file_shape for item in items(family, variant, deploy, num_classes, channels)}
+
+
+def families_of(variant: rv.Variant) -> list[Family]:
+    """Those that have names for every part of it."""
+    names = ["authors-plus"] if variant.auxiliary_heads else ["authors", "timm", "mmpretrain"]
+    return [FAMILIES[name] for name in names]
+
+
+def assert_same_bits(expected: Any, found: Any) -> None:
+    """Two variables trees have the same leaves, bit for bit."""
+    expected, found = flatten(expected), flatten(found)
+    assert set(expected) == set(found)
+    for name, array in expected.items():
+        left, right = np.asarray(array), np.asarray(found[name])
+        assert left.dtype == right.dtype, name
+        assert left.tobytes() == right.tobytes(), name
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's numbers, row-major."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy().tobytes() if tensor.dtype == torch.bfloat16 else tensor.numpy().tobytes()
+
+
+def refused(path: Path | str, **options: Any) -> str:
+    """The one-line message of the error that loading `path` gives."""
+    with pytest.raises(rv.RepVGGError) as caught:
+        rv.load_weights(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
+    """Copy a PyTorch zip file with another `data.pkl`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
+
+
+def safetensors_bytes(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with that header, and a length before it that may lie."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -1,0 +1,151 @@
+"""Claim: a predictor gives the model's logits, for any number of images, whatever its plan, from any thread."""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import repvgg_jax as rv
+from repvgg_jax.conv import native
+from repvgg_jax.conv.deploy import ALGORITHMS, NATIVE, supports
+from repvgg_jax.inference import plan_cache
+from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
+from repvgg_jax.inference.predictor import Predictor
+from repvgg_jax.machine import cache_folder
+from repvgg_jax.preprocess import normalize
+from tests.helpers.comparison import relative_difference
+from tests.helpers.random_weights import random_variables
+
+SMALL = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 24))
+GROUPED = dataclasses.replace(SMALL, groups=2)
+GATED = dataclasses.replace(SMALL, squeeze_excite="before_relu", squeeze_excite_ratio=4)
+GATED_AFTER = dataclasses.replace(SMALL, squeeze_excite="after_relu", squeeze_excite_ratio=4, auxiliary_heads=True)
+
+
+def case(variant, images: int, size: int = 40):
+    model = rv.create_model(variant, 5)
+    rng = np.random.default_rng(0)
+    return model, random_variables(model), rng.normal(size=(images, size, size, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def empty_plan_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("variant", [SMALL, GROUPED, GATED, GATED_AFTER], ids=["plain", "grouped", "se", "post_se"])
+def test_logits_are_the_models_for_any_number_of_images(variant):
+    model, variables, images = case(variant, 7)
+    predict = rv.make_predictor(model, variables, batch_size=3, image_size=40)
+    expected = jax.jit(model.apply)(variables, images)
+    for count in (1, 2, 3, 7):
+        found = predict(images[:count])
+        assert found.shape == (count, 5)
+        assert found.dtype == np.float32
+        assert relative_difference(expected[:count], found) <= 1e-5
+    deployed = rv.make_predictor(*rv.to_deploy(model, variables), batch_size=3, image_size=40)
+    np.testing.assert_array_equal(deployed(images), predict(images))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
+    if algorithm in NATIVE and not native.available():
+        pytest.skip("no C++ compiler")
+    model, variables, images = case(GROUPED, 4)
+    model, variables = rv.to_deploy(model, variables)
+    start = default_plan(model.variant, 4, (40, 40))
+
+    def chosen(layer):
+        usable = supports(algorithm, layer.shape.stride)
+        return dataclasses.replace(layer, algorithm=algorithm if usable else "direct")
+
+    stages = tuple(StagePlan(2, tuple(map(chosen, stage.layers))) for stage in start.stages)
+    predict = Predictor(model, variables["params"], Plan(4, 4, stages, "test"), None)
+    assert relative_difference(jax.jit(model.apply)(variables, images), predict(images)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4"])
+def test_the_default_plans_error_over_the_whole_net_is_float32s(name):
+    model = rv.create_model(name)
+    variables = random_variables(model)
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3))
+    predict = rv.make_predictor(model, variables, batch_size=2)
+    with jax.enable_x64(True):
+        exact = rv.create_model(name, dtype=jnp.float64, param_dtype=jnp.float64)
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+        expected = np.asarray(jax.jit(exact.apply)(wide, images))
+    assert relative_difference(expected, predict(images.astype(np.float32))) <= 1e-5
+
+
+def test_uint8_images_are_normalised_inside():
+    model, variables, _ = case(SMALL, 1)
+    preprocessing = rv.Preprocessing(40, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
+    folded = rv.make_predictor(model, variables, 2, 40, preprocessing=preprocessing)
+    plain = rv.make_predictor(model, variables, 2, 40)
+    assert relative_difference(plain(normalize(images, preprocessing)), folded(images)) <= 1e-6
+    with pytest.raises(ValueError, match="normalises uint8 images itself; these are float32"):
+        folded(images.astype(np.float32))
+    with pytest.raises(ValueError, match="images are uint8: normalise them"):
+        plain(images)
+
+
+def test_bfloat16_is_close_and_logits_stay_float32():
+    model, variables, images = case(SMALL, 2)
+    found = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)(images)
+    assert found.dtype == np.float32
+    difference = relative_difference(model.apply(variables, images), found)
+    assert 1e-5 < difference < 0.05
+
+
+def test_threads_share_a_predictor():
+    model, variables, images = case(SMALL, 16)
+    predict = rv.make_predictor(model, variables, 2, 40)
+    expected = [predict(image[None]) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: predict(image[None]), images))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_wrong_input_is_named():
+    model, variables, images = case(SMALL, 1)
+    predict = rv.make_predictor(model, variables, 2, 40)
+    for bad in (images[0], images[:, :39], images[:0]):
+        with pytest.raises(ValueError, match=r"images must have shape \[N, 40, 40, 3\], not "):
+            predict(bad)
+    with pytest.raises(ValueError, match=r"not \[0, 40, 40, 3\]; the batch is empty"):
+        predict(images[:0])
+    with pytest.raises(ValueError, match="must be positive"):
+        rv.make_predictor(model, variables, 0, 40)
+    with pytest.raises(ValueError, match="takes 3 channels, the preprocessing gives 1"):
+        rv.make_predictor(model, variables, 1, 40, preprocessing=rv.Preprocessing(40, 1.0, (0.5,), (0.5,)))
+
+
+def test_the_plan_reads_as_a_table():
+    model, variables, _ = case(SMALL, 1)
+    lines = str(rv.make_predictor(model, variables, 2, 40).plan).splitlines()
+    blocks = [line.split()[0] for line in lines if line.startswith("stage")]
+    assert blocks == [block.name for block in SMALL.blocks()]
+
+
+def test_a_measured_plan_is_kept_and_a_damaged_one_ignored(monkeypatch):
+    model, variables, images = case(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)), 1, size=16)
+    first = rv.make_predictor(model, variables, 1, 16, tune=True)
+    assert first.plan.source == "measured"
+    second = rv.make_predictor(model, variables, 1, 16, tune=True)
+    assert second.plan.source == "cached measurement"
+    assert second.plan.algorithms() == first.plan.algorithms()
+    assert relative_difference(model.apply(variables, images), second(images)) <= 1e-5
+
+    (file,) = cache_folder("plans").glob("*.json")
+    sound = json.loads(file.read_text(encoding="utf-8"))
+    for damage in ("{", "[]", json.dumps(sound | {"portions": ["x"]}), json.dumps(sound | {"algorithms": {}})):
+        file.write_text(damage, encoding="utf-8")
+        assert plan_cache.load_plan(first.plan, "float32") is None
+    file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}), encoding="utf-8")
+    assert plan_cache.load_plan(first.plan, "float32") is None

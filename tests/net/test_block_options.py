@@ -1,0 +1,315 @@
+"""Claim: QARepVGG's block, MobileOne's copies and Diverse Branch Block's branches train, fuse exactly, and are saved.
+
+The oracle is an independent PyTorch block with the same weights.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from torch import Tensor, nn
+
+import repvgg_jax as rv
+from repvgg_jax.net.blocks import DeployBlock, RepVGGBlock
+from repvgg_jax.net.fusion import fuse_variables
+from repvgg_jax.net.layout import expected_shapes
+from repvgg_jax.net.summary import summarize
+from repvgg_jax.net.variants import BlockKind
+from repvgg_jax.trees import flatten
+from tests.helpers.comparison import relative_difference
+from tests.helpers.parity import fuse, initial_variables, run
+from tests.helpers.random_weights import random_variables
+from tests.helpers.weights import assert_same_bits
+from train.config import parse
+
+ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qarepvgg": dict(block="qarepvgg"),
+    "mobileone": dict(branches=rv.Branches(dense_copies=3)),
+    "dbb": dict(branches=rv.Branches(dbb_1x1_3x3=True, dbb_1x1_avg=True)),
+    "all": dict(block="qarepvgg", branches=ALL),
+}
+EACH = [option if option in ("qarepvgg", "all") else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
+VARIANT = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 24), groups=2)
+
+
+def small_model(option: str, dtype: Any = jnp.float32, **more: Any) -> rv.RepVGG:
+    return rv.create_model(VARIANT, 5, dtype=dtype, param_dtype=dtype, **OPTIONS[option], **more)
+
+
+class TorchBlock(nn.Module):
+    """The block from the papers' descriptions, its submodules named as the parameter tree."""
+
+    def __init__(self, inputs, outputs, stride, groups, dilation, identity, block: BlockKind, branches: rv.Branches):
+        super().__init__()
+        self.stride, self.dilation, self.bare = stride, dilation, block == "qarepvgg"
+
+        def conv(size: int, c_in: int, c_out: int, stride: int, padding: int) -> nn.Conv2d:
+            spread = dilation if size == 3 else 1
+            return nn.Conv2d(c_in, c_out, size, stride, padding, spread, groups, bias=False)
+
+        def conv_bn(size: int, padding: int) -> nn.ModuleDict:
+            return nn.ModuleDict({"conv": conv(size, inputs, outputs, stride, padding), "bn": nn.BatchNorm2d(outputs)})
+
+        for copy in range(branches.dense_copies):
+            self.add_module(f"rbr_dense_{copy}" if copy else "rbr_dense", conv_bn(3, dilation))
+        self.rbr_1x1 = conv(1, inputs, outputs, stride, 0) if self.bare else conv_bn(1, 0)
+        if branches.dbb_1x1_3x3:
+            layers = dict(conv1=conv(1, inputs, inputs, 1, 0), bn1=nn.BatchNorm2d(inputs))
+            layers |= dict(conv2=conv(3, inputs, outputs, stride, 0), bn2=nn.BatchNorm2d(outputs))
+            self.dbb_1x1_3x3 = nn.ModuleDict(layers)
+        if branches.dbb_1x1_avg:
+            layers = dict(
+                conv1=conv(1, inputs, outputs, 1, 0), bn1=nn.BatchNorm2d(outputs), bn2=nn.BatchNorm2d(outputs)
+            )
+            self.dbb_1x1_avg = nn.ModuleDict(layers)
+        self.identity = identity
+        if identity and not self.bare:
+            self.rbr_identity = nn.BatchNorm2d(outputs)
+        if self.bare:
+            self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        branch: Any
+        for name, branch in self.named_children():
+            if name.startswith("rbr_dense"):
+                total = total + branch["bn"](branch["conv"](x))
+            elif name == "rbr_1x1":
+                total = total + (branch(x) if self.bare else branch["bn"](branch["conv"](x)))
+            elif name == "rbr_identity":
+                total = total + branch(x)
+            elif name.startswith("dbb"):
+                total = total + self._second(branch, self._padded(branch["bn1"], branch["conv1"](x)))
+        if self.bare:
+            total = self.bn(total + x if self.identity else total)
+        return F.relu(total)
+
+    def _padded(self, bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
+        """BN, then padding with what BN gives for zero: in training with the batch's statistics, as here."""
+        mean: Any = y.mean((0, 2, 3)) if bn.training else bn.running_mean
+        var: Any = y.var((0, 2, 3), unbiased=False) if bn.training else bn.running_var
+        zero = (bn.bias - mean * bn.weight / (var + bn.eps).sqrt())[:, None, None]
+        return F.pad(bn(y) - zero, (self.dilation,) * 4) + zero
+
+    def _second(self, branch: Any, y: Tensor) -> Tensor:
+        if "conv2" in branch:
+            return branch["bn2"](branch["conv2"](y))
+        spread = self.dilation
+        rows, columns = (y.shape[axis] - 2 * spread for axis in (2, 3))
+        pixels = [
+            y[:, :, i : i + rows, j : j + columns] for i in (0, spread, 2 * spread) for j in (0, spread, 2 * spread)
+        ]
+        return branch["bn2"](torch.stack(pixels).mean(0)[:, :, :: self.stride, :: self.stride])
+
+
+def torch_state(variables: dict[str, Any]) -> dict[str, Tensor]:
+    """A block's tree under PyTorch's names and in its layout."""
+    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    state = {}
+    for path, leaf in flatten(variables).items():
+        _, *parents, name = path.split("/")
+        array = np.asarray(leaf)
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+        state[".".join([*parents, names.get(name, name)])] = torch.from_numpy(array.copy())
+    return {key: value for key, value in state.items() if value.ndim}  # not QARepVGG's constant
+
+
+def random_block(seed: int, block: RepVGGBlock, x: np.ndarray) -> dict[str, Any]:
+    """Variables with no value at its initial one, but for QARepVGG's constant."""
+    rng = np.random.default_rng(seed)
+
+    def random(path, leaf):
+        if leaf.ndim == 0:
+            return np.ones(())
+        values = rng.uniform(0.3, 2.0, leaf.shape)
+        return values if path[-1].key in ("var", "scale") else rng.normal(0, 0.5, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(random, jax.eval_shape(block.init, jax.random.key(0), x))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    data=st.data(),
+    groups=st.sampled_from([1, 2]),
+    stride=st.sampled_from([1, 2]),
+    dilation=st.sampled_from([1, 2, 4]),
+    block=st.sampled_from(["repvgg", "qarepvgg"]),
+    branches=st.builds(rv.Branches, st.sampled_from([1, 3]), st.booleans(), st.booleans()),
+    size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+)
+def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
+    inputs = groups * data.draw(st.integers(1, 3))
+    outputs = data.draw(st.sampled_from([inputs, 2 * groups]))
+    options = dict(stride=stride, groups=groups, dilation=dilation)
+    with jax.enable_x64(True):
+        dtypes = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+        ours = RepVGGBlock(outputs, **options, **dtypes, block=block, branches=branches)
+        seed = data.draw(st.integers(0, 99))
+        x = np.random.default_rng(seed).normal(size=(2, *size, inputs))
+        variables = random_block(seed, ours, x)
+        identity = stride == 1 and inputs == outputs
+        theirs = TorchBlock(inputs, outputs, stride, groups, dilation, identity, block, branches).double()
+        missing, unexpected = theirs.load_state_dict(torch_state(variables), strict=False)
+        assert not unexpected
+        assert all(key.endswith("num_batches_tracked") for key in missing)
+        image = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        with torch.no_grad():
+            expected = theirs.eval()(image).numpy().transpose(0, 2, 3, 1)
+            trained = theirs.train()(image).numpy().transpose(0, 2, 3, 1)
+        found = run(ours.apply, variables, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+        fused = run(lambda v: DeployBlock(outputs, **options, **dtypes).apply(fuse_variables(v), x), variables)
+        np.testing.assert_allclose(fused, expected, rtol=1e-9, atol=1e-11)
+        training, changed = run(lambda v: ours.apply(v, x, True, mutable=["batch_stats"]), variables)
+        np.testing.assert_allclose(training, trained, rtol=1e-7, atol=1e-8)
+        moved = torch_state(dict(changed))
+        for key, value in theirs.state_dict().items():
+            if key.endswith(("running_mean", "running_var")):
+                np.testing.assert_allclose(moved[key], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize("option", EACH)
+def test_whole_nets_fuse_to_the_same_logits(option, dtype, tolerance):
+    with jax.enable_x64(True):
+        model = small_model(option, jnp.dtype(dtype))
+        variables = random_variables(model, dtype=dtype)
+        deploy_model, deploy_variables = fuse(model, variables)
+        assert set(deploy_variables) == {"params"}
+        assert set(deploy_variables["params"]["stage1_0"]) == {"rbr_reparam"}
+        images = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(dtype)
+        expected, found = run(model.apply, variables, images), run(deploy_model.apply, deploy_variables, images)
+        assert found.dtype == dtype
+        assert 0.02 < np.std(expected) < 50, "the test's own weights are badly scaled"
+        assert relative_difference(expected, found) <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_published_variants_fuse_with_every_option(option):
+    model = rv.create_model("RepVGG-A0", **OPTIONS[option])
+    variables = random_variables(model)
+    deploy_model, deploy_variables = fuse(model, variables)
+    images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    expected, found = jax.jit(model.apply)(variables, images), jax.jit(deploy_model.apply)(deploy_variables, images)
+    assert relative_difference(expected, found) <= 1e-5
+
+
+def test_a_fresh_qarepvgg_has_an_identity_branch_of_weight_one():
+    model = small_model("qarepvgg")
+    (variables,) = initial_variables(model)
+    constants = {name: leaf for name, leaf in flatten(variables["batch_stats"]).items() if leaf.ndim == 0}
+    with_identity = [block.name for block in VARIANT.blocks() if block.has_identity]
+    assert constants == {f"{name}/rbr_identity/scale": 1.0 for name in with_identity}
+    images = np.ones((2, 32, 32, 3), np.float32)
+    _, changed = run(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]), variables)
+    assert flatten(changed["batch_stats"])["stage2_1/rbr_identity/scale"] == 1.0
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_equivalent_kernel_is_differentiable_in_every_parameter(option):
+    with jax.enable_x64(True):
+        block = RepVGGBlock(4, groups=2, dtype=jnp.float64, param_dtype=jnp.float64, **OPTIONS[option])
+        variables = random_block(0, block, np.zeros((1, 5, 5, 4)))
+
+        def loss(params):
+            kernel, bias = rv.equivalent_kernel_bias(params, variables["batch_stats"])
+            return jnp.square(kernel).sum() + jnp.square(bias).sum()
+
+        check_grads(loss, (variables["params"],), order=1, modes=("rev",))
+        gradient = jax.grad(loss)(variables["params"])
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_missing_statistics_are_an_error_that_names_the_branch(option):
+    variables = random_variables(small_model(option))
+    block, stats = variables["params"]["stage1_0"], dict(variables["batch_stats"]["stage1_0"])
+    last = "bn" if "bn" in stats else sorted(stats)[-1]
+    del stats[last]
+    with pytest.raises(rv.FusionError, match=rf"no running statistics \(batch_stats\) for {last}"):
+        rv.equivalent_kernel_bias(block, stats)
+
+
+@pytest.mark.parametrize("option", EACH)
+def test_predictors_and_native_files_take_every_option(option, tmp_path):
+    model = small_model(option)
+    variables = random_variables(model)
+    images = np.random.default_rng(0).normal(size=(3, 40, 40, 3)).astype(np.float32)
+    rv.save_weights(tmp_path / "w.safetensors", model, variables)
+    loaded, loaded_variables = rv.load_weights(tmp_path / "w.safetensors")
+    assert loaded == model
+    assert_same_bits(variables, loaded_variables)
+    predict = rv.make_predictor(loaded, loaded_variables, 2, 40)
+    assert relative_difference(run(model.apply, variables, images), predict(images)) <= 1e-5
+    rv.save_weights(tmp_path / "deploy.safetensors", *rv.to_deploy(model, variables))
+    deployed = rv.make_predictor(*rv.load_weights(tmp_path / "deploy.safetensors"), 2, 40)
+    np.testing.assert_array_equal(deployed(images), predict(images))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_layout_and_summary_count_the_tree(option):
+    model = small_model(option)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32))
+    shapes = {name: leaf.shape for name, leaf in flatten(tree).items()}
+    assert shapes == expected_shapes(model.variant, False, 5, 3)
+    counted = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("params/"))
+    cost = summarize(model.variant, num_classes=5)
+    assert cost.train_params == counted
+    plain = summarize(VARIANT, num_classes=5)
+    assert (cost.params, cost.flops, cost.winograd_muls) == (plain.params, plain.flops, plain.winograd_muls)
+
+
+def test_pytorch_families_have_no_names_for_them(tmp_path):
+    model = small_model("all")
+    for option in OPTIONS:
+        model = small_model(option)
+        with pytest.raises(rv.WeightsError, match=r"(authors|qarepvgg) files have no name for "):
+            rv.save_weights(tmp_path / "w.pth", model, random_variables(model))
+    assert not list(tmp_path.iterdir())
+    deployed = rv.to_deploy(model, random_variables(model))
+    rv.save_weights(tmp_path / "deploy.pth", *deployed)
+    assert_same_bits(deployed[1], rv.load_weights(tmp_path / "deploy.pth", deployed[0].variant)[1])
+
+
+def test_a_file_of_other_blocks_is_refused(tmp_path):
+    plain = rv.create_model(VARIANT, 5)
+    rv.save_weights(tmp_path / "w.safetensors", plain, random_variables(plain))
+    with pytest.raises(rv.WeightsError, match="missing: params/stage0/rbr_1x1/kernel"):
+        rv.load_weights(tmp_path / "w.safetensors", dataclasses.replace(VARIANT, block="qarepvgg"))
+
+
+def test_training_takes_the_options():
+    options = ["--block", "qarepvgg", "--dense-copies", "3", "--dbb-1x1-avg", "--activation", "silu"]
+    config = parse(["--preset", "digits", *options, "--stem-stride", "1", "--dropout", "0.2"]).model
+    assert config.branches == rv.Branches(dense_copies=3, dbb_1x1_avg=True)
+    assert (config.block, config.activation, config.stem_stride, config.dropout) == ("qarepvgg", "silu", 1, 0.2)
+
+
+@pytest.mark.slow
+def test_a_run_with_options_ends_in_files_that_know_them(tmp_path, runs):
+    done = runs.finish(
+        tmp_path / "run", epochs=1, warmup_epochs=0, block="qarepvgg", dense_copies=2, dbb_1x1_3x3=True, dropout=0.1
+    )
+    assert done.returncode == 0, done.stderr
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    model, variables = rv.load_weights(tmp_path / "run" / "final.safetensors")
+    assert (model.variant.block, model.variant.branches) == ("qarepvgg", rv.Branches(2, True))
+    deploy_model, fused = rv.load_weights(tmp_path / "run" / "deploy.safetensors")
+    assert relative_difference(run(model.apply, variables, images), run(deploy_model.apply, fused, images)) <= 1e-5
+
+
+@pytest.mark.parametrize("copies", [0, 9, 1.5])
+def test_the_number_of_copies_is_bounded(copies):
+    with pytest.raises(ValueError, match=f"dense_copies must be 1 to 8, not {copies}"):
+        rv.Branches(copies)

@@ -1,0 +1,231 @@
+"""Claim: an architecture of one's own needs its numbers only, and goes everywhere a published one goes."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import repvgg_jax as rv
+from repvgg_jax.net.activations import ACTIVATIONS
+from repvgg_jax.net.summary import summarize
+from repvgg_jax.weights import WeightsWarning
+from tests.helpers.comparison import relative_difference
+from tests.helpers.parity import fuse, run
+from tests.helpers.random_weights import random_variables
+from tests.helpers.weights import assert_same_bits
+
+BLOCKS, WIDTHS = (1, 2, 1, 1), (8, 8, 12, 16, 24)
+VARIANT = rv.Variant(num_blocks=BLOCKS, widths=WIDTHS)
+TORCH_ACTIVATIONS = {
+    "relu": torch.nn.ReLU,
+    "relu6": torch.nn.ReLU6,
+    "leaky_relu": torch.nn.LeakyReLU,
+    "gelu": torch.nn.GELU,
+    "silu": torch.nn.SiLU,
+}
+
+
+def squash(x):
+    return jnp.tanh(x)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def test_lists_of_numbers_are_as_good_as_tuples():
+    numbers: Any = dict(num_blocks=[*BLOCKS], widths=[*WIDTHS])
+    assert rv.Variant(**numbers) == VARIANT
+    assert hash(rv.Variant(**numbers)) == hash(VARIANT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(num_blocks=(1, 2, 3)), r"num_blocks must be four positive numbers \(stages 1 to 4\), not \(1, 2, 3\)"),
+        (dict(num_blocks=(1, 2, 3, 0)), "num_blocks must be four positive numbers"),
+        (dict(num_blocks=5), r"num_blocks must be four positive numbers \(stages 1 to 4\), not 5"),
+        (dict(widths=(8, 8, 8, 8, 8.5)), "widths must be five positive numbers"),
+        (dict(groups=5), "stage2_0: 8 -> 12 channels cannot be split into 5 groups"),
+        (dict(groups=0), "groups must be a positive whole number, not 0"),
+        (dict(squeeze_excite="yes"), "squeeze_excite must be one of None, before_relu, after_relu, not 'yes'"),
+        (dict(stem_stride=3), "stem_stride must be one of 1, 2, not 3"),
+        (dict(output_stride=4), "output_stride must be one of 8, 16, 32, not 4"),
+        (dict(activation="swish"), "unknown activation 'swish'; known: relu, relu6, leaky_relu, gelu, silu"),
+        (dict(block="resnet"), "block must be one of repvgg, qarepvgg, not 'resnet'"),
+        (dict(branches=3), "branches must be a Branches, not 3"),
+    ],
+)
+def test_numbers_that_make_no_network_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        rv.Variant(**(dict(num_blocks=BLOCKS, widths=WIDTHS) | fields))
+
+
+def test_options_change_a_published_variant_and_its_figures_no_longer_hold():
+    plain, changed = rv.create_model("RepVGG-A0"), rv.create_model("RepVGG-A0", stem_stride=1, activation="silu")
+    assert dataclasses.replace(plain.variant, stem_stride=1, activation="silu") == changed.variant
+    assert plain.variant.published.top1 == 72.41
+    assert changed.variant.published.top1 is None
+    assert rv.create_model("RepVGG-A0", block="repvgg").variant.published.top1 == 72.41
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_pytorchs_and_the_same_in_every_form(name):
+    x = np.linspace(-8, 8, 101, dtype=np.float32)
+    theirs = TORCH_ACTIVATIONS[name]()(torch.from_numpy(x))
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [None, "before_relu", "after_relu"])
+@pytest.mark.parametrize("activation", ["gelu", squash])
+def test_forms_and_predictor_agree_with_another_activation(activation, place):
+    variant = dataclasses.replace(VARIANT, squeeze_excite=place, squeeze_excite_ratio=4)
+    model = rv.create_model(variant, 5, activation=activation)
+    variables, images = random_variables(model), noise(3, 40, 40, 3)
+    expected = run(model.apply, variables, images)
+    relu = run(rv.create_model(variant, 5).apply, variables, images)
+    assert relative_difference(relu, expected) > 1e-3
+    deployed = fuse(model, variables)
+    assert relative_difference(expected, run(deployed[0].apply, deployed[1], images)) <= 1e-5
+    assert relative_difference(expected, rv.make_predictor(model, variables, 2, 40)(images)) <= 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_stem_of_stride_one_keeps_small_images_large(channels):
+    model = rv.create_model(VARIANT, 5, stem_stride=1)
+    variables, images = random_variables(model, in_channels=channels), noise(2, 32, 32, channels)
+    features = jax.eval_shape(lambda v: model.apply(v, images, method="features"), variables)
+    assert [feature.shape[1] for feature in features.values()] == [32, 16, 8, 4, 2]
+    assert [info.stride for info in model.feature_info] == [1, 2, 4, 8, 16]
+    predict = rv.make_predictor(model, variables, 2, 32)
+    assert relative_difference(run(model.apply, variables, images), predict(images)) <= 1e-5
+    strided = summarize(VARIANT, image_size=32, num_classes=5, in_channels=channels)
+    finer = summarize(model.variant, image_size=32, num_classes=5, in_channels=channels)
+    body, finer_body = strided.flops - 24 * 5, finer.flops - 24 * 5
+    assert finer_body == 4 * body
+
+
+class TestDropout:
+    model = rv.create_model(VARIANT, 24, dropout=0.5)
+    images = noise(4, 32, 32, 3)
+
+    def test_it_drops_pooled_features_in_training_alone(self):
+        variables = random_variables(self.model)
+        kept = rv.create_model(VARIANT, 24)
+        evaluated = [run(model.apply, variables, self.images) for model in (self.model, kept)]
+        np.testing.assert_array_equal(*evaluated)
+        ones = jax.tree.map(np.copy, variables)
+        ones["params"]["linear"] = {"kernel": np.eye(24, dtype=np.float32), "bias": np.zeros(24, np.float32)}
+
+        def logits(model):
+            options = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)})
+            return np.asarray(run(lambda v: model.apply(v, self.images, **options)[0], ones))
+
+        dropped, whole = logits(self.model), logits(kept)
+        gone = dropped == 0
+        assert 0.3 < gone[whole != 0].mean() < 0.7
+        np.testing.assert_allclose(dropped[~gone], 2 * whole[~gone], rtol=1e-5)
+
+    def test_training_without_its_rng_is_an_error_that_names_it(self):
+        variables = random_variables(self.model)
+        with pytest.raises(Exception, match="dropout"):
+            self.model.apply(variables, self.images, train=True, mutable=["batch_stats"])
+
+    @pytest.mark.parametrize("rate", [-0.1, 1.0])
+    def test_the_share_is_checked(self, rate):
+        with pytest.raises(ValueError, match=f"dropout must be at least 0 and below 1, not {rate}"):
+            rv.create_model(VARIANT, dropout=rate)
+
+
+OPTIONS: dict[str, Any] = dict(stem_stride=1, output_stride=8, activation="gelu")
+
+
+@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+def test_native_files_describe_a_custom_variant_whole(deploy, tmp_path):
+    model = rv.create_model(VARIANT, 5, deploy, **OPTIONS)
+    variables = random_variables(model)
+    rv.save_weights(tmp_path / "w.safetensors", model, variables)
+    loaded, loaded_variables = rv.load_weights(tmp_path / "w.safetensors")
+    assert loaded == model
+    assert_same_bits(variables, loaded_variables)
+
+
+def test_a_changed_published_variant_still_answers_to_its_name(tmp_path):
+    model = rv.create_model("RepVGG-A0", 2, deploy=True, activation="silu")
+    rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
+    assert rv.load_weights(tmp_path / "w.safetensors", "RepVGG-A0")[0] == model
+    with pytest.raises(rv.WeightsError, match="holds RepVGG-A0, not RepVGG-A1"):
+        rv.load_weights(tmp_path / "w.safetensors", "RepVGG-A1")
+
+
+def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
+    model = rv.create_model(VARIANT, 5, activation=squash)
+    rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
+    with pytest.raises(rv.WeightsError, match=r"activation is a function .* give load_weights its Variant"):
+        rv.load_weights(tmp_path / "w.safetensors")
+    assert rv.load_weights(tmp_path / "w.safetensors", model.variant)[0] == model
+
+
+@pytest.mark.parametrize("family", ["authors", "timm", "mmpretrain"])
+def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
+    model = rv.create_model(VARIANT, 5, **OPTIONS)
+    variables = random_variables(model)
+    with pytest.warns(WeightsWarning, match="cannot say stem_stride 1, output_stride 8, activation gelu"):
+        rv.save_weights(tmp_path / "w.pth", model, variables, family=family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, loaded_variables = rv.load_weights(tmp_path / "w.pth", model.variant)
+    assert loaded == model
+    assert_same_bits(variables, loaded_variables)
+    with pytest.warns(WeightsWarning, match="is no published variant"):
+        assert rv.load_weights(tmp_path / "w.pth")[0].variant == model.variant
+    (tmp_path / "w.pth.json").unlink()
+    with pytest.warns(WeightsWarning, match="is no published variant"):
+        assert rv.load_weights(tmp_path / "w.pth")[0].variant == VARIANT
+
+
+def test_a_variant_that_the_weights_do_not_fit_is_refused(tmp_path):
+    model = rv.create_model(VARIANT, 5)
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
+        rv.save_weights(path, model, random_variables(model))
+        with pytest.raises(rv.WeightsError):
+            rv.load_weights(path, dataclasses.replace(VARIANT, widths=(8, 8, 12, 16, 32)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(activation="tanh"), dict(stem_stride=True), dict(output_stride=1), dict(block="x"), dict(branches=[1])],
+    ids=str,
+)
+def test_a_damaged_description_is_refused(change, tmp_path, monkeypatch):
+    from repvgg_jax.weights import header
+
+    model = rv.create_model(VARIANT, 5, **OPTIONS)
+    honest = header._variant_to_json(model.variant)
+    assert isinstance(honest, dict)
+    monkeypatch.setattr(header, "_variant_to_json", lambda variant: honest | change)
+    rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
+    with pytest.raises(rv.WeightsError, match="damaged header"):
+        rv.load_weights(tmp_path / "w.safetensors")
+
+
+def test_plain_variants_are_described_as_in_earlier_releases():
+    from repvgg_jax.weights import header
+
+    described = header._variant_to_json(VARIANT)
+    assert isinstance(described, dict)
+    assert not {"stem_stride", "output_stride", "activation", "block", "branches"} & set(described)
+
+
+def test_bfloat16_takes_every_option():
+    model = rv.create_model(
+        VARIANT, 5, dtype=jnp.bfloat16, block="qarepvgg", branches=rv.Branches(2, True, True), **OPTIONS
+    )
+    variables, images = random_variables(model), noise(2, 32, 32, 3)
+    exact = run(model.clone(dtype=jnp.float32).apply, variables, images)
+    assert 1e-4 < relative_difference(exact, run(model.apply, variables, images)) < 0.05

@@ -1,0 +1,151 @@
+"""Claim: `python -m convert --int8` makes a quantised file that every other command takes, or says why not."""
+
+import json
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import repvgg_jax as rv
+from convert.calibration_images import calibration_images
+from repvgg_jax.errors import DataWarning
+from repvgg_jax.preprocess import normalize
+from tests.commands.test_commands import command, mistake
+from tests.helpers.random_weights import random_variables
+
+SMALL = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), name="Small", image_size=32)
+PREPROCESSING = rv.Preprocessing(image_size=32, crop_fraction=1.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set `data/{train,val}/{a,b}` of random pictures, and a net for it in `float.safetensors`."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(count):
+                picture = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((40, 32))
+                picture.save(tmp_path / "data" / split / name / f"{index}.png")
+    model = rv.create_model(SMALL, 2)
+    rv.save_weights(
+        tmp_path / "float.safetensors",
+        model,
+        random_variables(model),
+        preprocessing=PREPROCESSING,
+        class_names=("a", "b"),
+    )
+    return tmp_path
+
+
+def convert(folder, output: str, *options: object):
+    return command("convert.__main__", folder / "float.safetensors", folder / output, "--int8", *options)
+
+
+def test_a_quantised_file_is_written_evaluated_and_asked(folder):
+    done = convert(folder, "int8.safetensors", "--calibration", folder / "data", "--method", "corrected", "--report")
+    assert done.returncode == 0, done.stderr
+    assert "INT8 (corrected) from 16 calibration images; logits " in done.stdout
+    assert "stage1_0 " in done.stdout
+    info = rv.inspect_weights(folder / "int8.safetensors")
+    assert (info.quantized, info.class_names, info.preprocessing) == (True, ("a", "b"), PREPROCESSING)
+
+    done = command("train.evaluate", folder / "data", "deploy", folder / "int8.safetensors")
+    net = rv.load_quantized(folder / "int8.safetensors")
+    pixels = calibration_images(folder / "data" / "val", PREPROCESSING)
+    assert json.loads(done.stdout.splitlines()[-1])["images"] == len(pixels) == 6
+    predictions = np.asarray(net(normalize(pixels, PREPROCESSING))).argmax(-1)
+    order = np.random.default_rng(0).permutation(6)  # in which they were read
+    assert json.loads(done.stdout.splitlines()[-1])["top1"] == pytest.approx((predictions == order // 3).mean())
+
+    done = command("repvgg_jax.__main__", "predict", folder / "int8.safetensors", folder / "data/val/a/0.png")
+    assert "0.png: " in done.stdout
+    assert "INT8 deploy form" in command("convert.__main__", "--inspect", folder / "int8.safetensors").stdout
+
+
+def test_an_onnx_file_has_quantised_layers(folder):
+    done = convert(folder, "int8.onnx", "--calibration", folder / "data", "--method", "naive", "--float-first")
+    assert done.returncode == 0, done.stderr
+    operators = [node.op_type for node in onnx.load(folder / "int8.onnx").graph.node]
+    # Inputs of four of five blocks, the pool and the classifier.
+    assert operators.count("QuantizeLinear") == 6
+
+
+def test_calibration_images_are_training_images_prepared_for_evaluation(folder):
+    images = calibration_images(folder / "data", PREPROCESSING, 4)
+    assert images.shape == (4, 32, 32, 3)
+    assert images.dtype == np.uint8
+    everything = calibration_images(folder / "data", PREPROCESSING)
+    assert len(everything) == 16
+    np.testing.assert_array_equal(images, everything[:4])
+    digits = calibration_images("digits", rv.Preprocessing(32, 1.0, (0.3,), (0.4,)), 20)
+    assert digits.shape == (20, 32, 32, 1)
+
+
+def test_calibration_goes_on_without_images_that_cannot_be_read(folder):
+    """It names and counts them, and takes others in their place."""
+    train = folder / "data" / "train"
+    before = calibration_images(folder / "data", PREPROCESSING, 10)
+    Image.new("RGB", (100_000, 1)).save(train / "a" / "3.png")
+    (train / "deep" / "er").mkdir(parents=True)
+    (train / "deep" / "er" / "x.jpg").write_bytes(b"no image")
+    with pytest.warns(DataWarning) as caught:
+        images = calibration_images(folder / "data", PREPROCESSING, 100)
+    assert len(images) == 15
+    assert np.all(images.reshape(15, -1).std(1) > 0)
+    said = [f"{warning.message}" for warning in caught]
+    assert [words.split(":")[0] for words in said[:2]] == ["calibration image left out"] * 2
+    assert sorted(name for words in said[:2] for name in ("3.png", "x.jpg") if name in words) == ["3.png", "x.jpg"]
+    assert said[2:] == ["2 calibration images could not be read; 15 others are used"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        assert calibration_images(folder / "data", PREPROCESSING, 10).shape == before.shape
+
+    options = ("--calibration", folder / "data", "--method", "naive")
+    done = convert(folder, "int8.safetensors", *options)
+    assert done.returncode == 0, done.stderr
+    assert "from 15 calibration images" in done.stdout
+    assert done.stderr.count("calibration image left out: ") == 2
+    assert f"{train / 'deep' / 'er' / 'x.jpg'}: cannot be read as an image" in done.stderr
+
+    for file in train.rglob("*.png"):
+        file.unlink()
+    Image.new("RGB", (32, 32)).save(train / "a" / "only.png")
+    done = convert(folder, "none.safetensors", *options)
+    assert done.returncode == 2
+    assert "x.jpg: cannot be read" in done.stderr  # why there are too few
+    assert "one image is too few to calibrate with" in done.stderr.splitlines()[-1]
+
+
+def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
+    source, data = folder / "float.safetensors", folder / "data"
+    assert convert(folder, "int8.safetensors", "--calibration", data, "--method", "naive").returncode == 0
+    (folder / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "one" / "a.png")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "a.png").write_bytes(b"no image")
+    (folder / "empty").mkdir()
+    before = sorted(folder.iterdir())
+    out, int8 = folder / "out.safetensors", folder / "int8.safetensors"
+    quantize = ("--int8", "--calibration", data)
+    for arguments, words in (
+        ((source, out, "--int8"), "--int8 needs --calibration DATA"),
+        ((source, out, "--calibration", data), "--calibration needs --int8"),
+        ((source, out, "--float-last"), "--float-last needs --int8"),
+        ((source, folder / "out.pth", *quantize), "quantised nets are .safetensors or .onnx files, not '.pth'"),
+        ((source, out, *quantize, "--method", "best"), "unknown quantisation method 'best'"),
+        ((source, out, *quantize, "--to", "timm"), "leave --keep-training-form and --to away"),
+        ((source, out, *quantize, "--calibration-images", "0"), "--calibration-images must be at least 1"),
+        ((source, out, "--int8", "--calibration", folder / "one"), "one image is too few to calibrate with"),
+        ((source, out, "--int8", "--calibration", folder / "empty"), "holds none"),
+        ((source, out, "--int8", "--calibration", folder / "nowhere"), "is no folder"),
+        ((source, out, "--int8", "--calibration", folder / "broken"), "a.png: cannot be read as an image"),
+        ((int8, out, *quantize), "holds a quantised net (INT8), and float weights are needed here"),
+        ((int8, folder / "out.pth"), "holds a quantised net (INT8), and float weights are needed here"),
+    ):
+        assert words in mistake("convert.__main__", *arguments)
+    assert "which has no training form" in mistake("train.evaluate", data, "train", int8)
+    assert "give its training form with --init" in mistake("train.main", "--preset", "digits", "--quantization", "qat")
+    assert sorted(folder.iterdir()) == before

@@ -1,0 +1,66 @@
+"""Claim: the QDQ file computes in ONNX Runtime's and OpenVINO's integer kernels what JAX computes in integers."""
+
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import repvgg_jax as rv
+from repvgg_jax.quantization.net import forward
+from tests.export.test_onnx import in_onnxruntime, in_openvino, nchw
+from tests.helpers.quantization import VARIANTS, deploy_net, images
+
+
+def optimized_operators(path, folder) -> list[str]:
+    """What ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_onnxruntime_gives_the_same_logits(name, tmp_path):
+    net = rv.quantize(
+        *deploy_net(name), images(), "equalized", float_first=name == "grouped", float_last=name == "grouped"
+    )
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32)
+    x = images(16, seed=1)
+    expected, found = np.asarray(net(x)), in_onnxruntime(tmp_path / "net.onnx", nchw(x))
+    # A unit of the pooled features, which runtimes average in their own ways, may fall to the other side of a half.
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    assert np.mean(np.abs(found - expected) < 1e-3 * np.abs(expected).max()) > 0.5
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+
+
+def test_its_integer_convolutions_give_the_same_integers(tmp_path):
+    model, variables = deploy_net()
+    net = rv.quantize(model, variables, images(), "equalized")
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32)
+    assert optimized_operators(tmp_path / "net.onnx", tmp_path).count("QLinearConv") == len(model.variant.blocks())
+    graph = onnx.load(tmp_path / "net.onnx")
+    last = "pool/dequantize"  # what the pool reads: the last convolution's integers times their scale
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = images(16, seed=1)
+    found = np.asarray(session.run([last], {"images": nchw(x)})[0]).transpose(0, 2, 3, 1)
+    integers = jax.jit(forward, static_argnums=0, static_argnames="integer")(net.variant, net.params, x, integer=True)
+    np.testing.assert_array_equal(np.rint(found / net.params["pool"]["input_scale"]), integers["pool"])
+
+
+def test_openvino_gives_the_same_classes(tmp_path):
+    net = rv.quantize(*deploy_net(), images(), "equalized")
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32, input_layout="NHWC")
+    x = images(32, seed=1)
+    expected, found = np.asarray(net(x)), in_openvino(tmp_path / "net.onnx", x)
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_one_scale_for_a_layer_is_written_as_one(tmp_path):
+    net = rv.quantize(*deploy_net(), images(), "naive")
+    rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32)
+    shapes = {constant.name: tuple(constant.dims) for constant in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert shapes["stage2_0/rbr_reparam/kernel_scale"] == ()
+    assert optimized_operators(tmp_path / "net.onnx", tmp_path).count("QLinearConv") == len(net.variant.blocks())

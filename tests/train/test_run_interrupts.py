@@ -1,0 +1,175 @@
+"""Claim: a training run that Ctrl-C or another signal stops has saved its state, and ends later in the same bits."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.runs import ROOT, rows, weights
+from tests.train.test_processes import start_two
+from tests.train.test_resume import same_result, steps_in, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def until_it_trains(process: subprocess.Popen, workdir) -> None:
+    """Wait for the first row of metrics."""
+    log = workdir / "metrics.jsonl"
+    wait_for(lambda: process.poll() is not None or (log.exists() and log.read_text(encoding="utf-8")), seconds=400)
+    assert process.poll() is None, process.communicate()
+
+
+def stopped_after(out: str, name: str) -> int:
+    """The step that a run says it has stopped after."""
+    said = " ".join(out.split())
+    assert f"{name}: stopped after step " in said, said
+    assert "state saved; the same command again goes on from there" in said
+    return int(said.split("stopped after step ")[1].split(",")[0])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_saves_at_once_and_the_same_command_goes_on(name, runs, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, ema_decay=0.99)
+    until_it_trains(process, workdir)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + getattr(signal, name), (out, err)
+    assert "Traceback" not in err
+    step = stopped_after(out, name)
+    assert steps_in(workdir)[-1] == step
+    done = runs.finish(workdir, ema_decay=0.99)
+    assert f"resuming at step {step}" in " ".join(done.stdout.split())
+    same_result(workdir, uninterrupted)
+
+
+def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
+    """The first one would wait for a step that never comes."""
+    script = tmp_path / "hanging.py"
+    script.write_text(
+        "if __name__ == '__main__':\n"
+        "    from repvgg_jax.cli import run_module\n"
+        "    run_module('hanging')\n"
+        "import sys, threading\n"
+        "from tests.helpers.tiny_train import main\n"
+        "from train.data import batches\n"
+        "render = batches.Reader.__call__\n"
+        "def hang(self, index, transform):\n"
+        "    hang.count = getattr(hang, 'count', 0) + 1\n"
+        "    if hang.count > 2000:\n"
+        "        threading.Event().wait()\n"
+        "    return render(self, index, transform)\n"
+        "batches.Reader.__call__ = hang\n",
+        encoding="utf-8",
+    )
+    workdir = tmp_path / "run"
+    words = runs.command(workdir, log_every=1, evaluate_every=2)
+    process = subprocess.Popen(
+        [words[0], str(script), *words[2:]],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until_it_trains(process, workdir)
+
+    def hangs() -> bool:
+        before = len(rows(workdir))
+        time.sleep(3)
+        return len(rows(workdir)) == before
+
+    wait_for(hangs)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130, (out, err)
+    assert "Ctrl-C again stops without that" in err
+    assert err.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_ctrl_c_stops_all_processes_of_a_run_at_one_step(everybody, runs, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(runs, workdir, epochs=30, evaluate_every=10)
+    try:
+        until_it_trains(processes[0], workdir)
+        for process in processes if everybody else processes[1:]:
+            process.send_signal(signal.SIGINT)
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [130 if everybody else 143, 130], outputs
+    assert all("Traceback" not in err for _, err in outputs)
+    step = stopped_after(outputs[0][0], "SIGINT" if everybody else "SIGTERM")
+    assert steps_in(workdir)[-1] == step
+
+
+def test_on_a_terminal_the_bar_goes_and_the_cursor_comes_back(runs, tmp_path):
+    workdir = tmp_path / "run"
+    ours, its = pty.openpty()
+    command = runs.command(workdir, epochs=30)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=its, stderr=its)
+    os.close(its)
+    log, shown = workdir / "metrics.jsonl", b""
+    while not (log.exists() and log.read_text(encoding="utf-8")):
+        shown += os.read(ours, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            shown += os.read(ours, 1 << 16)
+        except OSError:  # nobody is at the other end any more
+            break
+    assert process.wait(timeout=30) == 130
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+    assert b"Traceback" not in shown
+
+
+def test_interrupts_at_random_moments(tmp_path):
+    """A few of those that `python -m tests.attack.interrupts` sends by the hundred."""
+    words = [sys.executable, "-m", "tests.attack.interrupts", "--count", "8", "--resumed", "2", "--seed", "7"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    once, again = (json.loads(line) for line in done.stdout.splitlines())
+    assert (once["attempts"], once["failed"], again["failed"]) == (8, 0, 0)
+
+
+def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterrupted, tmp_path):
+    """The signal is not lost in the moments between the last step and the last evaluation."""
+    script = tmp_path / "last_step.py"
+    script.write_text(
+        "if __name__ == '__main__':\n"
+        "    from repvgg_jax.cli import run_module\n"
+        "    run_module('last_step')\n"
+        "import os, signal, sys, time\n"
+        "from tests.helpers.tiny_train import main\n"
+        "from train.checkpoint import Checkpoints\n"
+        "save = Checkpoints.save\n"
+        "def then_interrupt(self, state, *arguments, **options):\n"
+        "    save(self, state, *arguments, **options)\n"
+        "    if int(state.step.reshape(-1)[0]) == 44:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.5)\n"
+        "Checkpoints.save = then_interrupt\n",
+        encoding="utf-8",
+    )
+    workdir = tmp_path / "run"
+    words = runs.command(workdir, ema_decay=0.99)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    done = subprocess.run(
+        [words[0], str(script), *words[2:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 130, (done.stdout, done.stderr)
+    assert stopped_after(done.stdout, "SIGINT") == 44
+    assert not (workdir / "final.safetensors").exists()
+    assert runs.finish(workdir, ema_decay=0.99).returncode == 0
+    assert weights(workdir) == weights(uninterrupted)

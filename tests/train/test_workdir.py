@@ -1,0 +1,241 @@
+"""Claim: one run writes to a workdir at a time, a resumed one may log otherwise, a failed start leaves nothing."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import repvgg_jax as rv
+from tests.helpers.commands import command
+from tests.helpers.data import write_photos
+from tests.helpers.repository import ROOT
+from train.checkpoint import RunFacts
+from train.config import PRESETS, Config, RunConfig, parse
+from train.config_file import save_or_compare
+from train.data.fingerprint import data_fingerprint
+from train.data.sources import FolderSource
+from train.main import check_augmentation, make_evaluator, set_up
+from train.workdir import LOCK, claimed
+
+HOLDER = textwrap.dedent(
+    """
+    import dataclasses, pathlib, sys
+    from train.config import Config
+    from train.workdir import claimed
+    with claimed(Config(), pathlib.Path(sys.argv[1])):
+        print("claimed", flush=True)
+        sys.stdin.read()
+    """
+)
+
+
+@pytest.fixture
+def hold():
+    """Starts processes that hold a workdir until their stdin is closed, and ends them."""
+    started = []
+
+    def start(workdir: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(workdir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_is_told_whose_the_folder_is_until_that_one_ends_or_is_killed(hold, tmp_path):
+    workdir = tmp_path / "run [1]"
+    process = hold(workdir)
+    before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+    with (
+        pytest.raises(rv.ConfigError, match=rf"in use by process {process.pid} on \S+: wait for it"),
+        claimed(PRESETS["plus_300"], workdir),
+    ):
+        pass
+    assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    process.kill()
+    process.wait()
+    assert (workdir / LOCK).read_bytes(), "its name is still there, the lock is not"
+    for _ in range(2):
+        with claimed(Config(), workdir):
+            assert str(os.getpid()).encode() in (workdir / LOCK).read_bytes()
+        assert (workdir / LOCK).read_bytes() == b""
+
+
+def test_the_command_says_so_in_one_line(tmp_path):
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    options = ("--data", tmp_path / "photos", "--batch-size", 4, "--workdir", tmp_path / "run", "--image-size", 32)
+    with claimed(Config(), tmp_path / "run"):
+        done = command("train.main", "--preset", "digits", *options)
+    assert done.returncode == 2
+    assert f"in use by process {os.getpid()} on " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def begun(tmp_path) -> tuple[Path, Config]:
+    """A folder whose run has come to its first checkpoint, and its options."""
+    config = Config(run=RunConfig(workdir=str(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
+    save_or_compare(config, tmp_path / "run")
+    return tmp_path / "run", config
+
+
+def changed(config: Config, group: str, **values: object) -> Config:
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        ("run", {"log_every": 1}),
+        ("run", {"evaluate_every": 7}),
+        ("run", {"checkpoint_every": 3}),
+        ("input", {"strict": True}),
+        ("input", {"data": "/moved/photos"}),
+    ],
+)
+def test_options_that_move_no_weight_may_change(group, values, begun):
+    workdir, config = begun
+    save_or_compare(changed(config, group, **values), workdir)
+
+
+def test_for_more_epochs_the_message_says_what_to_do(begun):
+    workdir, config = begun
+    with pytest.raises(rv.ConfigError, match=r"epochs 120 -> 200.*choose another --workdir, .* --init \S+/final"):
+        save_or_compare(changed(config, "optimizer", epochs=200), workdir)
+    with pytest.raises(rv.ConfigError, match=r"seed 0 -> 1\); choose another --workdir$"):
+        save_or_compare(changed(config, "run", seed=1), workdir)
+
+
+def test_a_moved_data_folder_is_known_by_its_images_and_another_one_too(tmp_path):
+    write_photos(tmp_path / "a", 8)
+    before = FolderSource(tmp_path / "a")
+    known = data_fingerprint(before)
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = FolderSource(tmp_path / "b")
+    assert data_fingerprint(moved) == known
+    write_photos(tmp_path / "c", 8, offset=30)
+    assert data_fingerprint(FolderSource(tmp_path / "c")) != known
+    first = sorted((tmp_path / "b").iterdir())[0]
+    first.rename(first.with_name("zzz"))
+    assert data_fingerprint(FolderSource(tmp_path / "b")) != known, "another order of classes is another data set"
+
+
+def test_checkpoints_of_earlier_versions_know_nothing_of_the_images():
+    old = RunFacts(seed=0, batch_size=4, train_images=8, devices=1)
+    assert (old.classes, old.images) == ("", "")
+
+
+URLS = ["gs://bucket/run", "s3://bucket/a", "https://host/x", "abfss://c@a/x"]
+
+
+@pytest.mark.parametrize("option", ["--workdir", "--data", "--data-dir", "--init"])
+@pytest.mark.parametrize("url", URLS)
+def test_urls_are_refused_in_one_line(url, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(rv.ConfigError, match=rf"^{option} {url}: only folders and files of this machine"):
+        parse(["--preset", "digits", option, url])
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_the_hub_stay_an_address():
+    address = "hf://timm/repvgg_a0.rvgg_in1k"
+    assert parse(["--preset", "imagenet_120", "--init", address]).fine_tune.init == address
+
+
+def test_a_tilde_is_the_home_folder_also_where_no_shell_has_made_it_that(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    arguments = ["--preset", "digits", "--data=~/photos", "--workdir=~/run", "--batch-size", "4"]
+    run = set_up(parse(arguments))
+    assert run.workdir == tmp_path / "run"
+    assert len(run.dataset.train) == 8
+    assert set_up(parse([*arguments[:-2], "--data=digits", "--data-dir=~/tfds"])).dataset.name == "digits"
+    assert (tmp_path / "tfds").is_dir()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(rv.ConfigError, match="--workdir ~nobody-here/x: there is no such user"):
+        parse(["--preset", "digits", "--workdir", "~nobody-here/x"])
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    for wrong in (
+        ("--init", tmp_path / "none.pth"),
+        ("--init", tmp_path / "weights.pth"),
+        ("--batch-size", 12),
+        ("--data", tmp_path),
+    ):
+        options = ("--data", tmp_path / "photos", "--batch-size", 4, "--workdir", tmp_path / "run", *wrong)
+        done = command("train.main", "--preset", "digits", *options)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "run").exists(), wrong
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, 8), (2, 4)])
+def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected, tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    seen = []
+    monkeypatch.setattr("train.main.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
+    options = ["--data", str(tmp_path / "photos"), "--batch-size", "8", "--accumulate", str(accumulate)]
+    run = set_up(parse(["--preset", "imagenet_120", *options]))
+    make_evaluator(run, run.model)
+    assert seen == [expected]
+
+
+def test_the_preset_must_be_named():
+    with pytest.raises(rv.ConfigError, match=r"--preset is missing.*digits, imagenet_120, imagenet_200, plus_300"):
+        parse(["--data", "/data/imagenet"])
+    done = command("train.main", "--help")
+    assert done.returncode == 0
+    assert "--preset" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [("--crop-area", "0.3", "1"), ("--horizontal-flip", "0")])
+def test_options_for_photographs_are_refused_where_there_are_none(wrong, tmp_path):
+    config = parse(["--preset", "digits", "--data-dir", str(tmp_path / "tfds"), *wrong])
+    with pytest.raises(rv.ConfigError, match=f"{wrong[0]} is for photographs, and the data set digits has none"):
+        set_up(config)
+    write_photos(tmp_path / "photos" / "train", 8)
+    write_photos(tmp_path / "photos" / "val", 4)
+    run = set_up(parse(["--preset", "digits", "--data", str(tmp_path / "photos"), "--batch-size", "4", *wrong]))
+    check_augmentation(run.config.augment, run.dataset)
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "warmup"),
+    [("digits", 1, 0.0667), ("digits", 2, 0.1333), ("digits", 3, 2), ("plus_300", 4, 0.0667)],
+)
+def test_a_presets_warm_up_is_shortened_where_it_does_not_fit(preset, epochs, warmup, capsys):
+    config = parse(["--preset", preset, "--epochs", str(epochs)])
+    assert config.optimizer.warmup_epochs == pytest.approx(warmup)
+    said = capsys.readouterr().err
+    assert ("shortened to" in said) == (warmup < 1)
+    assert said.count("\n") == (warmup < 1)
+
+
+@pytest.mark.parametrize("spelled", ["--warmup-epochs", "--warmup_epochs"])
+def test_a_warm_up_that_was_asked_for_and_does_not_fit_is_an_error(spelled):
+    with pytest.raises(rv.ConfigError, match="--warmup-epochs 2 leaves nothing of 1 --epochs"):
+        parse(["--preset", "digits", "--epochs", "1", spelled, "2"])

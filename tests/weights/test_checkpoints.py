@@ -1,0 +1,199 @@
+"""Claim: a training run, or one of its checkpoints, is a weight file for every command."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import repvgg_jax as rv
+from repvgg_jax.net.variants import VARIANTS
+from repvgg_jax.trees import flatten, unflatten
+from repvgg_jax.weights import WeightsWarning
+from repvgg_jax.weights.header import TRAINING, Header
+from tests.helpers.commands import command
+from tests.helpers.convert import convert, error_of
+from tests.helpers.random_weights import random_variables
+from tests.helpers.weights import assert_same_bits, refused
+from train.checkpoint import Checkpoints, RunFacts
+from train.parallel import distribute, replicate
+from train.state import TrainState
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*took checkpoint:repvgg_jax.weights.WeightsWarning")
+
+NAMES = tuple("abcdefghij")
+GREY = rv.Preprocessing(32, 1.0, (0.3053,), (0.3783,))
+VARIANT = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), activation="silu", stem_stride=1)
+MODEL = rv.create_model(VARIANT, 10)
+TOP1 = {3: 0.5, 6: 0.9, 8: 0.7}
+"""By step; step 9 has not been evaluated."""
+
+
+def stats_of_each_device(stats: dict) -> dict:
+    """`[devices, …]`: other ones on each device, which average to `stats`."""
+    devices = jax.device_count()
+    offsets = np.arange(devices, dtype=np.float32) - (devices - 1) / 2
+    return jax.tree.map(lambda leaf: np.stack([leaf + offset / 64 for offset in offsets]), stats)
+
+
+def state_at(step: int) -> tuple[TrainState, dict, dict]:
+    """A state as the parallel step has it, its variables, and their moving average."""
+    trained, average = (random_variables(MODEL, seed, in_channels=1) for seed in (step, 100 + step))
+    optimizer = optax.sgd(0.1, momentum=0.9).init(trained["params"])
+    shared = (np.int32(step), trained["params"], optimizer, average["params"])
+    number, params, opt_state, ema_params = (replicate(tree) for tree in shared)
+    own = (distribute(stats_of_each_device(v["batch_stats"])) for v in (trained, average))
+    stats, ema_stats = own
+    return TrainState(number, params, stats, opt_state, ema_params, ema_stats), trained, average
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A run's folder, and by step its variables and their averages."""
+    workdir = tmp_path_factory.mktemp("runs") / "lr=[0.1]"
+    workdir.mkdir()
+    net = Header(TRAINING, VARIANT, 10, GREY, NAMES).to_json()
+    facts = RunFacts(0, 64, 1437, jax.device_count(), net=net)
+    trained, averages = {}, {}
+    with Checkpoints(workdir, 9) as checkpoints:
+        for step in (3, 6, 8, 9):
+            state, trained[step], averages[step] = state_at(step)
+            checkpoints.save(state, facts, TOP1.get(step))
+    rows = [{"step": 3, "loss": 1.0}, *({"step": s, "form": "train", "top1": top1} for s, top1 in TOP1.items())]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return workdir, trained, averages
+
+
+def assert_same(expected: dict, found: dict) -> None:
+    """Parameters bit for bit; statistics up to the rounding of their average."""
+    assert_same_bits({"params": expected["params"]}, {"params": found["params"]})
+    jax.tree.map(
+        lambda e, f: np.testing.assert_allclose(f, e, rtol=2e-6, atol=2e-6),
+        expected["batch_stats"],
+        found["batch_stats"],
+    )
+
+
+def test_a_run_is_its_best_checkpoint_and_a_checkpoint_is_itself(run):
+    workdir, trained, averages = run
+    for folder, step in (
+        (workdir, 6),
+        (workdir / "checkpoints", 6),
+        (f"{workdir}/", 6),
+        (workdir / "checkpoints" / "8", 8),
+        (workdir / "checkpoints" / "9", 9),
+    ):
+        model, variables = rv.load_weights(folder)
+        assert model == MODEL
+        assert_same(trained[step], variables)
+        assert_same(averages[step], rv.load_weights(folder, ema=True)[1])
+    with pytest.warns(WeightsWarning, match=r"took checkpoint 6, the best of 4, with top-1 90\.00 %"):
+        rv.load_weights(workdir)
+
+
+def test_it_says_what_it_is_without_reading_a_number(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)  # an import of it fails
+    info = rv.inspect_weights(run[0])
+    assert (info.preprocessing, info.class_names, info.variant, info.deploy) == (GREY, NAMES, VARIANT, False)
+    assert (info.in_channels, info.num_classes, info.num_batches_tracked) == (1, 10, 6)
+    assert "pip install orbax-checkpoint" in refused(run[0])
+    shown = convert("--inspect", run[0]).stdout
+    assert "training form, native names, 10 classes, 1 input channels" in shown
+
+
+def test_without_an_evaluation_it_is_the_newest(run, tmp_path):
+    for step in (8, 9):
+        shutil.copytree(run[0] / "checkpoints" / str(step), tmp_path / "run" / "checkpoints" / str(step))
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "metrics", ignore_errors=True)
+    with pytest.warns(WeightsWarning, match="took checkpoint 9, the newest; none has been evaluated"):
+        assert_same(run[1][9], rv.load_weights(tmp_path / "run")[1])
+
+
+def test_every_command_takes_a_run(run, tmp_path):
+    workdir, trained, averages = run
+    assert convert(workdir, tmp_path / "best.safetensors", "--keep-training-form").returncode == 0
+    info = rv.inspect_weights(tmp_path / "best.safetensors")
+    assert (info.preprocessing, info.class_names, info.num_batches_tracked) == (GREY, NAMES, 6)
+    assert_same(trained[6], rv.load_weights(tmp_path / "best.safetensors")[1])
+    assert convert(workdir / "checkpoints/8", tmp_path / "ema.pth", "--ema", "--keep-training-form").returncode == 0
+    assert_same(averages[8], rv.load_weights(tmp_path / "ema.pth")[1])
+
+    def evaluation(weights: Path, *options: str) -> dict:
+        arguments = ("digits", "deploy", weights, "--data-dir", tmp_path / "data", *options)
+        done = command("train.evaluate", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    (tmp_path / "names").write_text("\n".join(map(str, range(10))), encoding="utf-8")
+    names = ("--class-names", str(tmp_path / "names"))
+    assert evaluation(workdir, *names) == evaluation(tmp_path / "best.safetensors", *names)
+
+
+def test_folders_that_are_no_checkpoints_are_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoints of a training run" in refused(tmp_path / "empty")
+    (tmp_path / "begun" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert "holds no checkpoints of a training run" in refused(tmp_path / "begun")
+    assert "holds no checkpoints" in error_of(convert(tmp_path / "empty", tmp_path / "out.pth"))
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, folder / "7"))
+
+
+def test_damage_is_one_line(run, tmp_path):
+    checkpoint = run[0] / "checkpoints" / "6"
+    whole = copy_of(checkpoint, tmp_path / "whole")
+    facts = json.loads((whole / "facts/metadata").read_text(encoding="utf-8"))
+    for number, change in enumerate(
+        (
+            {"crc32": facts["crc32"] ^ 1},
+            {"shapes": {**facts["shapes"], "['params']['linear']['bias']": [11]}},
+            {"shapes": {k: v for k, v in facts["shapes"].items() if "stage3" not in k}},
+            {"shapes": 3},
+            {"facts": {**facts["facts"], "net": {"version": 1}}},
+        )
+    ):
+        bad = copy_of(checkpoint, tmp_path / str(number))
+        (bad / "facts/metadata").write_text(json.dumps(facts | change), encoding="utf-8")
+        assert "/7" in refused(bad)
+    (whole / "facts/metadata").write_text("{", encoding="utf-8")
+    assert "damaged checkpoint" in refused(whole)
+    cut = copy_of(checkpoint, tmp_path / "cut")
+    largest = max((p for p in (cut / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    assert "damaged checkpoint" in refused(cut)
+    old = copy_of(checkpoint, tmp_path / "old")
+    del facts["facts"]["net"]
+    (old / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
+    assert "does not say which net it is" in refused(old)
+    none = copy_of(checkpoint, tmp_path / "none")
+    facts = json.loads((checkpoint / "facts/metadata").read_text(encoding="utf-8"))
+    facts["shapes"] = {key: shape for key, shape in facts["shapes"].items() if "ema" not in key}
+    (none / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
+    assert "has no moving average" in refused(none, ema=True)
+
+
+def test_ranges_of_quantisation_aware_training_are_left_out(tmp_path):
+    state, trained, _ = state_at(5)
+    ranges = {"batch_stats/stage0/input_range": np.ones(jax.device_count(), np.float32)}
+    stats = unflatten(flatten({"batch_stats": jax.device_get(state.batch_stats)}) | ranges)["batch_stats"]
+    facts = RunFacts(0, 64, 1437, jax.device_count(), net=Header(TRAINING, VARIANT, 10, GREY).to_json())
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(dataclasses.replace(state, batch_stats=distribute(stats)), facts)
+    assert_same(trained, rv.load_weights(tmp_path)[1])
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_of_a_real_run_is_its_final_weights(uninterrupted, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "Tiny", rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="Tiny"))
+    last = max((uninterrupted / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for ema, name in ((False, "final"), (True, "ema")):
+        assert_same_bits(rv.load_weights(uninterrupted / f"{name}.safetensors")[1], rv.load_weights(last, ema=ema)[1])
+    found, expected = rv.inspect_weights(last), rv.inspect_weights(uninterrupted / "final.safetensors")
+    assert found == expected
