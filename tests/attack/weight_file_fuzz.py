@@ -26,10 +26,7 @@ def main() -> int:
         text=True,
     )
     print(done.stdout[-4000:], file=sys.stderr)
-    generated = re.findall(
-        r"during generate phase.*?\n\s+- .*\n\s+- (\d+) passing examples, (\d+) failing", done.stdout
-    )
-    attack.survived = sum(int(passing) for passing, _ in generated)
+    attack.survived = sum(map(int, re.findall(r"- (\d+) passing(?: examples)?, \d+ failing", done.stdout)))
     for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE):
         attack.count(False, line)
     if done.returncode and not attack.failures:
