@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError, shown
-from ..net.layout import Shape
+from ..net.leaves import Shape
 from ..net.model import RepVGG
 from ..net.variants import Variant
 from ..preprocess import Preprocessing
