@@ -41,6 +41,7 @@ class Branches:
       dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
       point: RepVGG's 1x1 branch (the paper's Table 6 leaves it out).
       identity: RepVGG's identity branch, where stride and channels allow one (the same).
+      strips: a 1x3 and a 3x1 convolution, each with its own BN (ACNet, arXiv 1908.03930).
 
     Raises:
       ValueError: a number of copies out of range, or anything but True and False for the others.
@@ -51,6 +52,7 @@ class Branches:
     dbb_1x1_avg: bool = False
     point: bool = True
     identity: bool = True
+    strips: bool = False
 
     def __post_init__(self):
         if type(self.dense_copies) is not int or not 1 <= self.dense_copies <= MAX_DENSE_COPIES:
@@ -127,19 +129,20 @@ class Convolution(Step):
     """A convolution without bias.
 
     Attributes:
-      size: rows and columns of its kernel.
+      size: rows and columns of its kernel, or one number for both.
       keeps_resolution: the block's stride is left to a later step.
       keeps_channels: as many outputs as inputs.
     """
 
-    size: int = 3
+    size: int | tuple[int, int] = 3
     keeps_resolution: bool = False
     keeps_channels: bool = False
     leaf: ClassVar[str] = "kernel"
 
     def layer(self, geometry: Geometry, channels: int) -> Layer:
         outputs = channels if self.keeps_channels else geometry.out_channels
-        return Layer(self.name, "conv", (self.size, self.size, channels // geometry.groups, outputs), has_bias=False)
+        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return Layer(self.name, "conv", (*size, channels // geometry.groups, outputs), has_bias=False)
 
     def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
         geometry = branch.geometry
@@ -148,7 +151,7 @@ class Convolution(Step):
             kernel_size=self.size,
             stride=1 if self.keeps_resolution else geometry.stride,
             groups=geometry.groups,
-            dilation=geometry.dilation if self.size > 1 else 1,
+            dilation=1 if self.size == 1 else geometry.dilation,
             **branch.options(self),
         )
         return branch.module(self, conv)(x, train, zero), None
@@ -303,10 +306,12 @@ POINT_THEN_AVERAGE = Branch(
         Normalization("bn2"),
     ),
 )
+ROW = Branch("rbr_1x3", (Convolution("conv", (1, 3)), Normalization("bn")))
+COLUMN = Branch("rbr_3x1", (Convolution("conv", (3, 1)), Normalization("bn")))
 IDENTITY = Branch("rbr_identity", (Normalization(""),))
 CONSTANT_IDENTITY = Branch("rbr_identity", (ConstantScale(),))
 
-KINDS = (DENSE, POINT, BARE_POINT, POINT_THEN_3X3, POINT_THEN_AVERAGE, IDENTITY, CONSTANT_IDENTITY)
+KINDS = (DENSE, POINT, BARE_POINT, POINT_THEN_3X3, POINT_THEN_AVERAGE, ROW, COLUMN, IDENTITY, CONSTANT_IDENTITY)
 """Every kind, in the order in which a block sums them."""
 
 
@@ -327,6 +332,8 @@ def branches_of(block: BlockKind, branches: Branches, may_be_identity: bool) -> 
         chosen.append(POINT_THEN_3X3)
     if branches.dbb_1x1_avg:
         chosen.append(POINT_THEN_AVERAGE)
+    if branches.strips:
+        chosen += [ROW, COLUMN]
     if branches.identity and may_be_identity:
         chosen.append(CONSTANT_IDENTITY if bare else IDENTITY)
     return tuple(chosen)

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from ..broadcasting import channelwise
 from ..conv.training import plain_conv, training_conv
-from .kernel_algebra import BN_EPSILON, constant_response
+from .kernel_algebra import BN_EPSILON, constant_response, embed
 
 Dtype = Any
 
@@ -74,13 +74,14 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padded as PyTorch pads: leaf `kernel [k, k, C_in / groups, C_out]`.
+    """Convolution without bias, padded as PyTorch pads: leaf `kernel [h, w, C_in / groups, C_out]`.
 
+    A kernel of 1x3 or 3x1 is computed as the 3x3 one that it is part of.
     `pedestal` `[C_in]` is a value that is everywhere added to `x`, in the padding too.
     """
 
     features: int
-    kernel_size: int
+    kernel_size: int | tuple[int, int]
     stride: int = 1
     groups: int = 1
     dilation: int = 1
@@ -89,10 +90,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
         compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
-        kernel = kernel.astype(self.dtype)
+        kernel = (kernel if size[0] == size[1] else embed(kernel)).astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
 

@@ -31,11 +31,12 @@ from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import assert_same_bits
 from train.config import parse
 
-ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True)
+ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True, strips=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "qarepvgg": dict(block="qarepvgg"),
     "mobileone": dict(branches=rv.Branches(dense_copies=3)),
     "dbb": dict(branches=rv.Branches(dbb_1x1_3x3=True, dbb_1x1_avg=True)),
+    "acnet": dict(branches=rv.Branches(strips=True)),
     "all": dict(block="qarepvgg", branches=ALL),
     "no identity": dict(branches=rv.Branches(identity=False)),
     "no point": dict(block="qarepvgg", branches=rv.Branches(point=False)),
@@ -59,11 +60,11 @@ class TorchBlock(nn.Module):
         super().__init__()
         self.stride, self.dilation, self.bare = stride, dilation, block == "qarepvgg"
 
-        def conv(size: int, c_in: int, c_out: int, stride: int, padding: int) -> nn.Conv2d:
-            spread = dilation if size == 3 else 1
+        def conv(size: Any, c_in: int, c_out: int, stride: int, padding: Any) -> nn.Conv2d:
+            spread = 1 if size == 1 else dilation
             return nn.Conv2d(c_in, c_out, size, stride, padding, spread, groups, bias=False)
 
-        def conv_bn(size: int, padding: int) -> nn.ModuleDict:
+        def conv_bn(size: Any, padding: Any) -> nn.ModuleDict:
             return nn.ModuleDict({"conv": conv(size, inputs, outputs, stride, padding), "bn": nn.BatchNorm2d(outputs)})
 
         for copy in range(branches.dense_copies):
@@ -79,6 +80,9 @@ class TorchBlock(nn.Module):
                 conv1=conv(1, inputs, outputs, 1, 0), bn1=nn.BatchNorm2d(outputs), bn2=nn.BatchNorm2d(outputs)
             )
             self.dbb_1x1_avg = nn.ModuleDict(layers)
+        if branches.strips:
+            self.add_module("rbr_1x3", conv_bn((1, 3), (0, dilation)))
+            self.add_module("rbr_3x1", conv_bn((3, 1), (dilation, 0)))
         self.identity = identity and branches.identity
         if self.identity and not self.bare:
             self.rbr_identity = nn.BatchNorm2d(outputs)
@@ -89,7 +93,7 @@ class TorchBlock(nn.Module):
         total = torch.zeros(())
         branch: Any
         for name, branch in self.named_children():
-            if name.startswith("rbr_dense"):
+            if name.startswith(("rbr_dense", "rbr_1x3", "rbr_3x1")):
                 total = total + branch["bn"](branch["conv"](x))
             elif name == "rbr_1x1":
                 total = total + (branch(x) if self.bare else branch["bn"](branch["conv"](x)))
@@ -151,7 +155,7 @@ def random_block(seed: int, block: RepVGGBlock, x: np.ndarray) -> dict[str, Any]
     stride=st.sampled_from([1, 2]),
     dilation=st.sampled_from([1, 2, 4]),
     block=st.sampled_from(["repvgg", "qarepvgg"]),
-    branches=st.builds(rv.Branches, st.sampled_from([1, 3]), *4 * [st.booleans()]),
+    branches=st.builds(rv.Branches, st.sampled_from([1, 3]), *5 * [st.booleans()]),
     size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
 )
 def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
