@@ -11,6 +11,7 @@ from ..conv.training import materialize, plain_conv, training_conv
 from .activations import Activation, activation_function
 from .kernel_algebra import BN_EPSILON, constant_response
 from .variants import BlockKind, Branches, SqueezeExcitePlace
+from .walk import ACTIVATION, AFTER_CONVOLUTION
 
 Dtype = Any
 
@@ -228,12 +229,12 @@ class _Block(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def _activate(self, x: Array) -> Array:
-        """(SE,) ReLU (, SE): D2se gates before the ReLU, RepVGGplus after it."""
-        if self.squeeze_excite == "before_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="se")(x)
-        x = activation_function(self.activation)(x)
-        if self.squeeze_excite == "after_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="post_se")(x)
+        """Return what gate and activation make of the (summed or single) convolution."""
+        for step in AFTER_CONVOLUTION[self.squeeze_excite]:
+            if step == ACTIVATION:
+                x = activation_function(self.activation)(x)
+            else:
+                x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name=step)(x)
         return x
 
 

@@ -15,6 +15,9 @@ from .kernel_algebra import BN_EPSILON
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
+GATE_NAMES: dict[SqueezeExcitePlace, str] = {"before_relu": "se", "after_relu": "post_se"}
+"""The authors' name for the squeeze-and-excite gate in each place: two nets, two names."""
+
 BlockKind = Literal["repvgg", "qarepvgg"]
 """The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
 
@@ -196,6 +199,11 @@ class Variant:
                     )
                 )
         return tuple(specs)
+
+    @property
+    def gate_name(self) -> str | None:
+        """Name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
+        return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
         """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""

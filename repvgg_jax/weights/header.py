@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import WeightsError, shown
 from ..net.activations import ACTIVATIONS
-from ..net.variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
+from ..net.variants import GATE_NAMES, OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
 from ..preprocess import Preprocessing
 from .info import preprocessing_from_file
 
@@ -144,7 +144,7 @@ def _flag(value: Any) -> bool:
 
 
 def _place(value: Any) -> str | None:
-    if value not in (None, "before_relu", "after_relu"):
+    if value is not None and value not in GATE_NAMES:
         raise ValueError("an unknown place for the squeeze-and-excite gate")
     return value
 
