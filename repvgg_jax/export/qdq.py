@@ -20,6 +20,9 @@ from .onnx_graph import OnnxOperations
 class QDQOperations(OnnxOperations):
     """The walk that writes a quantised net, whose `params` have the `pool`'s scale too; what is float stays so."""
 
+    output_axis = 1
+    """Of the classifier's kernel."""
+
     def write_conv(self, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
         """Add QuantizeLinear, DequantizeLinear, and `Conv` of dequantised weights."""
         if not is_quantized(params):
@@ -38,26 +41,29 @@ class QDQOperations(OnnxOperations):
         if not is_quantized(params):
             return super().linear(x)
         x = self.write_input(x, LINEAR, params["input_scale"], input_dtype(LINEAR))
-        kernel = self.write_integers(f"{LINEAR}/kernel", params["kernel"], params["kernel_scale"], axis=1)
-        return self.graph.node("Gemm", [x, kernel, self.write_bias(LINEAR, params)], LINEAR)
+        kernel, attributes = (params["kernel"], {}) if self.output_axis else (params["kernel"].T, {"transB": 1})
+        kernel = self.write_integers(f"{LINEAR}/kernel", kernel, params["kernel_scale"], self.output_axis)
+        return self.graph.node("Gemm", [x, kernel, self.write_bias(LINEAR, params)], LINEAR, **attributes)
+
+    @staticmethod
+    def scale_and_zero(scale: Any, dtype: np.dtype) -> tuple[Any, Any]:
+        """Return scale and zero-point of an activation; int8 is uint8 around 128."""
+        return scale, np.uint8(128 if dtype == SIGNED else 0)
 
     def write_input(self, x: str, name: str, scale: Any, dtype: np.dtype) -> str:
-        """Add the way of activations through 8 bits; int8 as uint8 around 128."""
-        return self.write_rounding(x, name, np.float32(scale), np.uint8(128 if dtype == SIGNED else 0))
+        """Add QuantizeLinear and DequantizeLinear."""
+        scale, zero = self.scale_and_zero(scale, dtype)
+        parameters = [
+            self.graph.constant(f"{name}/input_scale", np.float32(scale)),
+            self.graph.constant(f"{name}/input_zero", zero),
+        ]
+        x = self.graph.node("QuantizeLinear", [x, *parameters], f"{name}/quantize")
+        return self.graph.node("DequantizeLinear", [x, *parameters], f"{name}/dequantize")
 
     def write_bias(self, name: str, params: Mapping[str, np.ndarray]) -> str:
         """Add a bias: int32."""
         unit = np.float32(params["input_scale"]) * params["kernel_scale"]
         return self.write_integers(f"{name}/bias", params["bias"], unit)
-
-    def write_rounding(self, x: str, name: str, scale: np.float32, zero: np.uint8 | np.int8) -> str:
-        """Add QuantizeLinear and DequantizeLinear."""
-        parameters = [
-            self.graph.constant(f"{name}/input_scale", scale),
-            self.graph.constant(f"{name}/input_zero", zero),
-        ]
-        x = self.graph.node("QuantizeLinear", [x, *parameters], f"{name}/quantize")
-        return self.graph.node("DequantizeLinear", [x, *parameters], f"{name}/dequantize")
 
     def write_integers(self, name: str, integers: np.ndarray, scale: np.ndarray, axis: int = 0) -> str:
         """Add integers that the graph reads as real numbers; one scale for all where all are the same."""
@@ -80,18 +86,12 @@ class TensorRTOperations(QDQOperations):
     A DequantizeLinear of an int32 bias is refused (NVIDIA/TensorRT and onnx/onnx-tensorrt issue 850).
     """
 
-    def linear(self, x: str) -> str:
-        """Add `Gemm` with its kernel as `[classes, C]`, so that output channels are axis 0 in every layer."""
-        params = self.net.params[LINEAR]
-        if not is_quantized(params):
-            return super().linear(x)
-        x = self.write_input(x, LINEAR, params["input_scale"], input_dtype(LINEAR))
-        kernel = self.write_integers(f"{LINEAR}/kernel", params["kernel"].T, params["kernel_scale"])
-        return self.graph.node("Gemm", [x, kernel, self.write_bias(LINEAR, params)], LINEAR, transB=1)
+    output_axis = 0  # in every layer
 
-    def write_input(self, x: str, name: str, scale: Any, dtype: np.dtype) -> str:
-        """Add the same range in int8: what 255 stood for is 127's."""
-        return self.write_rounding(x, name, np.float32(scale * (levels(dtype) / levels(SIGNED))), np.int8(0))
+    @staticmethod
+    def scale_and_zero(scale: Any, dtype: np.dtype) -> tuple[Any, Any]:
+        """Return the same range in int8: what 255 stood for is 127's."""
+        return scale * (levels(dtype) / levels(SIGNED)), np.int8(0)
 
     def write_bias(self, name: str, params: Mapping[str, np.ndarray]) -> str:
         """Add a bias: float32."""

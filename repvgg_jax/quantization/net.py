@@ -186,21 +186,15 @@ def forward(
     return operations.inputs | {"logits": logits}
 
 
+@dataclasses.dataclass
 class IntegerOperations(FloatOperations):
     """The walk through a quantised net. Integers go from layer to layer where nothing but the ReLU is between them.
 
-    Args:
-      variant: the architecture.
-      params: `QuantizedNet.params`, the kernels of the body as the arithmetic wants them.
-      arithmetic: computes the body's quantised layers.
-      integer: for the classifier, as `accumulate` takes it.
+    The arithmetic computes the body's quantised layers; `integer` says how the classifier is computed (`accumulate`).
     """
 
-    def __init__(self, variant: Variant, params: Mapping[str, Any], arithmetic: Arithmetic, integer: bool):
-        super().__init__(variant, params)
-        self.arithmetic = arithmetic
-        self.integer = integer
-        self.readers = {spec.name: reader for spec, reader in with_readers(variant.blocks())}
+    arithmetic: Arithmetic
+    integer: bool
 
     def read(self, name: str, x: Array) -> Array:
         """Return the integers that the layer reads, or real numbers where it stayed in float."""
@@ -216,7 +210,8 @@ class IntegerOperations(FloatOperations):
             return super().conv(block, x, activate=activate)
         x = self.read(block.name, x)
         unit = layer["input_scale"] * layer["kernel_scale"]
-        next_scale = self.layers[self.readers[block.name]].get("input_scale")
+        reader = dict(with_readers(self.variant.blocks()))[block]
+        next_scale = self.layers[reader].get("input_scale")
         if activate and self.variant.gate_name is None and next_scale is not None:
             return self.arithmetic.rounded(block, x, layer, unit / next_scale)
         y = self.arithmetic.totals(block, x, layer).astype(jnp.float32) * channelwise(unit)

@@ -6,6 +6,7 @@ block and `linear` the global average `pool` has a name too, since its input is 
 Functions on one layer are compiled one by one: many layers of a net have the same shape, and share a compilation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -80,21 +81,13 @@ def _gated(squeeze_width: int, gate: Mapping[str, Any], x: Array) -> Array:
     return gated
 
 
+@dataclasses.dataclass
 class FloatOperations:
-    """The walk through a float net, layer by layer.
+    """The walk through a float net, layer by layer; `inputs` is what each has read, by name."""
 
-    Args:
-      variant: the architecture.
-      layers: its layers.
-
-    Attributes:
-      inputs: what each layer has read, by name.
-    """
-
-    def __init__(self, variant: Variant, layers: Layers):
-        self.variant = variant
-        self.layers = layers
-        self.inputs: dict[str, Array] = {}
+    variant: Variant
+    layers: Layers
+    inputs: dict[str, Array] = dataclasses.field(default_factory=dict, init=False)
 
     def read(self, name: str, x: Array) -> Array:
         """Return `x` as the layer called `name` reads it."""
