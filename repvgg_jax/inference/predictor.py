@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..net.fusion import check_deploy_params, to_deploy
+from ..net.layout import in_channels_of
 from ..net.model import RepVGG, channel_hint, checked_dtype
 from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
+from ..trees import flatten
 from .plan import Plan
 from .planned_net import Output, compile_for, planned_forward, prepare_params
 from .planning import choose_plan
@@ -189,7 +191,7 @@ def make_predictor(
     else:
         model, variables = to_deploy(model, variables)
         params = variables["params"]
-    channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
+    channels = in_channels_of(flatten({"params": params}))
     _check_channels(channels, preprocessing)
     plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
     return Predictor(model, params, plan, preprocessing, output)

@@ -15,6 +15,7 @@ from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, branc
 from .kernel_algebra import BN_EPSILON
 from .layers import BatchNorm, Dtype, torch_bias_init, torch_kernel_init
 from .variants import SqueezeExcitePlace
+from .walk import ACTIVATION, AFTER_CONVOLUTION
 
 
 class SqueezeExcite(nn.Module):
@@ -77,12 +78,12 @@ class _Block(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def _activate(self, x: Array) -> Array:
-        """(SE,) ReLU (, SE): D2se gates before the ReLU, RepVGGplus after it."""
-        if self.squeeze_excite == "before_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="se")(x)
-        x = activation_function(self.activation)(x)
-        if self.squeeze_excite == "after_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="post_se")(x)
+        """Return what gate and activation make of the (summed or single) convolution."""
+        for step in AFTER_CONVOLUTION[self.squeeze_excite]:
+            if step == ACTIVATION:
+                x = activation_function(self.activation)(x)
+            else:
+                x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name=step)(x)
         return x
 
 

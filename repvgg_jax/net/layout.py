@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,7 @@ def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer
     else:
         layers = [layer for branch in variant.training_branches(block) for layer in branch.layers(block)]
         layers += [Layer(SUM_BN, "bn", (block.out_channels,))] if variant.block == "qarepvgg" else []
-    if variant.squeeze_excite:
-        gate = "se" if variant.squeeze_excite == "before_relu" else "post_se"
+    if gate := variant.gate_name:
         hidden = variant.squeeze_width(block.out_channels)
         layers.append(Layer(f"{gate}/down", "conv", (1, 1, block.out_channels, hidden)))
         layers.append(Layer(f"{gate}/up", "conv", (1, 1, hidden, block.out_channels)))
@@ -52,6 +52,21 @@ def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channel
     """Name and shape of every leaf of that model's variables (what tracing `model.init` would find, at once)."""
     layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
     return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
+
+
+def in_channels_of(arrays: FlatArrays) -> int:
+    """Return the channels of the images that a flat tree's first convolution takes, in training, deploy or INT8 form.
+
+    Where there is no such kernel it is 3, so that a check of the tree's shapes says what is missing.
+    """
+    kernel = stem_kernel(arrays)
+    return 3 if kernel is None else kernel.shape[2]
+
+
+def stem_kernel(arrays: FlatArrays) -> Any:
+    """Return the entry of a flat tree that is the first convolution's kernel; None if there is none."""
+    kernels = (arrays.get(f"params/stage0/{layer}kernel") for layer in ("rbr_dense/conv/", "rbr_reparam/", ""))
+    return next((kernel for kernel in kernels if kernel is not None and len(kernel.shape) == 4), None)
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, model: str) -> None:

@@ -16,6 +16,9 @@ from .kernel_algebra import BN_EPSILON
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
+GATE_NAMES: dict[SqueezeExcitePlace, str] = {"before_relu": "se", "after_relu": "post_se"}
+"""The authors' name for the squeeze-and-excite gate in each place: two nets, two names."""
+
 OUTPUT_STRIDES = (8, 16, 32)
 
 AUX_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
@@ -186,6 +189,11 @@ class Variant:
     def training_branches(self, block: BlockSpec) -> tuple[Branch, ...]:
         """Return what that block's training form sums."""
         return branches_of(self.block, self.branches, block.may_be_identity)
+
+    @property
+    def gate_name(self) -> str | None:
+        """Name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
+        return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
         """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
