@@ -13,8 +13,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ..conv.cost import LayerShape, candidates, estimated_seconds, products
-from ..conv.deploy import Algorithm
+from ..conv.algorithm import ALGORITHMS, candidates
+from ..conv.cost import LayerShape
 from ..net.variants import Variant
 
 OUTER = 16
@@ -27,7 +27,7 @@ class LayerPlan:
 
     name: str
     shape: LayerShape
-    algorithm: Algorithm
+    algorithm: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     source: str
 
-    def algorithms(self) -> dict[str, Algorithm]:
+    def algorithms(self) -> dict[str, str]:
         """Algorithm of every block, by name."""
         return {layer.name: layer.algorithm for stage in self.stages for layer in stage.layers}
 
@@ -84,7 +84,7 @@ class Plan:
 
     @staticmethod
     def _multiplications(layer: LayerPlan) -> float:
-        return products(layer.shape, layer.algorithm) / 1e9
+        return ALGORITHMS[layer.algorithm].multiplications(layer.shape) / 1e9
 
 
 def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
@@ -111,10 +111,8 @@ def default_plan(
     """The cost model's choice for a CPU: by stage, the portion and the algorithms of least estimated time."""
     outer = outer_portion(batch_size)
 
-    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
-        costs: list[tuple[Algorithm, float]] = [
-            (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape, dtype)
-        ]
+    def best(shape: LayerShape, portion: int) -> tuple[str, float]:
+        costs = [(algorithm.name, algorithm.seconds(shape, portion)) for algorithm in candidates(shape, dtype)]
         return min(costs, key=lambda pair: pair[1])
 
     stages = []

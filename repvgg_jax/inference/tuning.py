@@ -9,10 +9,14 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from ..conv.cost import LayerShape, candidates, estimated_seconds
-from ..conv.deploy import Algorithm, convolve, prepare_kernel
+from ..conv.algorithm import candidates
+from ..conv.cost import LayerShape
+from ..conv.deploy import convolve, prepare_kernel
 from .plan import Plan, StagePlan, portion_choices
 from .planned_net import compile_for
+
+DTYPE = "float32"
+"""What is measured."""
 
 RUNS = 5
 HOPELESS = 4.0
@@ -24,16 +28,13 @@ def measured_plan(plan: Plan) -> Plan:
 
     Costs one small compilation and a few runs for each distinct layer shape, candidate and portion: a minute or two.
     """
-    cache: dict[tuple[LayerShape, int], tuple[Algorithm, float]] = {}
+    cache: dict[tuple[LayerShape, int], tuple[str, float]] = {}
 
-    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
+    def best(shape: LayerShape, portion: int) -> tuple[str, float]:
         if (shape, portion) not in cache:
-            guesses: list[tuple[Algorithm, float]] = [
-                (a, estimated_seconds(shape, a, portion)) for a in candidates(shape)
-            ]
-            least = min(guess for _, guess in guesses)
-            worth: list[Algorithm] = [a for a, guess in guesses if guess <= HOPELESS * least]
-            times: list[tuple[Algorithm, float]] = [(a, measure_layer(shape, a, portion, plan.outer)) for a in worth]
+            guesses = {a.name: a.seconds(shape, portion) for a in candidates(shape, DTYPE)}
+            worth = [name for name, guess in guesses.items() if guess <= HOPELESS * min(guesses.values())]
+            times = [(name, measure_layer(shape, name, portion, plan.outer)) for name in worth]
             cache[shape, portion] = min(times, key=lambda pair: pair[1])
         return cache[shape, portion]
 
@@ -46,7 +47,7 @@ def measured_plan(plan: Plan) -> Plan:
     return dataclasses.replace(plan, stages=tuple(stages), source="measured")
 
 
-def measure_layer(shape: LayerShape, algorithm: Algorithm, portion: int, images: int) -> float:
+def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) -> float:
     """Seconds an image that one layer takes when `images` images are walked `portion` at a time, in float32.
 
     Like inside a net, the layer's output stays in the loop: what leaves is one maximum a channel, so that the

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv.training import materialize, plain_conv, training_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import materialize, training_conv
 from .activations import Activation, activation_function
 from .kernel_algebra import BN_EPSILON, constant_response
 from .variants import BlockKind, Branches, SqueezeExcitePlace
@@ -93,7 +94,7 @@ class Conv(nn.Module):
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
-        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
+        compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
         kernel = kernel.astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
@@ -211,7 +212,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
+        return deploy_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
 
 
 class _Block(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv.deploy import DIMENSION_NUMBERS
+from ..conv.xla import DIMENSION_NUMBERS
 from ..net.variants import BlockSpec, Variant
 from ..preprocess import Preprocessing
 from .calibration import input_dtype

@@ -11,7 +11,7 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.conv import native
-from repvgg_jax.conv.deploy import ALGORITHMS, NATIVE, supports
+from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
 from repvgg_jax.inference.predictor import Predictor
@@ -53,15 +53,15 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
-    if algorithm in NATIVE and not native.available():
+    if ALGORITHMS[algorithm].is_native and not native.available():
         pytest.skip("no C++ compiler")
     model, variables, images = case(GROUPED, 4)
     model, variables = rv.to_deploy(model, variables)
     start = default_plan(model.variant, 4, (40, 40))
 
     def chosen(layer):
-        usable = supports(algorithm, layer.shape.stride)
-        return dataclasses.replace(layer, algorithm=algorithm if usable else "direct")
+        refusal = ALGORITHMS[algorithm].refusal("float32", layer.shape.stride)
+        return dataclasses.replace(layer, algorithm="direct" if refusal else algorithm)
 
     stages = tuple(StagePlan(2, tuple(map(chosen, stage.layers))) for stage in start.stages)
     predict = Predictor(model, variables["params"], Plan(4, 4, stages, "test"), None)
