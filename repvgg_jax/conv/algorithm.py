@@ -26,7 +26,7 @@ from jax import numpy as jnp
 
 from ..broadcasting import channelwise
 from . import native
-from .cost import LayerShape, im2col_seconds, multiplications, native_seconds, winograd_seconds, xla_seconds
+from .cost import LayerShape, im2col_seconds, native_seconds, winograd_seconds, xla_seconds
 from .winograd import transform_kernel, winograd
 from .xla import taps, xla_conv
 
@@ -66,10 +66,6 @@ class Algorithm:
     dtypes: tuple[str, ...] | None = ("float32", "float64")
     tile: int = 0
     is_native: bool = False
-
-    def multiplications(self, shape: LayerShape) -> int:
-        """Return those in matrix products, for one image."""
-        return multiplications(shape, self.tile)
 
     def refusal(self, dtype: str, stride: int, dilation: int = 1) -> str | None:
         """Say why a convolution of that dtype, stride and dilation cannot be computed so; None if it can."""

@@ -40,26 +40,19 @@ class LayerShape:
         """Output pixels of one image."""
         return math.ceil(self.height / self.stride) * math.ceil(self.width / self.stride)
 
-    @property
-    def multiplications(self) -> int:
-        """Of the direct sum, for one image."""
-        return 9 * self.out_pixels * self.in_channels * self.out_channels // self.groups
-
     def tiles(self, tile: int) -> int:
         """Return how many Winograd tiles cover one image."""
         return math.ceil(self.height / tile) * math.ceil(self.width / tile)
+
+    def multiplications(self, tile: int = 0) -> int:
+        """Return those in matrix products, for one image."""
+        places = self.tiles(tile) if tile else self.out_pixels
+        return places * positions(tile) * self.in_channels * self.out_channels // self.groups
 
 
 def positions(tile: int) -> int:
     """Return how many matrices a kernel consists of: Winograd's positions, or the 9 taps."""
     return (tile + 2) ** 2 if tile else 9
-
-
-def multiplications(shape: LayerShape, tile: int) -> int:
-    """Return the multiplications in matrix products, for one image."""
-    if not tile:
-        return shape.multiplications
-    return shape.tiles(tile) * positions(tile) * shape.in_channels * shape.out_channels // shape.groups
 
 
 def xla_seconds(shape: LayerShape, portion: int) -> float:
@@ -68,7 +61,7 @@ def xla_seconds(shape: LayerShape, portion: int) -> float:
     rate = CONVOLUTION_RATE * _fill(outer) * (inner / (inner + 2)) / (1 if shape.groups == 1 else 2)
     if shape.out_pixels <= TINY_PIXELS:
         rate /= TINY_FACTOR
-    return (shape.multiplications * portion / rate + OPERATION_SECONDS) / portion
+    return (shape.multiplications() * portion / rate + OPERATION_SECONDS) / portion
 
 
 def im2col_seconds(shape: LayerShape, portion: int) -> float:
@@ -91,7 +84,7 @@ def native_seconds(shape: LayerShape, tile: int, portion: int) -> float:
     """Estimate the convolutions in C++."""
     outer = shape.out_channels / shape.groups
     vain = math.ceil(outer / CHANNELS_IN_VECTOR) * CHANNELS_IN_VECTOR / outer
-    seconds = multiplications(shape, tile) * vain / NATIVE_RATE
+    seconds = shape.multiplications(tile) * vain / NATIVE_RATE
     if tile:
         numbers = shape.tiles(tile) * (2 * positions(tile) + tile**2) * (shape.in_channels + shape.out_channels)
         seconds += numbers / NATIVE_TRANSFORM_RATE

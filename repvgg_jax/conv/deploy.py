@@ -15,12 +15,9 @@ cores)."""
 
 
 def deploy_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """Convolve as the deploy form does where nothing is planned, without bias.
+    """Compute what `xla_conv` does, as the deploy form does where nothing is planned.
 
-    XLA's own convolution, or on CPUs one matrix product for small images and 1x1 kernels; differentiable in every
-    mode, with XLA's own gradient.
-
-    Args and returns as for `training_conv`.
+    On CPUs 1x1 kernels and small images are matrix products. Differentiable in every mode, with XLA's own gradient.
     """
     xla, product = (
         functools.partial(function, stride=stride, groups=groups, dilation=dilation)

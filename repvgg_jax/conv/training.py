@@ -39,21 +39,9 @@ _every_mode: ContextVar[bool] = ContextVar("every_mode", default=False)
 
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """Convolution without bias, padded so that the size depends on the stride alone.
-
-    `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`.
+    """Compute what `xla_conv` does, with a gradient that does not stall on CPUs.
 
     Reverse-mode differentiable any number of times; forward-mode within `differentiable_in_every_mode`.
-
-    Args:
-      x: `[N, H, W, C_in]`.
-      kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
-      stride: 1 or 2.
-      groups: groups of the convolution.
-      dilation: pixels between the kernel's taps.
-
-    Returns:
-      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
     if _every_mode.get() or explicitly_sharded(x, kernel):
         return xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)

@@ -77,14 +77,14 @@ class Plan:
                 )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        direct = sum(layer.shape.multiplications for stage in self.stages for layer in stage.layers) / 1e9
+        direct = sum(layer.shape.multiplications() for stage in self.stages for layer in stage.layers) / 1e9
         planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
         total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications an image"
         return "\n".join([*lines, "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
 
     @staticmethod
     def _multiplications(layer: LayerPlan) -> float:
-        return ALGORITHMS[layer.algorithm].multiplications(layer.shape) / 1e9
+        return layer.shape.multiplications(ALGORITHMS[layer.algorithm].tile) / 1e9
 
 
 def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
