@@ -1,4 +1,4 @@
-"""Measuring which algorithm is fastest for each layer, here and now."""
+"""Choosing a net's plan: XLA's, the cost model's, or the fastest algorithms that were measured here and now."""
 
 import dataclasses
 import time
@@ -12,7 +12,9 @@ from jax import numpy as jnp
 from ..conv.algorithm import candidates
 from ..conv.cost import LayerShape
 from ..conv.deploy import convolve, prepare_kernel
-from .plan import Plan, StagePlan, portion_choices
+from ..net.model import RepVGG
+from . import plan_cache
+from .plan import Plan, StagePlan, default_plan, portion_choices, stage_layers, xla_plan
 from .planned_net import compile_for
 
 DTYPE = "float32"
@@ -21,6 +23,32 @@ DTYPE = "float32"
 RUNS = 5
 HOPELESS = 4.0
 """Candidates that the cost model thinks this many times slower than its best are not measured."""
+
+
+def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:
+    """Return XLA's plan on accelerators, and where nothing else computes in this dtype; else one made for a CPU.
+
+    Args:
+      model: its `dtype` is that of the computation.
+      batch_size: images a call.
+      image_size: (height, width).
+      channels: of an image.
+      tune: take what was measured on this machine, now or earlier, where that is possible; else the cost model's plan.
+    """
+    platform, dtype = jax.default_backend(), jnp.dtype(model.dtype).name
+    layers = [layer for stage in stage_layers(model.variant, image_size, channels) for layer in stage]
+    if platform != "cpu" or all(len(candidates(layer.shape, dtype)) == 1 for layer in layers):
+        return xla_plan(model.variant, batch_size, image_size, channels, f"platform ({platform}, {dtype})")
+    plan = default_plan(model.variant, batch_size, image_size, channels, dtype=dtype)
+    if not tune or dtype != DTYPE:
+        return plan
+    cached = plan_cache.load_plan(plan, dtype)
+    if cached is not None:
+        return cached
+    with jax.disable_jit(False):  # what is measured is compiled code
+        plan = measured_plan(plan)
+    plan_cache.save_plan(plan, dtype)
+    return plan
 
 
 def measured_plan(plan: Plan) -> Plan:

@@ -14,7 +14,7 @@ from repvgg_jax.conv import native
 from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
-from repvgg_jax.inference.predictor import Predictor
+from repvgg_jax.inference.predictor import Predictor, planned_net
 from repvgg_jax.machine import cache_folder
 from repvgg_jax.preprocess import normalize
 from tests.helpers.comparison import relative_difference
@@ -64,7 +64,7 @@ def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
         return dataclasses.replace(layer, algorithm="direct" if refusal else algorithm)
 
     stages = tuple(StagePlan(2, tuple(map(chosen, stage.layers))) for stage in start.stages)
-    predict = Predictor(model, variables["params"], Plan(4, 4, stages, "test"), None)
+    predict = Predictor(planned_net(model, variables["params"], Plan(4, 4, stages, "test")))
     assert relative_difference(jax.jit(model.apply)(variables, images), predict(images)) <= 1e-5
 
 
@@ -135,17 +135,19 @@ def test_the_plan_reads_as_a_table():
 
 def test_a_measured_plan_is_kept_and_a_damaged_one_ignored(monkeypatch):
     model, variables, images = case(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)), 1, size=16)
-    first = rv.make_predictor(model, variables, 1, 16, tune=True)
-    assert first.plan.source == "measured"
+    measured = rv.make_predictor(model, variables, 1, 16, tune=True).plan
+    assert measured is not None
+    assert measured.source == "measured"
     second = rv.make_predictor(model, variables, 1, 16, tune=True)
+    assert second.plan is not None
     assert second.plan.source == "cached measurement"
-    assert second.plan.algorithms() == first.plan.algorithms()
+    assert second.plan.algorithms() == measured.algorithms()
     assert relative_difference(model.apply(variables, images), second(images)) <= 1e-5
 
     (file,) = cache_folder("plans").glob("*.json")
     sound = json.loads(file.read_text(encoding="utf-8"))
     for damage in ("{", "[]", json.dumps(sound | {"portions": ["x"]}), json.dumps(sound | {"algorithms": {}})):
         file.write_text(damage, encoding="utf-8")
-        assert plan_cache.load_plan(first.plan, "float32") is None
+        assert plan_cache.load_plan(measured, "float32") is None
     file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}), encoding="utf-8")
-    assert plan_cache.load_plan(first.plan, "float32") is None
+    assert plan_cache.load_plan(measured, "float32") is None
