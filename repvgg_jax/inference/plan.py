@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from ..conv.algorithm import ALGORITHMS, candidates
 from ..conv.cost import LayerShape
 from ..net.variants import Variant
+from ..text_table import text_table
 
 OUTER = 16
 """Images that go through the whole net together: enough rows for the late stages' matrix products."""
@@ -75,12 +76,10 @@ class Plan:
                         f"{self._multiplications(layer):.3f}",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         direct = sum(layer.shape.multiplications() for stage in self.stages for layer in stage.layers) / 1e9
         planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
         total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications an image"
-        return "\n".join([*lines, "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
+        return "\n".join([*text_table(rows), "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
 
     @staticmethod
     def _multiplications(layer: LayerPlan) -> float:
