@@ -11,8 +11,8 @@ import repvgg_jax as rv
 from repvgg_jax import compiler
 from repvgg_jax.conv import native
 from repvgg_jax.net.variants import BlockSpec
-from repvgg_jax.quantization.native_layers import NativeIntegers, pack_layer, pack_layers
-from repvgg_jax.quantization.net import InXla, forward
+from repvgg_jax.quantization.arithmetic import InXla, NativeIntegers, pack_layer, pack_layers
+from repvgg_jax.quantization.net import forward
 from tests.helpers.quantization import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
 
