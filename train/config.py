@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from repvgg_jax.errors import ConfigError
-from repvgg_jax.net.variants import MAX_DENSE_COPIES, BlockKind, Branches, get_variant
+from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
+from repvgg_jax.net.variants import get_variant
 from repvgg_jax.paths import local_path
 from repvgg_jax.weights.hub import weights_path
 

@@ -134,7 +134,7 @@ def set_up(config: Config) -> Run:
         block=config.model.block,
         branches=config.model.branches,
         activation=config.model.activation,
-        stem_stride=config.model.stem_stride,
+        strides=(config.model.stem_stride, 2, 2, 2, 2),
         epsilon=starting_epsilon(config),
         dropout=config.model.dropout,
         frozen_stages=config.fine_tune.freeze_stages,

@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import WeightsError, first_ten, shown
+from ..net.branches import BlockKind
 from ..net.kernel_algebra import BN_EPSILON
-from ..net.layout import Shape
-from ..net.variants import GATE_NAMES, VARIANTS, BlockKind, Published, SqueezeExcitePlace, Variant
+from ..net.leaves import Shape
+from ..net.variants import GATE_NAMES, VARIANTS, Published, SqueezeExcitePlace, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .tensor_file import TensorFile
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError, shown
-from ..net.layout import Shape, stem_kernel
+from ..net.layout import stem_kernel
+from ..net.leaves import Shape
 from ..net.model import RepVGG
 from ..net.variants import Variant
 from ..preprocess import Preprocessing

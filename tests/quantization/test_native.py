@@ -38,7 +38,7 @@ def test_any_layer_gives_the_references_integers(signed, images, height, width, 
     info = np.iinfo(dtype)
     x = jnp.asarray(rng.integers(info.min, info.max + 1, (images, height, width, groups * inner)).astype(dtype))
     name = "stage0" if signed else "stage1_0"
-    spec = BlockSpec(name, "stage1", groups * inner, groups * outer, stride, groups, 1, stride)
+    spec = BlockSpec(groups * inner, groups * outer, stride, groups, 1, name, "stage1", stride)
     layer = {
         "kernel": rng.integers(-127, 128, (3, 3, inner, groups * outer)).astype(np.int8),
         "kernel_scale": rng.uniform(1e-5, 1e-2, groups * outer).astype(np.float32),
