@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..broadcasting import channelwise
-from ..conv.training import materialize, plain_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import materialize
 from .activations import Activation, activation_function
 from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, branches_of
 from .kernel_algebra import BN_EPSILON
@@ -61,7 +62,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
+        return deploy_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
 
 
 class _Block(nn.Module):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv.training import plain_conv, training_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import training_conv
 from .kernel_algebra import BN_EPSILON, constant_response, embed
 
 Dtype = Any
@@ -93,7 +94,7 @@ class Conv(nn.Module):
         size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
         shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
-        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
+        compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
         kernel = (kernel if size[0] == size[1] else embed(kernel)).astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))

@@ -175,12 +175,11 @@ class RepVGG(nn.Module):
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """What `features` returns, in order: strides 2 to 32, less where a stage has stride 1 or is dilated."""
-        stride, found = 1, {}
+        stride, infos = 1, {}
         for block in self.variant.blocks():
             stride *= block.stride
-            stage = block.stage.partition("_")[0]
-            found[stage] = FeatureInfo(stage, stride, block.out_channels)
-        return tuple(found.values())
+            infos[block.stage_number] = FeatureInfo(f"stage{block.stage_number}", stride, block.out_channels)
+        return tuple(infos.values())
 
     def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
         if images.ndim != 4:
@@ -191,7 +190,7 @@ class RepVGG(nn.Module):
         x = images.astype(self.dtype)
         outputs = {}
         for spec in self.variant.blocks():
-            frozen = int(spec.stage[5]) < self.frozen_stages
+            frozen = spec.stage_number < self.frozen_stages
             x = getattr(self, spec.name)(x, train and not frozen and not self.frozen_bn)
             if frozen and train:
                 x = lax.stop_gradient(x)
@@ -327,4 +326,15 @@ def create_model(
     changed = dataclasses.replace(variant, **{field: value for field, value in changes.items() if value is not None})
     if changed != variant:
         variant = dataclasses.replace(changed, published=Published())
-    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, frozen_stages, frozen_bn, dropout, name=name)
+    return RepVGG(
+        variant,
+        num_classes,
+        deploy,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        frozen_stages=frozen_stages,
+        frozen_bn=frozen_bn,
+        dropout=dropout,
+        name=name,
+    )

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from ..errors import ConfigError
+from ..text_table import text_table
 from .layout import expected_shapes
 from .variants import VARIANTS, Variant
 
@@ -98,8 +99,7 @@ def summary_table(
                 f"{cost.peak_activation_bytes / 1e6:.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = text_table(rows)
     note = (
         f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
         "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of\n"

@@ -37,6 +37,17 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """Consecutive blocks of one width, of which the first has the stride (before any dilation takes its place)."""
+
+    name: str
+    number: int
+    depth: int
+    width: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockSpec(Geometry):
     """One block of the body: what a module, a weight map and a FLOP count need to know about it.
 
@@ -46,6 +57,7 @@ class BlockSpec(Geometry):
 
     name: str
     stage: str
+    stage_number: int
     nominal_stride: int
 
     @property
@@ -133,41 +145,39 @@ class Variant:
                     f"into {block.groups} groups"
                 )
 
-    def stages(self) -> tuple[tuple[str, int, int, int], ...]:
-        """`(name, number of blocks, width, nominal stride of the first block)` of every stage, in order."""
-        one, two, three, four = self.num_blocks
+    def stages(self) -> tuple[Stage, ...]:
+        """Return every stage, in order; RepVGGplus's third is two."""
+        depths = (1, *self.num_blocks)
+        stages = [
+            Stage(f"stage{number}", number, depths[number], self.widths[number], self.strides[number])
+            for number in range(5)
+        ]
         if self.auxiliary_heads:
-            first = three // 2
-            width, stride = self.widths[3], self.strides[3]
-            third = (("stage3_first", first, width, stride), ("stage3_second", three - first, width, 1))
-        else:
-            third = (("stage3", three, self.widths[3], self.strides[3]),)
-        return (
-            ("stage0", 1, self.widths[0], self.strides[0]),
-            ("stage1", one, self.widths[1], self.strides[1]),
-            ("stage2", two, self.widths[2], self.strides[2]),
-            *third,
-            ("stage4", four, self.widths[4], self.strides[4]),
-        )
+            third = stages[3]
+            first = dataclasses.replace(third, name="stage3_first", depth=third.depth // 2)
+            second = dataclasses.replace(third, name="stage3_second", depth=third.depth - first.depth, stride=1)
+            stages[3:4] = [first, second]
+        return tuple(stages)
 
     def blocks(self, in_channels: int = 3) -> tuple[BlockSpec, ...]:
-        """Every block of the body, from image to head, named as in the parameter tree."""
+        """Return every block of the body, from image to head, named as in the parameter tree."""
         specs: list[BlockSpec] = []
         reduction = dilation = 1
-        for stage, count, width, stage_stride in self.stages():
-            dilated = stage_stride == 2 and reduction >= self.output_stride
+        for stage in self.stages():
+            dilated = stage.stride == 2 and reduction >= self.output_stride
             # The block that would have had the stride still sees what it saw then, those after it look twice as far.
             dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
-            reduction *= 1 if dilated else stage_stride
-            for position in range(count):
+            reduction *= 1 if dilated else stage.stride
+            for position in range(stage.depth):
                 index = len(specs)  # stage 0 is block 0; groups go to even blocks after it
-                nominal_stride = stage_stride if position == 0 else 1
+                nominal_stride = stage.stride if position == 0 else 1
                 specs.append(
                     BlockSpec(
-                        name=stage if stage == "stage0" else f"{stage}_{position}",
-                        stage=stage,
+                        name=stage.name if stage.number == 0 else f"{stage.name}_{position}",
+                        stage=stage.name,
+                        stage_number=stage.number,
                         in_channels=specs[-1].out_channels if specs else in_channels,
-                        out_channels=width,
+                        out_channels=stage.width,
                         stride=1 if dilated else nominal_stride,
                         groups=self.groups if index and index % 2 == 0 else 1,
                         dilation=dilation_before if position == 0 else dilation,
@@ -176,14 +186,14 @@ class Variant:
                 )
         return tuple(specs)
 
-    @property
-    def gate_name(self) -> str | None:
-        """Return the name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
-        return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
-
     def training_branches(self, block: BlockSpec) -> tuple[Branch, ...]:
         """Return what that block's training form sums."""
         return branches_of(self.block, self.branches, block.may_be_identity)
+
+    @property
+    def gate_name(self) -> str | None:
+        """Name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
+        return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
         """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""

@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv.training import materialize, plain_conv, training_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import materialize, training_conv
 from ..errors import QuantizationError
 from ..net.blocks import RepVGGBlock
 from ..net.fusion import equivalent_kernel_bias, fuse_variables
@@ -68,7 +69,7 @@ class QATBlock(RepVGGBlock):
         kernel, bias = equivalent_kernel_bias(
             self.variables["params"], self.variables["batch_stats"], epsilon=self.epsilon
         )
-        compute = training_conv if train else plain_conv
+        compute = training_conv if train else deploy_conv
         y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + channelwise(bias)
         return materialize(self._activate(y))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text_table import text_table
 from .equalize import output_ranges
 
 
@@ -74,6 +75,4 @@ def report_table(reports: Sequence[LayerReport]) -> str:
         )
         for report in reports
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join(text_table(rows, right=True))

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from ..broadcasting import channelwise
-from ..conv.training import plain_conv
+from ..conv.deploy import deploy_conv
 from ..errors import QuantizationError
 from ..net.blocks import SqueezeExcite
 from ..net.variants import BlockSpec, Variant
@@ -61,7 +61,7 @@ def geometry(spec: BlockSpec | None) -> Geometry | None:
 
 def linear_map(shape: Geometry | None, x: Array, kernel: Array) -> Array:
     """Return a layer's convolution, or the classifier's matrix product where `shape` is None; without bias."""
-    return x @ kernel if shape is None else plain_conv(x, kernel, *shape)
+    return x @ kernel if shape is None else deploy_conv(x, kernel, *shape)
 
 
 def layer_output(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:

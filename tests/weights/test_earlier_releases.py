@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,10 +91,10 @@ def test_a_field_at_its_default_is_not_written_and_the_release_is(tmp_path):
 def test_a_field_of_a_later_release_is_named_with_the_release_that_wrote_it(place, name, tmp_path, monkeypatch):
     to_json = header.Header.to_json
 
-    def later(self):
-        fields = to_json(self) | {"release": "9.8.7"}
+    def later(self) -> dict[str, Any]:
+        fields: dict[str, Any] = to_json(self) | {"release": "9.8.7"}
         fields["variant"]["branches"] = {"point": False}
-        inner = fields
+        inner: Any = fields
         for key in place:
             inner = inner[key]
         inner[name] = 3
