@@ -43,7 +43,9 @@ class Arguments:
 
 def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     """All test digits as the network wants them, uint8 `[N, H, W, 3]`, and their labels `[N]`."""
-    dataset = data.load("digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True)
+    dataset = data.open_dataset(
+        "digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True
+    )
     with data.eval_batches(
         dataset.test, batch_size=len(dataset.test), local_device_count=1, preprocessing=info.preprocessing
     ) as batches:

@@ -195,7 +195,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             f"{preprocessing.resize_size} on the shorter side",
             file=sys.stderr,
         )
-    dataset = data.load(
+    dataset = data.open_dataset(
         arguments.data,
         image_size=preprocessing.image_size,
         data_dir=arguments.data_dir,

@@ -43,7 +43,7 @@ class Header:
         """The header as JSON types."""
         fields = {
             "version": FORMAT_VERSION,
-            "variant": _variant_to_json(self.variant),
+            "variant": variant_to_json(self.variant),
             "form": self.form,
             "num_classes": self.num_classes,
             "preprocessing": self.preprocessing.to_dict(),
@@ -72,7 +72,7 @@ class Header:
         class_names, steps = fields["class_names"], fields.get("num_batches_tracked")
         header = cls(
             form=fields["form"],
-            variant=_variant_from_json(fields["variant"], where, num_tensors, expected),
+            variant=variant_from_json(fields["variant"], where, num_tensors, expected),
             num_classes=integer(fields["num_classes"]),
             preprocessing=preprocessing_from_file(fields["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
@@ -85,7 +85,7 @@ class Header:
         return header
 
 
-def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
+def variant_to_json(variant: Variant) -> str | dict[str, Any]:
     """A published variant by name, any other by its numbers; of its options, those that are not RepVGG's own.
 
     An activation that is a function has no name: it is null.
@@ -103,7 +103,7 @@ def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
         return fields
 
 
-def _variant_from_json(value: str | dict[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
+def variant_from_json(value: str | dict[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
     if isinstance(value, str):
         return get_variant(value)
     fields = {name: _FIELDS[name](given) for name, given in value.items()}

@@ -27,7 +27,7 @@ from tests.helpers.quantization import images as calibration_images
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import assert_same_bits, safetensors_bytes
 from tests.net.test_block_options import TorchBlock, random_block, torch_state
-from train.config import parse
+from train.recipe import parse
 
 EPSILON = 1e-3
 IMAGES = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(np.float32)

@@ -14,8 +14,8 @@ from tests.helpers.commands import command
 from tests.helpers.data import write_photos
 from tests.helpers.random_weights import random_variables
 from train.class_names import class_order
-from train.config import parse
 from train.main import fresh_state, set_up, starting_weights
+from train.recipe import parse
 
 SMALL = Variant((1, 1, 2, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 PLUS = Variant(

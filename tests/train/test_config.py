@@ -6,14 +6,14 @@ import json
 import pytest
 
 import repvgg_jax as rv
-from train.config import Config, RunConfig
 from train.config_file import save_or_compare
+from train.recipe import Recipe, RunOptions
 
 
 @pytest.fixture
 def workdir(tmp_path):
     """A folder whose run has come to its first checkpoint, and its options."""
-    config = Config(run=RunConfig(workdir=str(tmp_path)))
+    config = Recipe(run=RunOptions(workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     return tmp_path, config

@@ -14,13 +14,13 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.trees import flatten
 from tests.helpers.random_weights import random_variables
-from train.config import FineTuneConfig, OptimizerConfig
 from train.optimizer import make_optimizer
+from train.recipe import FineTuneOptions, OptimizerOptions
 from train.state import TrainState, create_state
 from train.step import make_train_step, moving_average
 
 SMALL = rv.Variant((1, 1, 2, 1), (4, 4, 8, 8, 12))
-OPTIONS = OptimizerConfig(learning_rate=0.1, weight_decay=1e-2)
+OPTIONS = OptimizerOptions(learning_rate=0.1, weight_decay=1e-2)
 
 
 def batch_of(count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -30,13 +30,13 @@ def batch_of(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def stepper(
-    options: OptimizerConfig = OPTIONS,
-    fine_tune: FineTuneConfig | None = None,
+    options: OptimizerOptions = OPTIONS,
+    fine_tune: FineTuneOptions | None = None,
     built: Mapping[str, Any] | None = None,
     **more: Any,
 ):
     """A step at a constant learning rate, and a state with random weights to start from."""
-    frozen = fine_tune or FineTuneConfig()
+    frozen = fine_tune or FineTuneOptions()
     model = rv.create_model(SMALL, 5, frozen_stages=frozen.freeze_stages, frozen_bn=frozen.freeze_bn, **(built or {}))
     schedule = optax.constant_schedule(options.learning_rate)
     optimizer = make_optimizer(options, schedule, fine_tune)
@@ -113,7 +113,7 @@ def test_clipping_limits_the_step_and_the_log_shows_the_norm_before_it():
 
 
 def test_frozen_stages_keep_weights_and_statistics_in_spite_of_decay():
-    step, start = stepper(fine_tune=FineTuneConfig(freeze_stages=2))
+    step, start = stepper(fine_tune=FineTuneOptions(freeze_stages=2))
     state = start
     for number in range(2):
         state, _ = step(state, batch_of(6, number))
@@ -128,7 +128,7 @@ def test_frozen_stages_keep_weights_and_statistics_in_spite_of_decay():
 
 
 def test_frozen_bn_keeps_statistics_and_trains_the_rest():
-    step, start = stepper(fine_tune=FineTuneConfig(freeze_bn=True))
+    step, start = stepper(fine_tune=FineTuneOptions(freeze_bn=True))
     after, _ = step(start, batch_of(6))
     moved = changed(start.variables, after.variables)
     assert not [name for name in moved if name.startswith("batch_stats")]
@@ -157,7 +157,7 @@ def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays(bl
 
 def test_the_heads_learning_rate_is_multiplied():
     plain, start = stepper()
-    faster, faster_start = stepper(fine_tune=FineTuneConfig(head_learning_rate=10))
+    faster, faster_start = stepper(fine_tune=FineTuneOptions(head_learning_rate=10))
     one, ten = plain(start, batch_of(6))[0], faster(faster_start, batch_of(6))[0]
     ratio = jax.tree.map(
         lambda s, a, b: np.asarray((b - s) / (a - s)),
