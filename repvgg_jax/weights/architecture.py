@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from pathlib import Path
+import os
 
 from ..errors import ConfigError, shown
 from ..net.variants import Variant, get_variant, list_models
@@ -12,6 +12,15 @@ from .loading import inspect_weights
 
 MAX_BLOCKS = 9999
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+def expected_variant(option: str, text: str | None) -> str | Variant | None:
+    """Return what `load_weights` takes for the variant to expect: a published one's name, or what a file describes.
+
+    Raises:
+      RepVGGError: as from `find_variant`.
+    """
+    return text if text is None or not _is_file(text) else find_variant(option, text)
 
 
 def find_variant(option: str, text: str) -> Variant:
@@ -29,8 +38,7 @@ def find_variant(option: str, text: str) -> Variant:
       ConfigError: the JSON file cannot be read, or describes no network.
       WeightsError: as from `inspect_weights`.
     """
-    path = Path(text)
-    if text in list_models() or not (path.suffix == ".json" or path.suffix in _WEIGHT_FILES or path.exists()):
+    if not _is_file(text):
         return get_variant(text)
     path = local_path(option, text)
     if path.suffix != ".json":
@@ -48,3 +56,7 @@ def find_variant(option: str, text: str) -> Variant:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"there is no field {error}" if isinstance(error, KeyError) else f"{error}"
         raise ConfigError(f"{option} {text} describes no network: {shown(reason)}") from error
+
+
+def _is_file(text: str) -> bool:
+    return text not in list_models() and (text.endswith((".json", *_WEIGHT_FILES)) or os.path.exists(text))  # noqa: PTH110

@@ -11,13 +11,13 @@ import optax
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.preprocess import Preprocessing
+from repvgg_jax.preprocess import Preprocessing, normalize
 from repvgg_jax.trees import flatten
 from tests.helpers.random_weights import random_variables
-from train.optimizer import make_optimizer
+from train.optimizer import frozen_blocks, make_optimizer
 from train.recipe import FineTuneOptions, OptimizerOptions
 from train.state import TrainState, create_state
-from train.step import make_train_step, moving_average
+from train.step import make_train_step, moving_average, smooth_targets, training_loss
 
 SMALL = rv.Variant((1, 1, 2, 1), (4, 4, 8, 8, 12))
 OPTIONS = OptimizerOptions(learning_rate=0.1, weight_decay=1e-2)
@@ -36,14 +36,30 @@ def stepper(
     **more: Any,
 ):
     """A step at a constant learning rate, and a state with random weights to start from."""
-    frozen = fine_tune or FineTuneOptions()
-    model = rv.create_model(SMALL, 5, frozen_stages=frozen.freeze_stages, frozen_bn=frozen.freeze_bn, **(built or {}))
+    tuning = fine_tune or FineTuneOptions()
+    model = rv.create_model(SMALL, 5, frozen_stages=tuning.freeze_stages, frozen_bn=tuning.freeze_bn, **(built or {}))
     schedule = optax.constant_schedule(options.learning_rate)
-    optimizer = make_optimizer(options, schedule, fine_tune)
+    frozen = frozen_blocks(SMALL, tuning.freeze_stages)
+    optimizer = make_optimizer(options, schedule, head_learning_rate=tuning.head_learning_rate, frozen=frozen)
     start = create_state(
         model, optimizer, 0, (32, 32, 3), ema=bool(more.get("ema_decay")), variables=random_variables(model)
     )
     return jax.jit(make_train_step(model, optimizer, schedule, Preprocessing(32), **more)), start
+
+
+@jax.jit
+def loss_and_gradient(params: Any, stats: Any, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """The loss, its gradient and the new BN statistics, without a train step."""
+
+    def loss_of(params: Any) -> tuple[Any, Any]:
+        images, targets = normalize(batch["image"], Preprocessing(32)), smooth_targets(batch["label"], 5)
+        logits, changed = rv.create_model(SMALL, 5).apply(
+            {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+        )
+        return training_loss(logits, targets, auxiliary_weight=0.0), changed["batch_stats"]
+
+    (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, gradient, stats
 
 
 def changed(before: Any, after: Any) -> set[str]:
@@ -57,24 +73,20 @@ def test_accumulated_gradients_are_the_mean_over_the_portions_and_bn_sees_each_p
     after, metrics = step(start, batch)
 
     # By hand: three smaller batches, BN statistics handed on, one update with the mean gradient.
-    plain, _ = stepper()
-    probe, _ = stepper(dataclasses.replace(OPTIONS, learning_rate=1.0, weight_decay=0.0, momentum=0.0))
-    state, gradients, losses = start, [], []
+    gradients, losses, stats = [], [], start.batch_stats
     for portion in range(3):
         part = {name: value[4 * portion : 4 * portion + 4] for name, value in batch.items()}
-        stepped, part_metrics = probe(state.replace(opt_state=start.opt_state), part)
-        gradients.append(jax.tree.map(lambda a, b: a - b, start.params, stepped.params))
-        losses.append(part_metrics["loss"])
-        state = start.replace(batch_stats=stepped.batch_stats)
+        loss, gradient, stats = loss_and_gradient(start.params, stats, part)
+        gradients.append(gradient)
+        losses.append(loss)
     mean = jax.tree.map(lambda *g: sum(g) / 3, *gradients)
     optimizer = make_optimizer(OPTIONS, optax.constant_schedule(OPTIONS.learning_rate))
     updates, _ = optimizer.update(mean, start.opt_state, start.params)
     expected = optax.apply_updates(start.params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), expected, after.params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.batch_stats, after.batch_stats
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stats, after.batch_stats)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    plain, _ = stepper()
     whole, _ = plain(start, batch)
     assert changed(whole.batch_stats, after.batch_stats), "portions and whole see different batch statistics"
 

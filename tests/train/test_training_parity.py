@@ -35,7 +35,7 @@ from tests.helpers.parity import (
     to_flax,
     variant_of,
 )
-from train.mixing import mixup
+from train.mixing import blend_with_partner
 from train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from train.recipe import PRESETS, OptimizerOptions
 from train.state import TrainState
@@ -225,7 +225,7 @@ def test_mixup_accumulation_and_the_moving_average_in_float64(name, tmp_path):
     config = dataclasses.replace(FULL, accumulate=2, ema_decay=decay)
     oracle, batches = make_oracle(name, CLASSES), photograph_batches()
     start = to_flax(oracle, name, tmp_path)
-    mixing = lambda _, images, targets: mixup(images.astype("float64"), targets, share)  # noqa: E731
+    mixing = lambda _, images, targets: blend_with_partner(images.astype("float64"), targets, share)  # noqa: E731
     with jax.enable_x64(True):
         model = flax_model(name, "float64", CLASSES)
         losses, state = train_ours(model, cast(start, "float64"), batches, config, EXACT, mixing)

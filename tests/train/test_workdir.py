@@ -17,8 +17,8 @@ from train.checkpoint import RunFacts
 from train.config_file import save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.main import check_augmentation, make_evaluator, set_up
 from train.recipe import PRESETS, Recipe, RunOptions, parse
+from train.run import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 
 HOLDER = textwrap.dedent(
@@ -197,7 +197,7 @@ def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected,
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     seen = []
-    monkeypatch.setattr("train.main.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
+    monkeypatch.setattr("train.run.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
     options = ["--data", str(tmp_path / "photos"), "--batch-size", "8", "--accumulate", str(accumulate)]
     run = set_up(parse(["--preset", "imagenet_120", *options]))
     make_evaluator(run, run.model)
@@ -220,7 +220,7 @@ def test_options_for_photographs_are_refused_where_there_are_none(wrong, tmp_pat
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     run = set_up(parse(["--preset", "digits", "--data", str(tmp_path / "photos"), "--batch-size", "4", *wrong]))
-    check_augmentation(run.config.augment, run.dataset)
+    check_augmentation(run.recipe.augment, run.dataset)
 
 
 @pytest.mark.parametrize(

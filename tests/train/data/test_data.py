@@ -89,7 +89,8 @@ def test_digits_are_written_once(data_dir: Path) -> None:
 
 
 def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
-    code = f"from train.data import load; print(len(open_dataset('digits', image_size=8, data_dir={str(tmp_path)!r}).test))"
+    opened = f"open_dataset('digits', image_size=8, data_dir={str(tmp_path)!r})"
+    code = f"from train.data import open_dataset; print(len({opened}.test))"
     options: dict[str, Any] = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]

@@ -8,7 +8,7 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.errors import DataError
-from repvgg_jax.net.variants import VARIANTS, Variant
+from repvgg_jax.net.variants import Variant
 from tests.helpers.commands import command
 from tests.helpers.data import PHOTO, encode, training, write_photos
 from tests.helpers.random_weights import random_variables
@@ -27,8 +27,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
+def weights(tmp_path: Path) -> Path:
     model = rv.create_model(SMALL, 2)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model), class_names=("garden", "pagoda"))
     return tmp_path / "w.safetensors"
@@ -103,7 +102,7 @@ def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(ph
     """Two evaluations while training, and four forms at the end."""
     broken = photos / "val" / "garden" / "broken.jpg"
     broken.write_bytes(b"xx")
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", photos, "--image-size", 32, "--epochs", 2)
+    options = ("--preset", "imagenet_120", "--model", weights, "--data", photos, "--image-size", 32, "--epochs", 2)
     done = command("train.main", *options, "--batch-size", 8, "--ema-decay", 0.9, "--workdir", photos.parent / "run")
     assert done.returncode == 0, done.stderr
     assert done.stderr == (

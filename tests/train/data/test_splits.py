@@ -14,7 +14,8 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax.errors import DataError
-from repvgg_jax.net.variants import VARIANTS, Variant
+from repvgg_jax.net.variants import Variant
+from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
 from tests.helpers.random_weights import random_variables
 from train.data import open_dataset
@@ -120,10 +121,10 @@ def test_a_split_that_is_not_there_is_one_line(only_train: Path, split: str, mes
         assert "\n" not in str(caught.value)
 
 
-def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path) -> None:
     build(tmp_path, train=LABELS, test=[-1] * 5)
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", "animals", "--data-dir", tmp_path)
+    net = write_variant(tmp_path, SMALL)
+    options = ("--preset", "imagenet_120", "--model", net, "--data", "animals", "--data-dir", tmp_path)
     workdir = tmp_path / "run"
     done = command("train.main", *options, "--batch-size", 4, "--workdir", workdir)
     assert (done.returncode, done.stdout) == (2, "")
@@ -133,14 +134,22 @@ def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path, monkeypa
     assert not workdir.exists()
 
 
-def test_the_options_reach_both_commands(only_train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
+def test_the_options_reach_both_commands(only_train: Path, tmp_path: Path) -> None:
     model = rv.create_model(SMALL, 4)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model), class_names=CLASSES)
     evaluated = ("train.evaluate", "animals", "train", tmp_path / "w.safetensors", "--data-dir", only_train)
     done = command(*evaluated, "--test-split", "train[12:]")
     assert json.loads(done.stdout)["images"] == 8, done.stderr
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", "animals", "--data-dir", only_train)
+    options = (
+        "--preset",
+        "imagenet_120",
+        "--model",
+        tmp_path / "w.safetensors",
+        "--data",
+        "animals",
+        "--data-dir",
+        only_train,
+    )
     splits = ("--train-split", "train[:8]", "--test-split", "train[8:]", "--batch-size", 12)
     done = command("train.main", *options, *splits, "--workdir", tmp_path / "run")
     assert done.stderr == "error: 8 training images do not fill one batch of 12; use a smaller batch size\n"
