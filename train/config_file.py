@@ -8,7 +8,6 @@ from typing import Any
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
-from repvgg_jax.net.variants import Variant
 from repvgg_jax.weights.architecture import MAX_BLOCKS
 from repvgg_jax.weights.header import variant_from_json, variant_to_json
 
@@ -65,27 +64,30 @@ def save_or_compare(recipe: Recipe, workdir: Path) -> None:
 
 def _changes(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Describe what moves the weights and differs. A run older than an option did what the option does by default."""
+    earlier = _settled({group: default | earlier.get(group, {}) for group, default in _fields(Recipe()).items()})
     changes = [
-        f"{name} {before[name]} -> {current[group][name]}"
-        for group, default in _as_json(Recipe()).items()
-        for before in [default | earlier.get(group, {})]
-        for name in default
-        if (group, name) not in _FREE and name not in {*_OF_THE_NET, _NET} and before[name] != current[group][name]
+        f"{name} {value} -> {current[group][name]}"
+        for group, values in earlier.items()
+        for name, value in values.items()
+        if (group, name) not in _FREE and name not in {*_OF_THE_NET, _NET} and value != current[group][name]
     ]
-    before, now = earlier.get("model", {}), current["model"]
-    if _net(before) != _net(now):
-        named = [f"{name} {before.get(name)} -> {now[name]}" for name in _OF_THE_NET if before.get(name) != now[name]]
-        changes += named or [f"{now['model']} describes another net"]
-    return changes
+    before, now = earlier["model"], current["model"]
+    net, other_net = _net(before), _net(now)
+    if net != other_net and before["model"] != now["model"]:
+        return [f"model {before['model']} -> {now['model']}", *changes]
+    return [f"{name} {net[name]} -> {value}" for name, value in other_net.items() if net[name] != value] + changes
 
 
-def _net(options: Mapping[str, Any]) -> Variant:
+def _net(options: Mapping[str, Any]) -> dict[str, Any]:
     """The net that a file's model options are for, but for what it is called and how it is evaluated."""
     if _NET in options:
         variant = variant_from_json(options[_NET], "it", MAX_BLOCKS, None)
     else:  # written before architectures could be read from files
         variant = ModelOptions(**{name: options[name] for name in _OF_THE_NET if name in options}).variant
-    return dataclasses.replace(variant, name="", image_size=1, crop_fraction=1.0)
+    fields = dataclasses.asdict(variant)
+    for name in ("name", "published", "image_size", "crop_fraction"):
+        del fields[name]
+    return fields | fields.pop("branches")
 
 
 def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
@@ -96,9 +98,22 @@ def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """As `config.json` has it: lists, not tuples; what the model's file and the data set say is said too."""
-    fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """As `config.json` has it, with what the model's file and the data set's row say."""
+    fields = _settled(_fields(recipe))
     fields["model"][_NET] = variant_to_json(recipe.model.variant)
-    if recipe.input.image_size is None:
-        fields["input"]["image_size"] = row_of(recipe.input.data).train_size
+    return fields
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """The options as JSON types: lists, not tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _settled(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with what moves the weights of the data set's row, where no option says otherwise."""
+    options, row = fields["input"], row_of(fields["input"]["data"])
+    columns = {"image_size": row.train_size, "mean": row.mean, "std": row.std, "train_transform": row.train_transform}
+    for name, value in columns.items():
+        if options[name] is None:
+            options[name] = list(value) if isinstance(value, tuple) else value
     return fields

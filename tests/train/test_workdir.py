@@ -17,7 +17,7 @@ from train.checkpoint import RunFacts
 from train.config_file import save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.recipe import PRESETS, Recipe, RunOptions, parse
+from train.recipe import PRESETS, InputOptions, Recipe, RunOptions, parse
 from train.run import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 
@@ -90,7 +90,7 @@ def test_the_command_says_so_in_one_line(tmp_path):
 @pytest.fixture
 def begun(tmp_path) -> tuple[Path, Recipe]:
     """A folder whose run has come to its first checkpoint, and its options."""
-    config = Recipe(run=RunOptions(workdir=str(tmp_path / "run")))
+    config = Recipe(input=InputOptions(data="/here/photos"), run=RunOptions(workdir=str(tmp_path / "run")))
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     save_or_compare(config, tmp_path / "run")
     return tmp_path / "run", config
