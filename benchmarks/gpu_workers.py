@@ -157,7 +157,9 @@ def check_all(names: Sequence[str], image_size: int) -> dict[str, Any]:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    from repvgg_jax.machine import cores
+
+    with ThreadPoolExecutor(min(4, cores())) as pool:
         rows = dict(zip(names, pool.map(lambda name: _check_variant(name, image_size), names), strict=True))
     return {"variants": rows, "train_step": _check_train_step(image_size)}
 

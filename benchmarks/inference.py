@@ -248,7 +248,7 @@ def multiplications(model: str, image_size: int) -> int:
 
     variant = rv.create_model(model).variant
     layers = [layer for stage in stage_layers(variant, (image_size, image_size)) for layer in stage]
-    return sum(layer.shape.multiplications for layer in layers)
+    return sum(layer.shape.multiplications() for layer in layers)
 
 
 def report(case: Case, contestants: dict[str, Contestant], peak: float | None, reference: np.ndarray | None) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, decode_image
 from train.data.augmentation import Augmentation, make_transform
 from train.data.pictures import open_picture, resized_crop
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3, help="of a measurement")
     parser.add_argument("--images", type=int, default=3072, help="files to make: more than torchvision reads")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="for both; default: cores")
+    parser.add_argument("--workers", type=int, default=cores(), help="for both; default: cores")
     arguments = parser.parse_args()
     speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
     theirs = speeds["torchvision, DataLoader"]

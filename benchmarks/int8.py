@@ -42,7 +42,7 @@ def make_ours(path: Path, images: np.ndarray) -> Callable[[], object]:
     count, _, height, width = images.shape
     own = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     if path.stem == "int8":
-        predict = rv.make_predictor(None, None, count, (height, width), quantized=rv.load_quantized(path))
+        predict = rv.make_predictor(rv.load_quantized(path), None, count, (height, width))
     else:
         predict = rv.make_predictor(*rv.load_weights(path), count, (height, width))
     return lambda: predict(own)

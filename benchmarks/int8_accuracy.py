@@ -29,7 +29,7 @@ import repvgg_jax as rv
 from convert.calibration_images import calibration_images
 from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
-from repvgg_jax.net.variants import BlockKind
+from repvgg_jax.net.branches import BlockKind
 from repvgg_jax.preprocess import decode_image, normalize
 from train import data
 from train.cluster import stop_signal

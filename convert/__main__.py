@@ -25,8 +25,10 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError, first_ten
 from repvgg_jax.net.kernel_algebra import BN_EPSILON
+from repvgg_jax.net.layout import in_channels_of
 from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.paths import expand_home
+from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
@@ -77,7 +79,7 @@ def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, othe
     Raises:
       WeightsError: the first model's logits are not finite.
     """
-    channels = jax.tree.leaves(variables["params"]["stage0"]["rbr_dense"]["conv"])[0].shape[2]
+    channels = in_channels_of(flatten(variables))
     images = jax.random.normal(jax.random.key(0), (2, 64, 64, channels))
     with jax.default_matmul_precision("highest"):
         # Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.

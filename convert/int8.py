@@ -9,8 +9,7 @@ import tyro
 import repvgg_jax as rv
 from convert.calibration_images import DEFAULT_COUNT, calibration_images
 from repvgg_jax.errors import ConfigError, WeightsError
-from repvgg_jax.export.onnx_file import check_onnx_installed
-from repvgg_jax.export.qdq import OnnxTarget
+from repvgg_jax.export.onnx_file import OnnxTarget, check_onnx_installed
 from repvgg_jax.files import check_target
 from repvgg_jax.quantization.adaround import require_optax
 from repvgg_jax.quantization.calibration import Calibration

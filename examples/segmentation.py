@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
-from repvgg_jax.net.blocks import ConvBN
+from repvgg_jax.net.layers import ConvBN
 
 from .digits import alternating_times
 

@@ -172,7 +172,7 @@ class ImageReader:
 def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: Output) -> Predictor:
     size = info.preprocessing.image_size
     if info.quantized:
-        return make_predictor(None, None, batch_size, size, quantized=load_quantized(arguments.weights), output=output)
+        return make_predictor(load_quantized(arguments.weights), None, batch_size, size, output=output)
     with warnings.catch_warnings():
         headless = output == "embedding" and not info.num_classes
         if headless:  # any classifier will do, and a fresh one need not be announced

@@ -12,9 +12,10 @@ from .errors import (
 )
 from .export import export_onnx, export_quantized_onnx, export_saved_model, export_stablehlo
 from .inference.predictor import make_predictor
+from .net.branches import Branches
 from .net.fusion import equivalent_kernel_bias, fuse_variables, to_deploy
 from .net.model import RepVGG, create_model
-from .net.variants import Branches, Variant, list_models
+from .net.variants import Variant, list_models
 from .preprocess import Preprocessing
 from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
 from .version import __version__

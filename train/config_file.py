@@ -81,7 +81,7 @@ def _changes(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
 def _net(options: Mapping[str, Any]) -> dict[str, Any]:
     """The net that a file's model options are for, but for what it is called and how it is evaluated."""
     if _NET in options:
-        variant = variant_from_json(options[_NET], "it", MAX_BLOCKS, None)
+        variant = variant_from_json({"variant": options[_NET]}, "config.json", MAX_BLOCKS, None)
     else:  # written before architectures could be read from files
         variant = ModelOptions(**{name: options[name] for name in _OF_THE_NET if name in options}).variant
     fields = dataclasses.asdict(variant)

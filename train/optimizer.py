@@ -63,8 +63,7 @@ def make_optimizer(
 
 def frozen_blocks(variant: Variant, count: int) -> frozenset[str]:
     """Return the names of the blocks in the first `count` of the five stages; RepVGGplus's two halves are one."""
-    stages = tuple(f"stage{number}" for number in range(count))
-    return frozenset(block.name for block in variant.blocks() if block.stage.startswith(stages))
+    return frozenset(block.name for block in variant.blocks() if block.stage_number < count)
 
 
 def head_mask(params: optax.Params) -> optax.Params:

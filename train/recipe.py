@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from repvgg_jax.errors import ConfigError
-from repvgg_jax.net.variants import MAX_DENSE_COPIES, BlockKind, Branches, Published, Variant, list_models
+from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
+from repvgg_jax.net.variants import Published, Variant, list_models
 from repvgg_jax.paths import local_path
 from repvgg_jax.weights.architecture import find_variant
 from repvgg_jax.weights.hub import weights_path
@@ -48,6 +49,8 @@ class ModelOptions:
     """Blocks of stages 1 to 4, such as 2 4 14 1; the model's own if not given."""
     widths: tuple[int, ...] | None = option(None, _numbers(5), between(1, 99999))
     """Output channels of stages 0 to 4, such as 48 48 96 192 1280; the model's own if not given."""
+    strides: tuple[int, ...] | None = option(None, _numbers(5), between(1, 2))
+    """Strides of stages 0 to 4, such as 1 1 2 2 2 for images as small as 32x32; the model's own if not given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
     remat: bool = False
@@ -63,7 +66,7 @@ class ModelOptions:
     activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] | None = None
     """What follows each block's sum; the model's own if not given."""
     stem_stride: Literal[1, 2] | None = None
-    """Stride of the first block; 1 for images as small as 32x32. The model's own if not given."""
+    """Stride of stage 0 alone, whatever --strides says."""
     epsilon: float | None = option(None, must("be above 0 and below 1", lambda value: 0 < value < 1))
     """What BatchNorm adds to the variance; that of a native --init file if not given, else the model's own, 1e-5."""
     dropout: float = option(0.0, at_least(0), below(1))
@@ -73,7 +76,7 @@ class ModelOptions:
 
     @property
     def branches(self) -> Branches:
-        """The blocks' further branches."""
+        """What the options add to RepVGG's own branches."""
         return Branches(self.dense_copies, self.dbb_1x1_3x3, self.dbb_1x1_avg)
 
     @functools.cached_property
@@ -86,13 +89,16 @@ class ModelOptions:
         named = find_variant("--model", self.model)
         changes: dict[str, Any] = {
             name: value
-            for name in ("num_blocks", "widths", "block", "activation", "stem_stride", "epsilon")
+            for name in ("num_blocks", "widths", "strides", "block", "activation", "epsilon")
             if (value := getattr(self, name)) is not None
         }
+        if self.stem_stride is not None:
+            changes["strides"] = (self.stem_stride, *changes.get("strides", named.strides)[1:])
         if self.num_blocks or self.widths:
             changes["name"] = "custom"
-        if self.branches != Branches():
-            changes["branches"] = self.branches
+        added = {name: value for name, value in vars(self.branches).items() if value != getattr(Branches, name)}
+        if added:
+            changes["branches"] = dataclasses.replace(named.branches, **added)
         if changes:
             changes["published"] = Published()
         try:

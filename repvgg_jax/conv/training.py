@@ -14,7 +14,7 @@ same sum as matrix products, and images of a few pixels fall into a path 20 time
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import native
-from .cost import LayerShape, training_algorithm
-from .deploy import DIMENSION_NUMBERS, TILE
+from .algorithm import candidates
+from .cost import LayerShape, native_training_seconds
+from .deploy import SMALL_FORWARD, deploy_conv
 from .native import training as native_training
 from .sharding import explicitly_sharded, varying_axes, varying_over
+from .xla import by_group, on_cpu, out_pixels, taps, xla_conv
 
-# Output pixels of one image up to which the products win on a CPU (measured on two AVX2 and two AVX-512 cores).
-SMALL_FORWARD = {1: 9, 2: 64}
+# Output pixels of one image up to which the products win on a CPU (measured as `SMALL_FORWARD`).
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
 # Up to so many output columns, rows of pixels are too short for the native convolutions of stride 2.
 NARROW = 4
@@ -39,24 +39,12 @@ _every_mode: ContextVar[bool] = ContextVar("every_mode", default=False)
 
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """Convolution without bias, padded so that the size depends on the stride alone.
-
-    `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`.
+    """Compute what `xla_conv` does, with a gradient that does not stall on CPUs.
 
     Reverse-mode differentiable any number of times; forward-mode within `differentiable_in_every_mode`.
-
-    Args:
-      x: `[N, H, W, C_in]`.
-      kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
-      stride: 1 or 2.
-      groups: groups of the convolution.
-      dilation: pixels between the kernel's taps.
-
-    Returns:
-      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
     """
     if _every_mode.get() or explicitly_sharded(x, kernel):
-        return _xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
+        return xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
     # Outside of the custom gradient, so that a kernel that all devices share gets the sum of their gradients.
     axes = varying_axes(x, kernel)
     return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
@@ -79,23 +67,13 @@ def differentiable_in_every_mode() -> Iterator[None]:
         _every_mode.reset(token)
 
 
-def plain_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """The same function, differentiable in every mode, with XLA's own gradient."""
-    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
-    large = kernel.shape[0] > 1 and _out_pixels(x, stride) > SMALL_FORWARD[stride]
-    if large or explicitly_sharded(x, kernel):
-        return xla(x, kernel)
-    product = functools.partial(_product_conv, stride=stride, dilation=dilation)
-    return _on_cpu(lambda x, kernel: _by_group(product, groups, x, kernel), xla, x, kernel)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _training_conv(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> Any:
     tile = _native_tile(x, kernel, stride, groups, dilation)
     if tile is None:
-        return plain_conv(x, kernel, stride, groups, dilation)
-    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
-    return _on_cpu(lambda x, kernel: native_training.conv(x, kernel, stride, groups, tile), xla, x, kernel)
+        return deploy_conv(x, kernel, stride, groups, dilation)
+    xla = functools.partial(xla_conv, stride=stride, groups=groups, dilation=dilation)
+    return on_cpu(lambda x, kernel: native_training.conv(x, kernel, stride, groups, tile), xla, x, kernel)
 
 
 def _forward(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> tuple[Array, tuple[Array, Array]]:
@@ -106,7 +84,7 @@ def _backward(
     stride: int, groups: int, dilation: int, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
-    xla = functools.partial(_xla_conv, stride=stride, groups=groups, dilation=dilation)
+    xla = functools.partial(xla_conv, stride=stride, groups=groups, dilation=dilation)
     to_kernels = functools.partial(_kernel_gradient, size=kernel.shape[0], stride=stride, dilation=dilation)
     tile = _native_tile(x, kernel, stride, groups, dilation)
 
@@ -117,15 +95,15 @@ def _backward(
         return to_input, native_training.kernel_gradient(x, gradient, stride, groups, tile)
 
     def products(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        to_kernel = _by_group(to_kernels, groups, x, gradient)
-        if _out_pixels(x, stride) <= SMALL_BACKWARD[stride] or kernel.shape[0] == 1:
+        to_kernel = by_group(to_kernels, groups, x, gradient)
+        if out_pixels(x, stride) <= SMALL_BACKWARD[stride] or kernel.shape[0] == 1:
             return _input_gradients(x, kernel, gradient, stride, groups, dilation), to_kernel
         return jax.vjp(lambda x: xla(x, kernel), x)[1](gradient)[0], to_kernel
 
-    def own(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+    def by_xla(x: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
         return jax.vjp(xla, x, kernel)[1](gradient)
 
-    return _on_cpu(products if tile is None else natively, own, x, kernel, gradient)
+    return on_cpu(products if tile is None else natively, by_xla, x, kernel, gradient)
 
 
 _training_conv.defvjp(_forward, _backward)
@@ -142,7 +120,7 @@ def materialize(x: Array) -> Array:
     """
     if x.size == 0 or explicitly_sharded(x):
         return x
-    return _on_cpu(_never_looping, lambda x: x, x)
+    return on_cpu(_never_looping, lambda x: x, x)
 
 
 def _never_looping(x: Array) -> Array:
@@ -155,67 +133,29 @@ def _materialize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
     return materialize(*primals), tangents[0]
 
 
-def _on_cpu(cpu: Callable, default: Callable, *arguments: Array):
-    return lax.platform_dependent(*arguments, cpu=cpu, default=default)
-
-
 def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> int | None:
     """Winograd's m, or 0 for the direct sum, where the native convolution is to be used; else None."""
-    suits = kernel.shape[0] == 3 and dilation == 1 and x.dtype == jnp.float32 and x.size > 0
-    large = _out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
+    suits = kernel.shape[0] == 3 and x.size > 0
+    large = out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
     # XLA cannot divide a call among devices, as `jit` would; in `pmap` and `shard_map` each device has its own.
     divided = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     # On an accelerator's host nothing is compiled in vain.
-    if divided or not (suits and large and jax.default_backend() == "cpu" and native.available()):
+    if divided or not (suits and large and jax.default_backend() == "cpu"):
         return None
     _, height, width, inputs = x.shape
-    shape = LayerShape(height, width, inputs, kernel.shape[3], stride, groups)
-    return TILE.get(training_algorithm(shape, x.shape[0]), 0)
+    shape = LayerShape(height, width, inputs, kernel.shape[3], stride, groups, dilation)
+    return training_tile(shape, x.shape[0], x.dtype.name)
 
 
-def _out_pixels(x: Array, stride: int) -> int:
-    return -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
-
-
-def _xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
-    pad = dilation * (kernel.shape[0] // 2)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=DIMENSION_NUMBERS,
-        feature_group_count=groups,
-    )
-
-
-def _by_group(function: Callable[[Array, Array], Array], groups: int, x: Array, other: Array) -> Array:
-    """`function` on each group's share of the channels, the results side by side."""
-    pairs = zip(jnp.split(x, groups, axis=3), jnp.split(other, groups, axis=3), strict=True)
-    return jnp.concatenate([function(a, b) for a, b in pairs], axis=3)
-
-
-def _taps(x: Array, size: int, stride: int, dilation: int) -> list[Array]:
-    """What each of the kernel's positions sees: `size * size` arrays `[N, H', W', C]`."""
-    pad = dilation * (size // 2)
-    rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
-    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return [
-        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
-        for i in range(0, size * dilation, dilation)
-        for j in range(0, size * dilation, dilation)
-    ]
-
-
-def _product_conv(x: Array, kernel: Array, *, stride: int, dilation: int) -> Array:
-    columns = jnp.concatenate(_taps(x, kernel.shape[0], stride, dilation), axis=3)
-    return columns @ kernel.reshape(-1, kernel.shape[3])
+def training_tile(shape: LayerShape, images: int, dtype: str) -> int | None:
+    """Return the tile of the native algorithm that trains this layer fastest by estimate; None where none can."""
+    tiles = [algorithm.tile for algorithm in candidates(shape, dtype) if algorithm.is_native]
+    return min(tiles, key=lambda tile: native_training_seconds(shape, tile, images), default=None)
 
 
 def _kernel_gradient(x: Array, gradient: Array, *, size: int, stride: int, dilation: int) -> Array:
     flat = gradient.reshape(-1, gradient.shape[3])
-    products = [tap.reshape(-1, tap.shape[3]).T @ flat for tap in _taps(x, size, stride, dilation)]
+    products = [tap.reshape(-1, tap.shape[3]).T @ flat for tap in taps(x, size, stride, dilation)]
     return jnp.stack(products).reshape(size, size, x.shape[3], gradient.shape[3])
 
 

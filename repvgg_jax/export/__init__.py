@@ -1,7 +1,6 @@
 """Deploy-form nets as files that other runtimes run: ONNX, StableHLO, TensorFlow's SavedModel."""
 
-from .onnx_file import export_onnx
-from .qdq import export_quantized_onnx
+from .onnx_file import export_onnx, export_quantized_onnx
 from .saved_model import export_saved_model
 from .stablehlo import export_stablehlo
 

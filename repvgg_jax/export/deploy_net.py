@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..net.fusion import to_deploy
-from ..net.layout import check_arrays, expected_shapes
+from ..net.layout import check_arrays, expected_shapes, in_channels_of
 from ..net.model import RepVGG
-from ..net.variants import BlockSpec
 from ..preprocess import Preprocessing, height_and_width
 from ..trees import flatten
 from ..weights.info import default_preprocessing
@@ -32,7 +31,8 @@ class DeployNet:
 
     Attributes:
       model: deploy form, float32.
-      params: its parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`.
+      params: its parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`;
+        of a quantised net, its integers and scales in the same places, and `pool`.
       channels: of an image.
       height, width: of an image.
       input_layout: how a batch of images lies in memory.
@@ -52,28 +52,23 @@ class DeployNet:
     dynamic_size: bool = False
 
     @property
-    def blocks(self) -> tuple[BlockSpec, ...]:
-        """The body's blocks, from image to head."""
-        return self.model.variant.blocks(self.channels)
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of one image, as `input_layout` orders it."""
+        """Return the shape of one image, as `input_layout` orders it."""
         if self.input_layout == "NCHW":
             return self.channels, self.height, self.width
         return self.height, self.width, self.channels
 
     def metadata(self) -> dict[str, str]:
-        """What a file says of itself, beside the net."""
+        """Return what a file says of itself, besides the net."""
         size = self.height if self.height == self.width else [self.height, self.width]
-        told = {
+        entries = {
             "variant": self.model.variant.name,
             "input_layout": self.input_layout,
             "preprocessing": json.dumps(self.preprocessing.to_dict() | {"image_size": size}),
         }
         if self.class_names is not None:
-            told["class_names"] = json.dumps(self.class_names)
-        return told
+            entries["class_names"] = json.dumps(self.class_names)
+        return entries
 
 
 def deploy_net(
@@ -85,7 +80,7 @@ def deploy_net(
     class_names: tuple[str, ...] | None = None,
     dynamic_size: bool = False,
 ) -> DeployNet:
-    """Fuse a training form; float32 throughout, whatever the model computes in.
+    """Fuse a training form, and check what is to be written; float32 throughout, whatever the model computes in.
 
     Args:
       model: training or deploy form.
@@ -107,8 +102,7 @@ def deploy_net(
     if not model.deploy:
         model, variables = to_deploy(model, variables)
     arrays = flatten(variables)
-    stem = arrays.get("params/stage0/rbr_reparam/kernel")
-    channels = 3 if stem is None else stem.shape[2]
+    channels = in_channels_of(arrays)
     check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
     preprocessing = preprocessing or default_preprocessing(model.variant, channels)
     if image_size is None:

@@ -3,14 +3,22 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
 
 from ..errors import ExportError
 from ..extras import install_hint
 from ..files import atomic_path
 from ..net.model import RepVGG
-from ..preprocess import Preprocessing
-from .deploy_net import Check, InputLayout, deploy_net
+from ..preprocess import Preprocessing, height_and_width
+from ..quantization.net import QuantizedNet
+from ..quantization.stack import LINEAR, POOL
+from .deploy_net import Check, DeployNet, InputLayout, check_input_layout, deploy_net
+
+OnnxTarget = Literal["onnxruntime", "tensorrt"]
+"""Whose rules a quantised graph follows; OpenVINO runs both kinds."""
 
 
 def export_onnx(
@@ -59,7 +67,64 @@ def export_onnx(
             check(temporary)
 
 
+def export_quantized_onnx(
+    path: str | os.PathLike,
+    net: QuantizedNet,
+    *,
+    input_layout: InputLayout = "NCHW",
+    image_size: int | tuple[int, int] | None = None,
+    dynamic_size: bool = False,
+    target: OnnxTarget = "onnxruntime",
+) -> None:
+    """Write a quantised net as an ONNX file in QDQ form, atomically; input and output as `export_onnx` has them.
+
+    For ONNX Runtime, weights are int8, biases int32, activations uint8 with the scales of `net`, and the image's
+    zero-point is 128: int8 in the form of uint8, which runtimes fuse with the uint8 that follows. For TensorRT,
+    everything quantised is int8 with a zero-point of 0 and biases are float32; activations after a ReLU then have 128
+    steps in place of 256 for the same range, so that the logits are not those of `net`.
+
+    Args:
+      path: where to write.
+      net: from `quantize` or `load_quantized`.
+      input_layout: NCHW, as ONNX computes, or NHWC, transposed once in front.
+      image_size: pixels, one number or (height, width); the preprocessing's if None.
+      dynamic_size: leave height and width free in the file; `image_size` is then not used.
+      target: the runtime whose rules the graph follows. OpenVINO runs both kinds.
+
+    Raises:
+      ExportError: onnx is not installed.
+      RepVGGError: the file cannot be written.
+      ValueError: a non-positive size, or an unknown target or layout.
+    """
+    if target not in get_args(OnnxTarget):
+        raise ValueError(f"target must be {' or '.join(get_args(OnnxTarget))}, not {target!r}")
+    check_input_layout(input_layout)
+    check_onnx_installed()
+    from .onnx_graph import build_onnx
+    from .qdq import QDQOperations, TensorRTOperations
+
+    if image_size is None:
+        image_size = net.preprocessing.image_size
+    height, width = height_and_width(image_size)
+    params = jax.tree.map(np.asarray, net.params)
+    blocks = {name: {"rbr_reparam": layer, **layer} for name, layer in params.items() if name not in (LINEAR, POOL)}
+    described = DeployNet(
+        RepVGG(net.variant, net.num_classes, deploy=True),
+        blocks | {name: params[name] for name in (LINEAR, POOL)},
+        net.in_channels,
+        height,
+        width,
+        input_layout,
+        net.preprocessing,
+        net.class_names,
+        dynamic_size,
+    )
+    built = build_onnx(described, TensorRTOperations if target == "tensorrt" else QDQOperations)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(built.SerializeToString())
+
+
 def check_onnx_installed() -> None:
-    """Raises ExportError, with what to install, where there is no onnx."""
+    """Raise ExportError, with what to install, where there is no onnx."""
     if importlib.util.find_spec("onnx") is None:
         raise ExportError(f"writing ONNX needs onnx: {install_hint('export')}")

@@ -5,7 +5,7 @@ pool, flatten and one matrix product. ONNX is NCHW throughout; images that come 
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ..errors import ExportError
 from ..net.activations import Activation
 from ..net.variants import BlockSpec
+from ..net.walk import walk
 from ..version import __version__
 from .deploy_net import INPUT, OUTPUT, DeployNet
 
@@ -39,16 +40,16 @@ class Graph:
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
-    def constant(self, name: str, array: np.ndarray) -> str:
+    def constant(self, name: str, array: np.ndarray | np.generic) -> str:
         """Add a tensor that is part of the file; returns its name."""
         self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def model(self, net: DeployNet) -> onnx.ModelProto:
-        """The whole as a checked model, whose output is that of the last node.
+        """Return the whole as a checked model, whose output is that of the last node.
 
         Raises:
-          onnx.checker.ValidationError: it is no valid ONNX.
+          onnx.checker.ValidationError: it is not valid ONNX.
         """
         self.nodes[-1].output[0] = OUTPUT
         shape: list[int | str] = [*net.image_shape]
@@ -70,88 +71,85 @@ class Graph:
         return model
 
 
-class Layers(Protocol):
-    """How layers with weights are written. `FloatLayers` is the plain way, quantised graphs have their own."""
-
-    def conv(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
-        """A convolution of `x` (`[N, C, H, W]`) by `params`: kernel `[h, w, in / groups, out]`, bias `[out]`."""
-        ...
-
-    def linear(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray]) -> str:
-        """`x @ kernel + bias` for `x` `[N, C]`, kernel `[C, out]`, bias `[out]`."""
-        ...
-
-    def pool(self, graph: Graph, x: str) -> str:
-        """The mean over all pixels, `[N, C, H, W] -> [N, C, 1, 1]`."""
-        ...
-
-
-class FloatLayers:
-    """Convolutions and matrix products in float32."""
-
-    def conv(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
-        """A `Conv` node."""
-        kernel = graph.constant(f"{name}/kernel", params["kernel"].transpose(3, 2, 0, 1))
-        return graph.node("Conv", [x, kernel, graph.constant(f"{name}/bias", params["bias"])], name, **attributes)
-
-    def linear(self, graph: Graph, x: str, name: str, params: Mapping[str, np.ndarray]) -> str:
-        """A `Gemm` node; the kernel lies as PyTorch's exporter lays it, the way runtimes have met most often."""
-        kernel = graph.constant(f"{name}/kernel", params["kernel"].T)
-        return graph.node("Gemm", [x, kernel, graph.constant(f"{name}/bias", params["bias"])], name, transB=1)
-
-    def pool(self, graph: Graph, x: str) -> str:
-        """A `GlobalAveragePool` node."""
-        return graph.node("GlobalAveragePool", [x], "pool")
-
-
-def build_onnx(net: DeployNet, layers: Layers | None = None) -> onnx.ModelProto:
-    """The net as a checked ONNX model.
+class OnnxOperations:
+    """The walk that writes a net node by node, in float32; what it hands on are the nodes' names.
 
     Args:
       net: what to write.
-      layers: how layers with weights are written; float32 if None.
+
+    Attributes:
+      graph: what is written so far.
+    """
+
+    def __init__(self, net: DeployNet):
+        self.net = net
+        self.graph = Graph()
+
+    def conv(self, block: BlockSpec, x: str, *, activate: bool) -> str:
+        """Add a `Conv`, padded as PyTorch pads: half a (dilated) kernel on every side."""
+        params = self.net.params[block.name]["rbr_reparam"]
+        size, dilation = params["kernel"].shape[0], block.dilation
+        attributes: dict[str, Any] = dict(
+            kernel_shape=[size, size], strides=[block.stride] * 2, pads=[dilation * (size // 2)] * 4, group=block.groups
+        )
+        if dilation > 1:
+            attributes |= dict(dilations=[dilation] * 2)
+        x = self.write_conv(x, f"{block.name}/rbr_reparam", params, **attributes)
+        return self.activation(block, x) if activate else x
+
+    def write_conv(self, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
+        """Add a convolution of `x` (`[N, C, H, W]`) by `params`: kernel `[h, w, in / groups, out]`, bias `[out]`."""
+        kernel = self.graph.constant(f"{name}/kernel", params["kernel"].transpose(3, 2, 0, 1))
+        bias = self.graph.constant(f"{name}/bias", params["bias"])
+        return self.graph.node("Conv", [x, kernel, bias], name, **attributes)
+
+    def gate(self, block: BlockSpec, name: str, x: str) -> str:
+        """Add `x * sigmoid(up(relu(down(mean(x)))))`."""
+        params, name = self.net.params[block.name][name], f"{block.name}/{name}"
+        gate = self.graph.node("GlobalAveragePool", [x], f"{name}/mean")
+        gate = self.write_conv(gate, f"{name}/down", params["down"], kernel_shape=[1, 1])
+        gate = self.graph.node("Relu", [gate], f"{name}/relu")
+        gate = self.write_conv(gate, f"{name}/up", params["up"], kernel_shape=[1, 1])
+        gate = self.graph.node("Sigmoid", [gate], f"{name}/sigmoid")
+        return self.graph.node("Mul", [x, gate], f"{name}/scale")
+
+    def activation(self, block: BlockSpec, x: str) -> str:
+        """Add one node for ReLU, few for the others."""
+        return add_activation(self.graph, self.net.model.variant.activation, x, f"{block.name}/relu")
+
+    def pool(self, x: str) -> str:
+        """Add the mean over all pixels, `[N, C, H, W] -> [N, C]`."""
+        return self.graph.node("Flatten", [self.graph.node("GlobalAveragePool", [x], "pool")], "flatten")
+
+    def linear(self, x: str) -> str:
+        """Add a `Gemm` node; the kernel lies as PyTorch's exporter lays it, the way runtimes have met most often."""
+        params = self.net.params["linear"]
+        kernel = self.graph.constant("linear/kernel", params["kernel"].T)
+        bias = self.graph.constant("linear/bias", params["bias"])
+        return self.graph.node("Gemm", [x, kernel, bias], "linear", transB=1)
+
+
+def build_onnx(net: DeployNet, operations: type[OnnxOperations] = OnnxOperations) -> onnx.ModelProto:
+    """Return the net as a checked ONNX model.
+
+    Args:
+      net: what to write.
+      operations: how it is written.
 
     Returns:
       Input `images` float32 `[N, C, H, W]` or `[N, H, W, C]` with any N (and any H and W, if asked for), output
       `logits` float32 `[N, classes]`.
     """
-    layers = layers or FloatLayers()
-    graph = Graph()
+    writer = operations(net)
     x = INPUT
     if net.input_layout == "NHWC":
-        x = graph.node("Transpose", [x], "to_nchw", perm=[0, 3, 1, 2])
-    for block in net.blocks:
-        x = _add_block(graph, layers, net, block, x)
-    x = layers.pool(graph, x)
-    x = graph.node("Flatten", [x], "flatten")
-    layers.linear(graph, x, "linear", net.params["linear"])
-    return graph.model(net)
+        x = writer.graph.node("Transpose", [x], "to_nchw", perm=[0, 3, 1, 2])
+    walk(net.model.variant, writer, x)
+    return writer.graph.model(net)
 
 
-def conv_attributes(block: BlockSpec, kernel: np.ndarray) -> dict[str, Any]:
-    """A block's convolution as ONNX describes one. Padding is PyTorch's: half a (dilated) kernel on every side."""
-    size, dilation = kernel.shape[0], block.dilation
-    attributes: dict[str, Any] = dict(
-        kernel_shape=[size, size], strides=[block.stride] * 2, pads=[dilation * (size // 2)] * 4, group=block.groups
-    )
-    return attributes if dilation == 1 else attributes | dict(dilations=[dilation] * 2)
-
-
-def _add_block(graph: Graph, layers: Layers, net: DeployNet, block: BlockSpec, x: str) -> str:
-    """Convolution, (SE,) activation (, SE), as `DeployBlock` computes them."""
-    params, place = net.params[block.name], net.model.variant.squeeze_excite
-    conv = params["rbr_reparam"]
-    x = layers.conv(graph, x, f"{block.name}/rbr_reparam", conv, **conv_attributes(block, conv["kernel"]))
-    if place == "before_relu":
-        x = _add_gate(graph, layers, x, f"{block.name}/se", params["se"])
-    x = _add_activation(graph, net.model.variant.activation, x, f"{block.name}/relu")
-    if place == "after_relu":
-        x = _add_gate(graph, layers, x, f"{block.name}/post_se", params["post_se"])
-    return x
-
-
-def _add_activation(graph: Graph, activation: Activation, x: str, name: str) -> str:
-    """What follows the convolution: one node for ReLU, few for the others.
+def add_activation(graph: Graph, activation: Activation, x: str, name: str) -> str:
+    """Add an activation; returns its last node.
 
     Raises:
       ExportError: it is a Python function, which ONNX cannot hold.
@@ -173,13 +171,3 @@ def _add_activation(graph: Graph, activation: Activation, x: str, name: str) -> 
         half = graph.node("Mul", [x, number("half", 0.5)], f"{name}/halved")
         return graph.node("Mul", [half, graph.node("Add", [erf, number("one", 1)], f"{name}/share")], name)
     raise ExportError(f"ONNX cannot hold the activation {activation!r}, a function; give it by name")
-
-
-def _add_gate(graph: Graph, layers: Layers, x: str, name: str, params: Mapping[str, Any]) -> str:
-    """Squeeze-and-excite: `x * sigmoid(up(relu(down(mean(x)))))`."""
-    gate = graph.node("GlobalAveragePool", [x], f"{name}/mean")
-    gate = layers.conv(graph, gate, f"{name}/down", params["down"], kernel_shape=[1, 1])
-    gate = graph.node("Relu", [gate], f"{name}/relu")
-    gate = layers.conv(graph, gate, f"{name}/up", params["up"], kernel_shape=[1, 1])
-    gate = graph.node("Sigmoid", [gate], f"{name}/sigmoid")
-    return graph.node("Mul", [x, gate], f"{name}/scale")

@@ -69,7 +69,7 @@ def export_saved_model(
 
 
 def check_tensorflow_installed() -> None:
-    """Raises ExportError, with what to install, where there is no TensorFlow or no jax2tf."""
+    """Raise ExportError, with what to install, where there is no TensorFlow or no jax2tf."""
     if importlib.util.find_spec("tensorflow") is None:
         raise ExportError("writing a SavedModel needs TensorFlow: pip install tensorflow")
     if importlib.util.find_spec("jax.experimental.jax2tf") is None:

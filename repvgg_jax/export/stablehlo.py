@@ -57,7 +57,7 @@ def export_stablehlo(
 
 
 def export_program(net: DeployNet) -> jax_export.Exported:
-    """The net as one program from images to logits, its weights inside, its batch size free."""
+    """Return the net as one program from images to logits, its weights inside, its batch size free."""
     forward = forward_function(net)
 
     def logits(images: Array) -> Array:
@@ -70,7 +70,7 @@ def export_program(net: DeployNet) -> jax_export.Exported:
 
 
 def forward_function(net: DeployNet) -> Callable[[Mapping[str, Any], Array], Array]:
-    """`forward(params, images) -> logits`, for images that lie as the net's `input_layout` says."""
+    """Return `forward(params, images) -> logits`, for images that lie as the net's `input_layout` says."""
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
         if net.input_layout == "NCHW":

@@ -13,9 +13,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ..conv.cost import LayerShape, candidates, estimated_seconds, products
-from ..conv.deploy import Algorithm
+from ..conv.algorithm import ALGORITHMS, candidates
+from ..conv.cost import LayerShape
 from ..net.variants import Variant
+from ..text_table import text_table
 
 OUTER = 16
 """Images that go through the whole net together: enough rows for the late stages' matrix products."""
@@ -27,7 +28,7 @@ class LayerPlan:
 
     name: str
     shape: LayerShape
-    algorithm: Algorithm
+    algorithm: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     source: str
 
-    def algorithms(self) -> dict[str, Algorithm]:
+    def algorithms(self) -> dict[str, str]:
         """Algorithm of every block, by name."""
         return {layer.name: layer.algorithm for stage in self.stages for layer in stage.layers}
 
@@ -75,16 +76,14 @@ class Plan:
                         f"{self._multiplications(layer):.3f}",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        direct = sum(layer.shape.multiplications for stage in self.stages for layer in stage.layers) / 1e9
+        direct = sum(layer.shape.multiplications() for stage in self.stages for layer in stage.layers) / 1e9
         planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
         total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications an image"
-        return "\n".join([*lines, "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
+        return "\n".join([*text_table(rows), "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
 
     @staticmethod
     def _multiplications(layer: LayerPlan) -> float:
-        return products(layer.shape, layer.algorithm) / 1e9
+        return layer.shape.multiplications(ALGORITHMS[layer.algorithm].tile) / 1e9
 
 
 def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
@@ -111,10 +110,8 @@ def default_plan(
     """The cost model's choice for a CPU: by stage, the portion and the algorithms of least estimated time."""
     outer = outer_portion(batch_size)
 
-    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
-        costs: list[tuple[Algorithm, float]] = [
-            (algorithm, estimated_seconds(shape, algorithm, portion)) for algorithm in candidates(shape, dtype)
-        ]
+    def best(shape: LayerShape, portion: int) -> tuple[str, float]:
+        costs = [(algorithm.name, algorithm.seconds(shape, portion)) for algorithm in candidates(shape, dtype)]
         return min(costs, key=lambda pair: pair[1])
 
     stages = []

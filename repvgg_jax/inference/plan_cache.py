@@ -13,8 +13,7 @@ import jax
 import jaxlib.version
 
 from ..conv import native
-from ..conv.cost import candidates
-from ..conv.deploy import ALGORITHMS
+from ..conv.algorithm import candidates
 from ..errors import RepVGGError
 from ..files import atomic_path
 from ..machine import cache_folder, cores, cpu_model
@@ -52,7 +51,7 @@ def load_plan(plan: Plan, dtype: str) -> Plan | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] != key:
             return None
-        return _with_choices(plan, stored["portions"], stored["algorithms"])
+        return _with_choices(plan, dtype, stored["portions"], stored["algorithms"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -82,7 +81,7 @@ def _file_name(key: dict[str, Any]) -> str:
     return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:
+def _with_choices(plan: Plan, dtype: str, portions: Any, algorithms: Any) -> Plan | None:
     """`plan` with stored choices, or None where one is impossible."""
     if len(portions) != len(plan.stages):
         return None
@@ -91,7 +90,7 @@ def _with_choices(plan: Plan, portions: Any, algorithms: Any) -> Plan | None:
         layers = []
         for layer in stage.layers:
             algorithm = algorithms[layer.name]
-            if algorithm not in ALGORITHMS or algorithm not in candidates(layer.shape):
+            if algorithm not in [candidate.name for candidate in candidates(layer.shape, dtype)]:
                 return None
             layers.append(dataclasses.replace(layer, algorithm=algorithm))
         if type(portion) is not int or portion not in divisors(plan.outer):

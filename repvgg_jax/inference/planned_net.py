@@ -1,5 +1,6 @@
 """A deploy-form net computed as a `Plan` says: its parameters made ready, its forward pass, its compilation."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ..conv.deploy import convolve, prepare_kernel
 from ..net.activations import activation_function
 from ..net.blocks import SqueezeExcite
 from ..net.model import RepVGG, global_average_pool
+from ..net.walk import walk_block
 from .plan import LayerPlan, Plan, StagePlan
 
 Output = Literal["logits", "embedding"]
@@ -51,10 +53,15 @@ def planned_forward(
 ) -> Callable[[Mapping[str, Any], Array], Array]:
     """`forward(prepared params, images [batch_size, H, W, C] normalised) -> [batch_size, outputs]`, to be jitted."""
 
+    def run_stage(params: Mapping[str, Any], stage: StagePlan, x: Array) -> Array:
+        for layer in stage.layers:
+            x = walk_block(model.variant, PlannedOperations(model, params), layer, x)
+        return x
+
     def stem_to_output(params: Mapping[str, Any], images: Array) -> Array:
         x = images
         for stage in plan.stages:
-            x = _in_portions(lambda part, stage=stage: _run_stage(model, stage, params, part), x, stage.portion)
+            x = _in_portions(lambda part, stage=stage: run_stage(params, stage, part), x, stage.portion)
         pooled = global_average_pool(x, model.param_dtype)
         if output == "embedding":
             return pooled
@@ -78,38 +85,40 @@ def _in_portions(function: Callable[[Array], Array], x: Array, portion: int) -> 
     return parts.reshape(-1, *parts.shape[2:])
 
 
-def _run_stage(model: RepVGG, stage: StagePlan, params: Mapping[str, Any], x: Array) -> Array:
-    for layer in stage.layers:
-        x = _run_block(model, layer, params[layer.name], x)
-    return x
+@dataclasses.dataclass(frozen=True)
+class PlannedOperations:
+    """What `walk_block` asks for, on prepared parameters."""
 
+    model: RepVGG
+    params: Mapping[str, Any]
 
-def _run_block(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
-    """`DeployBlock` by the planned algorithm: convolution, bias, (SE,) activation (, SE)."""
-    place, activation = model.variant.squeeze_excite, model.variant.activation
-    folded = activation == "relu" and place != "before_relu"
-    x = convolve(
-        x,
-        params["kernel"],
-        params["bias"],
-        algorithm=layer.algorithm,
-        stride=layer.shape.stride,
-        groups=layer.shape.groups,
-        dilation=layer.shape.dilation,
-        relu=folded,
-    )
-    if place == "before_relu":
-        x = _gate(model, layer, params["se"], x)
-    if not folded:
-        x = activation_function(activation)(x)
-    return _gate(model, layer, params["post_se"], x) if place == "after_relu" else x
+    def conv(self, block: LayerPlan, x: Array, *, activate: bool) -> Array:
+        """Compute by the planned algorithm, which can take a ReLU along."""
+        relu = activate and self.model.variant.activation == "relu"
+        x = convolve(
+            x,
+            self.params[block.name]["kernel"],
+            self.params[block.name]["bias"],
+            algorithm=block.algorithm,
+            stride=block.shape.stride,
+            groups=block.shape.groups,
+            dilation=block.shape.dilation,
+            relu=relu,
+        )
+        return self.activation(block, x) if activate and not relu else x
 
+    def gate(self, block: LayerPlan, name: str, x: Array) -> Array:
+        """Compute as `DeployBlock` does."""
+        model = self.model
+        gate = SqueezeExcite(model.variant.squeeze_width(block.shape.out_channels), model.dtype, model.param_dtype)
+        gated = gate.apply({"params": self.params[block.name][name]}, x)
+        assert isinstance(gated, jax.Array)
+        return gated
 
-def _gate(model: RepVGG, layer: LayerPlan, params: Mapping[str, Any], x: Array) -> Array:
-    gate = SqueezeExcite(model.variant.squeeze_width(layer.shape.out_channels), model.dtype, model.param_dtype)
-    gated = gate.apply({"params": params}, x)
-    assert isinstance(gated, jax.Array)
-    return gated
+    def activation(self, block: LayerPlan, x: Array) -> Array:
+        """Apply the variant's."""
+        del block
+        return activation_function(self.model.variant.activation)(x)
 
 
 def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:

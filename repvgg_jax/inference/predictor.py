@@ -1,29 +1,71 @@
 """Deploy inference: fused, planned, compiled ahead of time, called with arrays."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..net.fusion import check_deploy_params, to_deploy
+from ..net.layout import in_channels_of
 from ..net.model import RepVGG, channel_hint, checked_dtype
 from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
+from ..trees import flatten
 from .plan import Plan
 from .planned_net import Output, compile_for, planned_forward, prepare_params
-from .planning import choose_plan
+from .tuning import choose_plan
 
-if TYPE_CHECKING:
-    from ..quantization import QuantizedNet
+
+@dataclasses.dataclass(frozen=True)
+class PreparedNet:
+    """A net made ready for batches of one size, to be compiled by a `Predictor`.
+
+    Attributes:
+      params: what `forward` takes, on the device.
+      forward: `(params, normalised images [batch_size, *image_shape]) -> [batch_size, outputs]`, to be jitted.
+      batch_size: images a call takes.
+      image_shape: `(height, width, channels)`.
+      output: what comes out.
+      plan: which algorithm computes each layer; None where all are computed alike.
+      integer: whether the body computes in 8-bit integers, natively.
+    """
+
+    params: Mapping[str, Any]
+    forward: Callable[[Mapping[str, Any], jax.Array], jax.Array]
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    output: Output
+    plan: Plan | None = None
+    integer: bool = False
+
+
+class SelfContainedNet(Protocol):
+    """A net that has its parameters with it, and prepares itself: `repvgg_jax.QuantizedNet`."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared for it."""
+        ...
+
+    def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
+        """Return what a predictor compiles; `image_size` is (height, width)."""
+        ...
 
 
 class Predictor:
     """A compiled net: call it with images, get logits or embeddings. Safe to call from several threads at once.
 
     Attributes:
-      plan: which algorithm computes each layer; `print(predict.plan)` shows a table.
+      plan: which algorithm computes each layer, `print(predict.plan)` shows a table; None for a quantised net, whose
+        layers are all computed alike.
       batch_size: images a compiled call takes.
       image_shape: `(height, width, channels)`.
       image_dtype: uint8 where normalisation is folded in, else float32.
@@ -31,29 +73,19 @@ class Predictor:
       output: "logits", or "embedding": what `RepVGG.embed` returns.
     """
 
-    integer = False
-
-    def __init__(
-        self,
-        model: RepVGG,
-        params: Mapping[str, Any],
-        plan: Plan,
-        preprocessing: Preprocessing | None,
-        output: Output = "logits",
-    ):
-        stem = plan.stages[0].layers[0].shape
-        self.plan = plan
-        self.output: Output = output
-        self.batch_size = plan.batch_size
-        self.image_shape = (stem.height, stem.width, stem.in_channels)
+    def __init__(self, net: PreparedNet, preprocessing: Preprocessing | None = None):
+        self.plan = net.plan
+        self.output: Output = net.output
+        self.batch_size = net.batch_size
+        self.image_shape = net.image_shape
         self.image_dtype = np.dtype(np.float32 if preprocessing is None else np.uint8)
-        self._params = prepare_params(params, plan, model.dtype)
-        forward = planned_forward(model, plan, output)
+        self.integer = net.integer
+        self._params = net.params
 
         def run(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
             if preprocessing is not None:
                 images = normalize(images, preprocessing)
-            return forward(params, images).astype(jnp.float32)
+            return net.forward(params, images).astype(jnp.float32)
 
         batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
         self._compiled = compile_for(jax.default_backend(), run, self._params, batch)
@@ -132,7 +164,7 @@ class Predictor:
 
 
 def make_predictor(
-    model: RepVGG | None = None,
+    model: RepVGG | SelfContainedNet | None = None,
     variables: Mapping[str, Any] | None = None,
     batch_size: int = 1,
     image_size: int | tuple[int, int] | None = None,
@@ -140,7 +172,7 @@ def make_predictor(
     dtype: Any = None,
     tune: bool = False,
     preprocessing: Preprocessing | None = None,
-    quantized: "QuantizedNet | None" = None,
+    quantized: SelfContainedNet | None = None,
     output: Output = "logits",
 ) -> Predictor:
     """A function from images to logits or embeddings: the net fused, its layers planned, compiled once for one shape.
@@ -148,15 +180,16 @@ def make_predictor(
     Compilation goes through JAX's persistent cache where one is configured (`jax_compilation_cache_dir`).
 
     Args:
-      model: training form (fused here) or deploy form.
-      variables: its variables.
+      model: training form (fused here) or deploy form; or a quantised net, in which `dtype` and `tune` have no say.
+      variables: its variables; a quantised net has them with it.
       batch_size: the compiled batch; smaller ones are padded, larger ones run in pieces.
-      image_size: pixels, one number or (height, width); the variant's published size if None.
+      image_size: pixels, one number or (height, width); if None, the variant's published size, or what a quantised
+        net's preprocessing says.
       dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's own if None.
       tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of asking the cost model.
         The result is kept in the user's cache folder and used again without measuring.
       preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
-      quantized: a quantised net, in place of `model` and `variables`; `dtype` and `tune` have no say in it.
+      quantized: a quantised net, the same as giving it for `model`.
       output: "logits", or "embedding" for the pooled features that the classifier would read (`RepVGG.embed`).
 
     Returns:
@@ -172,27 +205,50 @@ def make_predictor(
     check_not_forked()
     if output not in get_args(Output):
         raise ValueError(f"output must be one of {', '.join(get_args(Output))}, not {output!r}")
-    if quantized is not None and model is None and variables is None:
-        from ..quantization.predictor import QuantizedPredictor
+    net = model if quantized is None else quantized
+    if net is None or (variables is None) == isinstance(net, RepVGG) or (model is not None and net is not model):
+        raise ValueError("give model and variables, or quantized alone")
+    if isinstance(net, RepVGG):
+        assert variables is not None
+        image_size = _checked_size(batch_size, net.variant.image_size if image_size is None else image_size)
+        model, params = _deployed(net if dtype is None else net.clone(dtype=checked_dtype("dtype", dtype)), variables)
+        channels = in_channels_of(flatten({"params": params}))
+        _check_channels(channels, preprocessing)
+        plan = choose_plan(model, batch_size, image_size, channels, tune=tune)
+        return Predictor(planned_net(model, params, plan, output), preprocessing)
+    image_size = _checked_size(batch_size, net.preprocessing.image_size if image_size is None else image_size)
+    _check_channels(net.in_channels, preprocessing)
+    return Predictor(net.prepared(batch_size, image_size, output), preprocessing)
 
-        size = _checked_size(batch_size, quantized.preprocessing.image_size if image_size is None else image_size)
-        _check_channels(quantized.in_channels, preprocessing)
-        return QuantizedPredictor(quantized, batch_size, size, preprocessing, output)
-    if quantized is not None or model is None or variables is None:
-        raise ValueError("give model and variables, or quantized")
-    height, width = _checked_size(batch_size, model.variant.image_size if image_size is None else image_size)
-    if dtype is not None:
-        model = model.clone(dtype=checked_dtype("dtype", dtype))
-    if model.deploy:
-        params = variables.get("params", {})
-        check_deploy_params(model, params)
-    else:
+
+def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Output = "logits") -> PreparedNet:
+    """Return a deploy-form net made ready to be computed as `plan` says.
+
+    Args:
+      model: deploy form, its `dtype` that of the computation.
+      params: its parameters.
+      plan: chosen for this model.
+      output: what is to come out.
+    """
+    stem = plan.stages[0].layers[0].shape
+    return PreparedNet(
+        prepare_params(params, plan, model.dtype),
+        planned_forward(model, plan, output),
+        plan.batch_size,
+        (stem.height, stem.width, stem.in_channels),
+        output,
+        plan,
+    )
+
+
+def _deployed(model: RepVGG, variables: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:
+    """The deploy form and its parameters."""
+    if not model.deploy:
         model, variables = to_deploy(model, variables)
-        params = variables["params"]
-    channels = params["stage0"]["rbr_reparam"]["kernel"].shape[2]
-    _check_channels(channels, preprocessing)
-    plan = choose_plan(model, batch_size, (height, width), channels, tune=tune)
-    return Predictor(model, params, plan, preprocessing, output)
+        return model, variables["params"]
+    params = variables.get("params", {})
+    check_deploy_params(model, params)
+    return model, params
 
 
 def _checked_size(batch_size: int, image_size: int | tuple[int, int]) -> tuple[int, int]:

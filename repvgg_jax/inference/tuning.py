@@ -1,4 +1,4 @@
-"""Measuring which algorithm is fastest for each layer, here and now."""
+"""Choosing a net's plan: XLA's, the cost model's, or the fastest algorithms that were measured here and now."""
 
 import dataclasses
 import time
@@ -9,14 +9,46 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from ..conv.cost import LayerShape, candidates, estimated_seconds
-from ..conv.deploy import Algorithm, convolve, prepare_kernel
-from .plan import Plan, StagePlan, portion_choices
+from ..conv.algorithm import candidates
+from ..conv.cost import LayerShape
+from ..conv.deploy import convolve, prepare_kernel
+from ..net.model import RepVGG
+from . import plan_cache
+from .plan import Plan, StagePlan, default_plan, portion_choices, stage_layers, xla_plan
 from .planned_net import compile_for
+
+DTYPE = "float32"
+"""What is measured."""
 
 RUNS = 5
 HOPELESS = 4.0
 """Candidates that the cost model thinks this many times slower than its best are not measured."""
+
+
+def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:
+    """Return XLA's plan on accelerators, and where nothing else computes in this dtype; else one made for a CPU.
+
+    Args:
+      model: its `dtype` is that of the computation.
+      batch_size: images a call.
+      image_size: (height, width).
+      channels: of an image.
+      tune: take what was measured on this machine, now or earlier, where that is possible; else the cost model's plan.
+    """
+    platform, dtype = jax.default_backend(), jnp.dtype(model.dtype).name
+    layers = [layer for stage in stage_layers(model.variant, image_size, channels) for layer in stage]
+    if platform != "cpu" or all(len(candidates(layer.shape, dtype)) == 1 for layer in layers):
+        return xla_plan(model.variant, batch_size, image_size, channels, f"platform ({platform}, {dtype})")
+    plan = default_plan(model.variant, batch_size, image_size, channels, dtype=dtype)
+    if not tune or dtype != DTYPE:
+        return plan
+    cached = plan_cache.load_plan(plan, dtype)
+    if cached is not None:
+        return cached
+    with jax.disable_jit(False):  # what is measured is compiled code
+        plan = measured_plan(plan)
+    plan_cache.save_plan(plan, dtype)
+    return plan
 
 
 def measured_plan(plan: Plan) -> Plan:
@@ -24,16 +56,13 @@ def measured_plan(plan: Plan) -> Plan:
 
     Costs one small compilation and a few runs for each distinct layer shape, candidate and portion: a minute or two.
     """
-    cache: dict[tuple[LayerShape, int], tuple[Algorithm, float]] = {}
+    cache: dict[tuple[LayerShape, int], tuple[str, float]] = {}
 
-    def best(shape: LayerShape, portion: int) -> tuple[Algorithm, float]:
+    def best(shape: LayerShape, portion: int) -> tuple[str, float]:
         if (shape, portion) not in cache:
-            guesses: list[tuple[Algorithm, float]] = [
-                (a, estimated_seconds(shape, a, portion)) for a in candidates(shape)
-            ]
-            least = min(guess for _, guess in guesses)
-            worth: list[Algorithm] = [a for a, guess in guesses if guess <= HOPELESS * least]
-            times: list[tuple[Algorithm, float]] = [(a, measure_layer(shape, a, portion, plan.outer)) for a in worth]
+            guesses = {a.name: a.seconds(shape, portion) for a in candidates(shape, DTYPE)}
+            worth = [name for name, guess in guesses.items() if guess <= HOPELESS * min(guesses.values())]
+            times = [(name, measure_layer(shape, name, portion, plan.outer)) for name in worth]
             cache[shape, portion] = min(times, key=lambda pair: pair[1])
         return cache[shape, portion]
 
@@ -46,7 +75,7 @@ def measured_plan(plan: Plan) -> Plan:
     return dataclasses.replace(plan, stages=tuple(stages), source="measured")
 
 
-def measure_layer(shape: LayerShape, algorithm: Algorithm, portion: int, images: int) -> float:
+def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) -> float:
     """Seconds an image that one layer takes when `images` images are walked `portion` at a time, in float32.
 
     Like inside a net, the layer's output stays in the loop: what leaves is one maximum a channel, so that the

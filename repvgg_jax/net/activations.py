@@ -24,7 +24,7 @@ def activation_function(activation: Activation) -> Callable[[Array], Array]:
     Raises:
       ValueError: no activation has that name.
     """
-    if not isinstance(activation, str):
+    if callable(activation):
         return activation
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}, or a function")

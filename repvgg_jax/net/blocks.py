@@ -1,171 +1,22 @@
-"""The RepVGG block in its training and its deploy form, and the layers they are made of (paper section 3)."""
+"""The RepVGG block in its training and its deploy form (paper section 3)."""
 
+import functools
+import operator
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from ..broadcasting import channelwise
-from ..conv.training import materialize, plain_conv, training_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import materialize
 from .activations import Activation, activation_function
-from .kernel_algebra import BN_EPSILON, constant_response
-from .variants import BlockKind, Branches, SqueezeExcitePlace
-
-Dtype = Any
-
-BN_MOMENTUM = 0.9  # PyTorch's momentum 0.1: it weighs the new value, Flax's the old
-
-# PyTorch's kaiming_uniform(a=sqrt(5)): uniform with bound 1 / sqrt(fan_in).
-torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """PyTorch's default bias initialiser: uniform with bound 1 / sqrt(fan_in), the kernel's fan-in."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return (2 * bound) * nn.initializers.uniform(1.0)(key, shape, dtype) - bound
-
-    return init
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over `[N, H, W, C]` with PyTorch's running statistics (`torch.nn.BatchNorm2d`).
-
-    Batches are normalised with the biased variance; the *running* variance is the unbiased one, n / (n - 1),
-    which `flax.linen.BatchNorm` does not keep. Statistics are float32 (or wider) whatever `dtype` is.
-    """
-
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    epsilon: float = BN_EPSILON
-
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms(x, train))
-        return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
-
-    def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
-        mean, factor, bias = self._terms(x, train)
-        from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
-        return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
-
-    @nn.compact
-    def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
-        """`mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
-        channels = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
-
-        if train:
-            wide = x.astype(self.param_dtype)
-            mean = wide.mean((0, 1, 2))
-            var = jnp.square(wide - channelwise(mean, x.ndim)).mean((0, 1, 2))
-            if not self.is_initializing():
-                count = x.size // x.shape[-1]
-                unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
-                running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * unbiased
-        else:
-            mean, var = running_mean.value, running_var.value
-
-        return mean, scale * lax.rsqrt(var + self.epsilon), bias
-
-
-class Conv(nn.Module):
-    """Convolution without bias, padded as PyTorch pads: leaf `kernel [k, k, C_in / groups, C_out]`.
-
-    `pedestal` `[C_in]` is a value that is everywhere added to `x`, in the padding too.
-    """
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    groups: int = 1
-    dilation: int = 1
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
-        compute = training_conv if train else plain_conv  # the first knows only reverse-mode gradients
-        kernel = kernel.astype(self.dtype)
-        y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
-        return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
-
-
-class ConvBN(nn.Module):
-    """Convolution without bias, padded as PyTorch pads, then BatchNorm (the authors' `conv_bn`)."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    groups: int = 1
-    dilation: int = 1
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    epsilon: float = BN_EPSILON
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
-        x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
-        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
-
-
-class PointThen3x3(nn.Module):
-    """Diverse Branch Block's 1x1 convolution, BN, 3x3 convolution or average pooling, BN (`dbb_1x1_kxk`, `dbb_avg`).
-
-    Between the two, the image is padded with what the first BN gives for zero, so that the whole is one convolution
-    (arXiv 2103.13425, transform III). In training that is the BN of the batch; the authors take the running one.
-
-    Leaves: `conv1`, `bn1`, (`conv2`,) `bn2`.
-    """
-
-    features: int
-    pool: bool
-    stride: int = 1
-    groups: int = 1
-    dilation: int = 1
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-    epsilon: float = BN_EPSILON
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        dtypes = (self.dtype, self.param_dtype)
-        middle = self.features if self.pool else x.shape[-1]
-        x = Conv(middle, 1, 1, self.groups, 1, *dtypes, name="conv1")(x, train)
-        x, zero = BatchNorm(*dtypes, self.epsilon, name="bn1").above_zero(x, train)
-        if self.pool:
-            x = average_pool(x, self.stride, self.dilation) + channelwise(zero)
-        else:
-            conv = Conv(self.features, 3, self.stride, self.groups, self.dilation, *dtypes, name="conv2")
-            x = conv(x, train, zero)
-        return BatchNorm(*dtypes, self.epsilon, name="bn2")(x, train)
-
-
-def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
-    """3x3 average pooling that counts its zero padding (`torch.nn.AvgPool2d(3, stride, 1)`), pixels `dilation` apart.
-
-    `[N, H, W, C] -> [N, ceil(H / stride), ceil(W / stride), C]`.
-    """
-    pad = (dilation, dilation)
-    total = lax.reduce_window(
-        x,
-        0.0,
-        lax.add,
-        window_dimensions=(1, 3, 3, 1),
-        window_strides=(1, stride, stride, 1),
-        padding=((0, 0), pad, pad, (0, 0)),
-        window_dilation=(1, dilation, dilation, 1),
-    )
-    return total / 9
+from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, branches_of
+from .kernel_algebra import BN_EPSILON
+from .layers import BatchNorm, Dtype, torch_bias_init, torch_kernel_init
+from .variants import SqueezeExcitePlace
+from .walk import ACTIVATION, AFTER_CONVOLUTION
 
 
 class SqueezeExcite(nn.Module):
@@ -211,7 +62,7 @@ class ReparamConv(nn.Module):
         kernel = self.param("kernel", torch_kernel_init, (3, 3, in_channels, self.features), self.param_dtype)
         bias = self.param("bias", torch_bias_init(9 * in_channels), (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return plain_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
+        return deploy_conv(x, kernel, self.stride, self.groups, self.dilation) + channelwise(bias)
 
 
 class _Block(nn.Module):
@@ -228,12 +79,12 @@ class _Block(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def _activate(self, x: Array) -> Array:
-        """(SE,) ReLU (, SE): D2se gates before the ReLU, RepVGGplus after it."""
-        if self.squeeze_excite == "before_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="se")(x)
-        x = activation_function(self.activation)(x)
-        if self.squeeze_excite == "after_relu":
-            x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name="post_se")(x)
+        """Return what gate and activation make of the (summed or single) convolution."""
+        for step in AFTER_CONVOLUTION[self.squeeze_excite]:
+            if step == ACTIVATION:
+                x = activation_function(self.activation)(x)
+            else:
+                x = SqueezeExcite(self.squeeze_width, self.dtype, self.param_dtype, name=step)(x)
         return x
 
 
@@ -249,7 +100,7 @@ class RepVGGBlock(_Block):
     Attributes:
       identity: whether there is an identity branch where stride and channels allow one.
       block: RepVGG's or QARepVGG's.
-      branches: more summands.
+      branches: which branches there are.
       epsilon: of every BN.
     """
 
@@ -261,39 +112,15 @@ class RepVGGBlock(_Block):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = x.astype(self.dtype)
-        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm: dict[str, Any] = dtypes | dict(epsilon=self.epsilon)
-        geometry: dict[str, Any] = dict(stride=self.stride, groups=self.groups)
-        wide: dict[str, Any] = geometry | norm | dict(dilation=self.dilation)
-        bare = self.block == "qarepvgg"
-        y = sum(ConvBN(self.features, 3, **wide, name=name)(x, train) for name in self.branches.dense_names())
-        if bare:
-            y = y + Conv(self.features, 1, **geometry, **dtypes, name="rbr_1x1")(x, train)
-        else:
-            y = y + ConvBN(self.features, 1, **geometry, **norm, name="rbr_1x1")(x, train)
-        if self.branches.dbb_1x1_3x3:
-            y = y + PointThen3x3(self.features, pool=False, **wide, name="dbb_1x1_3x3")(x, train)
-        if self.branches.dbb_1x1_avg:
-            y = y + PointThen3x3(self.features, pool=True, **wide, name="dbb_1x1_avg")(x, train)
-        if self.identity and self.stride == 1 and x.shape[-1] == self.features:
-            branch = Identity(**dtypes, name="rbr_identity") if bare else BatchNorm(**norm, name="rbr_identity")
-            y = y + branch(x, train)
-        if bare:
-            y = BatchNorm(**norm, name="bn")(y, train)
+        geometry = Geometry(x.shape[-1], self.features, self.stride, self.groups, self.dilation)
+        options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype, epsilon=self.epsilon)
+        may_be_identity = self.identity and self.stride == 1 and x.shape[-1] == self.features
+        branches = branches_of(self.block, self.branches, may_be_identity)
+        results = [BranchModule(branch.steps, geometry, **options, name=branch.name)(x, train) for branch in branches]
+        y = functools.reduce(operator.add, results)
+        if self.block == "qarepvgg":
+            y = BatchNorm(**options, name=SUM_BN)(y, train)
         return materialize(self._activate(y))
-
-
-class Identity(nn.Module):
-    """`x` times the constant leaf `scale []` in `batch_stats`, which is 1."""
-
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        del train
-        scale = self.variable("batch_stats", "scale", jnp.ones, (), self.param_dtype)
-        return x * scale.value.astype(self.dtype)
 
 
 class DeployBlock(_Block):

@@ -2,38 +2,23 @@
 
 A training-form block computes `sum_i BN_i(conv_i(x))`. In inference each BN is affine, so each branch is one
 convolution with bias, each kernel can be written as a 3x3 one, and convolutions that read the same input add up.
-`kernel_algebra` has the single steps; here is which block takes which.
+`branches` says how each branch fuses, by the single steps of `kernel_algebra`; here is the walk over a tree.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from ..errors import FusionError
 from ..trees import flatten
-from .kernel_algebra import (
-    BN_EPSILON,
-    Pair,
-    add_branches,
-    average_1x1,
-    chain_1x1,
-    embed_1x1,
-    fuse_conv_bn,
-    identity_kernel,
-)
+from .branches import KINDS, SUM_BN, Branch, FusedBlock, branch_in_tree, is_branch
+from .kernel_algebra import BN_EPSILON, add_branches, fuse_conv_bn
 from .layout import check_shapes, expected_shapes
 from .model import RepVGG
 from .variants import AUX_HEADS
 
 Tree = Mapping[str, Any]
-
-BRANCHES = ("rbr_dense", "rbr_1x1", "rbr_identity")
-"""RepVGG's own, in the order in which they are summed and named."""
-
-SUM_BN = "bn"
-"""QARepVGG's BN on the sum of the branches."""
 
 
 def equivalent_kernel_bias(
@@ -58,29 +43,31 @@ def equivalent_kernel_bias(
     """
     if "rbr_reparam" in block_params:
         raise FusionError("this block is already fused: it has rbr_reparam instead of branches")
-    if not {"rbr_dense", "rbr_1x1"} <= set(block_params):
-        raise FusionError(
-            f"not a RepVGG block: expected rbr_dense and rbr_1x1, found {', '.join(block_params) or 'nothing'}"
-        )
-    present = {name for name in (*block_params, *block_batch_stats) if _is_branch(name)}
-    names = [*(name for name in BRANCHES if name in present), *sorted(present.difference(BRANCHES))]
-    branches = {name: (block_params.get(name, {}), block_batch_stats.get(name, {})) for name in names}
-    missing = [name for name, (params, stats) in branches.items() if not _has_statistics(params, stats)]
+    if "rbr_dense" not in block_params:
+        raise FusionError(f"not a RepVGG block: expected rbr_dense, found {', '.join(block_params) or 'nothing'}")
+    branches = _branches_in(block_params, block_batch_stats)
+    trees = {name: (block_params.get(name, {}), block_batch_stats.get(name, {})) for name in (*branches, SUM_BN)}
+    missing = [name for name, (params, stats) in trees.items() if not _has_statistics(params, stats)]
     if missing:
         raise FusionError(
             f"no running statistics (batch_stats) for {', '.join(missing)}: fusion needs those of the same net"
         )
 
-    per_group, channels = block_params["rbr_dense"]["conv"]["kernel"].shape[2:]
-    kernel, bias = add_branches(
-        _fuse_branch(name, *branch, per_group, channels, epsilon) for name, branch in branches.items() if name != SUM_BN
-    )
-    return fuse_conv_bn(kernel, *branches[SUM_BN], epsilon, bias) if SUM_BN in branches else (kernel, bias)
+    kernel = block_params["rbr_dense"]["conv"]["kernel"]
+    block = FusedBlock(kernel.shape[2], kernel.shape[3], kernel.dtype, epsilon)
+    kernel, bias = add_branches(branch.fuse(*trees[name], block) for name, branch in branches.items())
+    return fuse_conv_bn(kernel, *trees[SUM_BN], epsilon, bias) if SUM_BN in block_params else (kernel, bias)
 
 
-def _is_branch(name: str) -> bool:
-    """Whether that part of a training-form block is fused away."""
-    return name.startswith(("rbr_", "dbb_")) or name == SUM_BN
+def _branches_in(params: Tree, stats: Tree) -> dict[str, Branch]:
+    """The branches in a block's tree, by name, in the order in which a block sums them."""
+    names = {name for name in (*params, *stats) if is_branch(name) and name != SUM_BN}
+    kinds = {name: branch_in_tree(name, params.get(name, {})) for name in sorted(names)}
+    for name, kind in kinds.items():
+        if kind is None:
+            raise FusionError(f"{name} is a branch of no known kind: it holds {', '.join(params.get(name, {}))}")
+    known = {name: kind for name, kind in kinds.items() if kind is not None}
+    return dict(sorted(known.items(), key=lambda pair: KINDS.index(pair[1])))
 
 
 def _has_statistics(params: Tree, stats: Tree) -> bool:
@@ -90,30 +77,6 @@ def _has_statistics(params: Tree, stats: Tree) -> bool:
     return all(
         _has_statistics(child, stats.get(name, {})) for name, child in params.items() if isinstance(child, Mapping)
     )
-
-
-def _fuse_branch(name: str, params: Tree, stats: Tree, per_group: int, channels: int, epsilon: float) -> Pair:
-    """One branch as a 3x3 convolution `[3, 3, per_group, channels]`."""
-    if name == "rbr_identity":
-        dtype = next(iter(stats.values())).dtype
-        identity = identity_kernel(channels, channels // per_group, dtype)
-        if params:
-            return fuse_conv_bn(identity, params, stats, epsilon)
-        return identity * stats["scale"], jnp.zeros(channels, dtype)  # QARepVGG's
-    if name.startswith("dbb_"):
-        point, point_bias = fuse_conv_bn(params["conv1"]["kernel"], params["bn1"], stats["bn1"], epsilon)
-        if "conv2" in params:
-            kernel = params["conv2"]["kernel"]
-            groups = point.shape[3] // kernel.shape[2]
-            kernel, bias = chain_1x1((point, point_bias), (kernel, jnp.zeros(channels, kernel.dtype)), groups)
-        else:
-            kernel, bias = average_1x1(point), point_bias
-        return fuse_conv_bn(kernel, params["bn2"], stats["bn2"], epsilon, bias)
-    if "bn" in params:
-        kernel, bias = fuse_conv_bn(params["conv"]["kernel"], params["bn"], stats["bn"], epsilon)
-    else:
-        kernel, bias = params["kernel"], jnp.zeros(channels, params["kernel"].dtype)
-    return (embed_1x1(kernel) if kernel.shape[0] == 1 else kernel), bias
 
 
 def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float = BN_EPSILON) -> dict[str, Any]:
@@ -168,8 +131,8 @@ def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...], epsilon: flo
             kernel, bias = equivalent_kernel_bias(params, stats, epsilon=epsilon)
         except FusionError as error:
             raise FusionError(f"{'/'.join(walked) or 'block'}: {error}") from None
-        kept = {name: leaf for name, leaf in params.items() if not _is_branch(name)}
-        remaining = {name: leaf for name, leaf in stats.items() if not _is_branch(name)}
+        kept = {name: leaf for name, leaf in params.items() if not is_branch(name)}
+        remaining = {name: leaf for name, leaf in stats.items() if not is_branch(name)}
         return kept | {"rbr_reparam": {"kernel": kernel, "bias": bias}}, remaining, 1
 
     is_body = "stage0" in params
@@ -203,9 +166,21 @@ def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
     """
     if model.deploy:
         raise FusionError("the model is already in deploy form")
+    _check_branches(model, variables)
     deploy_model, fused = model.clone(deploy=True), fuse_variables(variables, epsilon=model.variant.epsilon)
     check_deploy_params(deploy_model, fused["params"])
     return deploy_model, fused
+
+
+def _check_branches(model: RepVGG, variables: Tree) -> None:
+    """Hold the branches of every block to its model's: one that is missing leaves no trace in the fused kernel."""
+    trees = [variables.get(collection, {}) for collection in ("params", "batch_stats")]
+    for block in model.variant.blocks():
+        present = {name for tree in trees for name in tree.get(block.name, {}) if is_branch(name) and name != SUM_BN}
+        wanted = [branch.name for branch in model.variant.training_branches(block)]
+        if present and present != set(wanted):
+            shown = ", ".join(sorted(present))
+            raise FusionError(f"{block.name} has the branches {shown}; {model.variant.name}'s are {', '.join(wanted)}")
 
 
 def check_deploy_params(model: RepVGG, params: Tree) -> None:

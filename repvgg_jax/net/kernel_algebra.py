@@ -52,10 +52,10 @@ def add_branches(pairs: Iterable[Pair]) -> Pair:
     return kernel, bias
 
 
-def embed_1x1(kernel: Array, size: int = 3) -> Array:
-    """A 1x1 kernel `[1, 1, I, O]` as the centre of a `[size, size, I, O]` one; `size` is odd."""
-    margin = size // 2
-    return jnp.pad(kernel, ((margin, margin), (margin, margin), (0, 0), (0, 0)))
+def embed(kernel: Array, size: int = 3) -> Array:
+    """A kernel `[h, w, I, O]` in the middle of a `[size, size, I, O]` one; all sizes are odd."""
+    rows, columns = ((size - length) // 2 for length in kernel.shape[:2])
+    return jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
 
 
 def average_1x1(kernel: Array, size: int = 3) -> Array:

@@ -2,101 +2,38 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..errors import WeightsError, first_ten
 from ..trees import FlatArrays
+from .branches import SUM_BN
+from .leaves import Layer, Shape
 from .variants import AUX_HEADS, BlockSpec, Variant
-
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One convolution, BN or linear layer of the tree.
-
-    Attributes:
-      path: where it is, such as `stage1_0/rbr_dense/conv`.
-      kind: what its leaves are.
-      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), `[channels]` for a BN, or `[]` for QARepVGG's
-        identity, whose only leaf is a constant.
-      has_bias: whether a convolution has one; linear layers and BNs always do.
-    """
-
-    path: str
-    kind: Literal["conv", "bn", "linear", "identity"]
-    shape: Shape
-    has_bias: bool = True
-
-    def leaves(self) -> Iterator[tuple[str, Shape]]:
-        """`(name in the flat tree, shape)` of the layer's leaves."""
-        if self.kind == "identity":
-            yield f"batch_stats/{self.path}/scale", self.shape
-            return
-        if self.kind == "bn":
-            for collection, leaf in (("params", "scale"), ("params", "bias")):
-                yield f"{collection}/{self.path}/{leaf}", self.shape
-            for leaf in ("mean", "var"):
-                yield f"batch_stats/{self.path}/{leaf}", self.shape
-            return
-        yield f"params/{self.path}/kernel", self.shape
-        if self.has_bias:
-            yield f"params/{self.path}/bias", self.shape[-1:]
 
 
 def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer]:
     """The layers of one block of the body."""
-    inputs, outputs = block.in_channels // block.groups, block.out_channels
-    layers: list[Layer] = []
-
-    def conv(path: str, size: int, shape: Shape) -> None:
-        layers.append(Layer(f"{block.name}/{path}", "conv", (size, size, *shape), has_bias=False))
-
-    def bn(path: str, channels: int = outputs) -> None:
-        layers.append(Layer(f"{block.name}/{path}", "bn", (channels,)))
-
     if deploy:
-        layers.append(Layer(f"{block.name}/rbr_reparam", "conv", (3, 3, inputs, outputs)))
+        shape = (3, 3, block.in_channels // block.groups, block.out_channels)
+        layers = [Layer("rbr_reparam", "conv", shape)]
     else:
-        bare = variant.block == "qarepvgg"
-        for name in variant.branches.dense_names():
-            conv(f"{name}/conv", 3, (inputs, outputs))
-            bn(f"{name}/bn")
-        conv("rbr_1x1" if bare else "rbr_1x1/conv", 1, (inputs, outputs))
-        if not bare:
-            bn("rbr_1x1/bn")
-        if variant.branches.dbb_1x1_3x3:
-            conv("dbb_1x1_3x3/conv1", 1, (inputs, block.in_channels))
-            bn("dbb_1x1_3x3/bn1", block.in_channels)
-            conv("dbb_1x1_3x3/conv2", 3, (inputs, outputs))
-            bn("dbb_1x1_3x3/bn2")
-        if variant.branches.dbb_1x1_avg:
-            conv("dbb_1x1_avg/conv1", 1, (inputs, outputs))
-            bn("dbb_1x1_avg/bn1")
-            bn("dbb_1x1_avg/bn2")
-        if block.has_identity:
-            if bare:
-                layers.append(Layer(f"{block.name}/rbr_identity", "identity", ()))
-            else:
-                bn("rbr_identity")
-        if bare:
-            bn("bn")
-    if variant.squeeze_excite:
-        gate = "se" if variant.squeeze_excite == "before_relu" else "post_se"
-        hidden = variant.squeeze_width(outputs)
-        layers.append(Layer(f"{block.name}/{gate}/down", "conv", (1, 1, outputs, hidden)))
-        layers.append(Layer(f"{block.name}/{gate}/up", "conv", (1, 1, hidden, outputs)))
-    return layers
+        layers = [layer for branch in variant.training_branches(block) for layer in branch.layers(block)]
+        layers += [Layer(SUM_BN, "bn", (block.out_channels,))] if variant.block == "qarepvgg" else []
+    if gate := variant.gate_name:
+        hidden = variant.squeeze_width(block.out_channels)
+        layers.append(Layer(f"{gate}/down", "conv", (1, 1, block.out_channels, hidden)))
+        layers.append(Layer(f"{gate}/up", "conv", (1, 1, hidden, block.out_channels)))
+    return [dataclasses.replace(layer, path=f"{block.name}/{layer.path}") for layer in layers]
 
 
 def constants(variant: Variant, deploy: bool) -> dict[str, np.ndarray]:
     """Leaves that do not learn and that other people's files do not hold: what scales QARepVGG's identities, 1."""
     layers = [layer for block in variant.blocks() for layer in block_layers(variant, block, deploy)]
-    identities = (layer.leaves() for layer in layers if layer.kind == "identity")
-    return {leaf: np.ones(shape, np.float32) for leaves in identities for leaf, shape in leaves}
+    scales = (layer.leaves() for layer in layers if layer.kind == "constant")
+    return {leaf: np.ones(shape, np.float32) for leaves in scales for leaf, shape in leaves}
 
 
 def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]:
@@ -115,6 +52,21 @@ def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channel
     """Name and shape of every leaf of that model's variables (what tracing `model.init` would find, at once)."""
     layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
     return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
+
+
+def in_channels_of(arrays: FlatArrays) -> int:
+    """Return the channels of the images that a flat tree's first convolution takes, in training, deploy or INT8 form.
+
+    Where there is no such kernel it is 3, so that a check of the tree's shapes says what is missing.
+    """
+    kernel = stem_kernel(arrays)
+    return 3 if kernel is None else kernel.shape[2]
+
+
+def stem_kernel(arrays: FlatArrays) -> Any:
+    """Return the entry of a flat tree that is the first convolution's kernel; None if there is none."""
+    kernels = (arrays.get(f"params/stage0/{layer}kernel") for layer in ("rbr_dense/conv/", "rbr_reparam/", ""))
+    return next((kernel for kernel in kernels if kernel is not None and len(kernel.shape) == 4), None)
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, model: str) -> None:

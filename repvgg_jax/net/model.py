@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .activations import Activation
-from .blocks import ConvBN, DeployBlock, Dtype, RepVGGBlock, torch_bias_init, torch_kernel_init
+from .blocks import DeployBlock, RepVGGBlock
+from .branches import BlockKind, Branches
 from .kernel_algebra import BN_EPSILON
-from .variants import AUX_HEADS, BlockKind, Branches, Published, Variant, get_variant
+from .layers import ConvBN, Dtype, torch_bias_init, torch_kernel_init
+from .variants import AUX_HEADS, Published, Variant, get_variant
 
 
 def checked_dtype(name: str, value: Any) -> Any:
@@ -170,13 +172,12 @@ class RepVGG(nn.Module):
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What `features` returns, in order: strides 2 to 32, less after a stem of stride 1 or with dilation."""
-        stride, found = 1, {}
+        """What `features` returns, in order: strides 2 to 32, less where a stage has stride 1 or is dilated."""
+        stride, infos = 1, {}
         for block in self.variant.blocks():
             stride *= block.stride
-            stage = block.stage.partition("_")[0]
-            found[stage] = FeatureInfo(stage, stride, block.out_channels)
-        return tuple(found.values())
+            infos[block.stage_number] = FeatureInfo(f"stage{block.stage_number}", stride, block.out_channels)
+        return tuple(infos.values())
 
     def _stage_outputs(self, images: Array, train: bool) -> dict[str, Array]:
         if images.ndim != 4:
@@ -187,7 +188,7 @@ class RepVGG(nn.Module):
         x = images.astype(self.dtype)
         outputs = {}
         for spec in self.variant.blocks():
-            frozen = int(spec.stage[5]) < self.frozen_stages
+            frozen = spec.stage_number < self.frozen_stages
             x = getattr(self, spec.name)(x, train and not frozen and not self.frozen_bn)
             if frozen and train:
                 x = lax.stop_gradient(x)
@@ -269,7 +270,7 @@ def create_model(
     frozen_stages: int = 0,
     frozen_bn: bool = False,
     dropout: float = 0.0,
-    stem_stride: int | None = None,
+    strides: Sequence[int] | None = None,
     output_stride: int | None = None,
     activation: Activation | None = None,
     block: BlockKind | None = None,
@@ -279,7 +280,7 @@ def create_model(
 ) -> RepVGG:
     """A RepVGG by published name or by its numbers.
 
-    `stem_stride`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
+    `strides`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
     they are None.
 
     Args:
@@ -292,11 +293,11 @@ def create_model(
       frozen_stages: how many of the five stages, from the first, do not train.
       frozen_bn: BN statistics do not train (`norm_eval`).
       dropout: share of the pooled features that training drops before the classifier.
-      stem_stride: 1 for images as small as 32x32.
+      strides: of stages 0 to 4, each 1 or 2: (1, 1, 2, 2, 2) for images as small as 32x32.
       output_stride: 8 or 16: the last stages dilated instead of strided, for dense prediction; the same weights.
       activation: instead of ReLU; a name such as "gelu", or a function.
       block: "repvgg" or "qarepvgg", the training form's block.
-      branches: more branches for the training form's blocks.
+      branches: which branches the training form's blocks have.
       epsilon: what every BatchNorm adds to the variance: 1e-5, or 1e-3 in weights of Keras and of YOLO trainers.
       name: the Flax submodule name, where the model is built inside another module's compact method.
 
@@ -314,7 +315,7 @@ def create_model(
     if isinstance(variant, str):
         variant = get_variant(variant)
     changes: dict[str, Any] = dict(
-        stem_stride=stem_stride,
+        strides=strides,
         output_stride=output_stride,
         activation=activation,
         block=block,
@@ -324,4 +325,15 @@ def create_model(
     changed = dataclasses.replace(variant, **{field: value for field, value in changes.items() if value is not None})
     if changed != variant:
         variant = dataclasses.replace(changed, published=Published())
-    return RepVGG(variant, num_classes, deploy, dtype, param_dtype, remat, frozen_stages, frozen_bn, dropout, name=name)
+    return RepVGG(
+        variant,
+        num_classes,
+        deploy,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        frozen_stages=frozen_stages,
+        frozen_bn=frozen_bn,
+        dropout=dropout,
+        name=name,
+    )

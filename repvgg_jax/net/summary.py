@@ -8,7 +8,9 @@ import dataclasses
 import math
 
 from ..errors import ConfigError
-from .variants import VARIANTS, BlockSpec, Variant
+from ..text_table import text_table
+from .layout import expected_shapes
+from .variants import VARIANTS, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,59 +43,37 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
     for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}")
-    params = train_params = flops = train_flops = peak = 0
+    flops = train_flops = peak = 0
     winograd = 0.0
     size = image_size
     for block in variant.blocks(in_channels):
         in_pixels, size = size * size, math.ceil(size / block.stride)
-        point = block.in_channels // block.groups * block.out_channels
-        params += 9 * point + block.out_channels
-        branch_params, branch_flops = _branches_cost(variant, block, in_pixels, size * size)
-        train_params += branch_params
-        train_flops += branch_flops
-        multiplies = 9 * point * size * size
+        pixels = size * size
+        train_flops += sum(
+            branch.multiply_adds(block, in_pixels, pixels) for branch in variant.training_branches(block)
+        )
+        multiplies = 9 * block.in_channels // block.groups * block.out_channels * pixels
         flops += multiplies
         winograd += multiplies * (4 / 9 if block.stride == 1 else 1)
-        peak = max(peak, 4 * (in_pixels * block.in_channels + size * size * block.out_channels))
+        peak = max(peak, 4 * (in_pixels * block.in_channels + pixels * block.out_channels))
         if variant.squeeze_excite:
-            hidden = variant.squeeze_width(block.out_channels)
-            gate = 2 * hidden * block.out_channels
-            params += gate + hidden + block.out_channels
-            train_params += gate + hidden + block.out_channels
+            gate = 2 * variant.squeeze_width(block.out_channels) * block.out_channels
             flops += gate
             train_flops += gate
             winograd += gate
     head = variant.widths[-1] * num_classes
-    auxiliary = 0
-    if variant.auxiliary_heads:
-        for width in variant.widths[1:4]:
-            auxiliary += 9 * width * width + 2 * width + width * num_classes + num_classes
+    shapes = (expected_shapes(variant, deploy, num_classes, in_channels) for deploy in (True, False))
+    params, train_params = (
+        sum(math.prod(shape) for name, shape in form.items() if name.startswith("params/")) for form in shapes
+    )
     return Summary(
-        params=params + head + num_classes,
-        train_params=train_params + head + num_classes + auxiliary,
+        params=params,
+        train_params=train_params,
         flops=flops + head,
         train_flops=train_flops + head,
         winograd_muls=round(winograd) + head,
         peak_activation_bytes=peak,
     )
-
-
-def _branches_cost(variant: Variant, block: BlockSpec, in_pixels: int, out_pixels: int) -> tuple[int, int]:
-    """Parameters and multiply-adds of one training-form block, without its gate."""
-    inputs, outputs = block.in_channels, block.out_channels
-    point, branches = inputs // block.groups * outputs, variant.branches
-    bare = variant.block == "qarepvgg"
-    at_output, at_input = (9 * branches.dense_copies + 1) * point, 0
-    norms = branches.dense_copies * outputs
-    norms += outputs if bare else outputs * (2 if block.has_identity else 1)
-    if branches.dbb_1x1_3x3:
-        at_output += 9 * point
-        at_input += inputs // block.groups * inputs
-        norms += inputs + outputs
-    if branches.dbb_1x1_avg:
-        at_input += point
-        norms += 2 * outputs
-    return at_output + at_input + 2 * norms, at_output * out_pixels + at_input * in_pixels
 
 
 def summary_table(
@@ -119,8 +99,7 @@ def summary_table(
                 f"{cost.peak_activation_bytes / 1e6:.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = text_table(rows)
     note = (
         f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
         "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of\n"

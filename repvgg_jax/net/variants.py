@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args
 
 from ..errors import UnknownModelError
 from .activations import Activation, activation_function
+from .branches import BlockKind, Branch, Branches, Geometry, branches_of
 from .kernel_algebra import BN_EPSILON
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
-BlockKind = Literal["repvgg", "qarepvgg"]
-"""The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
+GATE_NAMES: dict[SqueezeExcitePlace, str] = {"before_relu": "se", "after_relu": "post_se"}
+"""The authors' name for the squeeze-and-excite gate in each place: two nets, two names."""
 
 OUTPUT_STRIDES = (8, 16, 32)
-MAX_DENSE_COPIES = 8
 
 AUX_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
 """RepVGGplus's auxiliary heads, named after the (half) stage whose output each reads."""
@@ -37,49 +37,33 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSpec:
+class Stage:
+    """Consecutive blocks of one width, of which the first has the stride (before any dilation takes its place)."""
+
+    name: str
+    number: int
+    depth: int
+    width: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec(Geometry):
     """One block of the body: what a module, a weight map and a FLOP count need to know about it.
 
-    `dense` 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, and their taps are `dilation` pixels
+    Its 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, and their taps are `dilation` pixels
     apart. `nominal_stride` is the stride that the block has in the same net without dilation.
     """
 
     name: str
     stage: str
-    in_channels: int
-    out_channels: int
-    stride: int
-    groups: int
-    dilation: int
+    stage_number: int
     nominal_stride: int
 
     @property
-    def has_identity(self) -> bool:
-        """Whether the training form has the identity branch (paper section 3.3); dilation does not change that."""
+    def may_be_identity(self) -> bool:
+        """Whether the training form may have the identity branch (paper section 3.3); dilation does not change that."""
         return self.nominal_stride == 1 and self.in_channels == self.out_channels
-
-
-@dataclasses.dataclass(frozen=True)
-class Branches:
-    """What a training-form block sums besides RepVGG's own three branches; all of it fuses into the one 3x3 kernel.
-
-    Attributes:
-      dense_copies: 3x3 branches, each with its own BN (MobileOne, arXiv 2206.04040: up to 4); RepVGG has 1.
-      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, a BN after each (Diverse Branch Block, arXiv 2103.13425).
-      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
-    """
-
-    dense_copies: int = 1
-    dbb_1x1_3x3: bool = False
-    dbb_1x1_avg: bool = False
-
-    def __post_init__(self):
-        if type(self.dense_copies) is not int or not 1 <= self.dense_copies <= MAX_DENSE_COPIES:
-            raise ValueError(f"dense_copies must be 1 to {MAX_DENSE_COPIES}, not {self.dense_copies}")
-
-    def dense_names(self) -> tuple[str, ...]:
-        """Names of the 3x3 branches in the parameter tree: `rbr_dense`, `rbr_dense_1`, …"""
-        return "rbr_dense", *(f"rbr_dense_{copy}" for copy in range(1, self.dense_copies))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +82,12 @@ class Variant:
       image_size: test resolution the published accuracy belongs to, in pixels.
       crop_fraction: centre crop over resized shorter side at evaluation.
       published: the authors' figures, where there are any.
-      stem_stride: stride of stage 0: 2, or 1 for images as small as 32x32.
+      strides: of stages 0 to 4, each 2 or 1; (1, 1, 2, 2, 2) for images as small as 32x32.
       output_stride: 32, or 16 or 8 for a backbone of dense prediction: stages that would go beyond it keep stride 1,
         and the blocks after their strides are dilated instead, as in timm and torchvision.
       activation: what follows each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
       block: the kind of the training form's block.
-      branches: more branches for the training form's blocks.
+      branches: which branches the training form's blocks have.
       epsilon: what every BatchNorm of the training form adds to the variance. No key of a weight file shows it.
 
     Raises:
@@ -120,7 +104,7 @@ class Variant:
     image_size: int = 224
     crop_fraction: float = 0.875
     published: Published = dataclasses.field(default=Published(), compare=False)
-    stem_stride: int = 2
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     output_stride: int = 32
     activation: Activation = "relu"
     block: BlockKind = "repvgg"
@@ -129,19 +113,25 @@ class Variant:
 
     def __post_init__(self):
         object.__setattr__(self, "num_blocks", _positive_numbers("num_blocks", self.num_blocks, "four", "1 to 4"))
-        object.__setattr__(self, "widths", _positive_numbers("widths", self.widths, "five", "0 to 4"))
+        for field in ("widths", "strides"):
+            object.__setattr__(self, field, _positive_numbers(field, getattr(self, field), "five", "0 to 4"))
+        if not set(self.strides) <= {1, 2}:
+            raise ValueError(f"strides must be five numbers, each 1 or 2 (stages 0 to 4), not {self.strides}")
         for field in ("groups", "squeeze_excite_ratio", "image_size"):
             if type(getattr(self, field)) is not int or getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a positive whole number, not {getattr(self, field)!r}")
         choices = {
+            "auxiliary_heads": (False, True),
             "squeeze_excite": (None, *get_args(SqueezeExcitePlace)),
-            "stem_stride": (1, 2),
             "output_stride": OUTPUT_STRIDES,
             "block": get_args(BlockKind),
         }
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} must be one of {', '.join(map(str, known))}, not {getattr(self, field)!r}")
+        for field, values in choices.items():
+            chosen = getattr(self, field)
+            if not any(chosen == value and type(chosen) is type(value) for value in values):
+                raise ValueError(f"{field} must be one of {', '.join(map(str, values))}, not {chosen!r}")
+        if type(self.crop_fraction) not in (int, float) or not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be a number above 0 and up to 1, not {self.crop_fraction!r}")
         if not isinstance(self.branches, Branches):
             raise ValueError(f"branches must be a Branches, not {self.branches!r}")
         activation_function(self.activation)
@@ -155,40 +145,39 @@ class Variant:
                     f"into {block.groups} groups"
                 )
 
-    def stages(self) -> tuple[tuple[str, int, int, int], ...]:
-        """`(name, number of blocks, width, nominal stride of the first block)` of every stage, in order."""
-        one, two, three, four = self.num_blocks
+    def stages(self) -> tuple[Stage, ...]:
+        """Return every stage, in order; RepVGGplus's third is two."""
+        depths = (1, *self.num_blocks)
+        stages = [
+            Stage(f"stage{number}", number, depths[number], self.widths[number], self.strides[number])
+            for number in range(5)
+        ]
         if self.auxiliary_heads:
-            first = three // 2
-            third = (("stage3_first", first, self.widths[3], 2), ("stage3_second", three - first, self.widths[3], 1))
-        else:
-            third = (("stage3", three, self.widths[3], 2),)
-        return (
-            ("stage0", 1, self.widths[0], self.stem_stride),
-            ("stage1", one, self.widths[1], 2),
-            ("stage2", two, self.widths[2], 2),
-            *third,
-            ("stage4", four, self.widths[4], 2),
-        )
+            third = stages[3]
+            first = dataclasses.replace(third, name="stage3_first", depth=third.depth // 2)
+            second = dataclasses.replace(third, name="stage3_second", depth=third.depth - first.depth, stride=1)
+            stages[3:4] = [first, second]
+        return tuple(stages)
 
     def blocks(self, in_channels: int = 3) -> tuple[BlockSpec, ...]:
-        """Every block of the body, from image to head, named as in the parameter tree."""
+        """Return every block of the body, from image to head, named as in the parameter tree."""
         specs: list[BlockSpec] = []
         reduction = dilation = 1
-        for stage, count, width, stage_stride in self.stages():
-            dilated = stage_stride == 2 and reduction >= self.output_stride
+        for stage in self.stages():
+            dilated = stage.stride == 2 and reduction >= self.output_stride
             # The block that would have had the stride still sees what it saw then, those after it look twice as far.
             dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
-            reduction *= 1 if dilated else stage_stride
-            for position in range(count):
+            reduction *= 1 if dilated else stage.stride
+            for position in range(stage.depth):
                 index = len(specs)  # stage 0 is block 0; groups go to even blocks after it
-                nominal_stride = stage_stride if position == 0 else 1
+                nominal_stride = stage.stride if position == 0 else 1
                 specs.append(
                     BlockSpec(
-                        name=stage if stage == "stage0" else f"{stage}_{position}",
-                        stage=stage,
+                        name=stage.name if stage.number == 0 else f"{stage.name}_{position}",
+                        stage=stage.name,
+                        stage_number=stage.number,
                         in_channels=specs[-1].out_channels if specs else in_channels,
-                        out_channels=width,
+                        out_channels=stage.width,
                         stride=1 if dilated else nominal_stride,
                         groups=self.groups if index and index % 2 == 0 else 1,
                         dilation=dilation_before if position == 0 else dilation,
@@ -196,6 +185,15 @@ class Variant:
                     )
                 )
         return tuple(specs)
+
+    def training_branches(self, block: BlockSpec) -> tuple[Branch, ...]:
+        """Return what that block's training form sums."""
+        return branches_of(self.block, self.branches, block.may_be_identity)
+
+    @property
+    def gate_name(self) -> str | None:
+        """Name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
+        return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
         """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""

@@ -56,7 +56,7 @@ class AdaRoundOptions:
 
 
 def require_optax() -> None:
-    """Raises QuantizationError, with what to install, where there is no optax."""
+    """Raise QuantizationError, with what to install, where there is no optax."""
     if importlib.util.find_spec("optax") is None:
         raise QuantizationError(f"learned rounding needs optax: {install_hint('train')}")
 
@@ -71,7 +71,7 @@ def learn_rounding(
     relu: bool,
     options: AdaRoundOptions,
 ) -> np.ndarray:
-    """The weights' integers that bring the layer's output nearest to its float one.
+    """Return the weights' integers that bring the layer's output nearest to its float one.
 
     Args:
       spec: the block; None for the classifier.
@@ -79,7 +79,7 @@ def learn_rounding(
       scale: of each output channel, `[O]`.
       inputs: what the layer will read in the quantised net, real values `[N, …]`.
       targets: the float net's output of this layer, before the ReLU.
-      relu: whether a ReLU follows, behind which errors below zero do not count.
+      relu: whether a ReLU follows directly, after which errors below zero do not count.
       options: the optimiser's.
 
     Returns:
@@ -106,7 +106,7 @@ def learn_rounding(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _error(shape: Geometry | None, relu: bool, weights: Array, bias: Array, x: Array, target: Array) -> Array:
-    """Mean squared error of a layer's output, behind the ReLU if there is one."""
+    """Return the mean squared error of a layer's output, after the ReLU if there is one."""
     output = linear_map(shape, x, weights) + channelwise(bias, x.ndim)
     if relu:
         output, target = nn.relu(output), nn.relu(target)
@@ -129,7 +129,7 @@ def _optimize(
     targets: Array,
     places: Array,
 ) -> Array:
-    """Each weight's h after the last step. Layers of one shape share one compilation."""
+    """Return each weight's h after the last step. Layers of one shape share one compilation."""
     import optax
 
     floor = jnp.floor(kernel / scale)

@@ -38,24 +38,24 @@ class Histogram:
 
     @property
     def centers(self) -> np.ndarray:
-        """The bins' middles, `[BINS]`."""
+        """Return the bins' middles, `[BINS]`."""
         return (np.arange(len(self.counts)) + 0.5) * (self.limit / len(self.counts))
 
 
 def minmax(histogram: Histogram) -> float:
-    """The largest value seen: nothing saturates."""
+    """Return the largest value seen: nothing saturates."""
     return histogram.limit
 
 
 def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """The value that `share` per cent of all lie below."""
+    """Return the value that `share` per cent of all lie below."""
     below = np.cumsum(histogram.counts)
     place = int(np.searchsorted(below, below[-1] * share / 100))
     return histogram.limit * (place + 1) / len(histogram.counts)
 
 
 def mse(histogram: Histogram) -> float:
-    """The threshold with the least mean squared error of rounding and saturation together."""
+    """Return the threshold with the least mean squared error of rounding and saturation together."""
     values, candidates = histogram.centers, _candidates(histogram)
     scales = (candidates / histogram.levels)[:, None]
     error = values - scales * np.clip(np.rint(values / scales), 0, histogram.levels)
@@ -63,7 +63,7 @@ def mse(histogram: Histogram) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """The threshold whose quantised distribution loses least information: smallest Kullback-Leibler divergence.
+    """Return the threshold whose quantised distribution loses least information: smallest Kullback-Leibler divergence.
 
     Migacz, "8-bit inference with TensorRT" (GTC 2017): the distribution up to the threshold, with what lies above
     heaped onto its last bin, against the same one averaged over each integer's bins.
@@ -96,7 +96,7 @@ def _candidates(histogram: Histogram) -> np.ndarray:
     return histogram.limit * np.linspace(0.02, 1, 150)
 
 
-METHODS: dict[str, Callable[[Histogram], float]] = {
+THRESHOLDS: dict[Calibration, Callable[[Histogram], float]] = {
     "minmax": minmax,
     "percentile": percentile,
     "mse": mse,
@@ -105,22 +105,22 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
 
 
 def input_dtype(name: str) -> np.dtype:
-    """int8 for the first layer, which reads the image; uint8 behind a ReLU."""
+    """Return int8 for the first layer, which reads the image; uint8 after a ReLU."""
     return SIGNED if name == "stage0" else UNSIGNED
 
 
 def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict[str, np.ndarray]:
-    """The largest absolute value of every channel of every layer's input, `[C]` each."""
+    """Return the largest absolute value of every channel of every layer's input, `[C]` each."""
 
     def largest(batch: Array) -> dict[str, np.ndarray]:
         inputs = layer_inputs(variant, layers, batch)
         return {name: np.abs(x).max(tuple(range(x.ndim - 1))) for name, x in jax.tree.map(np.asarray, inputs).items()}
 
-    return jax.tree.map(lambda *found: np.max(found, 0), *in_batches(largest, images))
+    return jax.tree.map(lambda *maxima: np.max(maxima, 0), *in_batches(largest, images))
 
 
 def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: Calibration) -> dict[str, np.float32]:
-    """The scale of every layer's input on calibration images, by name; also `pool`'s.
+    """Return the scale of every layer's input on calibration images, by name; also `pool`'s.
 
     Args:
       variant: the architecture.
@@ -128,11 +128,11 @@ def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: C
       images: `[N, H, W, C]`, normalised.
       method: how a threshold is chosen.
     """
-    limits = {name: float(found.max()) for name, found in channel_ranges(variant, layers, images).items()}
+    limits = {name: float(ranges.max()) for name, ranges in channel_ranges(variant, layers, images).items()}
     thresholds = limits
     if method != "minmax":
         histograms = _histograms(variant, layers, images, limits)
-        thresholds = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
+        thresholds = {name: THRESHOLDS[method](histogram) for name, histogram in histograms.items()}
     tiny = np.finfo(np.float32).tiny
     return {name: np.float32(max(t / levels(input_dtype(name)), tiny)) for name, t in thresholds.items()}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..net.variants import Variant
-from .stack import LINEAR
+from .stack import LINEAR, POOL
 
 SWEEPS = 40
 MAX_FACTOR = 1e4
@@ -19,7 +19,7 @@ NamedLayers = dict[str, dict[str, Any]]
 
 
 def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
-    """Cross-layer equalisation (Nagel et al., ICCV 2019, section 4.1): for per-tensor weight scales.
+    """Equalise across layers (Nagel et al., ICCV 2019, section 4.1): for per-tensor weight scales.
 
     At its fixed point channel i has the same range in the layer that writes it and in the one that reads it.
 
@@ -37,7 +37,7 @@ def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
             written = output_ranges(layers[writer]["kernel"])
             read = input_ranges(layers[reader]["kernel"], groups)
             factors = _factors(written, read)
-            _rescale(layers, writer, reader, groups, factors)
+            _rescale(layers, writer, reader, groups, factors, variant.gate_name)
             change = max(change, float(np.abs(np.log(factors)).max()))
         if change < 1e-3:
             break
@@ -45,7 +45,7 @@ def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
 
 
 def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[str, np.ndarray]) -> NamedLayers:
-    """Equalisation for per-channel weight scales, which take up any range of a layer's output channels by themselves.
+    """Equalise for per-channel weight scales, which take up any range of a layer's output channels by themselves.
 
     What is left to balance is the activation, which has one scale for all channels, against the input channels of
     the layer that reads it, which share the scale of each output channel (as SmoothQuant does for transformers,
@@ -63,31 +63,31 @@ def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[
     for writer, reader, groups in pairs(variant):
         kernel = layers[reader]["kernel"]
         relative = kernel / np.maximum(output_ranges(kernel), 1e-30)
-        factors = _factors(ranges["pool" if reader == LINEAR else reader], input_ranges(relative, groups))
-        _rescale(layers, writer, reader, groups, factors)
+        factors = _factors(ranges[POOL if reader == LINEAR else reader], input_ranges(relative, groups))
+        _rescale(layers, writer, reader, groups, factors, variant.gate_name)
     return layers
 
 
 def pairs(variant: Variant) -> list[tuple[str, str, int]]:
-    """`(writing layer, reading layer, its groups)` for every boundary between two layers."""
+    """Return `(writing layer, reading layer, its groups)` for every boundary between two layers."""
     specs = variant.blocks()
     readers = [(spec.name, spec.groups) for spec in specs[1:]] + [(LINEAR, 1)]
     return [(writer.name, *reader) for writer, reader in zip(specs, readers, strict=True)]
 
 
 def output_ranges(kernel: np.ndarray) -> np.ndarray:
-    """The largest absolute weight of each output channel, `[…, I, O] -> [O]`."""
+    """Return the largest absolute weight of each output channel, `[…, I, O] -> [O]`."""
     return np.abs(kernel).max(tuple(range(kernel.ndim - 1)))
 
 
 def input_ranges(kernel: np.ndarray, groups: int = 1) -> np.ndarray:
-    """The largest absolute weight of each input channel, `[…, I / groups, O] -> [I]`."""
+    """Return the largest absolute weight of each input channel, `[…, I / groups, O] -> [I]`."""
     *_, per_group, outputs = kernel.shape
     return np.abs(kernel).reshape(-1, per_group, groups, outputs // groups).max((0, 3)).T.reshape(-1)
 
 
 def _factors(written: np.ndarray, read: np.ndarray) -> np.ndarray:
-    """What to divide the written and multiply the read channel by, for both to get their geometric mean.
+    """Return what to divide the written and multiply the read channel by, for both to get their geometric mean.
 
     Dead channels, of range zero on either side, stay as they are.
     """
@@ -98,14 +98,13 @@ def _factors(written: np.ndarray, read: np.ndarray) -> np.ndarray:
     return np.clip(np.sqrt(ratio), 1 / MAX_FACTOR, MAX_FACTOR).astype(np.float32)
 
 
-def _rescale(layers: NamedLayers, writer: str, reader: str, groups: int, factors: np.ndarray) -> None:
+def _rescale(layers: NamedLayers, writer: str, reader: str, groups: int, factors: np.ndarray, gate: str | None) -> None:
     """Divide the writer's output channels by `factors`, and make every reader of them multiply."""
     layers[writer]["kernel"] = layers[writer]["kernel"] / factors
     layers[writer]["bias"] = layers[writer]["bias"] / factors
-    for gate in ("se", "post_se"):
-        if gate in layers[writer]:  # its output scales the channels, and must not change itself
-            down = layers[writer][gate]["down"]
-            layers[writer][gate] = layers[writer][gate] | {"down": down | {"kernel": down["kernel"] * factors[:, None]}}
+    if gate is not None:  # its output scales the channels, and must not change itself
+        down = layers[writer][gate]["down"]
+        layers[writer][gate] = layers[writer][gate] | {"down": down | {"kernel": down["kernel"] * factors[:, None]}}
     kernel = layers[reader]["kernel"]
     *window, per_group, outputs = kernel.shape
     by_group = factors.reshape(groups, per_group).T[:, :, None]  # [I / groups, groups, 1]

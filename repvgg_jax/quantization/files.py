@@ -28,7 +28,7 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
 
 
 def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -> QuantizedNet:
-    """The quantised net that a file holds.
+    """Return the quantised net that a file holds.
 
     Args:
       path: what `save_quantized` or `python -m convert --int8` wrote.

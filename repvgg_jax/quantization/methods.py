@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import QuantizationError
 from ..net.fusion import to_deploy
-from ..net.layout import check_arrays, expected_shapes
+from ..net.layout import check_arrays, expected_shapes, in_channels_of
 from ..net.model import RepVGG
 from ..preprocess import Preprocessing, normalize
 from ..trees import flatten
@@ -18,7 +18,7 @@ from .calibration import Calibration, channel_ranges, input_scales
 from .equalize import equalize_activations, equalize_weights
 from .net import QuantizedNet
 from .reconstruct import Rounding, quantize_layers
-from .stack import LINEAR, layers_of
+from .stack import LINEAR, check_relu, layers_of
 
 MIN_IMAGES = 8
 """Fewer say nothing of the range of an activation."""
@@ -65,7 +65,7 @@ def quantize(
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> QuantizedNet:
-    """A net with 8-bit weights and activations, made from a trained one without training.
+    """Return a net with 8-bit weights and activations, made from a trained one without training.
 
     Args:
       model: training form (fused here) or deploy form.
@@ -90,15 +90,14 @@ def quantize(
     method = choose_method(method, per_channel, calibration)
     if not model.deploy:
         model, variables = to_deploy(model, variables)
-    if model.variant.activation != "relu":
-        raise QuantizationError(f"only nets with ReLU are quantised, this one has {model.variant.activation}")
+    check_relu(model.variant)
     arrays = flatten(variables)
-    channels = arrays["params/stage0/rbr_reparam/kernel"].shape[2]
+    channels = in_channels_of(arrays)
     check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
     images = check_images(calibration_images, channels, preprocessing)
 
-    variant, given = model.variant, layers_of(variables["params"])
-    layers = given
+    variant, before = model.variant, layers_of(variables["params"])
+    layers = before
     if method.equalize and method.per_channel:
         layers = equalize_activations(variant, layers, channel_ranges(variant, layers, images))
     elif method.equalize:
@@ -110,7 +109,7 @@ def quantize(
         in_float=("stage0",) * float_first + (LINEAR,) * float_last,
     )
     scales = input_scales(variant, layers, images, method.calibration)
-    params, report = quantize_layers(variant, layers, scales, images, rounding, given)
+    params, report = quantize_layers(variant, layers, scales, images, rounding, before)
     if preprocessing is None:
         preprocessing = dataclasses.replace(default_preprocessing(variant, channels), image_size=images.shape[1])
     return QuantizedNet(variant, model.num_classes, channels, params, preprocessing, class_names, report)
@@ -119,7 +118,7 @@ def quantize(
 def choose_method(
     method: str | Method, per_channel: bool | None = None, calibration: Calibration | None = None
 ) -> Method:
-    """The method called so, with what replaces its own choices.
+    """Return the method called so, with what replaces its own choices.
 
     Raises:
       QuantizationError: there is none of that name.
@@ -133,7 +132,7 @@ def choose_method(
 
 
 def check_images(images: Any, channels: int, preprocessing: Preprocessing | None) -> np.ndarray:
-    """Calibration images, normalised, once it is sure that they are fit for it.
+    """Return calibration images, normalised, once it is sure that they are fit for it.
 
     Raises:
       QuantizationError: says what is wrong, and with which image.

@@ -3,29 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from ..broadcasting import channelwise
-from ..conv.deploy import DIMENSION_NUMBERS
+from ..conv import native
+from ..inference.planned_net import Output
+from ..inference.predictor import PreparedNet
 from ..net.variants import BlockSpec, Variant
+from ..net.walk import walk
 from ..preprocess import Preprocessing
+from .arithmetic import Arithmetic, InXla, NativeIntegers, accumulate, is_quantized, pack_layers
 from .calibration import input_dtype
-from .quantizer import UNSIGNED, WEIGHT_LEVELS, quantize
-from .stack import LINEAR, POOL, activate, geometry, linear_map, with_readers
+from .quantizer import WEIGHT_LEVELS, to_integers
+from .stack import LINEAR, POOL, FloatOperations, with_readers
 
 if TYPE_CHECKING:
     from .report import LayerReport
 
 LARGEST_BIAS = 2**30
 """Of an int32 bias; what is left of the range is for the sum of the products."""
-
-SHIFT = 128
-"""Between int8 and uint8."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class QuantizedNet:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """As `apply` takes them."""
+        """Return the parameters as `apply` takes them."""
         return {"params": self.params}
 
     def apply(
@@ -89,8 +90,27 @@ class QuantizedNet:
         outputs = forward(self.variant, variables["params"], images, integer=integer)
         return embedding(variables["params"], outputs) if method else outputs["logits"]
 
+    def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
+        """Return the net made ready for `make_predictor`.
+
+        On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held in
+        float32, exactly, since XLA has no fast integer convolution on CPUs: where 8 bits should buy speed there,
+        export the net (`export_quantized_onnx`) for a runtime with integer kernels.
+        """
+        integer = jax.default_backend() == "cpu" and native.int8_available()
+        params, arithmetic = self.params, None
+        if integer:
+            params, arithmetic = pack_layers(self.variant, params, self.in_channels), NativeIntegers()
+
+        def run(params: Mapping[str, Any], images: Array) -> Array:
+            outputs = forward(self.variant, params, images, integer=False, arithmetic=arithmetic)
+            return outputs["logits"] if output == "logits" else embedding(params, outputs)
+
+        shape = (*image_size, self.in_channels)
+        return PreparedNet(jax.tree.map(jnp.asarray, dict(params)), run, batch_size, shape, output, integer=integer)
+
     def __call__(self, images: Array | np.ndarray) -> Array:
-        """Logits `[N, num_classes]` of normalised images `[N, H, W, C]`."""
+        """Return logits `[N, num_classes]` of normalised images `[N, H, W, C]`."""
         return self._compiled(self.variables, jnp.asarray(images))
 
     @functools.cached_property
@@ -98,13 +118,8 @@ class QuantizedNet:
         return jax.jit(self.apply)
 
 
-def is_quantized(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer of `QuantizedNet.params` computes in integers."""
-    return "kernel_scale" in layer
-
-
 def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarray, input_scale: Any) -> dict[str, Any]:
-    """A quantised layer from its float bias and its integers.
+    """Return a quantised layer from its float bias and its integers.
 
     Args:
       layer: the float layer, its bias as it is to be; a gate it has is kept.
@@ -122,7 +137,7 @@ def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarr
 
 
 def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer's real `kernel` and `bias`, whether it is quantised or not."""
+    """Return a layer's real `kernel` and `bias`, whether it is quantised or not."""
     if not is_quantized(layer):
         return {"kernel": layer["kernel"], "bias": layer["bias"]}
     kernel = np.asarray(layer["kernel"], np.float32) * layer["kernel_scale"]
@@ -130,42 +145,15 @@ def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> np.ndarray:
-    """Weight scales, raised where a channel's bias would be no int32: all its weights are next to nothing then."""
+    """Return weight scales, raised where int32 could not hold a bias: the weights are next to nothing there."""
     least = np.abs(bias) / (np.float32(input_scale) * LARGEST_BIAS)
     return np.maximum(scale, least).astype(np.float32)
-
-
-class Arithmetic(Protocol):
-    """How a quantised layer of the body is computed. All give the same integers."""
-
-    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
-        """Products of uint8 or int8 `x`, their sum and the bias: int32, or float32 that holds the same."""
-        ...
-
-    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
-        """`totals` times `factor` (`[O]`), rounded and saturated to uint8."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class InXla:
-    """XLA's convolutions, of integers or of floats that hold them."""
-
-    integer: bool
-
-    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
-        """See `accumulate`."""
-        return accumulate(spec, x, layer, self.integer)
-
-    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
-        """In float32, ties to even."""
-        return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * channelwise(factor))
 
 
 def forward(
     variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool, arithmetic: Arithmetic | None = None
 ) -> dict[str, Array]:
-    """The quantised net's layers, one after another.
+    """Return what the layers of a quantised net read, and its logits.
 
     An accumulator becomes the next layer's input by `round(accumulator * (input_scale * kernel_scale / next_scale))`
     in float32, ties to even, saturated to 0..255 (which is the ReLU): what ONNX Runtime's QLinearConv computes too.
@@ -180,92 +168,61 @@ def forward(
     Returns:
       What each layer reads, by name, integers where it is quantised; and `logits`.
     """
-    arithmetic = arithmetic or InXla(integer)
-    seen = {}
-    x, scale = images.astype(jnp.float32), None  # scale: of the integers x; None where x is real
-    for spec, following in with_readers(variant.blocks()):
-        layer, next_scale = params[spec.name], params.get(following, {}).get("input_scale")
-        if not is_quantized(layer):
-            seen[spec.name] = x = _real(x, scale)
-            y = linear_map(geometry(spec), x, layer["kernel"]) + channelwise(layer["bias"])
-        else:
-            if scale is None:
-                x = quantize(x, layer["input_scale"], input_dtype(spec.name))
-            seen[spec.name] = x
-            unit = layer["input_scale"] * layer["kernel_scale"]
-            if variant.squeeze_excite is None and next_scale is not None:
-                x, scale = arithmetic.rounded(spec, x, layer, unit / next_scale), next_scale
-                continue
-            y = arithmetic.totals(spec, x, layer).astype(jnp.float32) * channelwise(unit)
-        x, scale = activate(variant, spec, layer, y), None
+    operations = IntegerOperations(variant, params, arithmetic or InXla(integer), integer)
+    logits = walk(variant, operations, images.astype(jnp.float32))
+    return operations.inputs | {"logits": logits}
 
-    pool, linear = params.get(POOL), params[LINEAR]
-    if scale is None and pool is not None:
-        x, scale = quantize(x, pool["input_scale"], UNSIGNED), pool["input_scale"]
-    seen[POOL] = x
-    pooled = _mean(x, scale)
-    if not is_quantized(linear):
-        seen[LINEAR] = pooled
-        return seen | {"logits": pooled @ linear["kernel"] + channelwise(linear["bias"], pooled.ndim)}
-    seen[LINEAR] = x = quantize(pooled, linear["input_scale"], UNSIGNED)
-    total = accumulate(None, x, linear, integer)
-    unit = linear["input_scale"] * linear["kernel_scale"]
-    return seen | {"logits": total.astype(jnp.float32) * channelwise(unit, total.ndim)}
+
+@dataclasses.dataclass
+class IntegerOperations(FloatOperations):
+    """The walk through a quantised net. Integers go from layer to layer where nothing but the ReLU is between them.
+
+    The arithmetic computes the body's quantised layers; `integer` says how the classifier is computed (`accumulate`).
+    """
+
+    arithmetic: Arithmetic
+    integer: bool
+
+    def read(self, name: str, x: Array) -> Array:
+        """Return the integers that the layer reads, or real numbers where it stayed in float."""
+        layer = self.layers[name]
+        if "input_scale" in layer and not jnp.issubdtype(x.dtype, jnp.integer):
+            x = to_integers(x, layer["input_scale"], input_dtype(name))
+        return super().read(name, x)
+
+    def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
+        """Add and multiply integers, and round to those of the next layer where it reads integers."""
+        layer = self.layers[block.name]
+        if not is_quantized(layer):
+            return super().conv(block, x, activate=activate)
+        x = self.read(block.name, x)
+        unit = layer["input_scale"] * layer["kernel_scale"]
+        reader = dict(with_readers(self.variant.blocks()))[block]
+        next_scale = self.layers[reader].get("input_scale")
+        if activate and self.variant.gate_name is None and next_scale is not None:
+            return self.arithmetic.rounded(block, x, layer, unit / next_scale)
+        y = self.arithmetic.totals(block, x, layer).astype(jnp.float32) * channelwise(unit)
+        return self.activation(block, y) if activate else y
+
+    def pool(self, x: Array) -> Array:
+        """Return the mean of integers, a real number."""
+        return _mean(self.read(POOL, x), self.layers[POOL]["input_scale"])
+
+    def linear(self, x: Array) -> Array:
+        """Add and multiply integers."""
+        layer = self.layers[LINEAR]
+        if not is_quantized(layer):
+            return super().linear(x)
+        total = accumulate(None, self.read(LINEAR, x), layer, self.integer)
+        unit = layer["input_scale"] * layer["kernel_scale"]
+        return total.astype(jnp.float32) * channelwise(unit, total.ndim)
 
 
 def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
     """Return the pooled features `[N, C]`, real numbers, from what `forward` returns."""
-    x = outputs[POOL]
-    return _mean(x, params[POOL]["input_scale"] if jnp.issubdtype(x.dtype, jnp.integer) else None)
+    return _mean(outputs[POOL], params[POOL]["input_scale"])
 
 
-def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integer: bool) -> Array:
-    """Products, their sum and the bias: int32, or the same integers in float32.
-
-    Args:
-      spec: the block; None for the classifier.
-      x: uint8 or int8 `[N, H, W, C]` or `[N, C]`.
-      layer: quantised.
-      integer: int8 x int8 -> int32. Unsigned inputs are shifted by 128 for that, which the sum of the weights
-        takes back.
-    """
-    kernel, bias = layer["kernel"], layer["bias"]
-    if not integer:
-        products = linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32))
-        return products + channelwise(bias.astype(jnp.float32), products.ndim)
-    shift = SHIFT if x.dtype == jnp.uint8 else 0
-    signed = (x.astype(jnp.int32) - shift).astype(jnp.int8)
-    if shift:
-        bias = bias + shift * kernel.astype(jnp.int32).sum(tuple(range(kernel.ndim - 1)))
-    bias = channelwise(bias, x.ndim)
-    if spec is None:
-        return lax.dot(signed, kernel, preferred_element_type=jnp.int32) + bias
-    padding = spec.dilation * (kernel.shape[0] // 2)
-    # Real zeros lie around the image, which the shift has made -128.
-    signed = lax.pad(signed, jnp.int8(-shift), ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
-    return bias + lax.conv_general_dilated(
-        signed,
-        kernel,
-        (spec.stride, spec.stride),
-        "VALID",
-        rhs_dilation=(spec.dilation, spec.dilation),
-        dimension_numbers=DIMENSION_NUMBERS,
-        feature_group_count=spec.groups,
-        preferred_element_type=jnp.int32,
-    )
-
-
-def _saturate(x: Array) -> Array:
-    """Rounded to uint8."""
-    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
-
-
-def _real(x: Array, scale: Array | None) -> Array:
-    return x if scale is None else x.astype(jnp.float32) * scale
-
-
-def _mean(x: Array, scale: Array | None) -> Array:
-    """Real spatial means `[N, C]`; the sum of integers is exact."""
-    if scale is None:
-        return x.mean((1, 2))
+def _mean(x: Array, scale: Array) -> Array:
+    """Return the real spatial means `[N, C]` of integers, whose sum is exact."""
     return x.astype(jnp.float32).sum((1, 2)) * (scale / (x.shape[1] * x.shape[2]))

@@ -16,17 +16,19 @@ import numpy as np
 from jax import Array, lax
 
 from ..broadcasting import channelwise
-from ..conv.training import materialize, plain_conv, training_conv
+from ..conv.deploy import deploy_conv
+from ..conv.training import materialize, training_conv
 from ..errors import QuantizationError
 from ..net.blocks import RepVGGBlock
 from ..net.fusion import equivalent_kernel_bias, fuse_variables
+from ..net.layout import in_channels_of
 from ..net.model import Linear, RepVGG
 from ..preprocess import Preprocessing
 from ..trees import flatten, unflatten
 from .calibration import input_dtype
 from .net import QuantizedNet, quantize_layer, safe_weight_scale
 from .quantizer import fake_quantize_activations, fake_quantize_weights, levels, weight_scale
-from .stack import LINEAR, POOL, layers_of
+from .stack import LINEAR, POOL, check_relu, layers_of
 
 RANGE = "input_range"
 """The leaf of `batch_stats` that follows a layer's largest input; 0 before the first batch."""
@@ -35,7 +37,7 @@ MOMENTUM = 0.99
 
 
 def _quantized_input(module: nn.Module, x: Array, dtype: np.dtype) -> Array:
-    """`x` through 8 bits, in the range that the module keeps; the first batch sets it, later ones move it."""
+    """Return `x` through 8 bits, in the range that the module keeps; the first batch sets it, later ones move it."""
     kept = module.variable("batch_stats", RANGE, jnp.zeros, ())
     if module.is_mutable_collection("batch_stats"):
         largest = jnp.abs(lax.stop_gradient(x)).max().astype(jnp.float32)
@@ -45,7 +47,7 @@ def _quantized_input(module: nn.Module, x: Array, dtype: np.dtype) -> Array:
 
 
 def _quantized_kernel(kernel: Array) -> Array:
-    return fake_quantize_weights(kernel, lax.stop_gradient(weight_scale(kernel, per_channel=True)))
+    return fake_quantize_weights(kernel, weight_scale(kernel, per_channel=True))
 
 
 class QuantizedInput(nn.Module):
@@ -67,7 +69,7 @@ class QATBlock(RepVGGBlock):
         kernel, bias = equivalent_kernel_bias(
             self.variables["params"], self.variables["batch_stats"], epsilon=self.epsilon
         )
-        compute = training_conv if train else plain_conv
+        compute = training_conv if train else deploy_conv
         y = compute(x, _quantized_kernel(kernel), self.stride, self.groups, self.dilation) + channelwise(bias)
         return materialize(self._activate(y))
 
@@ -103,15 +105,14 @@ class QATRepVGG(RepVGG):
 
 
 def quantization_aware(model: RepVGG) -> QATRepVGG:
-    """The model that trains `model`, a training form, as the quantised net that it will be.
+    """Return the model that trains `model`, a training form, as the quantised net that it will be.
 
     Raises:
       QuantizationError: a deploy form, another activation than ReLU, or another dtype than float32.
     """
     if model.deploy:
         raise QuantizationError("quantisation-aware training needs the training form, not the deploy form")
-    if model.variant.activation != "relu":
-        raise QuantizationError(f"only nets with ReLU are quantised, this one has {model.variant.activation}")
+    check_relu(model.variant)
     if model.dtype != jnp.float32:
         raise QuantizationError(f"quantisation-aware training computes in float32, not {np.dtype(model.dtype).name}")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(RepVGG)}
@@ -119,14 +120,14 @@ def quantization_aware(model: RepVGG) -> QATRepVGG:
 
 
 def with_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """A training form's variables with ranges that the first batch will set."""
+    """Return a training form's variables with ranges that the first batch will set."""
     names = [name for name in variables["params"] if name.startswith("stage") and not name.endswith("_aux")]
     ranges = {f"batch_stats/{name}/{RANGE}": jnp.zeros(()) for name in (*names, LINEAR, POOL)}
     return unflatten(flatten(variables) | ranges)
 
 
 def without_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain training form's variables."""
+    """Return the plain training form's variables."""
     return unflatten({name: leaf for name, leaf in flatten(variables).items() if not name.endswith(f"/{RANGE}")})
 
 
@@ -136,7 +137,7 @@ def quantized_net(
     preprocessing: Preprocessing,
     class_names: tuple[str, ...] | None = None,
 ) -> QuantizedNet:
-    """The net that was trained, in integers: nothing is chosen or calibrated any more.
+    """Return the net that was trained, in integers: nothing is chosen or calibrated any more.
 
     Args:
       model: as it was trained.
@@ -149,14 +150,15 @@ def quantized_net(
     """
     stats, scales = variables["batch_stats"], {}
     for name in (*(spec.name for spec in model.variant.blocks()), LINEAR, POOL):
-        found = float(stats[name][RANGE])
-        if found <= 0:
+        largest = float(stats[name][RANGE])
+        if largest <= 0:
             raise QuantizationError(f"no training step has set the range of {name}'s input")
-        scales[name] = np.float32(found / levels(input_dtype(name)))
-    layers = layers_of(fuse_variables(without_ranges(variables), epsilon=model.variant.epsilon)["params"])
+        scales[name] = np.float32(largest / levels(input_dtype(name)))
+    fused = fuse_variables(without_ranges(variables), epsilon=model.variant.epsilon)
     net: dict[str, Any] = {POOL: {"input_scale": scales[POOL]}}
-    for name, layer in layers.items():
+    for name, layer in layers_of(fused["params"]).items():
         scale = safe_weight_scale(weight_scale(layer["kernel"], per_channel=True), layer["bias"], scales[name])
         net[name] = quantize_layer(layer, np.rint(layer["kernel"] / scale), scale, scales[name])
-    channels = net["stage0"]["kernel"].shape[2]
-    return QuantizedNet(model.variant, model.num_classes, channels, net, preprocessing, class_names)
+    return QuantizedNet(
+        model.variant, model.num_classes, in_channels_of(flatten(fused)), net, preprocessing, class_names
+    )

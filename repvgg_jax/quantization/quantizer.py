@@ -22,45 +22,45 @@ UNSIGNED, SIGNED = np.dtype(np.uint8), np.dtype(np.int8)
 
 
 def levels(dtype: Any) -> int:
-    """The largest integer of an activation dtype: 255 or 127, what a scale divides the range by."""
+    """Return the largest integer of an activation dtype: 255 or 127, what a scale divides the range by."""
     return int(np.iinfo(dtype).max)
 
 
-def quantize(x: Array, scale: Array, dtype: Any) -> Array:
-    """`round(x / scale)`, saturated to what `dtype` (uint8 or int8) holds."""
+def to_integers(x: Array, scale: Array, dtype: Any) -> Array:
+    """Return `round(x / scale)`, saturated to what `dtype` (uint8 or int8) holds."""
     info = np.iinfo(dtype)
     return jnp.clip(jnp.round(x / scale), info.min, info.max).astype(dtype)
 
 
 def fake_quantize(x: Array, scale: Array, low: int, high: int) -> Array:
-    """`scale * clip(round(x / scale), low, high)` with the straight-through estimator's gradient.
+    """Return `scale * clip(round(x / scale), low, high)` with the straight-through estimator's gradient.
 
-    To `x` the gradient passes unchanged inside the range and not at all outside of it (Bengio et al., 2013); to
-    `scale` it is that of learned step sizes (LSQ, Esser et al., 2020): the rounding error inside, the bound outside.
+    To `x` the gradient passes unchanged inside the range and not at all outside of it (Bengio et al., 2013).
 
     Args:
       x: any shape.
-      scale: positive, broadcast against `x`.
+      scale: positive, broadcast against `x`; a constant for gradients.
       low, high: the integers' bounds.
     """
+    scale = lax.stop_gradient(scale)
     steps = jnp.clip(x / scale, low, high)
     return (steps + lax.stop_gradient(jnp.round(steps) - steps)) * scale
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def fake_quantize_activations(x: Array, scale: Array, dtype: Any) -> Array:
-    """`fake_quantize` to the integers of an activation dtype."""
+    """Return `fake_quantize` to the integers of an activation dtype."""
     info = np.iinfo(dtype)
     return fake_quantize(x, scale, info.min, info.max)
 
 
 def fake_quantize_weights(kernel: Array, scale: Array) -> Array:
-    """`fake_quantize` of weights, whose output channel is the last axis."""
+    """Return `fake_quantize` of weights, whose output channel is the last axis."""
     return fake_quantize(kernel, channelwise(scale, kernel.ndim), -WEIGHT_LEVELS, WEIGHT_LEVELS)
 
 
 def weight_scale(kernel: Any, per_channel: bool) -> Any:
-    """The scale at which the largest weight, of each output channel or of all, becomes 127.
+    """Return the scale at which the largest weight, of each output channel or of all, becomes 127.
 
     Args:
       kernel: `[…, O]`, NumPy or JAX.

@@ -1,17 +1,20 @@
 """From a float net and its scales to integers, one layer after another, each seeing what those before have become."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax import Array
 
 from ..net.variants import BlockSpec, Variant
+from ..net.walk import walk
 from .adaround import AdaRoundOptions, learn_rounding
 from .calibration import input_dtype
 from .net import dequantized, quantize_layer, safe_weight_scale
-from .quantizer import fake_quantize_activations, weight_scale
+from .quantizer import fake_quantize_activations, levels, weight_scale
 from .report import LayerReport, spread, sqnr
-from .stack import POOL, Layers, activate, affine, named_specs, over_batches
+from .stack import LINEAR, POOL, FloatOperations, Layers, layer_output, over_batches
 
 REPORT_IMAGES = 64
 """How many are looked at where they serve nothing but the report."""
@@ -35,15 +38,26 @@ class Rounding:
     in_float: tuple[str, ...] = ()
 
 
+class Activations(NamedTuple):
+    """What a layer reads, for all calibration images: in the float net, and in the quantised one."""
+
+    exact: np.ndarray
+    quantized: np.ndarray
+
+    def map(self, function: Callable[[Array], Array]) -> "Activations":
+        """Return `function` of both, batch by batch."""
+        return Activations(*(over_batches(function, x) for x in self))
+
+
 def quantize_layers(
     variant: Variant,
     layers: Layers,
     scales: dict[str, np.float32],
     images: np.ndarray,
     rounding: Rounding,
-    given: Layers,
+    before: Layers,
 ) -> tuple[dict[str, Any], tuple[LayerReport, ...]]:
-    """`QuantizedNet.params`, and a report on each layer.
+    """Return `QuantizedNet.params`, and a report on each layer.
 
     Args:
       variant: the architecture.
@@ -51,43 +65,80 @@ def quantize_layers(
       scales: of each layer's input, and of `pool`'s.
       images: calibration images `[N, H, W, C]`, normalised; held in memory with two layers' outputs.
       rounding: how.
-      given: the float net before equalisation, for the report.
+      before: the float net before equalisation, for the report.
     """
-    params: dict[str, Any] = {}
-    reports = []
     if not rounding.bias_correction and rounding.adaround is None:
         images = images[:REPORT_IMAGES]
-    real = together = images  # what the layer reads in the float net, and in the quantised one
-    for name, spec in named_specs(variant):
-        if spec is None:
-            together = _fake_quantized(together, scales, POOL).mean((1, 2))
-            real = real.mean((1, 2))
-        layer = layers[name]
-        targets, alone, limit = _outputs(spec, layer, real), real, None
-        if name in rounding.in_float:
-            params[name] = dict(layer)
+    operations = RoundingOperations(FloatOperations(variant, layers), scales, rounding, before)
+    walk(variant, operations, Activations(images, images))
+    return operations.params | {POOL: {"input_scale": scales[POOL]}}, tuple(operations.reports)
+
+
+@dataclasses.dataclass
+class RoundingOperations:
+    """The walk that quantises each layer as it comes to it, into `params`, and reports on it, into `reports`.
+
+    The other attributes are as in `quantize_layers`.
+    """
+
+    float_net: FloatOperations
+    scales: dict[str, np.float32]
+    rounding: Rounding
+    before: Layers
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reports: list[LayerReport] = dataclasses.field(default_factory=list)
+
+    def conv(self, block: BlockSpec, x: Activations, *, activate: bool) -> Activations:
+        """Quantise the block's kernel."""
+        outputs = self._layer(block.name, block, x, relu=activate)
+        return self.activation(block, outputs) if activate else outputs
+
+    def gate(self, block: BlockSpec, name: str, x: Activations) -> Activations:
+        """Compute in float, as the quantised net does."""
+        return x.map(lambda batch: self.float_net.gate(block, name, batch))
+
+    def activation(self, block: BlockSpec, x: Activations) -> Activations:
+        """Apply ReLU."""
+        return x.map(lambda batch: self.float_net.activation(block, batch))
+
+    def pool(self, x: Activations) -> Activations:
+        """Average what 8 bits leave of the last block's output."""
+        return Activations(x.exact.mean((1, 2)), self._fake_quantized(POOL, x.quantized).mean((1, 2)))
+
+    def linear(self, x: Activations) -> Activations:
+        """Quantise the classifier."""
+        return self._layer(LINEAR, None, x, relu=False)
+
+    def _layer(self, name: str, spec: BlockSpec | None, x: Activations, *, relu: bool) -> Activations:
+        """Quantise one layer; return its outputs in both nets, before the ReLU that follows it directly or not."""
+        layer, before = self.float_net.layers[name], self.before[name]
+        exact = _outputs(spec, layer, x.exact)
+        alone, inputs, limit = x.exact, x.quantized, None
+        if name in self.rounding.in_float:
+            self.params[name] = dict(layer)
         else:
-            alone, together = (_fake_quantized(x, scales, name) for x in (real, together))
-            limit = float(scales[name]) * np.iinfo(input_dtype(name)).max
-            relu = spec is not None and variant.squeeze_excite != "before_relu"
-            params[name] = _round(spec, layer, scales[name], together, targets, rounding, relu)
-        rounded = dequantized(params[name])
-        outputs = _outputs(spec, rounded, together)
-        reports.append(
+            alone, inputs = (self._fake_quantized(name, y) for y in x)
+            limit = float(self.scales[name]) * levels(input_dtype(name))
+            self.params[name] = _round(spec, layer, self.scales[name], inputs, exact, self.rounding, relu)
+        rounded = dequantized(self.params[name])
+        outputs = Activations(exact, _outputs(spec, rounded, inputs))
+        self.reports.append(
             LayerReport(
                 name,
-                float(np.abs(given[name]["kernel"]).max()),
-                spread(given[name]["kernel"]),
+                float(np.abs(before["kernel"]).max()),
+                spread(before["kernel"]),
                 spread(layer["kernel"]),
                 limit,
                 sqnr(layer["kernel"], rounded["kernel"]),
-                sqnr(targets, _outputs(spec, rounded, alone)),
-                sqnr(targets, outputs),
+                sqnr(exact, _outputs(spec, rounded, alone)),
+                sqnr(*outputs),
             )
         )
-        if spec is not None:
-            real, together = (_activated(variant, spec, layer, x) for x in (targets, outputs))
-    return params | {POOL: {"input_scale": scales[POOL]}}, tuple(reports)
+        return outputs
+
+    def _fake_quantized(self, name: str, x: np.ndarray) -> np.ndarray:
+        scale, dtype = self.scales[name], input_dtype(name)
+        return over_batches(lambda batch: fake_quantize_activations(batch, scale, dtype), x)
 
 
 def _round(
@@ -99,7 +150,7 @@ def _round(
     rounding: Rounding,
     relu: bool,
 ) -> dict[str, Any]:
-    """One quantised layer, from what it will read and what it should give."""
+    """Return one quantised layer, from what it will read and what it should give."""
     scale = safe_weight_scale(weight_scale(layer["kernel"], rounding.per_channel), layer["bias"], input_scale)
     if rounding.adaround is None:
         integers = np.rint(layer["kernel"] / scale)
@@ -113,13 +164,5 @@ def _round(
 
 
 def _outputs(spec: BlockSpec | None, layer: Any, x: np.ndarray) -> np.ndarray:
-    """A layer's outputs before the ReLU, for all images."""
-    return over_batches(lambda batch: affine(spec, layer, batch), x)
-
-
-def _activated(variant: Variant, spec: BlockSpec, layer: Any, x: np.ndarray) -> np.ndarray:
-    return over_batches(lambda batch: activate(variant, spec, layer, batch), x)
-
-
-def _fake_quantized(x: np.ndarray, scales: dict[str, np.float32], name: str) -> np.ndarray:
-    return over_batches(lambda batch: fake_quantize_activations(batch, scales[name], input_dtype(name)), x)
+    """Return a layer's outputs before gate and activation, for all images."""
+    return over_batches(lambda batch: layer_output(spec, layer, batch), x)

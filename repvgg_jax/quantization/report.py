@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text_table import text_table
 from .equalize import output_ranges
 
 
@@ -35,31 +36,31 @@ class LayerReport:
 
 
 def spread(kernel: np.ndarray) -> float:
-    """The largest range of an output channel over the median one; 1 for a kernel of zeros."""
+    """Return the largest range of an output channel over the median one; 1 for a kernel of zeros."""
     ranges = output_ranges(kernel)
     middle = float(np.median(ranges))
     return float(ranges.max()) / middle if middle else 1.0
 
 
-def sqnr(expected: Any, found: Any) -> float:
-    """Signal to quantisation noise, `10 log10(signal power / noise power)`, dB, over channels alike.
+def sqnr(expected: Any, quantized: Any) -> float:
+    """Return signal to quantisation noise, `10 log10(signal power / noise power)`, dB, over channels alike.
 
     The noise's share of the power is taken channel by channel, at most 1, and averaged: powers added over all channels
     would be the largest channel's, which one scale for all of them serves well, and hide that it has ruined the others.
 
     Args:
       expected: `[…, C]`; channels of zeros are left out.
-      found: the same after quantisation.
+      quantized: the same after quantisation.
     """
-    expected, found = (np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in (expected, found))
-    signal, noise = np.square(expected).sum(0), np.square(expected - found).sum(0)
+    expected, quantized = (np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in (expected, quantized))
+    signal, noise = np.square(expected).sum(0), np.square(expected - quantized).sum(0)
     alive = signal > 0
     share = np.minimum(noise[alive] / signal[alive], 1).mean() if alive.any() else 0.0
     return float(-10 * np.log10(share)) if share else np.inf
 
 
 def report_table(reports: Sequence[LayerReport]) -> str:
-    """The reports as text, one line a layer."""
+    """Return the reports as text, one line per layer."""
     header = ("layer", "|w| max", "spread", "equalised", "|x| max", "weights dB", "alone dB", "in net dB")
     rows = [header] + [
         (
@@ -74,6 +75,4 @@ def report_table(reports: Sequence[LayerReport]) -> str:
         )
         for report in reports
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join(text_table(rows, right=True))

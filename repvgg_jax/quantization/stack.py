@@ -6,6 +6,7 @@ block and `linear` the global average `pool` has a name too, since its input is 
 Functions on one layer are compiled one by one: many layers of a net have the same shape, and share a compilation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ import numpy as np
 from jax import Array
 
 from ..broadcasting import channelwise
-from ..conv.training import plain_conv
+from ..conv.deploy import deploy_conv
+from ..errors import QuantizationError
 from ..net.blocks import SqueezeExcite
-from ..net.variants import BlockSpec, SqueezeExcitePlace, Variant
+from ..net.variants import BlockSpec, Variant
+from ..net.walk import walk
 
 Layers = Mapping[str, Mapping[str, Any]]
 
@@ -31,80 +34,101 @@ POOL, LINEAR = "pool", "linear"
 BATCH_SIZE = 32
 
 
+def check_relu(variant: Variant) -> None:
+    """Raise QuantizationError for a net with another activation, whose outputs uint8 does not hold."""
+    if variant.activation != "relu":
+        raise QuantizationError(f"only nets with ReLU are quantised, this one has {variant.activation}")
+
+
 def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The layers of a deploy-form parameter tree, as float32 NumPy arrays that nobody else holds."""
+    """Return the layers of a deploy-form parameter tree, as float32 NumPy arrays that nobody else holds."""
     layers = {}
     for name, block in deploy_params.items():
-        convolution = block if name == LINEAR else block["rbr_reparam"]
-        gate = {key: tree for key, tree in block.items() if key in ("se", "post_se")}
-        layers[name] = jax.tree.map(lambda leaf: np.array(leaf, np.float32), {**convolution, **gate})
+        beside = {key: tree for key, tree in block.items() if key != "rbr_reparam"}  # a gate; all of the classifier
+        layers[name] = jax.tree.map(lambda leaf: np.array(leaf, np.float32), {**block.get("rbr_reparam", {}), **beside})
     return layers
 
 
-def named_specs(variant: Variant) -> list[tuple[str, BlockSpec | None]]:
-    """Every layer with weights, in order; the classifier has no `BlockSpec`."""
-    return [*((spec.name, spec) for spec in variant.blocks()), (LINEAR, None)]
-
-
 def with_readers(specs: Sequence[BlockSpec]) -> list[tuple[BlockSpec, str]]:
-    """Each block of the body with the name of what reads its output: the next block, or the pool."""
+    """Return each block of the body with the name of what reads its output: the next block, or the pool."""
     return list(zip(specs, [*(spec.name for spec in specs[1:]), POOL], strict=True))
 
 
 def geometry(spec: BlockSpec | None) -> Geometry | None:
-    """What a compilation depends on besides the arrays' shapes; None for the classifier."""
+    """Return what a compilation depends on besides the arrays' shapes; None for the classifier."""
     return None if spec is None else (spec.stride, spec.groups, spec.dilation)
 
 
 def linear_map(shape: Geometry | None, x: Array, kernel: Array) -> Array:
-    """A layer's convolution, or the classifier's matrix product where `shape` is None; without bias."""
-    return x @ kernel if shape is None else plain_conv(x, kernel, *shape)
+    """Return a layer's convolution, or the classifier's matrix product where `shape` is None; without bias."""
+    return x @ kernel if shape is None else deploy_conv(x, kernel, *shape)
 
 
-def affine(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:
-    """A layer's output before what follows, compiled."""
-    return _affine(geometry(spec), x, layer["kernel"], layer["bias"])
+def layer_output(spec: BlockSpec | None, layer: Mapping[str, Any], x: Any) -> Array:
+    """Return a layer's output before gate and activation, compiled; `spec` is None for the classifier."""
+    return _layer_output(geometry(spec), x, layer["kernel"], layer["bias"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _affine(shape: Geometry | None, x: Array, kernel: Array, bias: Array) -> Array:
+def _layer_output(shape: Geometry | None, x: Array, kernel: Array, bias: Array) -> Array:
     return linear_map(shape, x, kernel) + channelwise(bias, x.ndim)
 
 
-def activate(variant: Variant, spec: BlockSpec, layer: Mapping[str, Any], x: Any) -> Array:
-    """What follows a block's convolution, compiled: (SE,) ReLU (, SE)."""
-    place = variant.squeeze_excite
-    gate = None if place is None else layer["se" if place == "before_relu" else "post_se"]
-    return _activate(place, variant.squeeze_width(spec.out_channels), gate, x)
+@functools.partial(jax.jit, static_argnums=0)
+def _gated(squeeze_width: int, gate: Mapping[str, Any], x: Array) -> Array:
+    gated = SqueezeExcite(squeeze_width).apply({"params": gate}, x)
+    assert isinstance(gated, Array)
+    return gated
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _activate(place: SqueezeExcitePlace | None, squeeze_width: int, gate: Mapping[str, Any] | None, x: Array) -> Array:
-    def gated(x: Array) -> Array:
-        found = SqueezeExcite(squeeze_width).apply({"params": gate or {}}, x)
-        assert isinstance(found, Array)
-        return found
+@dataclasses.dataclass
+class FloatOperations:
+    """The walk through a float net, layer by layer; `inputs` is what each has read, by name."""
 
-    if place == "before_relu":
-        x = gated(x)
-    x = nn.relu(x)
-    return gated(x) if place == "after_relu" else x
+    variant: Variant
+    layers: Layers
+    inputs: dict[str, Array] = dataclasses.field(default_factory=dict, init=False)
+
+    def read(self, name: str, x: Array) -> Array:
+        """Return `x` as the layer called `name` reads it."""
+        self.inputs[name] = x
+        return x
+
+    def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
+        """Convolve in float32."""
+        y = layer_output(block, self.layers[block.name], self.read(block.name, x))
+        return self.activation(block, y) if activate else y
+
+    def gate(self, block: BlockSpec, name: str, x: Array) -> Array:
+        """Squeeze and excite in float32."""
+        return _gated(self.variant.squeeze_width(block.out_channels), self.layers[block.name][name], x)
+
+    def activation(self, block: BlockSpec, x: Array) -> Array:
+        """Apply ReLU."""
+        del block
+        return nn.relu(x)
+
+    def pool(self, x: Array) -> Array:
+        """Average in float32."""
+        return self.read(POOL, x).mean((1, 2))
+
+    def linear(self, x: Array) -> Array:
+        """Classify in float32."""
+        return layer_output(None, self.layers[LINEAR], self.read(LINEAR, x))
 
 
 def layer_inputs(variant: Variant, layers: Layers, images: Any) -> dict[str, Array]:
-    """What each layer of the float net reads: `{"stage0": images, …, "pool": [N, H, W, C], "linear": [N, C]}`."""
-    inputs, x = {}, images
-    for spec in variant.blocks():
-        inputs[spec.name], layer = x, layers[spec.name]
-        x = activate(variant, spec, layer, affine(spec, layer, x))
-    return inputs | {POOL: x, LINEAR: x.mean((1, 2))}
+    """Return what each layer of the float net reads, by name: from `stage0`'s images to `linear`'s `[N, C]`."""
+    operations = FloatOperations(variant, layers)
+    walk(variant, operations, images)
+    return operations.inputs
 
 
 def in_batches(function: Callable[[Array], Any], images: Array | np.ndarray) -> list[Any]:
-    """`function` of `images`, `BATCH_SIZE` at a time."""
+    """Return `function` of `images`, `BATCH_SIZE` at a time."""
     return [function(jnp.asarray(images[start : start + BATCH_SIZE])) for start in range(0, len(images), BATCH_SIZE)]
 
 
 def over_batches(function: Callable[[Array], Array], images: Array | np.ndarray) -> np.ndarray:
-    """The same as one NumPy array."""
+    """Return the same as one NumPy array."""
     return np.concatenate(in_batches(lambda batch: np.asarray(function(batch)), images))

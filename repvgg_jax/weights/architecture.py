@@ -44,11 +44,12 @@ def find_variant(option: str, text: str) -> Variant:
     if path.suffix != ".json":
         return inspect_weights(path).variant
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields = fields.get("variant", fields)
+        header = json.loads(path.read_text(encoding="utf-8"))
+        header = header if "variant" in header else {"variant": header}
+        fields = header["variant"]
         if isinstance(fields, dict) and sum(fields["num_blocks"]) > MAX_BLOCKS:
             raise ValueError(f"more than {MAX_BLOCKS} blocks")
-        variant = variant_from_json(fields, f"{option} {text}", MAX_BLOCKS, None)
+        variant = variant_from_json(header, f"{option} {text}", MAX_BLOCKS, None)
         is_named = isinstance(fields, str) or "name" in fields
         return variant if is_named else dataclasses.replace(variant, name=path.stem)
     except OSError as error:

@@ -1,19 +1,24 @@
 """What a file of ours says of the net in it: one JSON object, in a native file's header or beside a foreign one."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..errors import WeightsError, shown
-from ..net.activations import ACTIVATIONS
-from ..net.variants import OUTPUT_STRIDES, Branches, Variant, checked_epsilon, get_variant
+from ..errors import WeightsError, first_ten, shown
+from ..net.branches import Branches
+from ..net.variants import Variant, get_variant
 from ..preprocess import Preprocessing
+from ..version import __version__
 from .info import preprocessing_from_file
 
 FORMAT_VERSION = 1
 TRAINING, DEPLOY, INT8 = "training", "deploy", "int8"
 IS_DEPLOY = {TRAINING: False, DEPLOY: True, INT8: True}
 """The forms of a net that a file can hold."""
+
+FIELDS = {"version", "release", "variant", "form", "num_classes", "preprocessing", "class_names"}
+FIELDS |= {"num_batches_tracked", "crc32"}
+"""Of the JSON object."""
 
 MAX_STEPS = 2**63 - 1
 """Of a BN step counter, which PyTorch keeps as int64."""
@@ -43,6 +48,7 @@ class Header:
         """The header as JSON types."""
         fields = {
             "version": FORMAT_VERSION,
+            "release": __version__,
             "variant": variant_to_json(self.variant),
             "form": self.form,
             "num_classes": self.num_classes,
@@ -64,15 +70,17 @@ class Header:
           expected: where the activation comes from if it is a function, which a file cannot hold.
 
         Raises:
-          WeightsError: a later release's, or an activation that is not known.
+          WeightsError: a later release's, with a field that this one does not know, or an activation that is not known.
           ValueError, KeyError, TypeError, AttributeError, RecursionError: a damaged header.
         """
         if fields["version"] > FORMAT_VERSION:
             raise WeightsError(f"{where} has format version {fields['version']}; this release reads {FORMAT_VERSION}")
+        _check_names(fields, FIELDS, where, fields)
+        _check_names(fields["preprocessing"], _names(Preprocessing), where, fields)
         class_names, steps = fields["class_names"], fields.get("num_batches_tracked")
         header = cls(
             form=fields["form"],
-            variant=variant_from_json(fields["variant"], where, num_tensors, expected),
+            variant=variant_from_json(fields, where, num_tensors, expected),
             num_classes=integer(fields["num_classes"]),
             preprocessing=preprocessing_from_file(fields["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
@@ -86,36 +94,66 @@ class Header:
 
 
 def variant_to_json(variant: Variant) -> str | dict[str, Any]:
-    """A published variant by name, any other by its numbers; of its options, those that are not RepVGG's own.
+    """A published variant by name, any other by those of its numbers that are not RepVGG's own.
 
     An activation that is a function has no name: it is null.
     """
-    fields = dataclasses.asdict(variant)
-    del fields["published"]
+    try:
+        if get_variant(variant.name) == variant:
+            return variant.name
+    except ValueError:
+        pass
+    fields = _without_defaults(variant)
+    fields.pop("published", None)
     if not isinstance(variant.activation, str):
         fields["activation"] = None
-    for name, default in _OPTIONS.items():
-        if getattr(variant, name) == default:
-            del fields[name]
-    try:
-        return variant.name if get_variant(variant.name) == variant else fields
-    except ValueError:
-        return fields
+    if "branches" in fields:
+        fields["branches"] = _without_defaults(variant.branches)
+    return fields
 
 
-def variant_from_json(value: str | dict[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
-    if isinstance(value, str):
-        return get_variant(value)
-    fields = {name: _FIELDS[name](given) for name, given in value.items()}
+def _without_defaults(record: Any) -> dict[str, Any]:
+    """A dataclass's fields, but for those at their default, which an earlier release need not know."""
+    values = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
+    return {field.name: value for field, value in values if value != field.default}
+
+
+def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
+    described = header["variant"]
+    if isinstance(described, str):
+        return get_variant(described)
+    fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in described.items()}
+    if "stem_stride" in fields:  # files written before stages had strides of their own
+        fields["strides"] = (fields.pop("stem_stride"), *Variant.strides[1:])
+    _check_names(fields, _names(Variant) - {"published"}, where, header)
+    if "branches" in fields:
+        _check_names(fields["branches"], _names(Branches), where, header)
+        fields["branches"] = Branches(**fields["branches"])
     if sum(fields["num_blocks"]) > num_tensors:
         raise ValueError("more blocks than tensors")
-    if "activation" in fields and fields["activation"] is None:
+    if fields.get("activation", "") is None:
         if expected is None:
             raise WeightsError(
                 f"{where}: the activation is a function of whoever wrote the file; give load_weights its Variant"
             )
         fields["activation"] = expected.activation
+    fields["name"] = shown(fields.get("name", Variant.name))
     return Variant(**fields)
+
+
+def _names(record: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(record)}
+
+
+def _check_names(fields: Mapping[str, Any], names: set[str], where: str, header: Mapping[str, Any]) -> None:
+    """Raise WeightsError if there is a field that this release does not know."""
+    unknown = sorted(fields.keys() - names, key=str)
+    if unknown:
+        writer = f"release {shown(header['release'])}" if "release" in header else "an unknown release"
+        raise WeightsError(
+            f"{where} has fields that this release ({__version__}) does not know: {first_ten(unknown)}; it was written "
+            f"by {writer} of repvgg-jax, which reads it"
+        )
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
@@ -127,74 +165,3 @@ def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
     if type(value) is not int or not least <= value <= largest:
         raise ValueError("a number that is no sensible integer")
     return value
-
-
-def _positive(value: Any) -> int:
-    return integer(value, least=1)
-
-
-def _several(value: Any) -> tuple[int, ...]:
-    return tuple(map(integer, value))
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("neither true nor false")
-    return value
-
-
-def _place(value: Any) -> str | None:
-    if value not in (None, "before_relu", "after_relu"):
-        raise ValueError("an unknown place for the squeeze-and-excite gate")
-    return value
-
-
-def _fraction(value: Any) -> float:
-    if not isinstance(value, float | int) or not 0 < value <= 1:
-        raise ValueError("a fraction outside of 0..1")
-    return float(value)
-
-
-def _one_of(*choices: Any) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or value not in choices:
-            raise ValueError(f"none of {', '.join(map(str, choices))}")
-        return value
-
-    return check
-
-
-def _activation(value: Any) -> Any:
-    return None if value is None else _one_of(*ACTIVATIONS)(value)
-
-
-def _branches(value: Any) -> Branches:
-    checks = {"dense_copies": _positive, "dbb_1x1_3x3": _flag, "dbb_1x1_avg": _flag}
-    return Branches(**{name: checks[name](given) for name, given in value.items()})
-
-
-_OPTIONS = {
-    field.name: field.default
-    for field in dataclasses.fields(Variant)
-    if field.name in ("stem_stride", "output_stride", "activation", "block", "branches", "epsilon")
-}
-"""Fields that files of earlier releases do not have, and their defaults."""
-
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "num_blocks": _several,
-    "widths": _several,
-    "groups": _positive,
-    "squeeze_excite": _place,
-    "squeeze_excite_ratio": _positive,
-    "auxiliary_heads": _flag,
-    "name": shown,
-    "image_size": _positive,
-    "crop_fraction": _fraction,
-    "stem_stride": _one_of(1, 2),
-    "output_stride": _one_of(*OUTPUT_STRIDES),
-    "activation": _activation,
-    "block": _one_of("repvgg", "qarepvgg"),
-    "branches": _branches,
-    "epsilon": checked_epsilon,
-}
-"""A variant's fields in a header, each with the check that makes it one."""

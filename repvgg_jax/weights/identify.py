@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import WeightsError, first_ten, shown
+from ..net.branches import BlockKind
 from ..net.kernel_algebra import BN_EPSILON
-from ..net.layout import Shape
-from ..net.variants import VARIANTS, BlockKind, Published, Variant
+from ..net.leaves import Shape
+from ..net.variants import GATE_NAMES, VARIANTS, Published, SqueezeExcitePlace, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .tensor_file import TensorFile
 
@@ -171,7 +172,7 @@ class _Body:
         counts = [sum(self.counts.get(s, 0) for s in stage) for stage in (("stage1",), ("stage2",), third, ("stage4",))]
         widths = [self.width(stage) for stage in ("stage0", "stage1", "stage2", third[0], "stage4")]
         gates = {layer.partition("/")[0]: shape for (_, _, layer, leaf), shape in self._downs() if leaf == "weight"}
-        place = "before_relu" if "se" in gates else "after_relu" if "post_se" in gates else None
+        place: SqueezeExcitePlace | None = next((place for place, name in GATE_NAMES.items() if name in gates), None)
         hidden = next(iter(gates.values()))[0] if gates and all(next(iter(gates.values()))) else 0
         one, two, three, four = counts
         zero, first, second, middle, last = widths

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ..errors import WeightsError, shown
+from ..machine import cores
 from ..net.layout import check_finite, check_shapes, constants, head_layers
 from ..net.model import RepVGG, checked_count
 from ..net.variants import AUX_HEADS, Variant, checked_epsilon, get_variant
@@ -125,7 +126,7 @@ def load_with_info(
             return jax.device_put(leaf)
 
         chosen = {i.leaf: i for i in contents.items if i.leaf is not None and not (fresh and _is_head(i.leaf))}
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(MAX_THREADS, cores())) as pool:
             leaves: dict[str, Any] = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
         for note in file.notes:
             warnings.warn(note, WeightsWarning, stacklevel=stacklevel)

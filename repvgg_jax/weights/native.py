@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError, shown
-from ..net.layout import Shape
+from ..net.layout import stem_kernel
+from ..net.leaves import Shape
 from ..net.model import RepVGG
 from ..net.variants import Variant
 from ..preprocess import Preprocessing
@@ -96,7 +97,9 @@ def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo |
             raise ValueError("its CRC-32 does not match; fetch or copy the file again")
         fields = json.loads(text)
         header = Header.from_json(fields, f"{file.path}", len(file.tensors), expected)
-        quantized, kernel = header.form == INT8, _first_kernel(file)
+        quantized, kernel = header.form == INT8, stem_kernel(file.tensors)
+        if kernel is None:
+            raise KeyError("stage0's kernel")
         if "crc32" in fields:
             file.tensors = _with_checksums(file.tensors, fields["crc32"])
         return WeightsInfo(
@@ -127,14 +130,6 @@ def _with_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, Any])
         return dataclasses.replace(tensor, record=record)
 
     return {name: with_checksum(name, tensor) for name, tensor in tensors.items()}
-
-
-def _first_kernel(file: TensorFile) -> Tensor:
-    for layer in ("rbr_dense/conv/", "rbr_reparam/", ""):
-        name = f"params/stage0/{layer}kernel"
-        if name in file.tensors and len(file.tensors[name].shape) == 4:
-            return file.tensors[name]
-    raise KeyError("stage0's kernel")
 
 
 def _is_parameter(name: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import WeightsError, shown
 from ..extras import install_hint
 from ..files import check_target
-from ..net.layout import check_arrays, expected_shapes
+from ..net.layout import check_arrays, expected_shapes, in_channels_of
 from ..net.model import RepVGG
 from ..net.variants import Variant
 from ..paths import expand_home
@@ -71,9 +71,7 @@ def save_weights(
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     arrays = _arrays(variables)
-    stem = "rbr_reparam/kernel" if model.deploy else "rbr_dense/conv/kernel"
-    kernel = arrays.get(f"params/stage0/{stem}")
-    in_channels = 3 if kernel is None or len(kernel.shape) != 4 else kernel.shape[2]
+    in_channels = in_channels_of(arrays)
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
     preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
     if names is None:

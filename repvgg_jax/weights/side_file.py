@@ -36,7 +36,7 @@ def side_path(path: str | os.PathLike) -> Path:
 def lost(header: Header, in_channels: int) -> str:
     """Say what of `header` shows in no key and no shape of a foreign file; empty if nothing is lost."""
     variant = header.variant
-    plain: dict[str, Any] = {"stem_stride": 2, "output_stride": 32, "activation": "relu"}
+    plain: dict[str, Any] = {"strides": (2, 2, 2, 2, 2), "output_stride": 32, "activation": "relu"}
     if header.form == TRAINING:
         plain["epsilon"] = BN_EPSILON
     values = {name: getattr(variant, name) for name in plain}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import WeightsError
-from ..net.layout import Layer, Shape, block_layers, constants, expected_shapes, head_layers
+from ..net.layout import block_layers, constants, expected_shapes, head_layers
+from ..net.leaves import Layer, Shape
 from ..net.variants import Variant
 from .key_maps import COUNTER, LEAVES, Family
 
@@ -48,13 +49,15 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
     if family is None:
         shapes = expected_shapes(variant, deploy, num_classes, in_channels)
         return [Item(leaf, leaf, shape) for leaf, shape in shapes.items()]
+    if not (deploy or (variant.branches.point and variant.branches.identity)):
+        raise WeightsError(f"{family.name} files have no name for blocks without a 1x1 or an identity branch")
     found = []
     counts: dict[str, int] = {}
     for block in variant.blocks(in_channels):
         position = counts[block.stage] = counts.get(block.stage, -1) + 1
         path = family.block_path(block.stage, position)
         layers = {layer.path.partition("/")[2]: layer for layer in block_layers(variant, block, deploy)}
-        layers = {name: layer for name, layer in layers.items() if layer.kind != "identity"}
+        layers = {name: layer for name, layer in layers.items() if layer.kind != "constant"}
         nameless = [layer for layer in layers if layer not in family.branches]
         if path is None or nameless:
             what = block.stage if path is None else nameless[0].replace("/", ".")

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import WeightsError, shown
-from ..net.layout import Shape
+from ..net.leaves import Shape
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMENSIONS = 8

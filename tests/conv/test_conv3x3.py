@@ -1,4 +1,6 @@
-"""Claim: every algorithm computes the same 3x3 convolution, for any height, width, stride and groups."""
+"""Claim: every algorithm computes the same 3x3 convolution, for any height, width, stride, dilation and groups."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,36 +11,39 @@ from hypothesis import strategies as st
 
 from repvgg_jax import compiler
 from repvgg_jax.conv import native
-from repvgg_jax.conv.cost import LayerShape, candidates
-from repvgg_jax.conv.deploy import ALGORITHMS, NATIVE, XLA, convolve, prepare_kernel, supports
+from repvgg_jax.conv.algorithm import ALGORITHMS, candidates
+from repvgg_jax.conv.cost import LayerShape
+from repvgg_jax.conv.deploy import convolve, prepare_kernel
 from tests.helpers.comparison import relative_difference
 
-HERE = ALGORITHMS if native.available() else XLA
+XLA = [name for name, algorithm in ALGORITHMS.items() if not algorithm.is_native]
+NATIVE = [name for name, algorithm in ALGORITHMS.items() if algorithm.is_native]
+HERE = list(ALGORITHMS) if native.available() else XLA
 """Those that this machine has: the native ones need a C++ compiler."""
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
-def direct_sum(x, kernel, bias, stride, groups, relu):
+def direct_sum(x, kernel, bias, stride, groups, relu, dilation=1):
     """The definition, in float64 NumPy."""
     x, kernel = x.astype(np.float64), kernel.astype(np.float64)
     n, height, width, _ = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = np.pad(x, ((0, 0), (dilation, dilation), (dilation, dilation), (0, 0)))
     parts = []
     for own, weights in zip(np.split(padded, groups, 3), np.split(kernel, groups, 3), strict=True):
         total = np.zeros((n, rows, columns, weights.shape[3]))
-        for i in range(3):
-            for j in range(3):
+        for i in range(0, 3 * dilation, dilation):
+            for j in range(0, 3 * dilation, dilation):
                 window = own[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
-                total += window @ weights[i, j]
+                total += window @ weights[i // dilation, j // dilation]
         parts.append(total)
     y = np.concatenate(parts, 3) + bias
     return np.maximum(y, 0) if relu else y
 
 
-def compute(algorithm, x, kernel, bias, stride, groups, relu):
+def compute(algorithm, x, kernel, bias, stride, groups, relu, dilation=1):
     prepared = jnp.asarray(prepare_kernel(kernel, algorithm, groups=groups))
-    options = dict(algorithm=algorithm, stride=stride, groups=groups, relu=relu)
+    options: dict[str, Any] = dict(algorithm=algorithm, stride=stride, groups=groups, relu=relu, dilation=dilation)
     return jax.jit(lambda x, k, b: convolve(x, k, b, **options))(x, prepared, bias)
 
 
@@ -48,21 +53,23 @@ def compute(algorithm, x, kernel, bias, stride, groups, relu):
     height=st.integers(1, 13),
     width=st.integers(1, 13),
     stride=st.sampled_from([1, 2]),
+    dilation=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2]),
     inner=st.integers(1, 5),
     outer=st.integers(1, 5),
     relu=st.booleans(),
 )
-def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, groups, inner, outer, relu):
-    if not supports(algorithm, stride):
-        stride = 1
+def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilation, groups, inner, outer, relu):
+    stride = stride if stride in ALGORITHMS[algorithm].strides else 1
+    dilation = dilation if ALGORITHMS[algorithm].dilated else 1
     rng = np.random.default_rng(height + 20 * width)
     with jax.enable_x64(True):
         x = rng.normal(size=(2, height, width, groups * inner))
         kernel = rng.normal(size=(3, 3, inner, groups * outer))
         bias = rng.normal(size=groups * outer)
-        found = compute(algorithm, x, kernel, bias, stride, groups, relu)
-        np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=1e-9, atol=1e-9)
+        found = compute(algorithm, x, kernel, bias, stride, groups, relu, dilation)
+        expected = direct_sum(x, kernel, bias, stride, groups, relu, dilation)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @NEEDS_COMPILER
@@ -79,8 +86,7 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, group
     relu=st.booleans(),
 )
 def test_any_native_algorithm_is_the_direct_sum(algorithm, images, height, width, stride, groups, inner, outer, relu):
-    if not supports(algorithm, stride):
-        stride = 1
+    stride = stride if stride in ALGORITHMS[algorithm].strides else 1
     rng = np.random.default_rng(height + 40 * width)
     x = rng.normal(size=(images, height, width, groups * inner)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, inner, groups * outer)) / np.sqrt(9 * inner)).astype(np.float32)
@@ -127,7 +133,7 @@ def test_what_is_not_a_number_does_not_become_one(algorithm):
 def test_native_convolutions_can_be_switched_off(monkeypatch):
     monkeypatch.setenv(compiler.SWITCH, "0")
     assert not native.available()
-    assert not set(candidates(LayerShape(14, 14, 16, 16))) & set(NATIVE)
+    assert not any(algorithm.is_native for algorithm in candidates(LayerShape(14, 14, 16, 16), "float32"))
 
 
 def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monkeypatch, tmp_path, caplog):

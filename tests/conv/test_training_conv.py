@@ -15,8 +15,9 @@ from jax.test_util import check_grads
 
 from repvgg_jax import compiler
 from repvgg_jax.conv import native
+from repvgg_jax.conv.deploy import SMALL_FORWARD, deploy_conv
 from repvgg_jax.conv.native import training
-from repvgg_jax.conv.training import SMALL_BACKWARD, SMALL_FORWARD, plain_conv, training_conv
+from repvgg_jax.conv.training import SMALL_BACKWARD, training_conv
 from tests.helpers.comparison import relative_difference
 
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -68,7 +69,7 @@ def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
     dilation=st.sampled_from([1, 2, 4]),
     inner=st.integers(1, 3),
     outer=st.integers(1, 3),
-    function=st.sampled_from([training_conv, plain_conv]),
+    function=st.sampled_from([training_conv, deploy_conv]),
 )
 def test_values_and_gradients_are_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
     with jax.enable_x64(True):
@@ -158,7 +159,7 @@ def test_native_convolutions_can_be_differentiated_twice(stride, tile):
         return jax.grad(weighed, (0, 1))(x, kernel)
 
     found = gradients(lambda x, k: training.conv(x, k, stride, 1, tile))
-    for ours, plain in zip(found, gradients(lambda x, k: plain_conv(x, k, stride)), strict=True):
+    for ours, plain in zip(found, gradients(lambda x, k: deploy_conv(x, k, stride)), strict=True):
         assert relative_difference(plain, ours) < 1e-4
 
 
@@ -190,8 +191,8 @@ def test_the_number_of_threads_changes_no_bit_of_a_kernel_gradient():
 import hashlib, os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
 import numpy as np
-from repvgg_jax import native
-from repvgg_jax.native import training
+from repvgg_jax.conv import native
+from repvgg_jax.conv.native import training
 native.available()
 rng = np.random.default_rng(0)
 for channels, stride, tile in ((48, 1, 0), (48, 1, 4), (40, 2, 0)):

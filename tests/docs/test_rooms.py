@@ -1,7 +1,8 @@
-"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go up it alone."""
+"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go up it alone, never in a circle."""
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from tests.helpers.repository import ROOT
@@ -20,19 +21,19 @@ def room_of(module: Path) -> str:
     return Path(module.relative_to(PACKAGE).parts[0]).stem
 
 
-def imports(module: Path) -> set[str]:
-    """The rooms that a module imports from when it is imported itself."""
+def imports(module: Path) -> set[tuple[str, ...]]:
+    """What a module imports of the package, also inside its functions: `("net", "fusion", "to_deploy")`."""
     folder = ["repvgg_jax", *module.relative_to(PACKAGE).parts[:-1]]
-    found: list[list[str]] = []
+    names: list[list[str]] = []
     pending: list[ast.AST] = [ast.parse(module.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.ImportFrom) and node.level:
             origin = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
-            found += [origin] if node.module else [[*origin, alias.name] for alias in node.names]
-        if not isinstance(node, ast.FunctionDef | ast.If):  # `if TYPE_CHECKING` is not run
+            names += [[*origin, alias.name] for alias in node.names]
+        if not isinstance(node, ast.If):  # `if TYPE_CHECKING` is not run
             pending += ast.iter_child_nodes(node)
-    return {names[1] for names in found if len(names) > 1} - {room_of(module), "version"}
+    return {tuple(parts[1:]) for parts in names}
 
 
 def modules() -> list[Path]:
@@ -49,7 +50,18 @@ def test_rooms_import_from_rows_above_and_their_own():
     row_of = {name: number for number, row in enumerate(rows()) for name in row}
     seen = 0
     for module in modules():
-        for imported in imports(module):
+        for imported in {parts[0] for parts in imports(module)} - {room_of(module), "version"}:
             seen += 1
             assert row_of[imported] <= row_of[room_of(module)], f"{module.relative_to(ROOT)} imports {imported}"
     assert seen > 100
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    named = {module.relative_to(PACKAGE).with_suffix("").parts: module for module in modules()}
+    named |= {name[:-1]: module for name, module in named.items() if name[-1] == "__init__"}
+    graph = {
+        module: {named[name] if name in named else named.get(name[:-1]) for name in imports(module)} - {None}
+        for module in named.values()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    assert sum(map(len, graph.values())) > 150

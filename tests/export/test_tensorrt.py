@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
 import repvgg_jax as rv
-from repvgg_jax.quantization.net import dequantized, is_quantized
-from repvgg_jax.quantization.stack import LINEAR, POOL, activate, affine
+from repvgg_jax.net.walk import walk
+from repvgg_jax.quantization.net import dequantized
+from repvgg_jax.quantization.stack import FloatOperations
 from tests.export.test_onnx import in_onnxruntime, in_openvino, nchw
 from tests.helpers.quantization import VARIANTS, deploy_net, images
 
@@ -111,17 +113,16 @@ def broken_rules(path: Path) -> set[str]:
 def expected_logits(net: rv.QuantizedNet, x: np.ndarray) -> np.ndarray:
     """Float layers on activations rounded to int8: what the file is to compute."""
 
-    def rounded(x: np.ndarray, name: str, scale: np.ndarray) -> np.ndarray:
-        scale = scale if name == "stage0" else scale * 255 / 127
-        return np.clip(np.rint(x / scale), -128, 127) * scale
+    class Rounded(FloatOperations):
+        def read(self, name: str, x: Any) -> Any:
+            scale = net.params[name].get("input_scale")
+            if scale is None:
+                return x
+            scale = scale if name == "stage0" else scale * 255 / 127
+            return np.clip(np.rint(np.asarray(x) / scale), -128, 127) * scale
 
-    for spec in net.variant.blocks():
-        layer = net.params[spec.name]
-        x = rounded(x, spec.name, layer["input_scale"]) if is_quantized(layer) else x
-        x = np.asarray(activate(net.variant, spec, layer, affine(spec, dequantized(layer), x)))
-    pooled, linear = rounded(x, POOL, net.params[POOL]["input_scale"]).mean((1, 2)), net.params[LINEAR]
-    pooled = rounded(pooled, LINEAR, linear["input_scale"]) if is_quantized(linear) else pooled
-    return pooled @ np.asarray(dequantized(linear)["kernel"]) + np.asarray(dequantized(linear)["bias"])
+    layers = {name: {**layer, **dequantized(layer)} for name, layer in net.params.items() if name != "pool"}
+    return np.asarray(walk(net.variant, Rounded(net.variant, layers), jnp.asarray(x)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

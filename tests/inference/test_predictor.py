@@ -11,10 +11,10 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.conv import native
-from repvgg_jax.conv.deploy import ALGORITHMS, NATIVE, supports
+from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
-from repvgg_jax.inference.predictor import Predictor
+from repvgg_jax.inference.predictor import Predictor, planned_net
 from repvgg_jax.machine import cache_folder
 from repvgg_jax.preprocess import normalize
 from tests.helpers.comparison import relative_difference
@@ -53,18 +53,18 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
-    if algorithm in NATIVE and not native.available():
+    if ALGORITHMS[algorithm].is_native and not native.available():
         pytest.skip("no C++ compiler")
     model, variables, images = case(GROUPED, 4)
     model, variables = rv.to_deploy(model, variables)
     start = default_plan(model.variant, 4, (40, 40))
 
     def chosen(layer):
-        usable = supports(algorithm, layer.shape.stride)
-        return dataclasses.replace(layer, algorithm=algorithm if usable else "direct")
+        refusal = ALGORITHMS[algorithm].refusal("float32", layer.shape.stride)
+        return dataclasses.replace(layer, algorithm="direct" if refusal else algorithm)
 
     stages = tuple(StagePlan(2, tuple(map(chosen, stage.layers))) for stage in start.stages)
-    predict = Predictor(model, variables["params"], Plan(4, 4, stages, "test"), None)
+    predict = Predictor(planned_net(model, variables["params"], Plan(4, 4, stages, "test")))
     assert relative_difference(jax.jit(model.apply)(variables, images), predict(images)) <= 1e-5
 
 
@@ -135,17 +135,19 @@ def test_the_plan_reads_as_a_table():
 
 def test_a_measured_plan_is_kept_and_a_damaged_one_ignored(monkeypatch):
     model, variables, images = case(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)), 1, size=16)
-    first = rv.make_predictor(model, variables, 1, 16, tune=True)
-    assert first.plan.source == "measured"
+    measured = rv.make_predictor(model, variables, 1, 16, tune=True).plan
+    assert measured is not None
+    assert measured.source == "measured"
     second = rv.make_predictor(model, variables, 1, 16, tune=True)
+    assert second.plan is not None
     assert second.plan.source == "cached measurement"
-    assert second.plan.algorithms() == first.plan.algorithms()
+    assert second.plan.algorithms() == measured.algorithms()
     assert relative_difference(model.apply(variables, images), second(images)) <= 1e-5
 
     (file,) = cache_folder("plans").glob("*.json")
     sound = json.loads(file.read_text(encoding="utf-8"))
     for damage in ("{", "[]", json.dumps(sound | {"portions": ["x"]}), json.dumps(sound | {"algorithms": {}})):
         file.write_text(damage, encoding="utf-8")
-        assert plan_cache.load_plan(first.plan, "float32") is None
+        assert plan_cache.load_plan(measured, "float32") is None
     file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}), encoding="utf-8")
-    assert plan_cache.load_plan(first.plan, "float32") is None
+    assert plan_cache.load_plan(measured, "float32") is None

@@ -91,6 +91,7 @@ def test_predictors_plan_dilated_layers_directly():
     assert relative_difference(run(model.apply, variables, images), predict(images)) <= 1e-5
     dilations = {block.name: block.dilation for block in model.variant.blocks()}
     assert max(dilations.values()) == 4
+    assert predict.plan is not None
     algorithms = predict.plan.algorithms()
     assert {algorithms[name] for name, dilation in dilations.items() if dilation > 1} == {"direct"}
     with pytest.raises(ValueError, match="im2col needs dilation 1, not 2"):

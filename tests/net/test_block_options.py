@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import repvgg_jax as rv
 from repvgg_jax.net.blocks import DeployBlock, RepVGGBlock
+from repvgg_jax.net.branches import BlockKind
 from repvgg_jax.net.fusion import fuse_variables
 from repvgg_jax.net.layout import expected_shapes
 from repvgg_jax.net.summary import summarize
-from repvgg_jax.net.variants import BlockKind
 from repvgg_jax.trees import flatten
 from tests.helpers.comparison import relative_difference
 from tests.helpers.parity import fuse, initial_variables, run
@@ -31,14 +31,21 @@ from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import assert_same_bits
 from train.recipe import parse
 
-ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True)
+ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True, strips=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "qarepvgg": dict(block="qarepvgg"),
     "mobileone": dict(branches=rv.Branches(dense_copies=3)),
     "dbb": dict(branches=rv.Branches(dbb_1x1_3x3=True, dbb_1x1_avg=True)),
+    "acnet": dict(branches=rv.Branches(strips=True)),
     "all": dict(block="qarepvgg", branches=ALL),
+    "no identity": dict(branches=rv.Branches(identity=False)),
+    "no point": dict(block="qarepvgg", branches=rv.Branches(point=False)),
+    "neither": dict(branches=rv.Branches(identity=False, point=False)),
 }
-EACH = [option if option in ("qarepvgg", "all") else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
+EACH = [
+    option if option in ("qarepvgg", "all", "neither") else pytest.param(option, marks=pytest.mark.slow)
+    for option in OPTIONS
+]
 VARIANT = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 24), groups=2)
 
 
@@ -53,16 +60,17 @@ class TorchBlock(nn.Module):
         super().__init__()
         self.stride, self.dilation, self.bare = stride, dilation, block == "qarepvgg"
 
-        def conv(size: int, c_in: int, c_out: int, stride: int, padding: int) -> nn.Conv2d:
-            spread = dilation if size == 3 else 1
+        def conv(size: Any, c_in: int, c_out: int, stride: int, padding: Any) -> nn.Conv2d:
+            spread = 1 if size == 1 else dilation
             return nn.Conv2d(c_in, c_out, size, stride, padding, spread, groups, bias=False)
 
-        def conv_bn(size: int, padding: int) -> nn.ModuleDict:
+        def conv_bn(size: Any, padding: Any) -> nn.ModuleDict:
             return nn.ModuleDict({"conv": conv(size, inputs, outputs, stride, padding), "bn": nn.BatchNorm2d(outputs)})
 
         for copy in range(branches.dense_copies):
             self.add_module(f"rbr_dense_{copy}" if copy else "rbr_dense", conv_bn(3, dilation))
-        self.rbr_1x1 = conv(1, inputs, outputs, stride, 0) if self.bare else conv_bn(1, 0)
+        if branches.point:
+            self.rbr_1x1 = conv(1, inputs, outputs, stride, 0) if self.bare else conv_bn(1, 0)
         if branches.dbb_1x1_3x3:
             layers = dict(conv1=conv(1, inputs, inputs, 1, 0), bn1=nn.BatchNorm2d(inputs))
             layers |= dict(conv2=conv(3, inputs, outputs, stride, 0), bn2=nn.BatchNorm2d(outputs))
@@ -72,8 +80,11 @@ class TorchBlock(nn.Module):
                 conv1=conv(1, inputs, outputs, 1, 0), bn1=nn.BatchNorm2d(outputs), bn2=nn.BatchNorm2d(outputs)
             )
             self.dbb_1x1_avg = nn.ModuleDict(layers)
-        self.identity = identity
-        if identity and not self.bare:
+        if branches.strips:
+            self.add_module("rbr_1x3", conv_bn((1, 3), (0, dilation)))
+            self.add_module("rbr_3x1", conv_bn((3, 1), (dilation, 0)))
+        self.identity = identity and branches.identity
+        if self.identity and not self.bare:
             self.rbr_identity = nn.BatchNorm2d(outputs)
         if self.bare:
             self.bn = nn.BatchNorm2d(outputs)
@@ -82,7 +93,7 @@ class TorchBlock(nn.Module):
         total = torch.zeros(())
         branch: Any
         for name, branch in self.named_children():
-            if name.startswith("rbr_dense"):
+            if name.startswith(("rbr_dense", "rbr_1x3", "rbr_3x1")):
                 total = total + branch["bn"](branch["conv"](x))
             elif name == "rbr_1x1":
                 total = total + (branch(x) if self.bare else branch["bn"](branch["conv"](x)))
@@ -144,7 +155,7 @@ def random_block(seed: int, block: RepVGGBlock, x: np.ndarray) -> dict[str, Any]
     stride=st.sampled_from([1, 2]),
     dilation=st.sampled_from([1, 2, 4]),
     block=st.sampled_from(["repvgg", "qarepvgg"]),
-    branches=st.builds(rv.Branches, st.sampled_from([1, 3]), st.booleans(), st.booleans()),
+    branches=st.builds(rv.Branches, st.sampled_from([1, 3]), *5 * [st.booleans()]),
     size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
 )
 def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
@@ -209,7 +220,7 @@ def test_a_fresh_qarepvgg_has_an_identity_branch_of_weight_one():
     model = small_model("qarepvgg")
     (variables,) = initial_variables(model)
     constants = {name: leaf for name, leaf in flatten(variables["batch_stats"]).items() if leaf.ndim == 0}
-    with_identity = [block.name for block in VARIANT.blocks() if block.has_identity]
+    with_identity = [block.name for block in VARIANT.blocks() if block.may_be_identity]
     assert constants == {f"{name}/rbr_identity/scale": 1.0 for name in with_identity}
     images = np.ones((2, 32, 32, 3), np.float32)
     _, changed = run(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]), variables)

@@ -54,7 +54,7 @@ def test_lists_of_numbers_are_as_good_as_tuples():
         (dict(groups=5), "stage2_0: 8 -> 12 channels cannot be split into 5 groups"),
         (dict(groups=0), "groups must be a positive whole number, not 0"),
         (dict(squeeze_excite="yes"), "squeeze_excite must be one of None, before_relu, after_relu, not 'yes'"),
-        (dict(stem_stride=3), "stem_stride must be one of 1, 2, not 3"),
+        (dict(strides=(3, 2, 2, 2, 2)), r"strides must be five numbers, each 1 or 2 \(stages 0 to 4\), not \(3, 2"),
         (dict(output_stride=4), "output_stride must be one of 8, 16, 32, not 4"),
         (dict(activation="swish"), "unknown activation 'swish'; known: relu, relu6, leaky_relu, gelu, silu"),
         (dict(block="resnet"), "block must be one of repvgg, qarepvgg, not 'resnet'"),
@@ -67,8 +67,9 @@ def test_numbers_that_make_no_network_are_named(fields, message):
 
 
 def test_options_change_a_published_variant_and_its_figures_no_longer_hold():
-    plain, changed = rv.create_model("RepVGG-A0"), rv.create_model("RepVGG-A0", stem_stride=1, activation="silu")
-    assert dataclasses.replace(plain.variant, stem_stride=1, activation="silu") == changed.variant
+    changes: dict[str, Any] = dict(strides=(1, 2, 2, 2, 2), activation="silu")
+    plain, changed = rv.create_model("RepVGG-A0"), rv.create_model("RepVGG-A0", **changes)
+    assert dataclasses.replace(plain.variant, **changes) == changed.variant
     assert plain.variant.published.top1 == 72.41
     assert changed.variant.published.top1 is None
     assert rv.create_model("RepVGG-A0", block="repvgg").variant.published.top1 == 72.41
@@ -97,7 +98,7 @@ def test_forms_and_predictor_agree_with_another_activation(activation, place):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_stem_of_stride_one_keeps_small_images_large(channels):
-    model = rv.create_model(VARIANT, 5, stem_stride=1)
+    model = rv.create_model(VARIANT, 5, strides=(1, 2, 2, 2, 2))
     variables, images = random_variables(model, in_channels=channels), noise(2, 32, 32, channels)
     features = jax.eval_shape(lambda v: model.apply(v, images, method="features"), variables)
     assert [feature.shape[1] for feature in features.values()] == [32, 16, 8, 4, 2]
@@ -142,7 +143,7 @@ class TestDropout:
             rv.create_model(VARIANT, dropout=rate)
 
 
-OPTIONS: dict[str, Any] = dict(stem_stride=1, output_stride=8, activation="gelu")
+OPTIONS: dict[str, Any] = dict(strides=(1, 2, 2, 2, 2), output_stride=8, activation="gelu")
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
@@ -175,7 +176,7 @@ def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
 def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
     model = rv.create_model(VARIANT, 5, **OPTIONS)
     variables = random_variables(model)
-    with pytest.warns(WeightsWarning, match="cannot say stem_stride 1, output_stride 8, activation gelu"):
+    with pytest.warns(WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
         rv.save_weights(tmp_path / "w.pth", model, variables, family=family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,7 +200,7 @@ def test_a_variant_that_the_weights_do_not_fit_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(activation="tanh"), dict(stem_stride=True), dict(output_stride=1), dict(block="x"), dict(branches=[1])],
+    [dict(activation="tanh"), dict(strides=[True] * 5), dict(output_stride=1), dict(block="x"), dict(branches=[1])],
     ids=str,
 )
 def test_a_damaged_description_is_refused(change, tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_plain_variants_are_described_as_in_earlier_releases():
 
     described = header._variant_to_json(VARIANT)
     assert isinstance(described, dict)
-    assert not {"stem_stride", "output_stride", "activation", "block", "branches"} & set(described)
+    assert not {"strides", "output_stride", "activation", "block", "branches"} & set(described)
 
 
 def test_bfloat16_takes_every_option():

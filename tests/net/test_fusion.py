@@ -13,7 +13,8 @@ from jax.test_util import check_grads
 
 import repvgg_jax as rv
 from repvgg_jax.net.blocks import DeployBlock, RepVGGBlock
-from repvgg_jax.net.fusion import fuse_variables, identity_kernel
+from repvgg_jax.net.fusion import fuse_variables
+from repvgg_jax.net.kernel_algebra import identity_kernel
 from tests.helpers.comparison import relative_difference
 from tests.helpers.random_weights import random_variables
 

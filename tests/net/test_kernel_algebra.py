@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from repvgg_jax.net.blocks import BN_EPSILON, average_pool
+from repvgg_jax.net.blocks import BN_EPSILON
 from repvgg_jax.net.kernel_algebra import (
     add_branches,
     average_1x1,
     chain_1x1,
     constant_response,
-    embed_1x1,
+    embed,
     fuse_conv_bn,
     identity_kernel,
 )
+from repvgg_jax.net.layers import average_pool
 
 GEOMETRY = dict(
     seed=st.integers(0, 99),
@@ -110,7 +111,7 @@ def test_a_sum_of_branches_with_a_1x1_in_the_centre(**geometry):
     biases = case.noise(2, case.outputs)
     image, bias = case.image(), torch.from_numpy(biases.sum(0))[:, None, None]
     expected = case.conv(image, wide, case.stride) + case.conv(image, point, case.stride) + bias
-    assert_equal(case.ours(add_branches([(wide, biases[0]), (embed_1x1(point), biases[1])])), expected)
+    assert_equal(case.ours(add_branches([(wide, biases[0]), (embed(point), biases[1])])), expected)
 
 
 @settings(max_examples=12, deadline=None)
@@ -180,6 +181,6 @@ def test_every_step_is_differentiable():
     def steps(first, second, bn):
         kernel, bias = add_branches([chain_1x1(first, second, 2), (average_1x1(first[0])[..., :4], second[1])])
         kernel, bias = fuse_conv_bn(kernel, *bn, bias=bias)
-        return kernel + embed_1x1(kernel[:1, :1]), bias
+        return kernel + embed(kernel[:1, :1]), bias
 
     check_grads(steps, (first, second, case.bn(4)), order=1, modes=("fwd", "rev"))

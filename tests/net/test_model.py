@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import repvgg_jax as rv
-from repvgg_jax.net.blocks import BatchNorm
+from repvgg_jax.net.layers import BatchNorm
 from repvgg_jax.trees import flatten
 from tests.helpers import torch_oracle
 from tests.helpers.comparison import relative_difference

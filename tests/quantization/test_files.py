@@ -101,6 +101,13 @@ def test_a_predictor_takes_a_quantised_net(files):
     predict = rv.make_predictor(quantized=rv.load_quantized(path), batch_size=4)
     x = images(6, seed=1)
     np.testing.assert_allclose(predict(x), net(x), rtol=1e-5, atol=1e-5)
+    assert type(predict) is type(rv.make_predictor(*deploy_net(), image_size=32))
+    assert predict.plan is None
+    np.testing.assert_array_equal(rv.make_predictor(net, batch_size=4)(x), predict(x))
+    with pytest.raises(ValueError, match="give model and variables, or quantized"):
+        rv.make_predictor(net, net.variables)
+    with pytest.raises(ValueError, match="give model and variables, or quantized"):
+        rv.make_predictor(deploy_net()[0])
     with pytest.raises(ValueError, match="give model and variables, or quantized"):
         rv.make_predictor()
     with pytest.raises(ValueError, match="give model and variables, or quantized"):

@@ -11,8 +11,8 @@ import repvgg_jax as rv
 from repvgg_jax import compiler
 from repvgg_jax.conv import native
 from repvgg_jax.net.variants import BlockSpec
-from repvgg_jax.quantization.native_layers import NativeIntegers, pack_layer, pack_layers
-from repvgg_jax.quantization.net import InXla, forward
+from repvgg_jax.quantization.arithmetic import InXla, NativeIntegers, pack_layer, pack_layers
+from repvgg_jax.quantization.net import forward
 from tests.helpers.quantization import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
 
@@ -38,7 +38,7 @@ def test_any_layer_gives_the_references_integers(signed, images, height, width, 
     info = np.iinfo(dtype)
     x = jnp.asarray(rng.integers(info.min, info.max + 1, (images, height, width, groups * inner)).astype(dtype))
     name = "stage0" if signed else "stage1_0"
-    spec = BlockSpec(name, "stage1", groups * inner, groups * outer, stride, groups, 1, stride)
+    spec = BlockSpec(groups * inner, groups * outer, stride, groups, 1, name, "stage1", 1, stride)
     layer = {
         "kernel": rng.integers(-127, 128, (3, 3, inner, groups * outer)).astype(np.int8),
         "kernel_scale": rng.uniform(1e-5, 1e-2, groups * outer).astype(np.float32),

@@ -13,7 +13,7 @@ from repvgg_jax.quantization.adaround import learn_rounding
 from repvgg_jax.quantization.methods import METHODS, MIN_IMAGES
 from repvgg_jax.quantization.net import LARGEST_BIAS, forward
 from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS, fake_quantize_activations, fake_quantize_weights
-from repvgg_jax.quantization.stack import activate, affine
+from repvgg_jax.quantization.stack import FloatOperations, with_readers
 from tests.helpers.comparison import relative_difference
 from tests.helpers.quantization import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
@@ -45,9 +45,8 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
     net = rv.quantize(model, variables, images(), "per-channel")
     seen = forward(net.variant, net.params, jnp.asarray(images(4, seed=1)), integer=True)
     units = {name: net.params[name]["input_scale"] for name in net.params}
-    specs = net.variant.blocks()
     equal = total = 0
-    for spec, reader in zip(specs, [spec.name for spec in specs[1:]] + ["pool"], strict=True):
+    for spec, reader in with_readers(net.variant.blocks()):
         layer = net.params[spec.name]
         real = seen[spec.name].astype(jnp.float32) * units[spec.name]
         kernel = layer["kernel"] * layer["kernel_scale"]
@@ -55,7 +54,7 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
             "kernel": fake_quantize_weights(kernel, layer["kernel_scale"]),
             "bias": layer["bias"] * (layer["kernel_scale"] * units[spec.name]),
         }
-        output = activate(net.variant, spec, {}, affine(spec, fake, real))
+        output = FloatOperations(net.variant, {spec.name: fake}).conv(spec, real, activate=True)
         found = fake_quantize_activations(output, units[reader], np.uint8) / units[reader]
         difference = np.abs(np.rint(found) - np.asarray(seen[reader], np.float32))
         assert difference.max() <= 1

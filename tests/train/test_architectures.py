@@ -42,8 +42,12 @@ def test_a_weight_file_gives_its_architecture_and_options_still_change_it(tmp_pa
     model = rv.create_model(SMALL, 7)
     rv.save_weights(tmp_path / "w.safetensors", *rv.to_deploy(model, random_variables(model)))
     assert variant_of("--model", tmp_path / "w.safetensors") == SMALL
-    changed = variant_of("--model", tmp_path / "w.safetensors", "--activation", "relu", "--stem-stride", 1)
-    assert changed == dataclasses.replace(SMALL, activation="relu", stem_stride=1)
+    changed = variant_of("--model", tmp_path / "w.safetensors", "--activation", "relu", "--strides", 1, 1, 2, 2, 2)
+    assert changed == dataclasses.replace(SMALL, activation="relu", strides=(1, 1, 2, 2, 2))
+    assert variant_of("--strides", 1, 1, 2, 2, 2, "--stem-stride", 2).strides == (2, 1, 2, 2, 2)
+    branches = dataclasses.replace(SMALL, branches=rv.Branches(strips=True, identity=False))
+    own = variant_of("--model", write_variant(tmp_path, branches), "--dense-copies", 3).branches
+    assert own == rv.Branches(dense_copies=3, strips=True, identity=False)
 
 
 def test_the_folder_of_a_run_is_called_after_its_net(tmp_path: Path) -> None:
@@ -62,7 +66,7 @@ def test_the_folder_of_a_run_is_called_after_its_net(tmp_path: Path) -> None:
         ('{"num_blocks": [1, 1, 2, 1]}', "describes no network: .*'widths'"),
         ('{"num_blocks": [1, 1, 2], "widths": [8, 8, 8, 16, 16]}', "num_blocks must be four positive numbers"),
         ('{"num_blocks": [1, 1, 999999, 1], "widths": [8, 8, 8, 16, 16]}', "more than 9999 blocks"),
-        ('{"num_blocks": [1, 1, 2, 1], "widths": [8, 8, 8, 16, 16], "depth": 3}', "no field 'depth'"),
+        ('{"num_blocks": [1, 1, 2, 1], "widths": [8, 8, 8, 16, 16], "depth": 3}', "does not know: depth"),
         ('{"variant": "RepVGG-A9"}', "unknown model 'RepVGG-A9'; did you mean"),
     ],
 )
@@ -79,6 +83,7 @@ def test_a_json_file_that_describes_no_net_is_one_line(tmp_path: Path, text: str
         (("--num-blocks", 1, 2, 3), "--num-blocks must be 4 numbers, not 1 2 3"),
         (("--num-blocks", 1, 2, 3, 0), "--num-blocks must lie between 1 and 999, not 1 2 3 0"),
         (("--widths", 8, 8), "--widths must be 5 numbers, not 8 8"),
+        (("--strides", 1, 2, 3, 2, 2), "--strides must lie between 1 and 2, not 1 2 3 2 2"),
         (("--model", "RepVGG-B1g4", "--widths", 6, 6, 6, 6, 6), "--model RepVGG-B1g4 cannot be changed so: stage"),
         (("--model", "none.json"), "--model none.json: No such file or directory"),
         (("--model", "none.safetensors"), "none.safetensors does not exist"),

@@ -84,7 +84,7 @@ def test_a_run_that_an_earlier_version_began_goes_on(old_run):
     ("options", "says"),
     [
         (["--model", "RepVGG-A0"], "model RepVGG-B0 -> RepVGG-A0"),
-        (["--stem-stride", "2"], "stem_stride 1 -> 2"),
+        (["--stem-stride", "2"], r"strides \(1, 2, 2, 2, 2\) -> \(2, 2, 2, 2, 2\)"),
         (["--dense-copies", "3", "--image-size", "160"], "dense_copies 2 -> 3; image_size 224 -> 160"),
         (["--widths", "8", "8", "8", "16", "16"], r"widths \(64, 64, 128, 256, 1280\) -> \(8, 8, 8, 16, 16\)"),
         (["--image-size", "160"], "image_size 224 -> 160"),

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*took checkpoint:repvgg_jax.wei
 
 NAMES = tuple("abcdefghij")
 GREY = rv.Preprocessing(32, 1.0, (0.3053,), (0.3783,))
-VARIANT = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), activation="silu", stem_stride=1)
+VARIANT = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), activation="silu", strides=(1, 2, 2, 2, 2))
 MODEL = rv.create_model(VARIANT, 10)
 TOP1 = {3: 0.5, 6: 0.9, 8: 0.7}
 """By step; step 9 has not been evaluated."""

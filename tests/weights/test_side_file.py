@@ -41,9 +41,9 @@ def native(tmp_path) -> Path:
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
 def test_preprocessing_names_and_options_come_back(name, family, tmp_path):
-    model, variables = net(activation="silu", stem_stride=1)
+    model, variables = net(activation="silu", strides=(1, 2, 2, 2, 2))
     with pytest.warns(
-        WeightsWarning, match="cannot say stem_stride 1, activation silu, image_size, crop_fraction, mean"
+        WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), activation silu, image_size, crop_fraction, mean"
     ):
         rv.save_weights(tmp_path / name, model, variables, family=family, preprocessing=COLOUR, class_names=NAMES)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.json"]

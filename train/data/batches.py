@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 import threading
 from collections import deque
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import Preprocessing, to_mode
 
 from .pictures import Picture, open_picture
@@ -209,7 +209,7 @@ class Batches(Iterator[HostBatch]):
         masked: bool,
     ) -> None:
         self.bad_images = bad_images
-        self._workers = _available_cpus() if num_workers is None else num_workers
+        self._workers = cores() if num_workers is None else num_workers
         if self._workers < 1 or prefetch < 1:
             raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {num_workers} and {prefetch}")
         self._contents, self._render, self._prefetch, self._masked = contents, render, prefetch, masked
@@ -308,9 +308,3 @@ def _opencv_without_threads() -> Iterator[None]:
         yield
     finally:
         opencv.setNumThreads(before)
-
-
-def _available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -16,7 +16,7 @@ from train.data.transforms import as_is, pad_and_crop_flip
 from train.recipe import parse
 from train.run import check_augmentation, open_data
 
-OWN = dict(
+OWN: dict[str, Any] = dict(
     mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), train_size=24, test_size=28, crop_fraction=0.9, train_transform="as_is"
 )
 

@@ -1,0 +1,165 @@
+"""How a deploy-form 3x3 convolution can be computed: one record for each algorithm.
+
+Costs a layer with `P` output pixels (over the batch), in multiplications and in float32 numbers that pass through
+memory besides input, kernel and output:
+
+| algorithm | multiplications | numbers written and read again |
+|---|---|---|
+| direct | 9 `P` `C_in` `C_out` / groups | none (XLA's own convolution packs as it goes) |
+| im2col | the same, as one matrix product | 9 `P` `C_in` |
+| winograd2 | 4 `P` `C_in` `C_out` / groups | 4 `P` (`C_in` + `C_out`), see `winograd` |
+| winograd4 | 2.25 `P` `C_in` `C_out` / groups | about 4 `P` (`C_in` + `C_out`) |
+| native | as direct | input, once in the cache |
+| native_winograd2, native_winograd4 | as winograd2, winograd4 | none: tiles stay in the cache |
+
+The native ones are C++ for CPUs, where a compiler is found (`native`); the others are XLA's operations. Which is
+fastest depends on layer, batch and machine: `inference.plan` chooses.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from ..broadcasting import channelwise
+from . import native
+from .cost import LayerShape, im2col_seconds, native_seconds, winograd_seconds, xla_seconds
+from .winograd import transform_kernel, winograd
+from .xla import taps, xla_conv
+
+
+class Options(NamedTuple):
+    """How one convolution is asked for, besides its algorithm."""
+
+    stride: int
+    groups: int
+    dilation: int
+    relu: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One way to compute a 3x3 convolution with bias and, where asked for, ReLU.
+
+    Attributes:
+      name: in plans and their files.
+      prepare: `(kernel [3, 3, C_in // groups, C_out], groups)`, once and ahead of time: the kernel as `compute` wants
+        it.
+      compute: `(x [N, H, W, C_in], prepared kernel, bias [C_out], options)`.
+      seconds: estimated, of one layer on one image, in portions of so many images.
+      strides: those that it can do.
+      dilated: whether there can be pixels between the kernel's taps.
+      dtypes: the only ones that it computes in; None for any.
+      tile: Winograd's m, or 0.
+      is_native: in C++, which has its gradients too (`native.training`).
+    """
+
+    name: str
+    prepare: Callable[[np.ndarray, int], np.ndarray]
+    compute: Callable[[Array, Array, Array, Options], Array]
+    seconds: Callable[[LayerShape, int], float]
+    strides: tuple[int, ...] = (1, 2)
+    dilated: bool = False
+    dtypes: tuple[str, ...] | None = ("float32", "float64")
+    tile: int = 0
+    is_native: bool = False
+
+    def refusal(self, dtype: str, stride: int, dilation: int = 1) -> str | None:
+        """Say why a convolution of that dtype, stride and dilation cannot be computed so; None if it can."""
+        if stride not in self.strides:
+            return f"{self.name} needs stride {' or '.join(map(str, self.strides))}, not {stride}"
+        if dilation != 1 and not self.dilated:
+            return f"{self.name} needs dilation 1, not {dilation}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"{self.name} computes in {' or '.join(self.dtypes)}, not {dtype}"
+        return None
+
+
+def candidates(shape: LayerShape, dtype: str) -> list[Algorithm]:
+    """Return the algorithms that can compute this layer on this machine's CPU."""
+    return [
+        algorithm
+        for algorithm in ALGORITHMS.values()
+        if algorithm.refusal(dtype, shape.stride, shape.dilation) is None
+        and (not algorithm.is_native or native.available())
+    ]
+
+
+def _direct() -> Algorithm:
+    def compute(x: Array, kernel: Array, bias: Array, options: Options) -> Array:
+        y = xla_conv(x, kernel, stride=options.stride, groups=options.groups, dilation=options.dilation)
+        return _finished(y, bias, options)
+
+    return Algorithm(
+        name="direct",
+        prepare=lambda kernel, groups: kernel,
+        compute=compute,
+        seconds=xla_seconds,
+        dilated=True,
+        dtypes=None,
+    )
+
+
+def _im2col() -> Algorithm:
+    def prepare(kernel: np.ndarray, groups: int) -> np.ndarray:
+        """`[groups, 9 * C_in // groups, C_out // groups]`."""
+        return np.stack([part.reshape(-1, part.shape[3]) for part in np.split(kernel, groups, axis=3)])
+
+    def compute(x: Array, kernel: Array, bias: Array, options: Options) -> Array:
+        columns, inner = taps(x, 3, options.stride, options.dilation), x.shape[3] // options.groups
+        parts = []
+        for group, matrix in enumerate(kernel):
+            share = [tap[..., group * inner : (group + 1) * inner] for tap in columns]
+            parts.append(jnp.concatenate(share, axis=3).reshape(-1, 9 * inner) @ matrix)
+        return _finished(jnp.concatenate(parts, axis=1).reshape(*columns[0].shape[:3], -1), bias, options)
+
+    return Algorithm(name="im2col", prepare=prepare, compute=compute, seconds=im2col_seconds)
+
+
+def _winograd(tile: int) -> Algorithm:
+    return Algorithm(
+        name=f"winograd{tile}",
+        prepare=lambda kernel, groups: _matrices(kernel, groups, tile),
+        compute=lambda x, kernel, bias, options: winograd(
+            x, kernel, bias, tile=tile, groups=options.groups, relu=options.relu
+        ),
+        seconds=lambda shape, portion: winograd_seconds(shape, tile, portion),
+        strides=(1,),
+        tile=tile,
+    )
+
+
+def _native(tile: int) -> Algorithm:
+    return Algorithm(
+        name=f"native_winograd{tile}" if tile else "native",
+        prepare=lambda kernel, groups: native.pack_kernel(_matrices(kernel, groups, tile)),
+        compute=lambda x, packed, bias, options: native.convolve(
+            x, packed, bias, tile=tile, stride=options.stride, groups=options.groups, relu=options.relu
+        ),
+        seconds=lambda shape, portion: native_seconds(shape, tile, portion),
+        strides=(1,) if tile else (1, 2),
+        dtypes=("float32",),
+        tile=tile,
+        is_native=True,
+    )
+
+
+def _matrices(kernel: np.ndarray, groups: int, tile: int) -> np.ndarray:
+    """`[groups, positions, C_in // groups, C_out // groups]`: the positions of a Winograd tile, or the 9 taps."""
+    parts = np.split(kernel, groups, axis=3)
+    return np.stack([transform_kernel(part, tile) if tile else part.reshape(9, *part.shape[2:]) for part in parts])
+
+
+def _finished(y: Array, bias: Array, options: Options) -> Array:
+    y = y + channelwise(bias)
+    return jnp.maximum(y, 0) if options.relu else y
+
+
+ALGORITHMS = {
+    algorithm.name: algorithm
+    for algorithm in (_direct(), _im2col(), _winograd(2), _winograd(4), _native(0), _native(2), _native(4))
+}
+"""By name. Where two are estimated alike, the first is taken."""

@@ -1,0 +1,74 @@
+"""XLA's own convolution, and the same as matrix products; and what an array's shape and the platform say to both."""
+
+from collections.abc import Callable
+
+from jax import Array, lax
+from jax import numpy as jnp
+
+DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
+    """Convolve by XLA's own operation, without bias, padded so that the size depends on the stride alone.
+
+    `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`: with stride 2 it pads before *and* after, which
+    Flax's `"SAME"` does not.
+
+    Args:
+      x: `[N, H, W, C_in]`.
+      kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+      dilation: pixels between the kernel's taps.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C_out]`.
+    """
+    pad = dilation * (kernel.shape[0] // 2)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=DIMENSION_NUMBERS,
+        feature_group_count=groups,
+    )
+
+
+def product_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
+    """Compute what `xla_conv` does as one matrix product for each group, over gathered columns (im2col)."""
+
+    def product(x: Array, kernel: Array) -> Array:
+        columns = jnp.concatenate(taps(x, kernel.shape[0], stride, dilation), axis=3)
+        return columns @ kernel.reshape(-1, kernel.shape[3])
+
+    return by_group(product, groups, x, kernel)
+
+
+def taps(x: Array, size: int, stride: int, dilation: int) -> list[Array]:
+    """Return what each of the kernel's positions sees: `size * size` arrays `[N, H', W', C]`."""
+    pad = dilation * (size // 2)
+    rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        for i in range(0, size * dilation, dilation)
+        for j in range(0, size * dilation, dilation)
+    ]
+
+
+def by_group(function: Callable[[Array, Array], Array], groups: int, x: Array, other: Array) -> Array:
+    """Return `function` of each group's share of the channels, the results side by side."""
+    pairs = zip(jnp.split(x, groups, axis=3), jnp.split(other, groups, axis=3), strict=True)
+    return jnp.concatenate([function(a, b) for a, b in pairs], axis=3)
+
+
+def out_pixels(x: Array, stride: int) -> int:
+    """Return how many pixels of one image a convolution of that stride puts out."""
+    return -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+
+
+def on_cpu(cpu: Callable, default: Callable, *arguments: Array):
+    """Return `cpu(*arguments)` where this is compiled for a CPU, `default(*arguments)` elsewhere."""
+    return lax.platform_dependent(*arguments, cpu=cpu, default=default)

@@ -1,0 +1,350 @@
+"""Every kind of branch of a training-form block, once: its leaves, how it computes, how it fuses and what it costs.
+
+A branch is a chain of steps, each of them linear in the image once BN's statistics are fixed; so a chain is one
+convolution with bias in inference, and the branches of a block, which read the same image, add up to one (paper section
+3.3). A step says in four methods what it is; a branch is a row of `KINDS`, and `branches_of` says which block has it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from ..broadcasting import channelwise
+from .kernel_algebra import BN_EPSILON, Pair, average_1x1, chain_1x1, embed, fuse_conv_bn, identity_kernel
+from .layers import BatchNorm, Constant, Conv, Dtype, average_pool
+from .leaves import Layer, Shape
+
+Tree = Mapping[str, Any]
+
+BlockKind = Literal["repvgg", "qarepvgg"]
+"""The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
+
+SUM_BN = "bn"
+"""QARepVGG's BN on the sum of the branches."""
+
+MAX_DENSE_COPIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """Which branches a training-form block sums; all of it fuses into the one 3x3 kernel.
+
+    Attributes:
+      dense_copies: 3x3 branches, each with its own BN (MobileOne, arXiv 2206.04040: up to 4); RepVGG has 1.
+      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, a BN after each (Diverse Branch Block, arXiv 2103.13425).
+      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
+      point: RepVGG's 1x1 branch (the paper's Table 6 leaves it out).
+      identity: RepVGG's identity branch, where stride and channels allow one (the same).
+      strips: a 1x3 and a 3x1 convolution, each with its own BN (ACNet, arXiv 1908.03930).
+
+    Raises:
+      ValueError: a number of copies out of range, or anything but True and False for the others.
+    """
+
+    dense_copies: int = 1
+    dbb_1x1_3x3: bool = False
+    dbb_1x1_avg: bool = False
+    point: bool = True
+    identity: bool = True
+    strips: bool = False
+
+    def __post_init__(self):
+        if type(self.dense_copies) is not int or not 1 <= self.dense_copies <= MAX_DENSE_COPIES:
+            raise ValueError(f"dense_copies must be 1 to {MAX_DENSE_COPIES}, not {self.dense_copies}")
+        for field in dataclasses.fields(self)[1:]:
+            if type(getattr(self, field.name)) is not bool:
+                raise ValueError(f"{field.name} must be True or False, not {getattr(self, field.name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The convolution that a block as a whole is: its channels, stride, groups and dilation."""
+
+    in_channels: int
+    out_channels: int
+    stride: int
+    groups: int
+    dilation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedBlock:
+    """What the fusion of a branch needs to know of its block: the kernel's `[3, 3, per_group, channels]` and dtype."""
+
+    per_group: int
+    channels: int
+    dtype: Any
+    epsilon: float
+
+    def identity(self) -> Pair:
+        """Return the convolution that returns its input."""
+        kernel = identity_kernel(self.channels, self.channels // self.per_group, self.dtype)
+        return kernel, jnp.zeros(self.channels, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operation of a branch.
+
+    Attributes:
+      name: of its leaves inside the branch; empty if they are the branch's own.
+    """
+
+    name: str = ""
+    leaf: ClassVar[str] = ""
+    """What shows in `params` that the step is there, if it has no name."""
+
+    def layer(self, geometry: Geometry, channels: int) -> Layer | None:
+        """Return the layer with its leaves, for an input of so many channels; None if it has none."""
+        return None
+
+    def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, Array | None]:
+        """Return the result for `x + zero`, in two such parts if padding is still to come.
+
+        Args:
+          branch: what the step's module is part of.
+          x: `[N, H, W, C]`, padded with zeros.
+          zero: `[C]`, everywhere added to `x`, in the padding too; None for nothing.
+          train: use and update batch statistics.
+        """
+        raise NotImplementedError
+
+    def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        """Return the convolution that the chain is up to here, from what it was before; None stands for the image."""
+        raise NotImplementedError
+
+    def multiply_adds(self, kernel: Shape, in_pixels: int, out_pixels: int) -> int:
+        """Return those for one image of so many pixels before and after the block's stride."""
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Step):
+    """A convolution without bias.
+
+    Attributes:
+      size: rows and columns of its kernel, or one number for both.
+      keeps_resolution: the block's stride is left to a later step.
+      keeps_channels: as many outputs as inputs.
+    """
+
+    size: int | tuple[int, int] = 3
+    keeps_resolution: bool = False
+    keeps_channels: bool = False
+    leaf: ClassVar[str] = "kernel"
+
+    def layer(self, geometry: Geometry, channels: int) -> Layer:
+        outputs = channels if self.keeps_channels else geometry.out_channels
+        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return Layer(self.name, "conv", (*size, channels // geometry.groups, outputs), has_bias=False)
+
+    def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
+        geometry = branch.geometry
+        conv = Conv(
+            features=x.shape[-1] if self.keeps_channels else geometry.out_channels,
+            kernel_size=self.size,
+            stride=1 if self.keeps_resolution else geometry.stride,
+            groups=geometry.groups,
+            dilation=1 if self.size == 1 else geometry.dilation,
+            **branch.options(self),
+        )
+        return branch.module(self, conv)(x, train, zero), None
+
+    def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        kernel = params["kernel"]
+        pair = kernel, jnp.zeros(kernel.shape[3], kernel.dtype)
+        return pair if before is None else chain_1x1(before, pair, groups=before[0].shape[3] // kernel.shape[2])
+
+    def multiply_adds(self, kernel: Shape, in_pixels: int, out_pixels: int) -> int:
+        return math.prod(kernel) * (in_pixels if self.keeps_resolution else out_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization(Step):
+    """BN.
+
+    Attributes:
+      pads_later: a step that pads follows.
+    """
+
+    pads_later: bool = False
+    leaf: ClassVar[str] = "scale"
+
+    def layer(self, geometry: Geometry, channels: int) -> Layer:
+        return Layer(self.name, "bn", (channels,))
+
+    def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, Array | None]:
+        norm = branch.module(self, BatchNorm(epsilon=branch.epsilon, **branch.options(self)))
+        return norm.above_zero(x, train) if self.pads_later else (norm(x, train), None)
+
+    def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        kernel, bias = block.identity() if before is None else before
+        return fuse_conv_bn(kernel, params, stats, block.epsilon, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragePooling(Step):
+    """3x3 average pooling that counts its padding, after another step."""
+
+    def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
+        x = average_pool(x, branch.geometry.stride, branch.geometry.dilation)
+        return (x if zero is None else x + channelwise(zero)), None
+
+    def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        kernel, bias = block.identity() if before is None else before
+        return average_1x1(kernel), bias
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantScale(Step):
+    """Multiplication by the constant 1, whose leaf in `batch_stats` shows that the branch is there."""
+
+    def layer(self, geometry: Geometry, channels: int) -> Layer:
+        return Layer(self.name, "constant", ())
+
+    def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
+        return branch.module(self, Constant(**branch.options(self)))(x), None
+
+    def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        kernel, bias = block.identity() if before is None else before
+        return kernel * stats["scale"], bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One summand of a training-form block: `name` in the parameter tree, and its steps."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    def layers(self, geometry: Geometry) -> list[Layer]:
+        """Return its layers with leaves, their paths from the block on."""
+        return [layer for _, layer in self._layers(geometry)]
+
+    def multiply_adds(self, geometry: Geometry, in_pixels: int, out_pixels: int) -> int:
+        """Return those for one image of so many pixels before and after the block's stride."""
+        return sum(step.multiply_adds(layer.shape, in_pixels, out_pixels) for step, layer in self._layers(geometry))
+
+    def fuse(self, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
+        """Return the branch as a 3x3 convolution."""
+        pair = None
+        for step in self.steps:
+            own_params, own_stats = ((tree.get(step.name, {}) if step.name else tree) for tree in (params, stats))
+            pair = step.fuse(pair, own_params, own_stats, block)
+        assert pair is not None
+        return embed(pair[0]), pair[1]
+
+    def is_in(self, params: Tree) -> bool:
+        """Return whether a branch's tree has leaves for every step."""
+        return all((step.name or step.leaf) in params for step in self.steps if step.name or step.leaf)
+
+    def _layers(self, geometry: Geometry) -> Iterator[tuple[Step, Layer]]:
+        channels = geometry.in_channels
+        for step in self.steps:
+            layer = step.layer(geometry, channels)
+            if layer is not None:
+                channels = layer.shape[-1] if layer.shape else channels
+                yield step, dataclasses.replace(layer, path=f"{self.name}/{layer.path}".removesuffix("/"))
+
+
+class BranchModule(nn.Module):
+    """A branch as a Flax module, its steps one after another: `[N, H, W, C_in] -> [N, H / stride, W / stride, C_out]`.
+
+    Between two steps of which the second pads, the image is padded with what the first gives for zero, so that the
+    whole is one convolution (arXiv 2103.13425, transform III). In training that is the BN of the batch; the authors
+    take the running one.
+    """
+
+    steps: tuple[Step, ...]
+    geometry: Geometry
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        zero = None
+        for step in self.steps:
+            x, zero = step.compute(self, x, zero, train)
+        return x
+
+    def options(self, step: Step) -> dict[str, Any]:
+        """Return what every step's module is made with."""
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype) | ({"name": step.name} if step.name else {})
+
+    def module(self, step: Step, module: Any) -> Any:
+        """Return the step's module, whose leaves are the branch's own if the step has no name."""
+        if not step.name:
+            nn.share_scope(self, module)
+        return module
+
+
+DENSE = Branch("rbr_dense", (Convolution("conv", 3), Normalization("bn")))
+POINT = Branch("rbr_1x1", (Convolution("conv", 1), Normalization("bn")))
+BARE_POINT = Branch("rbr_1x1", (Convolution("", 1),))
+POINT_THEN_3X3 = Branch(
+    "dbb_1x1_3x3",
+    (
+        Convolution("conv1", 1, keeps_resolution=True, keeps_channels=True),
+        Normalization("bn1", pads_later=True),
+        Convolution("conv2", 3),
+        Normalization("bn2"),
+    ),
+)
+POINT_THEN_AVERAGE = Branch(
+    "dbb_1x1_avg",
+    (
+        Convolution("conv1", 1, keeps_resolution=True),
+        Normalization("bn1", pads_later=True),
+        AveragePooling(),
+        Normalization("bn2"),
+    ),
+)
+ROW = Branch("rbr_1x3", (Convolution("conv", (1, 3)), Normalization("bn")))
+COLUMN = Branch("rbr_3x1", (Convolution("conv", (3, 1)), Normalization("bn")))
+IDENTITY = Branch("rbr_identity", (Normalization(""),))
+CONSTANT_IDENTITY = Branch("rbr_identity", (ConstantScale(),))
+
+KINDS = (DENSE, POINT, BARE_POINT, POINT_THEN_3X3, POINT_THEN_AVERAGE, ROW, COLUMN, IDENTITY, CONSTANT_IDENTITY)
+"""Every kind, in the order in which a block sums them."""
+
+
+def branches_of(block: BlockKind, branches: Branches, may_be_identity: bool) -> tuple[Branch, ...]:
+    """Return what a training-form block sums, in order.
+
+    Args:
+      block: its kind.
+      branches: which branches it has.
+      may_be_identity: whether stride and channels allow an identity branch.
+    """
+    bare = block == "qarepvgg"
+    names = [DENSE.name, *(f"{DENSE.name}_{copy}" for copy in range(1, branches.dense_copies))]
+    chosen = [dataclasses.replace(DENSE, name=name) for name in names]
+    if branches.point:
+        chosen.append(BARE_POINT if bare else POINT)
+    if branches.dbb_1x1_3x3:
+        chosen.append(POINT_THEN_3X3)
+    if branches.dbb_1x1_avg:
+        chosen.append(POINT_THEN_AVERAGE)
+    if branches.strips:
+        chosen += [ROW, COLUMN]
+    if branches.identity and may_be_identity:
+        chosen.append(CONSTANT_IDENTITY if bare else IDENTITY)
+    return tuple(chosen)
+
+
+def is_branch(name: str) -> bool:
+    """Return whether that part of a training-form block is fused away."""
+    return name.startswith(("rbr_", "dbb_")) or name == SUM_BN
+
+
+def branch_in_tree(name: str, params: Tree) -> Branch | None:
+    """Return the kind of branch that a tree holds under `name`, as its leaves show; None if it is of no kind."""
+    kinds = (kind for kind in KINDS if kind.name == re.sub(r"^rbr_dense_\d+$", DENSE.name, name))
+    return next((kind for kind in kinds if kind.is_in(params)), None)

@@ -1,0 +1,150 @@
+"""The Flax layers that branches and heads are made of, with PyTorch's statistics, padding and initial values."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..broadcasting import channelwise
+from ..conv.deploy import deploy_conv
+from ..conv.training import training_conv
+from .kernel_algebra import BN_EPSILON, constant_response, embed
+
+Dtype = Any
+
+BN_MOMENTUM = 0.9  # PyTorch's momentum 0.1: it weighs the new value, Flax's the old
+
+# PyTorch's kaiming_uniform(a=sqrt(5)): uniform with bound 1 / sqrt(fan_in).
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default bias initialiser: uniform with bound 1 / sqrt(fan_in), the kernel's fan-in."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return (2 * bound) * nn.initializers.uniform(1.0)(key, shape, dtype) - bound
+
+    return init
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over `[N, H, W, C]` with PyTorch's running statistics (`torch.nn.BatchNorm2d`).
+
+    Batches are normalised with the biased variance; the *running* variance is the unbiased one, n / (n - 1),
+    which `flax.linen.BatchNorm` does not keep. Statistics are float32 (or wider) whatever `dtype` is.
+    """
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms(x, train))
+        return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
+
+    def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
+        mean, factor, bias = self._terms(x, train)
+        from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
+        return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
+
+    @nn.compact
+    def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
+        """`mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
+        channels = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
+
+        if train:
+            wide = x.astype(self.param_dtype)
+            mean = wide.mean((0, 1, 2))
+            var = jnp.square(wide - channelwise(mean, x.ndim)).mean((0, 1, 2))
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
+                running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+
+        return mean, scale * lax.rsqrt(var + self.epsilon), bias
+
+
+class Conv(nn.Module):
+    """Convolution without bias, padded as PyTorch pads: leaf `kernel [h, w, C_in / groups, C_out]`.
+
+    A kernel of 1x3 or 3x1 is computed as the 3x3 one that it is part of.
+    `pedestal` `[C_in]` is a value that is everywhere added to `x`, in the padding too.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
+        size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
+        compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
+        kernel = (kernel if size[0] == size[1] else embed(kernel)).astype(self.dtype)
+        y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
+        return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, padded as PyTorch pads, then BatchNorm (the authors' `conv_bn`)."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    epsilon: float = BN_EPSILON
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
+        x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
+        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
+
+
+class Constant(nn.Module):
+    """`x` times the constant leaf `scale []` in `batch_stats`, which is 1."""
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        del train
+        scale = self.variable("batch_stats", "scale", jnp.ones, (), self.param_dtype)
+        return x * scale.value.astype(self.dtype)
+
+
+def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
+    """3x3 average pooling that counts its zero padding (`torch.nn.AvgPool2d(3, stride, 1)`), pixels `dilation` apart.
+
+    `[N, H, W, C] -> [N, ceil(H / stride), ceil(W / stride), C]`.
+    """
+    pad = (dilation, dilation)
+    total = lax.reduce_window(
+        x,
+        0.0,
+        lax.add,
+        window_dimensions=(1, 3, 3, 1),
+        window_strides=(1, stride, stride, 1),
+        padding=((0, 0), pad, pad, (0, 0)),
+        window_dilation=(1, dilation, dilation, 1),
+    )
+    return total / 9

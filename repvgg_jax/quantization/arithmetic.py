@@ -1,0 +1,153 @@
+"""How a layer of quantised numbers is computed: by XLA, or by native convolutions with the kernels packed for them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+
+from ..broadcasting import channelwise
+from ..conv import native
+from ..conv.xla import DIMENSION_NUMBERS
+from ..net.variants import BlockSpec, Variant
+from .stack import LINEAR, geometry, linear_map, with_readers
+
+SHIFT = 128
+"""Between int8 and uint8."""
+
+
+def is_quantized(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer of `QuantizedNet.params` computes in integers."""
+    return "kernel_scale" in layer
+
+
+class Arithmetic(Protocol):
+    """How a quantised layer of the body is computed. All give the same integers."""
+
+    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
+        """Products of uint8 or int8 `x`, their sum and the bias: int32, or float32 that holds the same."""
+        ...
+
+    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
+        """`totals` times `factor` (`[O]`), rounded and saturated to uint8."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InXla:
+    """XLA's convolutions, of integers or of floats that hold them."""
+
+    integer: bool
+
+    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
+        """See `accumulate`."""
+        return accumulate(spec, x, layer, self.integer)
+
+    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
+        """In float32, ties to even."""
+        return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * channelwise(factor))
+
+
+def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integer: bool) -> Array:
+    """Products, their sum and the bias: int32, or the same integers in float32.
+
+    Args:
+      spec: the block; None for the classifier.
+      x: uint8 or int8 `[N, H, W, C]` or `[N, C]`.
+      layer: quantised.
+      integer: int8 x int8 -> int32. Unsigned inputs are shifted by 128 for that, which the sum of the weights
+        takes back.
+    """
+    kernel, bias = layer["kernel"], layer["bias"]
+    if not integer:
+        products = linear_map(geometry(spec), x.astype(jnp.float32), kernel.astype(jnp.float32))
+        return products + channelwise(bias.astype(jnp.float32), products.ndim)
+    shift = SHIFT if x.dtype == jnp.uint8 else 0
+    signed = (x.astype(jnp.int32) - shift).astype(jnp.int8)
+    if shift:
+        bias = bias + shift * kernel.astype(jnp.int32).sum(tuple(range(kernel.ndim - 1)))
+    bias = channelwise(bias, x.ndim)
+    if spec is None:
+        return lax.dot(signed, kernel, preferred_element_type=jnp.int32) + bias
+    padding = spec.dilation * (kernel.shape[0] // 2)
+    # Real zeros lie around the image, which the shift has made -128.
+    signed = lax.pad(signed, jnp.int8(-shift), ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
+    return bias + lax.conv_general_dilated(
+        signed,
+        kernel,
+        (spec.stride, spec.stride),
+        "VALID",
+        rhs_dilation=(spec.dilation, spec.dilation),
+        dimension_numbers=DIMENSION_NUMBERS,
+        feature_group_count=spec.groups,
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _saturate(x: Array) -> Array:
+    """Rounded to uint8."""
+    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
+
+
+def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
+    """`QuantizedNet.params` with what the native convolution wants in place of the kernels of the layers that it takes.
+
+    The classifier's integers become float32, as its product is computed in.
+    """
+    packed = dict(params)
+    for spec, following in with_readers(variant.blocks(in_channels)):
+        takes = spec.dilation == 1 and native.supports_int8(spec.in_channels, spec.groups)
+        if takes and is_quantized(params[spec.name]):
+            packed[spec.name] = pack_layer(spec, params[spec.name], params.get(following, {}).get("input_scale", 1))
+    if is_quantized(packed[LINEAR]):
+        packed[LINEAR] = packed[LINEAR] | {"kernel": np.asarray(packed[LINEAR]["kernel"], np.float32)}
+    return packed
+
+
+def pack_layer(spec: BlockSpec, layer: Mapping[str, Any], next_scale: Any) -> dict[str, Any]:
+    """One quantised layer, for a next one whose input has the scale `next_scale`."""
+    kernel, bias = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
+    if spec.name == "stage0":  # its int8 image is shifted to be unsigned, which the bias takes back
+        bias = bias - SHIFT * kernel.astype(np.int32).sum((0, 1, 2))
+    unit = np.float32(layer["input_scale"]) * np.asarray(layer["kernel_scale"], np.float32)
+    return {name: leaf for name, leaf in layer.items() if name not in ("kernel", "bias")} | {
+        "packed": native.pack_int8_kernel(kernel, spec.groups),
+        "padded_bias": native.pad_channels(bias, spec.groups),
+        "padded_factor": native.pad_channels(unit / np.float32(next_scale), spec.groups),
+    }
+
+
+class NativeIntegers:
+    """`Arithmetic` by `native.convolve_int8`, on parameters from `pack_layers`; by XLA where it takes none."""
+
+    _other = InXla(integer=False)
+
+    def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
+        """int32."""
+        return _convolve(spec, x, layer, jnp.int32) if "packed" in layer else self._other.totals(spec, x, layer)
+
+    def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
+        """uint8; the factor is the one that was packed."""
+        if "packed" not in layer:
+            return self._other.rounded(spec, x, layer, factor)
+        return _convolve(spec, x, layer, jnp.uint8)
+
+
+def _convolve(spec: BlockSpec, x: Array, layer: Mapping[str, Any], dtype: Any) -> Array:
+    zero = 0
+    if x.dtype == jnp.int8:
+        zero, x = SHIFT, jax.lax.bitcast_convert_type(x ^ jnp.int8(-SHIFT), jnp.uint8)
+    return native.convolve_int8(
+        x,
+        layer["packed"],
+        layer["padded_bias"],
+        layer["padded_factor"],
+        outputs=spec.out_channels,
+        stride=spec.stride,
+        groups=spec.groups,
+        zero=zero,
+        dtype=dtype,
+    )

@@ -1,0 +1,14 @@
+"""Tables as text."""
+
+from collections.abc import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Return the rows as lines, their cells in columns; `right` aligns all columns but the first at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.rjust(w) if right and n else cell.ljust(w) for n, (cell, w) in enumerate(cells)).rstrip()
+
+    return [line(row) for row in rows]

@@ -1,0 +1,31 @@
+"""Claim: the cost model's plans for RepVGG-A0 on a CPU are these; a change of a constant or a rule shows here."""
+
+import pytest
+
+from repvgg_jax.conv import native
+from repvgg_jax.inference.plan import default_plan
+from repvgg_jax.net.variants import get_variant
+
+
+def stages(plan) -> list[str]:
+    """The algorithms of each stage in order, those that follow one another alike named once."""
+    algorithms = [[layer.algorithm for layer in stage.layers] for stage in plan.stages]
+    return [", ".join(a for n, a in enumerate(names) if names[n - 1 : n] != [a]) for names in algorithms]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "dtype", "expected"),
+    [
+        (1, "float32", ["native", *["native, native_winograd4"] * 2, "native, native_winograd2", "native"]),
+        (16, "float32", ["native", *["native, native_winograd4"] * 3, "native"]),
+        (1, "float64", ["direct", "direct", "direct, winograd2", "direct", "direct"]),
+        (16, "float64", ["direct", *["direct, winograd4"] * 2, "im2col, winograd2", "im2col"]),
+        (16, "bfloat16", ["direct"] * 5),
+    ],
+)
+def test_the_cost_models_choices(batch_size, dtype, expected):
+    if dtype == "float32" and not native.available():
+        pytest.skip("no C++ compiler")
+    plan = default_plan(get_variant("RepVGG-A0"), batch_size, (224, 224), dtype=dtype)
+    assert stages(plan) == expected
+    assert {stage.portion for stage in plan.stages} == {batch_size}
