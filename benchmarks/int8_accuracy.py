@@ -33,10 +33,10 @@ from repvgg_jax.net.branches import BlockKind
 from repvgg_jax.preprocess import decode_image, normalize
 from train import data
 from train.cluster import stop_signal
-from train.config import PRESETS, Config
 from train.data.sources import Source
 from train.data.transforms import random_affine
 from train.main import train
+from train.recipe import PRESETS, Recipe
 
 SIZE = 32
 QUIET_SHARE, QUIET = 0.1, 0.1
@@ -75,7 +75,7 @@ def make_hard(model: rv.RepVGG, path: Path) -> None:
     rv.save_weights(path, model, variables)
 
 
-def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) -> Config:
+def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) -> Recipe:
     """The digits preset in a folder of its own."""
     preset = PRESETS["digits"]
     warmup, rate = changes.pop("warmup_epochs", 2), changes.pop("learning_rate", preset.optimizer.learning_rate)
@@ -105,7 +105,7 @@ def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
     return files | {"qat": workdir / "qat" / "int8.safetensors"}
 
 
-def finish(config: Config) -> None:
+def finish(config: Recipe) -> None:
     """Train to the end, or leave as SIGTERM asks to."""
     if train(config) is None:
         sys.exit(128 + stop_signal())
@@ -147,7 +147,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     workdir.mkdir(parents=True, exist_ok=True)
     files = trained(workdir, arguments)
     preprocessing = rv.inspect_weights(files["repvgg"]).preprocessing
-    digits = data.load("digits", image_size=SIZE, data_dir=workdir / "data", evaluation_only=True)
+    digits = data.open_dataset("digits", image_size=SIZE, data_dir=workdir / "data", evaluation_only=True)
     pixels, labels = distorted(digits.test, arguments.copies)
     images = normalize(pixels, preprocessing)
     calibration = calibration_images("digits", preprocessing, arguments.calibration_images)

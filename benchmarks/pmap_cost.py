@@ -31,9 +31,9 @@ def main() -> None:
 
     import repvgg_jax as rv
     from repvgg_jax.preprocess import Preprocessing
-    from train.config import PRESETS
     from train.optimizer import learning_rate_schedule, make_optimizer
     from train.parallel import AXIS, parallel, replicate
+    from train.recipe import PRESETS
     from train.state import create_state
     from train.step import make_train_step
 

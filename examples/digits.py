@@ -23,6 +23,7 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax.files import atomic_path
+from repvgg_jax.predict import softmax
 from repvgg_jax.preprocess import normalize
 from train import data
 
@@ -43,7 +44,9 @@ class Arguments:
 
 def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
     """All test digits as the network wants them, uint8 `[N, H, W, 3]`, and their labels `[N]`."""
-    dataset = data.load("digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True)
+    dataset = data.open_dataset(
+        "digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True
+    )
     with data.eval_batches(
         dataset.test, batch_size=len(dataset.test), local_device_count=1, preprocessing=info.preprocessing
     ) as batches:
@@ -110,9 +113,8 @@ def compare(arguments: Arguments) -> None:
     )
 
     shown = np.random.default_rng(0).permutation(len(labels))[:32]
-    exp = np.exp(fused_logits[shown] - fused_logits[shown].max(-1, keepdims=True))
     names = info.class_names or tuple(map(str, range(info.num_classes)))
-    draw(images[shown], labels[shown], exp / exp.sum(-1, keepdims=True), names, run / "predictions.png")
+    draw(images[shown], labels[shown], softmax(fused_logits[shown]), names, run / "predictions.png")
     folder = run / "digits"
     folder.mkdir(exist_ok=True)
     for number in shown[:4]:

@@ -98,7 +98,7 @@ def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[
     write = None
     for names, logits in outputs:
         write = write or prediction_writer(arguments.format, sys.stdout)
-        for name, row in zip(names, _softmax(logits), strict=True):
+        for name, row in zip(names, softmax(logits), strict=True):
             best = np.argsort(-row, kind="stable")[: arguments.top].tolist()
             write(name, [Guess(i, info.class_names[i] if info.class_names else None, float(row[i])) for i in best])
         sys.stdout.flush()
@@ -183,7 +183,7 @@ def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: O
     return make_predictor(model, variables, batch_size, size, output=output)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """`[N, classes]` in float64."""
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the classes' probabilities, float64 `[N, classes]`."""
     exponentials = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)

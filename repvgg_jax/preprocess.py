@@ -42,6 +42,12 @@ IMAGE_SUFFIXES = (
 """What the names of image files end with, in lower case: PIL's suffixes of `IMAGE_FORMATS`, torchvision's among them.
 Without `.pfm`, whose numbers have no fixed range."""
 
+
+def in_grey(numbers: tuple[float, ...]) -> tuple[float]:
+    """Return the mean or deviation of grey input: the mean over the colours, as timm has it."""
+    return (sum(numbers) / len(numbers),)
+
+
 _WHOLE_FROM = 320  # pixels: nothing is cropped off the shorter side of images evaluated at this size or a larger one
 
 

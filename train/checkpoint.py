@@ -168,9 +168,9 @@ class Checkpoints:
         described = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
         saved = RunFacts(**described["facts"])
         template = _template(fresh, saved.devices)
-        expected, found = _shapes(template), described["shapes"]
-        if found != expected:
-            first, *more = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+        expected, in_file = _shapes(template), described["shapes"]
+        if in_file != expected:
+            first, *more = sorted(p for p in expected.keys() | in_file.keys() if expected.get(p) != in_file.get(p))
             raise _UnfittingError(f"it is of another model or optimizer ({first} and {len(more)} more differ)")
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
         tree = jax.tree.map(np.asarray, tree)
@@ -288,10 +288,12 @@ def _to_devices(tree: dict[str, Any], fresh: TrainState) -> TrainState:
     """A checkpoint's content as the parallel step takes it."""
     leaves = [tree["opt_state"][key] for key in sorted(tree["opt_state"])]
     tree = tree | {"opt_state": jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)}
-    return TrainState(**{name: (_own if name in PER_DEVICE else replicate)(value) for name, value in tree.items()})
+    return TrainState(
+        **{name: (_to_each_device if name in PER_DEVICE else replicate)(value) for name, value in tree.items()}
+    )
 
 
-def _own(stats: Any) -> Any:
+def _to_each_device(stats: Any) -> Any:
     """Each device its own statistics, or all of them the average where they were those of more or fewer devices."""
     devices = jax.device_count()
     if len(jax.tree.leaves(stats)[0]) != devices:

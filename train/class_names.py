@@ -42,8 +42,8 @@ def difference(of_file: Sequence[str], of_data: Sequence[str]) -> str:
     sides = (("the file", of_file, of_data), ("the data", of_data, of_file))
     parts = []
     for side, names, others in sides:
-        known = set(map(_composed, others))
-        alone = [name for name in names if _composed(name) not in known]
+        other_side = set(map(_composed, others))
+        alone = [name for name in names if _composed(name) not in other_side]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             parts.append(f"only in {side}: {', '.join(alone[:3])}{more}")

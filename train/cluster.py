@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from repvgg_jax import interrupts
 from repvgg_jax.errors import ConfigError
 
-from .config import ClusterConfig
 from .parallel import sum_over_processes
+from .recipe import ClusterOptions
 
 HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long counts as dead, and the others stop."""
@@ -21,13 +21,13 @@ HEARTBEAT_SECONDS = 30
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "MEGASCALE_NUM_SLICES")
 
 
-def start(config: ClusterConfig) -> None:
+def start(options: ClusterOptions) -> None:
     """Join the other processes, if there are any. Must run before anything touches a device.
 
     Raises:
       ConfigError: flags that do not fit together, or a cluster that does not answer.
     """
-    flags = (config.coordinator_address, config.num_processes, config.process_id)
+    flags = (options.coordinator_address, options.num_processes, options.process_id)
     if all(flag is None for flag in flags) and not in_cluster():
         return
     if any(flag is None for flag in flags) and not in_cluster():
@@ -37,7 +37,7 @@ def start(config: ClusterConfig) -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"cannot join the cluster at {config.coordinator_address or 'its own address'}: {reason}"
+            f"cannot join the cluster at {options.coordinator_address or 'its own address'}: {reason}"
         ) from error
 
 

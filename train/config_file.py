@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
+from repvgg_jax.weights.architecture import MAX_BLOCKS
+from repvgg_jax.weights.header import variant_from_json, variant_to_json
 
-from .config import ClusterConfig, Config, RunConfig
+from .data.datasets import row_of
+from .recipe import ClusterOptions, ModelOptions, Recipe, RunOptions
 
 # Options that may change between the start of a run and its resumption: none of them moves the weights. Whether the
 # data are the same ones, in another place or not, is compared by `RunFacts`.
@@ -22,13 +25,21 @@ _FREE = {
     ("input", "workers"),
     ("input", "strict"),
     ("input", "prefetch"),
-    *(("run", field.name) for field in dataclasses.fields(RunConfig) if field.name != "seed"),
-    *(("cluster", field.name) for field in dataclasses.fields(ClusterConfig)),
+    *(("run", field.name) for field in dataclasses.fields(RunOptions) if field.name != "seed"),
+    *(("cluster", field.name) for field in dataclasses.fields(ClusterOptions)),
 }
 
+# Options that say what net it is, in one of several ways: the nets are compared.
+_OF_THE_NET = [
+    field.name
+    for field in dataclasses.fields(ModelOptions)
+    if field.name not in ("dtype", "remat", "dropout", "quantization")
+]
+_NET = "architecture"
 
-def save_or_compare(config: Config, workdir: Path) -> None:
-    """Write `workdir/config.json`, or hold `config` to the one a run there was started with.
+
+def save_or_compare(recipe: Recipe, workdir: Path) -> None:
+    """Write `workdir/config.json`, or hold `recipe` to the one a run there was started with.
 
     A run that has not come to its first checkpoint has nothing to resume, and gives way.
 
@@ -36,18 +47,10 @@ def save_or_compare(config: Config, workdir: Path) -> None:
       ConfigError: an option that moves the weights has changed, or the file is damaged.
     """
     path = workdir / "config.json"
-    current, default = _as_json(config), _as_json(Config())
+    current = _as_json(recipe)
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         try:
-            earlier: Any = json.loads(path.read_text(encoding="utf-8"))
-            # A run may be older than an option: it did what the option does by default.
-            earlier = {group: values | earlier.get(group, {}) for group, values in default.items()}
-            changes = [
-                f"{name} {earlier[group][name]} -> {value}"
-                for group, values in current.items()
-                for name, value in values.items()
-                if (group, name) not in _FREE and earlier[group][name] != value
-            ]
+            changes = _changes(json.loads(path.read_text(encoding="utf-8")), current)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
         if changes:
@@ -59,6 +62,34 @@ def save_or_compare(config: Config, workdir: Path) -> None:
         temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
 
 
+def _changes(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Describe what moves the weights and differs. A run older than an option did what the option does by default."""
+    earlier = _settled({group: default | earlier.get(group, {}) for group, default in _fields(Recipe()).items()})
+    changes = [
+        f"{name} {value} -> {current[group][name]}"
+        for group, values in earlier.items()
+        for name, value in values.items()
+        if (group, name) not in _FREE and name not in {*_OF_THE_NET, _NET} and value != current[group][name]
+    ]
+    before, now = earlier["model"], current["model"]
+    net, other_net = _net(before), _net(now)
+    if net != other_net and before["model"] != now["model"]:
+        return [f"model {before['model']} -> {now['model']}", *changes]
+    return [f"{name} {net[name]} -> {value}" for name, value in other_net.items() if net[name] != value] + changes
+
+
+def _net(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The net that a file's model options are for, but for what it is called and how it is evaluated."""
+    if _NET in options:
+        variant = variant_from_json({"variant": options[_NET]}, "config.json", MAX_BLOCKS, None)
+    else:  # written before architectures could be read from files
+        variant = ModelOptions(**{name: options[name] for name in _OF_THE_NET if name in options}).variant
+    fields = dataclasses.asdict(variant)
+    for name in ("name", "published", "image_size", "crop_fraction"):
+        del fields[name]
+    return fields | fields.pop("branches")
+
+
 def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
     """What to do for more epochs: the schedule that the run has followed is of as many as it was started with."""
     if not any(change.startswith("epochs ") for change in changes):
@@ -66,6 +97,23 @@ def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
     return f", and to train this run's net further, once it is finished, give --init {workdir / 'final.safetensors'}"
 
 
-def _as_json(config: Config) -> dict[str, Any]:
-    """As `config.json` has it: lists, not tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """As `config.json` has it, with what the model's file and the data set's row say."""
+    fields = _settled(_fields(recipe))
+    fields["model"][_NET] = variant_to_json(recipe.model.variant)
+    return fields
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """The options as JSON types: lists, not tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def _settled(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with what moves the weights of the data set's row, where no option says otherwise."""
+    options, row = fields["input"], row_of(fields["input"]["data"])
+    columns = {"image_size": row.train_size, "mean": row.mean, "std": row.std, "train_transform": row.train_transform}
+    for name, value in columns.items():
+        if options[name] is None:
+            options[name] = list(value) if isinstance(value, tuple) else value
+    return fields

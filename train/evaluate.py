@@ -21,6 +21,7 @@ from repvgg_jax.inference.predictor import Predictor
 from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
+from repvgg_jax.weights.architecture import expected_variant
 from repvgg_jax.weights.hub import weights_path
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 from repvgg_jax.weights.options import WeightsOptions
@@ -137,7 +138,7 @@ class Arguments:
     weights: tyro.conf.Positional[str]
     """The weight file."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Variant the file must hold."""
+    """Variant the file must hold: one of `rv.list_models()`, or NET.json or a weight file for its architecture."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
     """Side of the evaluation crops, pixels; the weight file's own if not given. As the authors do, the shorter side is
@@ -195,7 +196,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             f"{preprocessing.resize_size} on the shorter side",
             file=sys.stderr,
         )
-    dataset = data.load(
+    dataset = data.open_dataset(
         arguments.data,
         image_size=preprocessing.image_size,
         data_dir=arguments.data_dir,
@@ -246,10 +247,11 @@ def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.Qu
     """What to evaluate, in the form asked for."""
     if arguments.form == "train" and info.deploy:
         raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
+    expected = expected_variant("--arch", arguments.arch)
     if info.quantized:
-        net = rv.load_quantized(arguments.weights, arguments.arch)
+        net = rv.load_quantized(arguments.weights, expected)
         return net, net.variables
-    model, variables = rv.load_weights(arguments.weights, arguments.arch, **arguments.options.reading)
+    model, variables = rv.load_weights(arguments.weights, expected, **arguments.options.reading)
     if arguments.form == "deploy" and not model.deploy:
         return rv.to_deploy(model, variables)
     return model, variables

@@ -7,22 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
-import repvgg_jax as rv
-from repvgg_jax.weights.header import TRAINING, Header
-
-from . import data
-from .checkpoint import Checkpoints, RunFacts
+from .checkpoint import Checkpoints
 from .cluster import Preemption
-from .config import Config
-from .data.fingerprint import data_fingerprint, fingerprint
-from .data.transforms import Transform
 from .evaluate import Evaluation, Evaluator
-from .metrics import MetricsLog
+from .metrics import MetricsLog, SilentLog
 from .mixing import mix
-from .parallel import AXIS, mean_over_devices, parallel
+from .parallel import AXIS, parallel
 from .progress import RunProgress
+from .run import FORMS, Run, trained_forms
 from .state import TrainState
 from .step import make_train_step
 from .utilization import peak_flops, training_flops
@@ -33,46 +26,11 @@ PROFILED_STEPS = range(10, 15)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same from a run's first step to its last."""
-
-    config: Config
-    dataset: data.DataSet
-    model: rv.RepVGG
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    transform: Transform
-    workdir: Path
-    steps_per_epoch: int
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.config.optimizer.epochs * self.steps_per_epoch
-
-    @functools.cached_property
-    def facts(self) -> RunFacts:
-        """What a checkpoint must agree with."""
-        options, train = self.config.optimizer, self.dataset.train
-        names = tuple(self.dataset.class_names)
-        net = Header(TRAINING, self.model.variant, self.model.num_classes, self.dataset.preprocessing, names)
-        return RunFacts(
-            self.config.run.seed,
-            options.batch_size,
-            len(train),
-            jax.device_count(),
-            classes=fingerprint(*train.class_names),
-            images=data_fingerprint(train),
-            net=net.to_json(),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Watchers:
     """Who hears of a run's progress."""
 
     evaluator: Evaluator
-    log: MetricsLog
+    log: MetricsLog | SilentLog
     progress: RunProgress
     checkpoints: Checkpoints
 
@@ -92,7 +50,7 @@ def run_steps(
       RepVGGError: the loss is not finite, or a checkpoint cannot be written.
     """
     step_function = parallel(make_step(run), donate=True)
-    options, total_steps = run.config.run, run.total_steps
+    options, total_steps = run.recipe.run, run.total_steps
     window = make_window(run)
     trace = Trace(run.workdir / "profile", start_step) if options.profile else None
     for step in range(start_step + 1, total_steps + 1):
@@ -127,7 +85,7 @@ def run_steps(
 
 def make_step(run: Run) -> Callable[..., Any]:
     """The run's train step on one device."""
-    options = run.config.optimizer
+    options = run.recipe.optimizer
     mixing = None
     if options.mixup or options.cutmix:
         mixing = functools.partial(mix, mixup_alpha=options.mixup, cutmix_alpha=options.cutmix)
@@ -141,33 +99,21 @@ def make_step(run: Run) -> Callable[..., Any]:
         mixing=mixing,
         accumulate=options.accumulate,
         ema_decay=options.ema_decay,
-        seed=run.config.run.seed,
+        seed=run.recipe.run.seed,
         axis_name=AXIS,
     )
 
 
 def make_window(run: Run) -> Window:
     """A window that knows what the steps cost and what the devices could do."""
-    config = run.config
-    peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
-    cost = training_flops(run.model.variant, config.input.image_size, run.dataset.num_classes)
-    return Window(config.optimizer.batch_size, cost, None if peak is None else peak * jax.device_count())
-
-
-def averaged(variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables with BN statistics averaged over all devices, as evaluation and saving want them."""
-    return variables | {"batch_stats": mean_over_devices(variables["batch_stats"])}
-
-
-def forms(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The weights to evaluate: the trained ones and, where there is one, their moving average."""
-    found = {"train": averaged(state.variables)}
-    return found if state.ema_params is None else found | {"ema": averaged(state.ema_variables)}
+    peak = peak_flops(jax.devices()[0].device_kind, run.recipe.model.dtype)
+    cost = training_flops(run.model.variant, run.dataset.train_size, run.dataset.num_classes)
+    return Window(run.recipe.optimizer.batch_size, cost, None if peak is None else peak * jax.device_count())
 
 
 def evaluate(run: Run, state: TrainState, step: int, watchers: Watchers) -> float:
     """Evaluate the trained weights and their moving average; the better top-1."""
-    results = {form: watchers.evaluator(variables) for form, variables in forms(state).items()}
+    results = {form: watchers.evaluator(variables) for form, variables in trained_forms(state).items()}
     for form, result in results.items():
         record_evaluation(result, form, step, step / run.steps_per_epoch, watchers)
     return max(result.top1 for result in results.values())
@@ -179,18 +125,9 @@ def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, wa
     row |= {name: getattr(result, name) for name in ("top1", "top5", "loss", "images")}
     watchers.log.write(row, f"test_{form}")
     watchers.progress.note(
-        f"epoch {epoch:g}: {FORM_NAMES[form]}, top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} %, "
+        f"epoch {epoch:g}: {FORMS[form].title}, top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} %, "
         f"loss {result.loss:.4f}, {result.images} test images"
     )
-
-
-FORM_NAMES = {
-    "train": "train form",
-    "deploy": "deploy form",
-    "ema": "moving average",
-    "ema_deploy": "its deploy form",
-    "int8": "INT8 form",
-}
 
 
 class Trace:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # generated
@@ -75,18 +75,11 @@ class MetricsLog:
         self._workdir = workdir
         with self._written():
             # Both are written from this thread and at once, so that a full disk is heard of here.
-            self._file: BinaryIO | None = path.open("ab", buffering=0)
-            self._events: EventsWriter | None = EventsWriter(str(workdir / "events"))
+            self._file = path.open("ab", buffering=0)
+            self._events = EventsWriter(str(workdir / "events"))
             if start_step:  # TensorBoard forgets the steps from here on
                 self._add_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
                 self._events.flush()
-
-    @classmethod
-    def silent(cls) -> "MetricsLog":
-        """A log that writes nothing: of several processes, all but the first have this one."""
-        log = cls.__new__(cls)
-        log._file = log._events = None
-        return log
 
     def write(self, row: Row, prefix: str) -> None:
         """Append one row; TensorBoard shows its numbers as `PREFIX/NAME`.
@@ -94,8 +87,6 @@ class MetricsLog:
         Raises:
           RepVGGError: the disk is full, or the folder cannot be written to any more.
         """
-        if self._file is None or self._events is None:
-            return
         clean = {name: _rounded(value) for name, value in row.items()}
         with self._written():
             if not os.fstat(self._file.fileno()).st_nlink:  # somebody has removed the file: the rest goes to a new one
@@ -109,13 +100,11 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both; everything is written already."""
-        if self._file is not None and self._events is not None:
-            self._file.close()
-            with suppress(OSError):  # what could not be written has been told of
-                self._events.close()
+        self._file.close()
+        with suppress(OSError):  # what could not be written has been told of
+            self._events.close()
 
     def _add_event(self, event: Event) -> None:
-        assert self._events is not None
         event.wall_time = time.time()
         self._events.write_event(event)
 
@@ -125,6 +114,16 @@ class MetricsLog:
             yield
         except OSError as error:
             raise RepVGGError(f"cannot write the metrics to {self._workdir}: {error.strerror or error}") from error
+
+
+class SilentLog:
+    """A log that writes nothing: of several processes, all but the first have this one."""
+
+    def write(self, row: Row, prefix: str) -> None:
+        """Do as `MetricsLog.write`, without a trace."""
+
+    def close(self) -> None:
+        """Close nothing."""
 
 
 def _rounded(value: Any) -> Any:

@@ -46,35 +46,18 @@ def mix(
     drawn = jax.random.uniform(place_key, (2,))
     place = (drawn * jnp.array(images.shape[1:3], drawn.dtype)).astype(jnp.int32)
     # Not `lax.cond`, for which some backends ask the host: all three are cheap.
-    weights = jnp.where(by_cutmix, _outside(images.shape, share, place), share)
-    return _mixed(images, targets, weights)
+    weights = jnp.where(by_cutmix, outside_rectangle(images.shape, share, place), share)
+    return blend_with_partner(images, targets, weights)
 
 
-def mixup(images: Array, targets: Array, share: Array | float) -> tuple[Array, Array]:
-    """`share` of every image and target, and the rest of its partner's.
-
-    Args:
-      images: float [N, H, W, C].
-      targets: float [N, classes].
-      share: lambda, in 0..1.
-    """
-    return _mixed(images, targets, jnp.full((1, 1, 1, 1), share))
-
-
-def cutmix(images: Array, targets: Array, share: Array | float, center: Array) -> tuple[Array, Array]:
-    """Every image with a rectangle of its partner's pixels, and the targets by the area that is left of it.
+def outside_rectangle(shape: tuple[int, ...], share: Array | float, center: Array) -> Array:
+    """Return CutMix's weights: 0 inside a rectangle of each image and 1 outside, float32 `[1, H, W, 1]`.
 
     Args:
-      images: float [N, H, W, C].
-      targets: float [N, classes].
+      shape: the images', `[N, H, W, C]`.
       share: lambda: the rectangle has 1 - lambda of the image's area before the image's border cuts it.
       center: int [2], row and column of the rectangle's middle.
     """
-    return _mixed(images, targets, _outside(images.shape, share, center))
-
-
-def _outside(shape: tuple[int, ...], share: Array | float, center: Array) -> Array:
-    """1 outside CutMix's rectangle and 0 inside, float32 [1, H, W, 1]."""
     insides = []
     for length, middle in zip(shape[1:3], center, strict=True):
         side = (length * jnp.sqrt(1 - share)).astype(jnp.int32)
@@ -85,8 +68,15 @@ def _outside(shape: tuple[int, ...], share: Array | float, center: Array) -> Arr
     return 1.0 - inside.astype(jnp.float32)
 
 
-def _mixed(images: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    """Each with its partner, pixel by pixel; a target by the mean of the weights."""
+def blend_with_partner(images: Array, targets: Array, weights: Array | float) -> tuple[Array, Array]:
+    """Return `weights` of every image, pixel by pixel, and the rest of its partner's; targets by the weights' mean.
+
+    Args:
+      images: float [N, H, W, C].
+      targets: float [N, classes].
+      weights: in 0..1; one number (mixup's lambda), or `[1, H, W, 1]`.
+    """
+    weights = jnp.asarray(weights)
     return _blend(images, weights), _blend(targets, weights.mean())
 
 

@@ -1,23 +1,25 @@
 """SGD as the recipe runs it: decay before momentum, cosine schedule per step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import optax
 
-from .config import FineTuneConfig, OptimizerConfig
+from repvgg_jax.net.variants import Variant
+
+from .recipe import OptimizerOptions
 
 REFERENCE_BATCH = 256
 """Global batch that the recipes' learning rates belong to."""
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate_schedule(options: OptimizerOptions, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then a cosine to 0 at the last step.
 
     The peak is scaled linearly with the global batch (paper section 4.1: 0.1 at 256).
     """
-    peak = config.learning_rate * config.batch_size / REFERENCE_BATCH
-    warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    peak = options.learning_rate * options.batch_size / REFERENCE_BATCH
+    warmup, total = round(options.warmup_epochs * steps_per_epoch), options.epochs * steps_per_epoch
     cosine = optax.cosine_decay_schedule(peak, max(total - warmup, 1))
     if not warmup:
         return cosine
@@ -30,35 +32,43 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, fine_tune: FineTuneConfig | None = None
+    options: OptimizerOptions,
+    schedule: optax.Schedule,
+    *,
+    head_learning_rate: float = 1.0,
+    frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """`torch.optim.SGD`: decay is added to the gradient before momentum, the learning rate scales the buffer.
 
-    Gradients are clipped to a global norm before that, where `config` asks for it; `fine_tune` scales the
-    classifier's learning rate and holds frozen stages still.
+    Gradients are clipped to a global norm before that, where `options` asks for it.
+
+    Args:
+      options: of the recipe.
+      schedule: learning rate by step.
+      head_learning_rate: factor on the learning rate of the classifier and the auxiliary heads.
+      frozen: blocks that are held still, as from `frozen_blocks`.
     """
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     parts += [
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+        optax.add_decayed_weights(options.weight_decay, mask=decay_mask),
+        optax.trace(decay=options.momentum, nesterov=options.nesterov),
         optax.scale_by_learning_rate(schedule),
     ]
-    if fine_tune is not None and fine_tune.head_learning_rate != 1:
-        parts.append(optax.masked(optax.scale(fine_tune.head_learning_rate), head_mask))
-    if fine_tune is not None and fine_tune.freeze_stages:
-        frozen = tuple(f"stage{i}" for i in range(fine_tune.freeze_stages))
-        parts.append(optax.masked(optax.set_to_zero(), lambda params: stage_mask(params, frozen)))
+    if head_learning_rate != 1:
+        parts.append(optax.masked(optax.scale(head_learning_rate), head_mask))
+    if frozen:
+        parts.append(optax.masked(optax.set_to_zero(), lambda params: _mask(params, lambda *path: path[0] in frozen)))
     return optax.chain(*parts)
+
+
+def frozen_blocks(variant: Variant, count: int) -> frozenset[str]:
+    """Return the names of the blocks in the first `count` of the five stages; RepVGGplus's two halves are one."""
+    return frozenset(block.name for block in variant.blocks() if block.stage_number < count)
 
 
 def head_mask(params: optax.Params) -> optax.Params:
     """True for the classifier and the auxiliary heads."""
     return _mask(params, lambda *path: path[0] == "linear" or path[0].endswith("_aux"))
-
-
-def stage_mask(params: optax.Params, stages: tuple[str, ...]) -> optax.Params:
-    """True for the blocks of these stages: `stage3` means `stage3_0`, …, and RepVGGplus's two halves."""
-    return _mask(params, lambda *path: path[0].split("_")[0] in stages and not path[0].endswith("_aux"))
 
 
 def _mask(params: optax.Params, chosen: Callable[..., bool]) -> optax.Params:

@@ -40,15 +40,15 @@ def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
     """Give orbax's warnings to `note`, a line each, and leave out the tracebacks of what it raises as well."""
     logger = logging.getLogger("absl")
 
-    def given_to_note(record: logging.LogRecord) -> bool:
+    def passed_on(record: logging.LogRecord) -> bool:
         return _filter_orbax(record, note)
 
-    logger.addFilter(given_to_note)
+    logger.addFilter(passed_on)
     try:
         with without_late_failures():
             yield
     finally:
-        logger.removeFilter(given_to_note)
+        logger.removeFilter(passed_on)
 
 
 # Most checkpoints are written without an evaluation; a slow disk shows in the images per second.

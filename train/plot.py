@@ -39,8 +39,8 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        known = ", ".join(f".{name}" for name in sorted(formats))
-        raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {known}")
+        suffixes = ", ".join(f".{name}" for name in sorted(formats))
+        raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {suffixes}")
     check_target(path)
     runs = _read_runs(workdirs)
     # Not by pyplot: a process that draws for itself has chosen a backend for that.

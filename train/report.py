@@ -190,8 +190,8 @@ def write_report(
 
 def _mean(values: Iterable[float | None]) -> float | None:
     """Over the classes that have a value."""
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def _confusions(confusion: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:

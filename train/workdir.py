@@ -11,15 +11,15 @@ from typing import BinaryIO
 from repvgg_jax.errors import ConfigError, RepVGGError
 
 from . import cluster
-from .config import Config
 from .config_file import save_or_compare
 from .orbax_support import check_folder_name
+from .recipe import Recipe
 
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claimed(config: Config, workdir: Path) -> Iterator[None]:
+def claimed(recipe: Recipe, workdir: Path) -> Iterator[None]:
     """Create the run's folder with its config.json, and keep other runs out of it.
 
     Raises:
@@ -34,7 +34,7 @@ def claimed(config: Config, workdir: Path) -> Iterator[None]:
                 stack.enter_context(_locked(workdir))
             except OSError as error:
                 raise RepVGGError(f"cannot create --workdir {workdir}: {error.strerror or error}") from error
-            save_or_compare(config, workdir)
+            save_or_compare(recipe, workdir)
         cluster.barrier("workdir")
         yield
 

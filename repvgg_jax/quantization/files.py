@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ..errors import WeightsError
+from ..net.variants import Variant
 from ..weights import int8, native
 from ..weights.loading import open_weights
 from .net import QuantizedNet
@@ -26,12 +27,12 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
     native.write_form(path, native.INT8, net.variant, net.num_classes, arrays, *described)
 
 
-def load_quantized(path: str | os.PathLike, name: str | None = None) -> QuantizedNet:
+def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -> QuantizedNet:
     """Return the quantised net that a file holds.
 
     Args:
       path: what `save_quantized` or `python -m convert --int8` wrote.
-      name: variant that it must be.
+      name: variant that it must be, as `load_weights` takes it.
 
     Raises:
       UnknownModelError: no variant is called `name`.

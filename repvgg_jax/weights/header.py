@@ -49,7 +49,7 @@ class Header:
         fields = {
             "version": FORMAT_VERSION,
             "release": __version__,
-            "variant": _variant_to_json(self.variant),
+            "variant": variant_to_json(self.variant),
             "form": self.form,
             "num_classes": self.num_classes,
             "preprocessing": self.preprocessing.to_dict(),
@@ -80,7 +80,7 @@ class Header:
         class_names, steps = fields["class_names"], fields.get("num_batches_tracked")
         header = cls(
             form=fields["form"],
-            variant=_variant_from_json(fields, where, num_tensors, expected),
+            variant=variant_from_json(fields, where, num_tensors, expected),
             num_classes=integer(fields["num_classes"]),
             preprocessing=preprocessing_from_file(fields["preprocessing"]),
             class_names=None if class_names is None else tuple(map(str, class_names)),
@@ -93,7 +93,7 @@ class Header:
         return header
 
 
-def _variant_to_json(variant: Variant) -> str | dict[str, Any]:
+def variant_to_json(variant: Variant) -> str | dict[str, Any]:
     """A published variant by name, any other by those of its numbers that are not RepVGG's own.
 
     An activation that is a function has no name: it is null.
@@ -118,7 +118,7 @@ def _without_defaults(record: Any) -> dict[str, Any]:
     return {field.name: value for field, value in values if value != field.default}
 
 
-def _variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
+def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
     described = header["variant"]
     if isinstance(described, str):
         return get_variant(described)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..net.variants import Variant
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, in_grey
 
 MAX_IMAGE_SIZE = 16_384
 """Pixels. A file of unknown origin must not choose how much memory a prediction takes."""
@@ -54,7 +54,7 @@ def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessi
     """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if in_channels == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+        mean, std = in_grey(mean), in_grey(std)
     return Preprocessing(variant.image_size, variant.crop_fraction, mean, std)
 
 

@@ -93,10 +93,23 @@ def load_weights(
       WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one whole RepVGG.
       ValueError: `num_classes` is not positive, or `epsilon` not above 0 and below 1.
     """
+    options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
+    model, variables, _ = load_with_info(path, name, num_classes, stacklevel=3, **options)
+    return model, variables
+
+
+def load_with_info(
+    path: str | os.PathLike,
+    name: str | Variant | None = None,
+    num_classes: int | None = None,
+    *,
+    stacklevel: int = 2,
+    **options: Any,
+) -> tuple[RepVGG, dict[str, Any], WeightsInfo]:
+    """Do as `load_weights`, and return what `inspect_weights` does besides, for one opening of the file."""
     if num_classes is not None:
         num_classes = checked_count("num_classes", num_classes)
     check_not_forked()
-    options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
     with open_weights(path, name, num_classes, **options) as contents:
         info, file = contents.info, contents.file
         if info.quantized:
@@ -116,14 +129,14 @@ def load_weights(
         with ThreadPoolExecutor(min(MAX_THREADS, cores())) as pool:
             leaves: dict[str, Any] = dict(zip(chosen, pool.map(leaf_of, chosen.values()), strict=True))
         for note in file.notes:
-            warnings.warn(note, WeightsWarning, stacklevel=2)
+            warnings.warn(note, WeightsWarning, stacklevel=stacklevel)
     leaves = {leaf: jax.device_put(one) for leaf, one in constants(info.variant, info.deploy).items()} | leaves
     if fresh:
         leaves |= fresh_heads(info.variant, info.deploy, wanted)
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
         message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
-        warnings.warn(message, WeightsWarning, stacklevel=2)
-    return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves)
+        warnings.warn(message, WeightsWarning, stacklevel=stacklevel)
+    return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves), info
 
 
 def inspect_weights(

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.preprocess import eval_transform, normalize
+from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
 from tests.helpers.data import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
@@ -52,9 +52,8 @@ def photos(tmp_path) -> Path:
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch) -> Path:
+def weights(tmp_path) -> Path:
     """A native training-form file of a small net with two classes."""
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
     model = rv.create_model(SMALL, 2)
     path = tmp_path / "small.safetensors"
     rv.save_weights(path, model, random_variables(model), class_names=("garden", "pagoda"))
@@ -102,7 +101,7 @@ def test_weights_to_start_from_that_do_not_fit(tmp_path, photos, weights):
     assert "holds Small, not RepVGG-A0" in train("--init", weights, *folder)
     deploy = tmp_path / "deploy.safetensors"
     rv.save_weights(deploy, *rv.to_deploy(*rv.load_weights(weights)))
-    assert "is in deploy form, which cannot be trained" in train("--init", deploy, "--model", "Small", *folder)
+    assert "is in deploy form, which cannot be trained" in train("--init", deploy, "--model", weights, *folder)
 
 
 def test_evaluation_of_what_does_not_fit(tmp_path, photos, weights):
@@ -122,11 +121,11 @@ def test_evaluation_of_what_does_not_fit(tmp_path, photos, weights):
     assert "has 3" in said
 
 
-def test_evaluation_gives_one_json_object_for_both_forms(photos, weights):
+def test_evaluation_gives_one_json_object_for_both_forms(tmp_path, photos, weights):
     (photos / "val" / "garden" / "broken.jpg").write_bytes(b"no image")
     results = []
     for form in ("train", "deploy"):
-        done = command("train.evaluate", photos, form, weights, "-a", "Small")
+        done = command("train.evaluate", photos, form, weights, "-a", write_variant(tmp_path, SMALL))
         assert done.returncode == 0, done.stderr
         assert "1 image could not be read and was skipped" in done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -219,17 +218,15 @@ def test_what_cannot_be_parsed_ends_with_status_2_too(arguments):
 
 def test_images_that_are_none(tmp_path, photos, weights):
     """One among others is skipped and named; with --strict, or if there are no others, the run ends."""
-    del weights  # it makes the small variant known
-    folder = ("--model", "Small", "--data", photos, "--batch-size", 4, "--workdir", tmp_path / "run")
-    small = (*folder, "--image-size", 32, "--test-image-size", 32)
+    small = ("--model", weights, "--image-size", 32, "--test-image-size", 32, "--data", photos, "--batch-size", 4)
     broken = photos / "train" / "garden" / "broken.jpg"
     broken.write_bytes(b"no image")
-    done = command("train.main", "--preset", "digits", "--strict", *small)
+    done = command("train.main", "--preset", "digits", *small, "--workdir", tmp_path / "run", "--strict")
     assert done.returncode == 2, done
     assert done.stderr == f"error: {broken}: cannot be read as an image (no known image format)\n"
     for path in (photos / "train").rglob("*.jpg"):
         path.write_bytes(b"no image")
-    done = command("train.main", "--preset", "digits", *small[:-5], tmp_path / "run2", *small[-4:])
+    done = command("train.main", "--preset", "digits", *small, "--workdir", tmp_path / "run2")
     assert done.returncode == 2, done
     assert "none of the 9 images can be read" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.rglob("final.safetensors"))

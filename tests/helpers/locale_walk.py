@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
 from repvgg_jax.compiler import load
-from tests.helpers.tiny_train import TINY
+from tests.helpers.architecture import write_variant
 
+TINY = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="Tiny")
 SEVEN = '// 七, sieben, 七つ: a comment, as the sources have them\nextern "C" int seven() { return 7; }\n'
 
 
@@ -31,22 +32,12 @@ def main() -> None:
     source.write_bytes(SEVEN.encode())
     library = load(source, "numbers")
     if is_whole:
-        words = [
-            "--preset",
-            "digits",
-            "--model",
-            TINY.name,
-            "--data",
-            "photos",
-            "--workdir",
-            "run",
-            "--batch-size",
-            "8",
-        ]
+        net = str(write_variant(Path(), TINY))
+        words = ["--preset", "digits", "--model", net, "--data", "photos", "--workdir", "run", "--batch-size", "8"]
         words += ["--epochs", "1", "--warmup-epochs", "0", "--image-size", "32", "--test-image-size", "32"]
         for _ in range(2):  # the second reads what the first wrote
             run("train.main", *words)
-        run("train.evaluate", "photos", "train", "run/final.safetensors", "-a", TINY.name)
+        run("train.evaluate", "photos", "train", "run/final.safetensors", "-a", net)
         run("convert.__main__", "run/final.safetensors", "net.safetensors")
         run("convert.__main__", "net.safetensors", "net.onnx")
     else:

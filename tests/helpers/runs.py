@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 
 from tests.helpers.repository import ROOT
 
+TINY = ["--num-blocks", "1", "1", "2", "1", "--widths", "8", "8", "8", "16", "16"]
+"""Options of the architecture of all these runs."""
+
 
 def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
     """Variables of a process with so many virtual CPU devices, one that keeps what it compiles in `cache`."""
@@ -38,18 +41,9 @@ class Runs:
     def command(self, workdir: Path, **options: Any) -> list[str]:
         """The command line; option names with underscores, True for a flag."""
         chosen = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=10, log_every=11) | options
-        words = [
-            sys.executable,
-            "-m",
-            "tests.helpers.tiny_train",
-            "--preset",
-            "digits",
-            "--model",
-            "Tiny",
-            "--image-size",
-            "16",
-        ]
-        words += ["--test-image-size", "16", "--data-dir", str(self.data), "--workdir", str(workdir)]
+        words = [sys.executable, "-m", "train.main", "--preset", "digits", *TINY]
+        words += ["--image-size", "16", "--test-image-size", "16", "--data-dir", str(self.data)]
+        words += ["--workdir", str(workdir)]
         for name, value in chosen.items():
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
         return words
@@ -85,9 +79,9 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what depends on the machine's speed."""
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="session")

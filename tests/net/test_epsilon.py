@@ -14,12 +14,12 @@ from torch import nn
 
 import repvgg_jax as rv
 from repvgg_jax.net.blocks import DeployBlock, RepVGGBlock
-from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.quantization.qat import quantization_aware, quantized_net, with_ranges
 from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsWarning
 from tests.helpers import torch_oracle
+from tests.helpers.architecture import write_variant
 from tests.helpers.comparison import relative_difference
 from tests.helpers.convert import convert
 from tests.helpers.parity import cast, leaves_of, make_oracle, nchw, numpy_logits, run
@@ -27,7 +27,7 @@ from tests.helpers.quantization import images as calibration_images
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import assert_same_bits, safetensors_bytes
 from tests.net.test_block_options import TorchBlock, random_block, torch_state
-from train.config import parse
+from train.recipe import parse
 
 EPSILON = 1e-3
 IMAGES = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(np.float32)
@@ -211,17 +211,17 @@ def test_quantised_nets_are_made_with_it():
         assert relative_difference(expected, quantized(x)) < 0.1
 
 
-def test_training_takes_it_and_goes_on_with_the_files(tmp_path, monkeypatch):
-    from train.main import set_up
+def test_training_takes_it_and_goes_on_with_the_files(tmp_path):
+    from train.run import set_up
 
-    monkeypatch.setitem(VARIANTS, "Small", dataclasses.replace(SMALLEST, name="Small"))
-    model = rv.create_model("Small", 10, epsilon=EPSILON)
+    net = write_variant(tmp_path, dataclasses.replace(SMALLEST, name="Small"))
+    model = rv.create_model(SMALLEST, 10, epsilon=EPSILON)
     variables = random_variables(model, in_channels=1)
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
 
     def epsilon_of(*options: Any) -> float:
         where = ("--workdir", tmp_path / f"run{len(options)}", "--data-dir", Path(tmp_path))
-        config = parse([str(word) for word in ("--preset", "digits", "--model", "Small", *where, *options)])
+        config = parse([str(word) for word in ("--preset", "digits", "--model", net, *where, *options)])
         return set_up(config).model.variant.epsilon
 
     assert epsilon_of() == 1e-5

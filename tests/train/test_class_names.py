@@ -8,25 +8,19 @@ import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.net.variants import VARIANTS, Variant
+from repvgg_jax.net.variants import Variant
 from repvgg_jax.trees import flatten
 from tests.helpers.commands import command
 from tests.helpers.data import write_photos
 from tests.helpers.random_weights import random_variables
 from train.class_names import class_order
-from train.config import parse
-from train.main import fresh_state, set_up, starting_weights
+from train.recipe import parse
+from train.run import fresh_state, set_up
 
 SMALL = Variant((1, 1, 2, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 PLUS = Variant(
     (1, 1, 2, 1), (4, 4, 4, 8, 8), name="SmallPlus", image_size=32, squeeze_excite="after_relu", auxiliary_heads=True
 )
-
-
-@pytest.fixture(autouse=True)
-def small_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variant in (SMALL, PLUS):
-        monkeypatch.setitem(VARIANTS, variant.name, variant)
 
 
 @pytest.fixture
@@ -129,10 +123,8 @@ def test_the_same_names_are_the_same_order_though_one_is_there_twice() -> None:
 def started(photos: Path, weights: Path, *options: str) -> dict[str, np.ndarray]:
     """The parameters that a run starts with."""
     words = ["--preset", "imagenet_120", "--data", str(photos), "--batch-size", "4", "--init", str(weights)]
-    name = rv.inspect_weights(weights).variant.name
-    config = parse([*words, "--image-size", "32", "--workdir", str(photos.parent / "run"), "--model", name, *options])
-    run = set_up(config)
-    state = fresh_state(run, starting_weights(run))
+    words += ["--model", str(weights), "--image-size", "32", "--workdir", str(photos.parent / "run")]
+    state = fresh_state(set_up(parse([*words, *options])))
     return {name: np.asarray(leaf) for name, leaf in flatten(state.variables).items()}
 
 

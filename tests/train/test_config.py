@@ -6,14 +6,15 @@ import json
 import pytest
 
 import repvgg_jax as rv
-from train.config import Config, RunConfig
+from tests.helpers.architecture import write_variant
 from train.config_file import save_or_compare
+from train.recipe import Recipe, RunOptions, parse
 
 
 @pytest.fixture
 def workdir(tmp_path):
     """A folder whose run has come to its first checkpoint, and its options."""
-    config = Config(run=RunConfig(workdir=str(tmp_path)))
+    config = Recipe(run=RunOptions(workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     return tmp_path, config
@@ -40,3 +41,72 @@ def test_a_changed_option_is_refused_unless_it_moves_no_weight(workdir):
     with pytest.raises(rv.RepVGGError, match=r"other options \(batch_size 256 -> 32\)"):
         save_or_compare(dataclasses.replace(config, optimizer=optimizer), path)
     save_or_compare(dataclasses.replace(config, run=dataclasses.replace(config.run, keep_checkpoints=9)), path)
+
+
+OF_AN_EARLIER_VERSION = """
+{"model": {"model": "RepVGG-B0", "dtype": "float32", "remat": false, "block": "qarepvgg", "dense_copies": 2,
+  "dbb_1x1_3x3": false, "dbb_1x1_avg": false, "activation": "relu", "stem_stride": 1, "epsilon": null, "dropout": 0.0,
+  "quantization": "none"},
+ "input": {"data": "photos", "data_dir": null, "train_split": null, "test_split": null, "image_size": 224,
+  "test_image_size": null, "crop_fraction": null, "workers": null, "strict": false, "prefetch": 2},
+ "augment": {"crop_area": [0.08, 1.0], "horizontal_flip": 0.5, "auto_augment": "none", "randaugment_ops": 2,
+  "randaugment_magnitude": 9, "jitter_brightness": 0.0, "jitter_contrast": 0.0, "jitter_saturation": 0.0,
+  "jitter_hue": 0.0, "random_erasing": 0.0, "exact_crop": false},
+ "optimizer": {"epochs": 120, "batch_size": 256, "accumulate": 1, "learning_rate": 0.1, "momentum": 0.9,
+  "nesterov": false, "weight_decay": 0.0001, "warmup_epochs": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0,
+  "auxiliary_weight": 0.1, "clip_norm": 0.0, "ema_decay": 0.0},
+ "fine_tune": {"init": null, "keep_classifier": false, "freeze_stages": 0, "freeze_bn": false,
+  "head_learning_rate": 1.0},
+ "run": {"workdir": "runs/imagenet_120-RepVGG-B0", "seed": 0, "log_every": 50, "evaluate_every": 1,
+  "checkpoint_every": 1000, "keep_checkpoints": 2, "profile": false},
+ "cluster": {"coordinator_address": null, "num_processes": null, "process_id": null}}
+"""
+"""What an earlier version wrote for `PHOTOS_RUN`, before a net could come from a file and a data set had its sizes."""
+
+PHOTOS_RUN = ["--preset", "imagenet_120", "--data", "photos", "--model", "RepVGG-B0"]
+PHOTOS_RUN += ["--block", "qarepvgg", "--stem-stride", "1", "--dense-copies", "2"]
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """The folder of a run that an earlier version began."""
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(OF_AN_EARLIER_VERSION, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(old_run):
+    for _ in range(2):  # the second time, with what this version has written
+        save_or_compare(parse(PHOTOS_RUN), old_run)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "RepVGG-A0"], "model RepVGG-B0 -> RepVGG-A0"),
+        (["--stem-stride", "2"], r"strides \(1, 2, 2, 2, 2\) -> \(2, 2, 2, 2, 2\)"),
+        (["--dense-copies", "3", "--image-size", "160"], "dense_copies 2 -> 3; image_size 224 -> 160"),
+        (["--widths", "8", "8", "8", "16", "16"], r"widths \(64, 64, 128, 256, 1280\) -> \(8, 8, 8, 16, 16\)"),
+        (["--image-size", "160"], "image_size 224 -> 160"),
+        (["--mean", "0.5", "0.5", "0.5"], r"mean None -> \[0.5, 0.5, 0.5\]"),
+    ],
+)
+def test_it_is_held_to_its_net_and_its_images(options, says, old_run):
+    for _ in range(2):
+        with pytest.raises(rv.RepVGGError, match=rf"other options \({says}\)"):
+            save_or_compare(parse([*PHOTOS_RUN, *options]), old_run)
+        save_or_compare(parse(PHOTOS_RUN), old_run)
+
+
+def test_a_net_is_the_same_however_it_is_named_and_another_one_is_refused(tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    small = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="small")
+    net = write_variant(tmp_path, small)
+    run = ["--preset", "digits", "--workdir", str(tmp_path)]
+    save_or_compare(parse([*run, "--model", str(net)]), tmp_path)
+    numbers = ["--num-blocks", "1", "1", "2", "1", "--widths", "8", "8", "8", "16", "16"]
+    save_or_compare(parse([*run, *numbers]), tmp_path)
+    save_or_compare(parse([*run, "--model", str(net)]), tmp_path)
+    write_variant(tmp_path, dataclasses.replace(small, activation="gelu"))
+    with pytest.raises(rv.RepVGGError, match=r"other options \(activation relu -> gelu\)"):
+        save_or_compare(parse([*run, "--model", str(net)]), tmp_path)

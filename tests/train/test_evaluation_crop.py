@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.preprocess import Preprocessing
+from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
 from tests.helpers.data import PHOTO, encode, evaluation, flat, write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.torchvision_reference import torchvision
 from train import data
-from train.config import PRESETS, Config, parse
 from train.config_file import save_or_compare
-from train.main import set_up
+from train.recipe import PRESETS, Recipe, parse
+from train.run import set_up
 
 # Wants 48 pixels and no cropping, as D2se wants 320.
 WHOLE = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Whole", image_size=48, crop_fraction=1.0)
@@ -48,7 +48,7 @@ def test_training_evaluates_at_the_variants_published_size_and_crop(photos: Path
 def test_the_recipe_of_repvggplus_resizes_to_320_and_crops_320(photos: Path) -> None:
     found = preprocessing_of(photos, "--preset", "plus_300")
     (photos / "val" / "garden" / "000.jpg").write_bytes(encode(PHOTO, "PNG"))
-    source = data.load(str(photos), variant=rv.create_model("RepVGGplus-L2pse").variant).test
+    source = data.open_dataset(str(photos), variant=rv.create_model("RepVGGplus-L2pse").variant).test
     (batch,) = evaluation(source, preprocessing=found)
     transform = torchvision.transforms
     theirs = transform.Compose([transform.Resize(320), transform.CenterCrop(320)])
@@ -74,8 +74,8 @@ def test_options_override_the_size_and_the_crop(photos: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["digits", "synthetic"])
 def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Path, spec: str) -> None:
-    assert data.load(spec, image_size=32, data_dir=tmp_path).preprocessing.crop_fraction == 1.0
-    cropped = data.load(spec, image_size=32, data_dir=tmp_path, crop_fraction=0.8).preprocessing
+    assert data.open_dataset(spec, image_size=32, data_dir=tmp_path).preprocessing.crop_fraction == 1.0
+    cropped = data.open_dataset(spec, image_size=32, data_dir=tmp_path, crop_fraction=0.8).preprocessing
     assert (cropped.image_size, cropped.crop_fraction) == (32, 0.8)
 
 
@@ -98,12 +98,10 @@ def test_another_size_is_cropped_by_the_authors_rule(own: tuple[int, float], siz
     assert Preprocessing(*own).at_size(size).image_size == size
 
 
-def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(VARIANTS, "Whole", WHOLE)
+def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(photos: Path) -> None:
     workdir = photos.parent / "run"
-    options = ("--preset", "imagenet_120", "--model", "Whole", "--data", photos, "--workdir", workdir)
+    net = write_variant(photos.parent, WHOLE)
+    options = ("--preset", "imagenet_120", "--model", net, "--data", photos, "--workdir", workdir)
     done = command("train.main", *options, "--image-size", 32, "--batch-size", 8, "--epochs", 1)
     assert done.returncode == 0, done.stderr
     top1 = json.loads(done.stdout.splitlines()[-1])
@@ -115,8 +113,7 @@ def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(
     assert "evaluating at" not in done.stderr
 
 
-def test_evaluation_at_another_size_says_what_it_does(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VARIANTS, "Whole", WHOLE)
+def test_evaluation_at_another_size_says_what_it_does(photos: Path) -> None:
     model, path = rv.create_model(WHOLE, 2), photos.parent / "w.safetensors"
     rv.save_weights(path, model, random_variables(model), class_names=("garden", "pagoda"))
     done = command("train.evaluate", photos, "train", path, "-r", 64, "--crop-fraction", 0.5)
@@ -128,7 +125,7 @@ def test_evaluation_at_another_size_says_what_it_does(photos: Path, monkeypatch:
 
 @pytest.mark.parametrize("preset", ["digits", "imagenet_120", "plus_300"])
 def test_a_run_from_before_the_crop_was_an_option_resumes(tmp_path: Path, preset: str) -> None:
-    config = dataclasses.replace(PRESETS[preset], run=dataclasses.replace(Config().run, workdir=str(tmp_path)))
+    config = dataclasses.replace(PRESETS[preset], run=dataclasses.replace(Recipe().run, workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

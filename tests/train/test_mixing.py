@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import torchvision_reference  # noqa: F401 (timm imports torchvision)
-from train.mixing import cutmix, mix, mixup
+from train.mixing import blend_with_partner, mix, outside_rectangle
 
 mixing = pytest.importorskip("timm.data.mixup")
 
@@ -37,7 +37,7 @@ def test_mixup_is_timms(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = mixing.Mixup(mixup_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
     monkeypatch.setattr(reference, "_params_per_batch", lambda: (share, False))
     expected = reference(torch.tensor(IMAGES.transpose(0, 3, 1, 2).copy()), torch.tensor(LABELS))
-    images, targets = mixup(*ON_DEVICE, share)
+    images, targets = blend_with_partner(*ON_DEVICE, share)
     np.testing.assert_allclose(images, expected[0].numpy().transpose(0, 2, 3, 1), atol=1e-6)
     np.testing.assert_allclose(targets, expected[1].numpy(), atol=1e-6)
 
@@ -50,7 +50,7 @@ def test_cutmix_is_timms(share: float, center: tuple[int, int], monkeypatch: pyt
     places = iter(center)
     monkeypatch.setattr(mixing.np.random, "randint", lambda *arguments, **options: next(places))
     expected = reference(torch.tensor(IMAGES.transpose(0, 3, 1, 2).copy()), torch.tensor(LABELS))
-    images, targets = cutmix(*ON_DEVICE, share, jnp.array(center))
+    images, targets = blend_with_partner(*ON_DEVICE, outside_rectangle(IMAGES.shape, share, jnp.array(center)))
     np.testing.assert_array_equal(images, expected[0].numpy().transpose(0, 2, 3, 1))
     np.testing.assert_allclose(targets, expected[1].numpy(), atol=1e-6)
 

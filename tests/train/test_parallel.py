@@ -20,11 +20,11 @@ from tests.helpers.comparison import relative_difference
 from tests.helpers.data import Numbers, numbers
 from tests.helpers.parity import compiled, run
 from tests.helpers.random_weights import random_variables
-from train.config import OptimizerConfig
 from train.data import Example, eval_batches
 from train.evaluate import Evaluator
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.parallel import AXIS, gather_to_host, mean_over_devices, parallel, per_device_batch, replicate, to_host
+from train.recipe import OptimizerOptions
 from train.state import TrainState
 from train.step import make_train_step
 
@@ -98,7 +98,7 @@ def test_gradients_and_metrics_are_means_over_the_devices():
 
 
 def test_weights_stay_identical_while_statistics_differ_until_averaged(caplog):
-    config = OptimizerConfig(epochs=1, batch_size=12, learning_rate=2.0, warmup_epochs=0.2)
+    config = OptimizerOptions(epochs=1, batch_size=12, learning_rate=2.0, warmup_epochs=0.2)
     schedule = learning_rate_schedule(config, 5)
     optimizer, model = make_optimizer(config, schedule), rv.create_model(VARIANT, CLASSES)
     start = new_state(model, optimizer)

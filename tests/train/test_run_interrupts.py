@@ -56,15 +56,15 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
         "    from repvgg_jax.cli import run_module\n"
         "    run_module('hanging')\n"
         "import sys, threading\n"
-        "from tests.helpers.tiny_train import main\n"
+        "from train.main import main\n"
         "from train.data import batches\n"
-        "render = batches.Reader.__call__\n"
+        "render = batches.SourceReader.__call__\n"
         "def hang(self, index, transform):\n"
         "    hang.count = getattr(hang, 'count', 0) + 1\n"
         "    if hang.count > 2000:\n"
         "        threading.Event().wait()\n"
         "    return render(self, index, transform)\n"
-        "batches.Reader.__call__ = hang\n",
+        "batches.SourceReader.__call__ = hang\n",
         encoding="utf-8",
     )
     workdir = tmp_path / "run"
@@ -151,7 +151,7 @@ def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterru
         "    from repvgg_jax.cli import run_module\n"
         "    run_module('last_step')\n"
         "import os, signal, sys, time\n"
-        "from tests.helpers.tiny_train import main\n"
+        "from train.main import main\n"
         "from train.checkpoint import Checkpoints\n"
         "save = Checkpoints.save\n"
         "def then_interrupt(self, state, *arguments, **options):\n"

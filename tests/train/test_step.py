@@ -11,16 +11,16 @@ import optax
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.preprocess import Preprocessing
+from repvgg_jax.preprocess import Preprocessing, normalize
 from repvgg_jax.trees import flatten
 from tests.helpers.random_weights import random_variables
-from train.config import FineTuneConfig, OptimizerConfig
-from train.optimizer import make_optimizer
+from train.optimizer import frozen_blocks, make_optimizer
+from train.recipe import FineTuneOptions, OptimizerOptions
 from train.state import TrainState, create_state
-from train.step import make_train_step, moving_average
+from train.step import make_train_step, moving_average, smooth_targets, training_loss
 
 SMALL = rv.Variant((1, 1, 2, 1), (4, 4, 8, 8, 12))
-OPTIONS = OptimizerConfig(learning_rate=0.1, weight_decay=1e-2)
+OPTIONS = OptimizerOptions(learning_rate=0.1, weight_decay=1e-2)
 
 
 def batch_of(count: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -30,20 +30,36 @@ def batch_of(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def stepper(
-    options: OptimizerConfig = OPTIONS,
-    fine_tune: FineTuneConfig | None = None,
+    options: OptimizerOptions = OPTIONS,
+    fine_tune: FineTuneOptions | None = None,
     built: Mapping[str, Any] | None = None,
     **more: Any,
 ):
     """A step at a constant learning rate, and a state with random weights to start from."""
-    frozen = fine_tune or FineTuneConfig()
-    model = rv.create_model(SMALL, 5, frozen_stages=frozen.freeze_stages, frozen_bn=frozen.freeze_bn, **(built or {}))
+    tuning = fine_tune or FineTuneOptions()
+    model = rv.create_model(SMALL, 5, frozen_stages=tuning.freeze_stages, frozen_bn=tuning.freeze_bn, **(built or {}))
     schedule = optax.constant_schedule(options.learning_rate)
-    optimizer = make_optimizer(options, schedule, fine_tune)
+    frozen = frozen_blocks(SMALL, tuning.freeze_stages)
+    optimizer = make_optimizer(options, schedule, head_learning_rate=tuning.head_learning_rate, frozen=frozen)
     start = create_state(
         model, optimizer, 0, (32, 32, 3), ema=bool(more.get("ema_decay")), variables=random_variables(model)
     )
     return jax.jit(make_train_step(model, optimizer, schedule, Preprocessing(32), **more)), start
+
+
+@jax.jit
+def loss_and_gradient(params: Any, stats: Any, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """The loss, its gradient and the new BN statistics, without a train step."""
+
+    def loss_of(params: Any) -> tuple[Any, Any]:
+        images, targets = normalize(batch["image"], Preprocessing(32)), smooth_targets(batch["label"], 5)
+        logits, changed = rv.create_model(SMALL, 5).apply(
+            {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+        )
+        return training_loss(logits, targets, auxiliary_weight=0.0), changed["batch_stats"]
+
+    (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, gradient, stats
 
 
 def changed(before: Any, after: Any) -> set[str]:
@@ -57,24 +73,20 @@ def test_accumulated_gradients_are_the_mean_over_the_portions_and_bn_sees_each_p
     after, metrics = step(start, batch)
 
     # By hand: three smaller batches, BN statistics handed on, one update with the mean gradient.
-    plain, _ = stepper()
-    probe, _ = stepper(dataclasses.replace(OPTIONS, learning_rate=1.0, weight_decay=0.0, momentum=0.0))
-    state, gradients, losses = start, [], []
+    gradients, losses, stats = [], [], start.batch_stats
     for portion in range(3):
         part = {name: value[4 * portion : 4 * portion + 4] for name, value in batch.items()}
-        stepped, part_metrics = probe(state.replace(opt_state=start.opt_state), part)
-        gradients.append(jax.tree.map(lambda a, b: a - b, start.params, stepped.params))
-        losses.append(part_metrics["loss"])
-        state = start.replace(batch_stats=stepped.batch_stats)
+        loss, gradient, stats = loss_and_gradient(start.params, stats, part)
+        gradients.append(gradient)
+        losses.append(loss)
     mean = jax.tree.map(lambda *g: sum(g) / 3, *gradients)
     optimizer = make_optimizer(OPTIONS, optax.constant_schedule(OPTIONS.learning_rate))
     updates, _ = optimizer.update(mean, start.opt_state, start.params)
     expected = optax.apply_updates(start.params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), expected, after.params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.batch_stats, after.batch_stats
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stats, after.batch_stats)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    plain, _ = stepper()
     whole, _ = plain(start, batch)
     assert changed(whole.batch_stats, after.batch_stats), "portions and whole see different batch statistics"
 
@@ -113,7 +125,7 @@ def test_clipping_limits_the_step_and_the_log_shows_the_norm_before_it():
 
 
 def test_frozen_stages_keep_weights_and_statistics_in_spite_of_decay():
-    step, start = stepper(fine_tune=FineTuneConfig(freeze_stages=2))
+    step, start = stepper(fine_tune=FineTuneOptions(freeze_stages=2))
     state = start
     for number in range(2):
         state, _ = step(state, batch_of(6, number))
@@ -128,7 +140,7 @@ def test_frozen_stages_keep_weights_and_statistics_in_spite_of_decay():
 
 
 def test_frozen_bn_keeps_statistics_and_trains_the_rest():
-    step, start = stepper(fine_tune=FineTuneConfig(freeze_bn=True))
+    step, start = stepper(fine_tune=FineTuneOptions(freeze_bn=True))
     after, _ = step(start, batch_of(6))
     moved = changed(start.variables, after.variables)
     assert not [name for name in moved if name.startswith("batch_stats")]
@@ -157,7 +169,7 @@ def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays(bl
 
 def test_the_heads_learning_rate_is_multiplied():
     plain, start = stepper()
-    faster, faster_start = stepper(fine_tune=FineTuneConfig(head_learning_rate=10))
+    faster, faster_start = stepper(fine_tune=FineTuneOptions(head_learning_rate=10))
     one, ten = plain(start, batch_of(6))[0], faster(faster_start, batch_of(6))[0]
     ratio = jax.tree.map(
         lambda s, a, b: np.asarray((b - s) / (a - s)),

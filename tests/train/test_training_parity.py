@@ -35,16 +35,16 @@ from tests.helpers.parity import (
     to_flax,
     variant_of,
 )
-from train.config import PRESETS, OptimizerConfig
-from train.mixing import mixup
+from train.mixing import blend_with_partner
 from train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from train.recipe import PRESETS, OptimizerOptions
 from train.state import TrainState
 from train.step import Batch, Mixing, make_train_step
 
 STEPS, CLASSES, SIZE = 10, 6, 32
 
 # Two epochs of five steps: a peak of 0.02, and a decay strong enough to show within ten steps.
-PLAIN = OptimizerConfig(epochs=2, batch_size=16, learning_rate=0.32, weight_decay=0.01)
+PLAIN = OptimizerOptions(epochs=2, batch_size=16, learning_rate=0.32, weight_decay=0.01)
 FULL = dataclasses.replace(PLAIN, nesterov=True, warmup_epochs=0.6, label_smoothing=0.1)
 
 # In float64 the input must be the same to the last bit. XLA may divide by 255 or multiply by 1 / 255, and subtract a
@@ -74,7 +74,7 @@ def photograph_batches(size: int = SIZE, batch_size: int = 16, seed: int = 0) ->
     return batches
 
 
-def rates_of(config: OptimizerConfig) -> np.ndarray:
+def rates_of(config: OptimizerOptions) -> np.ndarray:
     """The schedule's learning rate for each step, float32 [STEPS].
 
     Both sides look it up, since a cosine's last bit depends on what it is compiled with.
@@ -88,7 +88,7 @@ def train_ours(
     model: rv.RepVGG,
     variables: Any,
     batches: list[Batch],
-    config: OptimizerConfig,
+    config: OptimizerOptions,
     preprocessing: Preprocessing,
     mixing: Mixing | None = None,
 ) -> tuple[list[float], TrainState]:
@@ -121,7 +121,7 @@ def train_ours(
 def train_oracle(
     oracle: torch_oracle.RepVGG,
     batches: list[Batch],
-    config: OptimizerConfig,
+    config: OptimizerOptions,
     preprocessing: Preprocessing,
     **options: Any,
 ) -> list[float]:
@@ -225,7 +225,7 @@ def test_mixup_accumulation_and_the_moving_average_in_float64(name, tmp_path):
     config = dataclasses.replace(FULL, accumulate=2, ema_decay=decay)
     oracle, batches = make_oracle(name, CLASSES), photograph_batches()
     start = to_flax(oracle, name, tmp_path)
-    mixing = lambda _, images, targets: mixup(images.astype("float64"), targets, share)  # noqa: E731
+    mixing = lambda _, images, targets: blend_with_partner(images.astype("float64"), targets, share)  # noqa: E731
     with jax.enable_x64(True):
         model = flax_model(name, "float64", CLASSES)
         losses, state = train_ours(model, cast(start, "float64"), batches, config, EXACT, mixing)
@@ -303,7 +303,7 @@ def test_the_rule_in_words():
 def test_decay_comes_before_momentum_and_the_learning_rate_after():
     """Without gradients, two steps: -lr * decay * w, then -lr * (momentum + 1) * decay * w, in decayed leaves only."""
     params = {"linear": {"kernel": np.array([2.0, -3.0]), "bias": np.array([5.0])}}
-    config = OptimizerConfig(momentum=0.9, weight_decay=0.01)
+    config = OptimizerOptions(momentum=0.9, weight_decay=0.01)
     optimizer = make_optimizer(config, optax.constant_schedule(0.5))
     state, nothing = optimizer.init(params), jax.tree.map(np.zeros_like, params)
     for factor in (1.0, 1.9):
@@ -313,7 +313,7 @@ def test_decay_comes_before_momentum_and_the_learning_rate_after():
         np.testing.assert_array_equal(updates["linear"]["bias"], [0.0])
 
 
-def expected_rate(config: OptimizerConfig, steps_per_epoch: int, step: int) -> float:
+def expected_rate(config: OptimizerOptions, steps_per_epoch: int, step: int) -> float:
     """Linear warm-up from 0, then half a cosine to 0; the peak is for a batch of 256."""
     peak = config.learning_rate * config.batch_size / 256
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
@@ -322,7 +322,7 @@ def expected_rate(config: OptimizerConfig, steps_per_epoch: int, step: int) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def rate_at(config: OptimizerConfig, steps_per_epoch: int, step: int) -> float:
+def rate_at(config: OptimizerOptions, steps_per_epoch: int, step: int) -> float:
     return np.asarray(learning_rate_schedule(config, steps_per_epoch)(step)).item()
 
 

@@ -14,19 +14,19 @@ from tests.helpers.commands import command
 from tests.helpers.data import write_photos
 from tests.helpers.repository import ROOT
 from train.checkpoint import RunFacts
-from train.config import PRESETS, Config, RunConfig, parse
 from train.config_file import save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.main import check_augmentation, make_evaluator, set_up
+from train.recipe import PRESETS, InputOptions, Recipe, RunOptions, parse
+from train.run import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 
 HOLDER = textwrap.dedent(
     """
     import dataclasses, pathlib, sys
-    from train.config import Config
+    from train.recipe import Recipe
     from train.workdir import claimed
-    with claimed(Config(), pathlib.Path(sys.argv[1])):
+    with claimed(Recipe(), pathlib.Path(sys.argv[1])):
         print("claimed", flush=True)
         sys.stdin.read()
     """
@@ -71,7 +71,7 @@ def test_a_second_run_is_told_whose_the_folder_is_until_that_one_ends_or_is_kill
     process.wait()
     assert (workdir / LOCK).read_bytes(), "its name is still there, the lock is not"
     for _ in range(2):
-        with claimed(Config(), workdir):
+        with claimed(Recipe(), workdir):
             assert str(os.getpid()).encode() in (workdir / LOCK).read_bytes()
         assert (workdir / LOCK).read_bytes() == b""
 
@@ -80,7 +80,7 @@ def test_the_command_says_so_in_one_line(tmp_path):
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     options = ("--data", tmp_path / "photos", "--batch-size", 4, "--workdir", tmp_path / "run", "--image-size", 32)
-    with claimed(Config(), tmp_path / "run"):
+    with claimed(Recipe(), tmp_path / "run"):
         done = command("train.main", "--preset", "digits", *options)
     assert done.returncode == 2
     assert f"in use by process {os.getpid()} on " in done.stderr
@@ -88,15 +88,15 @@ def test_the_command_says_so_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def begun(tmp_path) -> tuple[Path, Config]:
+def begun(tmp_path) -> tuple[Path, Recipe]:
     """A folder whose run has come to its first checkpoint, and its options."""
-    config = Config(run=RunConfig(workdir=str(tmp_path / "run")))
+    config = Recipe(input=InputOptions(data="/here/photos"), run=RunOptions(workdir=str(tmp_path / "run")))
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     save_or_compare(config, tmp_path / "run")
     return tmp_path / "run", config
 
 
-def changed(config: Config, group: str, **values: object) -> Config:
+def changed(config: Recipe, group: str, **values: object) -> Recipe:
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
 
 
@@ -197,7 +197,7 @@ def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected,
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     seen = []
-    monkeypatch.setattr("train.main.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
+    monkeypatch.setattr("train.run.Evaluator", lambda *_, batch_size, **__: seen.append(batch_size))
     options = ["--data", str(tmp_path / "photos"), "--batch-size", "8", "--accumulate", str(accumulate)]
     run = set_up(parse(["--preset", "imagenet_120", *options]))
     make_evaluator(run, run.model)
@@ -220,7 +220,7 @@ def test_options_for_photographs_are_refused_where_there_are_none(wrong, tmp_pat
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     run = set_up(parse(["--preset", "digits", "--data", str(tmp_path / "photos"), "--batch-size", "4", *wrong]))
-    check_augmentation(run.config.augment, run.dataset)
+    check_augmentation(run.recipe.augment, run.dataset)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 import repvgg_jax as rv
 from tests.helpers.random_weights import random_variables
 from train.checkpoint import Checkpoints, RunFacts
-from train.config import Config
 from train.metrics import MetricsLog, read_rows
 from train.parallel import replicate, to_host
 from train.plot import plot_curves
+from train.recipe import Recipe
 from train.state import TrainState
 from train.workdir import claimed
 
@@ -54,7 +54,7 @@ def state_at(step: int) -> TrainState:
 
 def run_to_the_end(workdir: Path) -> None:
     """Write everything that a run writes, in its order."""
-    with claimed(Config(), workdir), Checkpoints(workdir, 2, print) as checkpoints:
+    with claimed(Recipe(), workdir), Checkpoints(workdir, 2, print) as checkpoints:
         log = MetricsLog(workdir, 0)
         for step in range(1, 15):
             row = {"step": step, "epoch": 1.0, "loss": 1.0, "top1": 0.5, "learning_rate": 0.1}

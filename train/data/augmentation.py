@@ -10,10 +10,13 @@ import numpy as np
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.extras import install_hint
 
+from ..options import at_least, between, check_options, must, option
 from .pictures import Picture, to_pil
-from .transforms import Transform, get_transform, random_resized_crop_flip
+from .transforms import OPTIONS, Transform, get_transform
 
 AutoAugment = Literal["none", "autoaugment", "randaugment", "randaugment_plus"]
+
+_rising_shares = must("be two rising shares of the image", lambda area: 0 < area[0] <= area[1] <= 1)
 
 _Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -22,46 +25,29 @@ _Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 class Augmentation:
     """A training augmentation; the default is the paper's 120-epoch recipe."""
 
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_area: tuple[float, float] = option((0.08, 1.0), _rising_shares)
     """Range of the random crop's share of the image's area (photographs only)."""
-    horizontal_flip: float = 0.5
+    horizontal_flip: float = option(0.5, between(0, 1))
     """How often an image is mirrored (photographs only)."""
     auto_augment: AutoAugment = "none"
     """`autoaugment` (ImageNet policy), `randaugment` (torchvision's), or `randaugment_plus`: the RepVGG authors'
     for RepVGGplus, which draws the magnitude of each operation below `randaugment_magnitude`."""
-    randaugment_ops: int = 2
+    randaugment_ops: int = option(2, at_least(1))
     """Operations of RandAugment on each image."""
-    randaugment_magnitude: int = 9
+    randaugment_magnitude: int = option(9, between(0, 30))
     """Magnitude of RandAugment: 0 to 30 for `randaugment`; the authors' recipe has 15 for `randaugment_plus`."""
-    jitter_brightness: float = 0.0
-    jitter_contrast: float = 0.0
-    jitter_saturation: float = 0.0
-    jitter_hue: float = 0.0
+    jitter_brightness: float = option(0.0, at_least(0))
+    jitter_contrast: float = option(0.0, at_least(0))
+    jitter_saturation: float = option(0.0, at_least(0))
+    jitter_hue: float = option(0.0, at_least(0), must("be at most 0.5, half a turn", lambda value: value <= 0.5))
     """Colour jitter as torchvision's: the largest change of the factor; of hue, in turns."""
-    random_erasing: float = 0.0
+    random_erasing: float = option(0.0, between(0, 1))
     """How often a random rectangle is painted over."""
     exact_crop: bool = False
     """Decode and crop with PIL, to the pixel as torchvision, at a third of the speed."""
 
     def __post_init__(self) -> None:
-        shares = {
-            "horizontal-flip": self.horizontal_flip,
-            "random-erasing": self.random_erasing,
-            "crop-area": self.crop_area[0],
-        }
-        for option, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ConfigError(f"--{option} must lie between 0 and 1, not {share}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ConfigError(f"--crop-area must be two rising shares of the image, not {self.crop_area}")
-        if min(self.jitter_brightness, self.jitter_contrast, self.jitter_saturation, self.jitter_hue) < 0:
-            raise ConfigError("--jitter-brightness, -contrast, -saturation and -hue must be at least 0")
-        if self.jitter_hue > 0.5:
-            raise ConfigError(f"--jitter-hue must be at most 0.5, half a turn, not {self.jitter_hue}")
-        if self.randaugment_ops < 1:
-            raise ConfigError(f"--randaugment-ops must be at least 1, not {self.randaugment_ops}")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise ConfigError(f"--randaugment-magnitude must lie between 0 and 30, not {self.randaugment_magnitude}")
+        check_options(self)
 
 
 def make_transform(base: str, augmentation: Augmentation, mean: Sequence[float]) -> Transform:
@@ -71,7 +57,7 @@ def make_transform(base: str, augmentation: Augmentation, mean: Sequence[float])
 
     Args:
       base: a key of `transforms.TRANSFORMS`, such as a data set's `train_transform`. `crop_area` and
-        `horizontal_flip` concern "random_resized_crop_flip" alone.
+        `horizontal_flip` concern those alone that `transforms.OPTIONS` has them for.
       augmentation: what to do.
       mean: the mean colour in 0..1, one number for each channel, with which random erasing paints.
 
@@ -81,11 +67,8 @@ def make_transform(base: str, augmentation: Augmentation, mean: Sequence[float])
     Raises:
       ConfigError: no such base, or OpenCV is needed and not installed.
     """
-    transform = get_transform(base)
-    if transform is random_resized_crop_flip:
-        transform = functools.partial(
-            random_resized_crop_flip, area=augmentation.crop_area, flip_probability=augmentation.horizontal_flip
-        )
+    chosen = {name: getattr(augmentation, name) for name in OPTIONS[base]} if base in OPTIONS else {}
+    transform = functools.partial(get_transform(base), **chosen)
     steps = _steps(augmentation, mean)
     if not steps and not augmentation.exact_crop:
         return transform

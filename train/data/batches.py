@@ -23,7 +23,7 @@ from .sources import Example, Source
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 Rendered = tuple[np.ndarray, int]
 
 PADDING = -1
@@ -46,22 +46,16 @@ class BadImages:
     def add(self, name: str, reason: str) -> None:
         """Record an image; the first time, log it as a warning."""
         with self._lock:
-            known = name in self._reasons
+            is_new = name not in self._reasons
             self._reasons.setdefault(name, reason)
-        if not known:
+        if is_new:
             logger.warning("skipped an unreadable image: %s", reason)
 
     def __len__(self) -> int:
         return len(self._reasons)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the unreadable images, sorted."""
-        with self._lock:
-            return sorted(self._reasons)
 
-
-class Reader:
+class SourceReader:
     """Reads images of one source for a transform to decode, and remembers which could not be."""
 
     def __init__(self, source: Source, channels: int, strict: bool, bad_images: BadImages | None) -> None:
@@ -135,13 +129,13 @@ class Layout:
         first = step * self.batch_size + self.process_index * self.local_size
         return np.arange(first, first + self.local_size)
 
-    def to_devices(self, batch: Batch) -> Batch:
+    def to_devices(self, batch: HostBatch) -> HostBatch:
         """[local_size, …] -> [local_device_count, per_device, …], without a copy."""
         return {name: array.reshape(self.local_device_count, -1, *array.shape[1:]) for name, array in batch.items()}
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchIndices:
     """What a batch is to hold: for each place in the epoch, an index into the source or PADDING."""
 
     epoch: int
@@ -183,14 +177,14 @@ def _holders(arrays: list[np.ndarray]) -> list[int]:
 Render = Callable[[int, int, int], Rendered | None]
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[HostBatch]):
     """Iterator of batches that a pool of threads fills ahead of time.
 
     `close` it, or use it in a `with` statement, to stop the threads. An exception in a worker closes it too and
     reaches the caller of `next` at the batch that it struck.
 
     Args:
-      plans: what the batches hold, in order.
+      contents: what the batches hold, in order.
       render: makes one image; called from the threads.
       layout, preprocessing: the shape of a batch.
       bad_images: where `render` records unreadable images.
@@ -204,7 +198,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(
         self,
-        plans: Iterator[Plan],
+        contents: Iterator[BatchIndices],
         render: Render,
         *,
         layout: Layout,
@@ -218,9 +212,9 @@ class Batches(Iterator[Batch]):
         self._workers = cores() if num_workers is None else num_workers
         if self._workers < 1 or prefetch < 1:
             raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {num_workers} and {prefetch}")
-        self._plans, self._render, self._prefetch, self._masked = plans, render, prefetch, masked
+        self._contents, self._render, self._prefetch, self._masked = contents, render, prefetch, masked
         self._layout, self._preprocessing = layout, preprocessing
-        self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+        self._pending: deque[tuple[HostBatch, list[Future[None]]]] = deque()
         self._stop = threading.Event()
         side = preprocessing.image_size
         self._images = _Recycled((layout.local_size, side, side, preprocessing.channels), prefetch + _BATCHES_OUT)
@@ -233,7 +227,7 @@ class Batches(Iterator[Batch]):
         """How many unreadable images have been met so far."""
         return len(self.bad_images)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         if self._stop.is_set():
             raise StopIteration
         try:
@@ -269,16 +263,16 @@ class Batches(Iterator[Batch]):
 
     def _submit(self) -> None:
         while len(self._pending) < self._prefetch:
-            plan = next(self._plans, None)
-            if plan is None:
+            wanted = next(self._contents, None)
+            if wanted is None:
                 return
-            batch, count = self._empty_batch(), len(plan.indices)
+            batch, count = self._empty_batch(), len(wanted.indices)
             size = -(-count // (self._workers * _TASKS_PER_WORKER))
             starts = range(0, count, size)
-            tasks = [self._pool.submit(self._fill, batch, plan, start, min(start + size, count)) for start in starts]
+            tasks = [self._pool.submit(self._fill, batch, wanted, start, min(start + size, count)) for start in starts]
             self._pending.append((batch, tasks))
 
-    def _empty_batch(self) -> Batch:
+    def _empty_batch(self) -> HostBatch:
         images, count = self._images.take(), self._layout.local_size
         batch = {"image": images, "label": np.zeros(count, np.int32)}
         if self._masked:  # not every place will be filled
@@ -286,14 +280,14 @@ class Batches(Iterator[Batch]):
             batch["mask"] = np.zeros(count, np.float32)
         return batch
 
-    def _fill(self, batch: Batch, plan: Plan, start: int, stop: int) -> None:
+    def _fill(self, batch: HostBatch, wanted: BatchIndices, start: int, stop: int) -> None:
         for row in range(start, stop):
             if self._stop.is_set():
                 return
-            index = int(plan.indices[row])
+            index = int(wanted.indices[row])
             if index == PADDING:
                 continue
-            rendered = self._render(plan.epoch, int(plan.positions[row]), index)
+            rendered = self._render(wanted.epoch, int(wanted.positions[row]), index)
             if rendered is None:
                 continue
             batch["image"][row], batch["label"][row] = rendered

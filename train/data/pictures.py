@@ -15,7 +15,7 @@ try:
 except ImportError:
     jpeg = None
 
-Box = tuple[int, int, int, int]  # left, top, width, height
+CropBox = tuple[int, int, int, int]  # left, top, width, height, whole pixels
 
 
 class Undecoded(Protocol):
@@ -31,7 +31,7 @@ class Undecoded(Protocol):
         """The whole image, decoded by PIL; raises DataError."""
         ...
 
-    def resized_crop(self, box: Box, size: int, mirrored: bool) -> np.ndarray | None:
+    def resized_crop(self, box: CropBox, size: int, mirrored: bool) -> np.ndarray | None:
         """As the function of that name; None if the image has to go through PIL."""
         ...
 
@@ -61,7 +61,7 @@ def to_pil(picture: Picture) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else picture.to_pil()
 
 
-def resized_crop(picture: Picture, box: Box, size: int, *, mirrored: bool = False) -> np.ndarray:
+def resized_crop(picture: Picture, box: CropBox, size: int, *, mirrored: bool = False) -> np.ndarray:
     """torchvision's `resized_crop` (bilinear, antialiased), uint8 [size, size, C], then perhaps its `hflip`.
 
     To the pixel for a PIL image; for a JPEG file nearly so (`jpeg.py`).

@@ -13,7 +13,7 @@ import numpy as np
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.preprocess import Preprocessing, eval_transform
 
-from .batches import PADDING, BadImages, Batches, Layout, Plan, Reader, Rendered
+from .batches import PADDING, BadImages, Batches, BatchIndices, Layout, Rendered, SourceReader
 from .pictures import Picture, to_pil
 from .sources import Source
 from .transforms import Transform
@@ -79,16 +79,16 @@ def train_batches(
         raise ConfigError(f"seed and start_step must be 0 or more (seed < 2^63), got {seed} and {start_step}")
     layout = Layout(batch_size, local_device_count, process_index, process_count)
     steps = steps_per_epoch(len(source), batch_size)
-    reader = Reader(source, preprocessing.channels, strict, bad_images)
+    reader = SourceReader(source, preprocessing.channels, strict, bad_images)
     numbers = RandomNumbers()
 
-    def plans() -> Iterator[Plan]:
+    def contents() -> Iterator[BatchIndices]:
         first_epoch, first_step = divmod(start_step, steps)
         for epoch in itertools.count(first_epoch):
             order = random_numbers(seed, _ORDER, epoch).permutation(len(source))
             for step in range(first_step if epoch == first_epoch else 0, steps):
                 positions = layout.positions(step)
-                yield Plan(epoch, positions, order[positions])
+                yield BatchIndices(epoch, positions, order[positions])
 
     def render(epoch: int, position: int, index: int) -> Rendered:
         def augment(image: Picture) -> np.ndarray:
@@ -102,7 +102,7 @@ def train_batches(
         raise _none_readable(reader)
 
     return Batches(
-        plans(),
+        contents(),
         render,
         layout=layout,
         preprocessing=preprocessing,
@@ -143,22 +143,22 @@ def eval_batches(
       DataError: from the iterator: no image of this process is readable, or, if strict, one is not.
     """
     layout = Layout(batch_size, local_device_count, process_index, process_count)
-    reader = Reader(source, preprocessing.channels, strict, bad_images)
+    reader = SourceReader(source, preprocessing.channels, strict, bad_images)
     places = [layout.positions(step) for step in range(-(-len(source) // batch_size))]
-    own_images = sum(int(np.count_nonzero(positions < len(source))) for positions in places)
+    images_here = sum(int(np.count_nonzero(positions < len(source))) for positions in places)
 
-    def plans() -> Iterator[Plan]:
+    def contents() -> Iterator[BatchIndices]:
         for positions in places:
-            yield Plan(0, positions, np.where(positions < len(source), positions, PADDING))
+            yield BatchIndices(0, positions, np.where(positions < len(source), positions, PADDING))
 
     def render(epoch: int, position: int, index: int) -> Rendered | None:
         rendered = reader(index, lambda image: eval_transform(to_pil(image), preprocessing))
-        if len(reader.unreadable) == own_images:
+        if len(reader.unreadable) == images_here:
             raise _none_readable(reader)
         return rendered
 
     return Batches(
-        plans(),
+        contents(),
         render,
         layout=layout,
         preprocessing=preprocessing,
@@ -197,6 +197,6 @@ class RandomNumbers(threading.local):
         return self._generator
 
 
-def _none_readable(reader: Reader) -> DataError:
+def _none_readable(reader: SourceReader) -> DataError:
     first = reader.unreadable[min(list(reader.unreadable))]  # list: other threads may be adding
     return DataError(f"none of the {len(reader.unreadable)} images can be read; the first: {first}")

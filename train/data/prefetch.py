@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,8 +42,6 @@ class Prefetch(Iterator[Device], Generic[Host, Device]):
     def __init__(self, batches: Iterator[Host], put: Callable[[Host], Device], ahead: int = 2) -> None:
         if ahead < 1:
             raise ConfigError(f"need at least 1 batch ahead, got {ahead}")
-        self.seconds_waited = 0.0
-        """Time that callers of `next` have spent waiting for data, in all."""
         self._queue: queue.SimpleQueue[Device | _Failure | _End] = queue.SimpleQueue()
         self._room = threading.Semaphore(ahead)
         self._stop = threading.Event()
@@ -54,14 +51,11 @@ class Prefetch(Iterator[Device], Generic[Host, Device]):
     def __next__(self) -> Device:
         if self._stop.is_set():
             raise StopIteration
-        start = time.perf_counter()
         try:
             item = self._queue.get()
         except BaseException:  # KeyboardInterrupt
             self.close()
             raise
-        finally:
-            self.seconds_waited += time.perf_counter() - start
         if isinstance(item, _Failure):
             self.close()
             raise item.error

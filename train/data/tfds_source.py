@@ -155,8 +155,8 @@ def _not_found(name: str, data_dir: Path) -> DataError:
     folder = data_dir / base
     if folder.is_dir():
         return _not_finished(name, base, folder)
-    known = set(tfds.list_builders(with_community_datasets=False))
-    if base in known:
+    of_tfds = set(tfds.list_builders(with_community_datasets=False))
+    if base in of_tfds:
         # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some a manual download.
         return DataError(
             f"TFDS data set {name!r} is not prepared under {data_dir}; prepare it where tensorflow is installed "
@@ -164,7 +164,7 @@ def _not_found(name: str, data_dir: Path) -> DataError:
             "where it is with --data-dir or TFDS_DATA_DIR"
         )
     prepared = {p.name for p in data_dir.iterdir() if p.is_dir()} if data_dir.is_dir() else set()
-    names = sorted((known | prepared | {"digits", "synthetic"}) - {name, base})
+    names = sorted((of_tfds | prepared | {"digits", "synthetic"}) - {name, base})
     near = difflib.get_close_matches(base, names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "give a folder, a TFDS name, digits or synthetic"
     return DataError(f"no folder and no TFDS data set is called {name!r}; {hint}")

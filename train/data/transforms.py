@@ -1,8 +1,8 @@
 """Training augmentations that bring an image to its size: pure functions (image, rng, size) -> uint8 [size, size, C].
 
 All randomness comes from `rng`, so that an image's augmentation depends on the seed and on its place in the
-epoch alone. To add one, write the function and enter it in `TRANSFORMS`. An image is a PIL image of mode "RGB" or
-"L", or an undecoded file. What changes pixels at that size is in `augmentation.py`.
+epoch alone. To add one, write the function and enter it in `TRANSFORMS`, and in `OPTIONS` if it takes some. An image is
+a PIL image of mode "RGB" or "L", or an undecoded file. What changes pixels at that size is in `augmentation.py`.
 """
 
 import math
@@ -31,8 +31,8 @@ def random_resized_crop_flip(
     rng: np.random.Generator,
     size: int,
     *,
-    area: tuple[float, float] = (0.08, 1.0),
-    flip_probability: float = 0.5,
+    crop_area: tuple[float, float] = (0.08, 1.0),
+    horizontal_flip: float = 0.5,
 ) -> np.ndarray:
     """torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
 
@@ -40,8 +40,8 @@ def random_resized_crop_flip(
       image: PIL image of mode "RGB" or "L", or an undecoded file, of which only the crop is decoded.
       rng: where the crop and the flip come from.
       size: height and width of the result.
-      area: range of the crop's share of the image's area.
-      flip_probability: how often the crop is mirrored.
+      crop_area: range of the crop's share of the image's area.
+      horizontal_flip: how often the crop is mirrored.
 
     Returns:
       uint8 [size, size, C].
@@ -49,8 +49,30 @@ def random_resized_crop_flip(
     Raises:
       DataError: the file cannot be decoded.
     """
-    box = random_crop_box(image.width, image.height, rng, area)
-    return resized_crop(image, box, size, mirrored=bool(rng.random() < flip_probability))
+    box = random_crop_box(image.width, image.height, rng, crop_area)
+    return resized_crop(image, box, size, mirrored=bool(rng.random() < horizontal_flip))
+
+
+def pad_and_crop_flip(
+    image: Picture, rng: np.random.Generator, size: int, *, horizontal_flip: float = 0.5
+) -> np.ndarray:
+    """Shift by up to an eighth of the side and flip, as is usual for CIFAR: pad 32 pixels by 4 of black, then crop.
+
+    Args:
+      image: PIL image of mode "RGB" or "L", or an undecoded file; resized to a square first, unless it is one of
+        `size`.
+      rng: where the shift and the flip come from.
+      size: height and width of the result.
+      horizontal_flip: how often the crop is mirrored.
+
+    Returns:
+      uint8 [size, size, C].
+    """
+    margin = size // 8
+    padded = np.pad(as_is(image, rng, size), ((margin, margin), (margin, margin), (0, 0)))
+    top, left = (int(offset) for offset in rng.integers(2 * margin + 1, size=2))
+    crop = padded[top : top + size, left : left + size]
+    return crop[:, ::-1] if rng.random() < horizontal_flip else crop
 
 
 def random_crop_box(
@@ -153,9 +175,16 @@ def as_is(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
 
 TRANSFORMS: dict[str, Transform] = {
     "random_resized_crop_flip": random_resized_crop_flip,
+    "pad_and_crop_flip": pad_and_crop_flip,
     "random_affine": random_affine,
     "as_is": as_is,
 }
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "random_resized_crop_flip": ("crop_area", "horizontal_flip"),
+    "pad_and_crop_flip": ("horizontal_flip",),
+}
+"""Which options of `Augmentation` a transform takes, under their names."""
 
 
 def get_transform(name: str) -> Transform:

@@ -18,7 +18,7 @@ from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import Preprocessing, decode_image, normalize
 from tests.helpers.data import PHOTO, encode, evaluation, flat, training, write_photos
 from tests.helpers.repository import ROOT
-from train.data import DataSet, eval_batches, get_transform, load
+from train.data import DataSet, eval_batches, get_transform, open_dataset
 from train.data.sources import FolderSource, SyntheticSource
 from train.data.tfds_source import TEST_SPLITS, TfdsSource, find_dataset, find_split
 from train.data.tfrecord import Shard, TFRecordFiles, record_spans
@@ -36,13 +36,13 @@ def photos(tmp_path: Path) -> Path:
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the digits data set is written, once."""
     folder = tmp_path_factory.mktemp("tfds")
-    load("digits", image_size=32, data_dir=folder)
+    open_dataset("digits", image_size=32, data_dir=folder)
     return folder
 
 
 @pytest.fixture
 def digits(data_dir: Path) -> DataSet:
-    return load("digits", image_size=32, data_dir=data_dir)
+    return open_dataset("digits", image_size=32, data_dir=data_dir)
 
 
 # Digits: real, written once, split fairly
@@ -83,13 +83,14 @@ def test_digits_are_written_once(data_dir: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
 
     before = stamps()
-    load("digits", image_size=32, data_dir=data_dir)
+    open_dataset("digits", image_size=32, data_dir=data_dir)
     assert stamps() == before
     assert not list(data_dir.glob(".*")), "nothing half-written is left"
 
 
 def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
-    code = f"from train.data import load; print(len(load('digits', image_size=8, data_dir={str(tmp_path)!r}).test))"
+    opened = f"open_dataset('digits', image_size=8, data_dir={str(tmp_path)!r})"
+    code = f"from train.data import open_dataset; print(len({opened}.test))"
     options: dict[str, Any] = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
@@ -100,7 +101,7 @@ def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(DataError, match=r"cannot write the digits data set under .*--data-dir"):
-        load("digits", image_size=32, data_dir=tmp_path / "file")
+        open_dataset("digits", image_size=32, data_dir=tmp_path / "file")
 
 
 def test_digits_train_through_the_same_pipeline(digits: DataSet) -> None:
@@ -116,7 +117,7 @@ def test_digits_train_through_the_same_pipeline(digits: DataSet) -> None:
 def test_classes_and_files_are_in_sorted_order(photos: Path) -> None:
     (photos / "val" / "garden" / "notes.txt").write_text("no image", encoding="utf-8")
     (photos / "val" / ".cache").mkdir()
-    dataset = load(str(photos), image_size=16)
+    dataset = open_dataset(str(photos), image_size=16)
     assert dataset.class_names == ["garden", "pagoda"]
     assert (dataset.num_classes, len(dataset.train), len(dataset.test)) == (2, 22, 13)
     names = [dataset.test[index].name for index in range(13)]
@@ -126,12 +127,12 @@ def test_classes_and_files_are_in_sorted_order(photos: Path) -> None:
 
 def test_evaluation_alone_needs_no_training_folder(photos: Path) -> None:
     shutil.rmtree(photos / "train")
-    dataset = load(str(photos), image_size=16, evaluation_only=True)
+    dataset = open_dataset(str(photos), image_size=16, evaluation_only=True)
     assert (len(dataset.train), len(dataset.test)) == (0, 13)
 
 
 def test_synthetic_images_are_random_and_repeatable() -> None:
-    dataset = load("synthetic", image_size=24)
+    dataset = open_dataset("synthetic", image_size=24)
     assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (1_281_167, 50_000, 1000)
     batch = training(dataset.train, 1, transform=get_transform("as_is"), preprocessing=dataset.preprocessing)[0]
     assert batch["image"].shape == (1, 8, 24, 24, 3)
@@ -144,7 +145,9 @@ def test_synthetic_images_are_random_and_repeatable() -> None:
 @pytest.mark.parametrize("spec", ["digits", "photos", "synthetic"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_and_colour_are_both_served(photos: Path, data_dir: Path, spec: str, channels: int) -> None:
-    dataset = load(str(photos) if spec == "photos" else spec, image_size=16, data_dir=data_dir, channels=channels)
+    dataset = open_dataset(
+        str(photos) if spec == "photos" else spec, image_size=16, data_dir=data_dir, channels=channels
+    )
     assert dataset.preprocessing.channels == channels
     options: dict[str, Any] = dict(transform=get_transform(dataset.train_transform))
     batch = training(dataset.train, 1, preprocessing=dataset.preprocessing, **options)[0]
@@ -194,13 +197,13 @@ def test_tfrecord_files_are_read_at_random_without_tensorflow(tfrecords: Path, d
 
 def test_a_tfds_name_loads_whichever_version_is_on_disk(tfrecords: Path) -> None:
     for name in ("digits_tfrecord", "digits_tfrecord:1.0.0"):
-        dataset = load(name, image_size=16, data_dir=tfrecords.parents[1], evaluation_only=True)
+        dataset = open_dataset(name, image_size=16, data_dir=tfrecords.parents[1], evaluation_only=True)
         assert (len(dataset.test), dataset.num_classes) == (360, 10)
 
 
 def test_data_dir_comes_from_the_environment(tfrecords: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfrecords.parents[1]))
-    assert len(load("digits_tfrecord", image_size=16, evaluation_only=True).test) == 360
+    assert len(open_dataset("digits_tfrecord", image_size=16, evaluation_only=True).test) == 360
 
 
 def test_record_offsets_are_those_of_the_writer(tmp_path: Path) -> None:
@@ -278,7 +281,7 @@ def broken_folders(root: Path) -> Iterator[tuple[str, str]]:
 def test_every_flaw_of_a_folder_is_told(photos: Path) -> None:
     for spec, message in broken_folders(photos):
         with pytest.raises(DataError, match=message) as caught:
-            load(spec, image_size=16)
+            open_dataset(spec, image_size=16)
         assert "\n" not in str(caught.value)
 
 
@@ -295,14 +298,14 @@ def test_every_flaw_of_a_folder_is_told(photos: Path) -> None:
 )
 def test_a_tfds_name_that_is_not_there_is_told_with_what_to_do(spec: str, message: str, data_dir: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        load(spec, image_size=16, data_dir=data_dir)
+        open_dataset(spec, image_size=16, data_dir=data_dir)
     assert "\n" not in str(caught.value)
 
 
 def test_a_tfds_data_set_that_is_damaged_or_of_another_kind_is_told(tfrecords: Path) -> None:
     def attempt(message: str) -> None:
         with pytest.raises(DataError, match=message):
-            load("digits_tfrecord", image_size=16, data_dir=tfrecords.parents[1])
+            open_dataset("digits_tfrecord", image_size=16, data_dir=tfrecords.parents[1])
 
     attempt("digits_tfrecord/1.0.0 has no train split, only test")
     features, text = tfrecords / "features.json", (tfrecords / "features.json").read_text(encoding="utf-8")
@@ -329,4 +332,4 @@ def test_a_file_that_vanishes_is_an_unreadable_image(photos: Path) -> None:
 @pytest.mark.parametrize("options", [{"image_size": 0}, {"channels": 2}, {"crop_fraction": 1.5}])
 def test_numbers_out_of_range_are_value_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"image_size|channels|crop_fraction"):
-        load("synthetic", **(dict[str, Any](image_size=16) | options))
+        open_dataset("synthetic", **(dict[str, Any](image_size=16) | options))

@@ -8,11 +8,11 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.errors import DataError
-from repvgg_jax.net.variants import VARIANTS, Variant
+from repvgg_jax.net.variants import Variant
 from tests.helpers.commands import command
 from tests.helpers.data import PHOTO, encode, training, write_photos
 from tests.helpers.random_weights import random_variables
-from train.data import load
+from train.data import open_dataset
 from train.data.sources import FolderSource
 
 SMALL = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
@@ -27,8 +27,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
+def weights(tmp_path: Path) -> Path:
     model = rv.create_model(SMALL, 2)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model), class_names=("garden", "pagoda"))
     return tmp_path / "w.safetensors"
@@ -51,7 +50,7 @@ def test_either_advice_on_a_class_without_images_leads_to_a_data_set(
     if not with_folder:
         folder.rmdir()
     with pytest.raises(DataError) as caught:
-        load(str(photos))
+        open_dataset(str(photos))
     said = str(caught.value)
     assert "\n" not in said
     if with_folder:
@@ -70,7 +69,7 @@ def test_either_advice_on_a_class_without_images_leads_to_a_data_set(
     else:
         for path in remove:
             shutil.rmtree(path)
-    assert load(str(photos)).num_classes == (2 if advice == "add" else 1)
+    assert open_dataset(str(photos)).num_classes == (2 if advice == "add" else 1)
 
 
 def test_evaluation_alone_takes_an_empty_class_folder(photos: Path, weights: Path) -> None:
@@ -90,7 +89,7 @@ def test_files_that_are_not_images_are_counted_once(photos: Path, weights: Path)
     for name in ("train/garden/notes.txt", "val/garden/more/a.csv", "val/pagoda/b.csv", "val/pagoda/IMG_1.HEIC"):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_text("x", encoding="utf-8")
-    assert load(str(photos)).notes == (
+    assert open_dataset(str(photos)).notes == (
         f"{photos / 'train'}: left out 1 file that is not an image (1 .txt)",
         f"{photos / 'val'}: left out 3 files that are not images (2 .csv, 1 .heic)",
     )
@@ -103,7 +102,7 @@ def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(ph
     """Two evaluations while training, and four forms at the end."""
     broken = photos / "val" / "garden" / "broken.jpg"
     broken.write_bytes(b"xx")
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", photos, "--image-size", 32, "--epochs", 2)
+    options = ("--preset", "imagenet_120", "--model", weights, "--data", photos, "--image-size", 32, "--epochs", 2)
     done = command("train.main", *options, "--batch-size", 8, "--ema-decay", 0.9, "--workdir", photos.parent / "run")
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
@@ -123,20 +122,20 @@ def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(ph
 @pytest.mark.parametrize("name", ["validation", "valid", "test"])
 def test_the_evaluation_split_may_be_called_otherwise(photos: Path, weights: Path, name: str) -> None:
     (photos / "val").rename(photos / name)
-    dataset = load(str(photos))
+    dataset = open_dataset(str(photos))
     assert (len(dataset.train), len(dataset.test), dataset.notes) == (8, 6, ())
     assert dataset.test[0].name.startswith(str(photos / name))
     shutil.rmtree(photos / name / "garden")
     with pytest.raises(DataError, match=rf"only in train/: garden\); .* add some to \S+/{name}/garden, or remove"):
-        load(str(photos))
+        open_dataset(str(photos))
 
 
 def test_of_several_evaluation_splits_the_first_is_taken_and_named(photos: Path) -> None:
     for name in ("valid", "test"):
         write_photos(photos / name, 4)
-    assert load(str(photos)).notes == (f"{photos}: evaluation on val/, not on valid/, test/",)
+    assert open_dataset(str(photos)).notes == (f"{photos}: evaluation on val/, not on valid/, test/",)
     shutil.rmtree(photos / "val")
-    dataset = load(str(photos), evaluation_only=True)
+    dataset = open_dataset(str(photos), evaluation_only=True)
     assert dataset.notes == (f"{photos}: evaluation on valid/, not on test/",)
     assert len(dataset.test) == 4
 
@@ -145,15 +144,15 @@ def test_photographs_that_are_not_divided_point_to_the_splitter(photos: Path, tm
     (photos / "train").rename(tmp_path / "unsplit")
     command_line = f"; to divide its class folders: python -m examples.finetune.split {tmp_path / 'unsplit'} OUT"
     with pytest.raises(DataError) as caught:
-        load(str(tmp_path / "unsplit"))
+        open_dataset(str(tmp_path / "unsplit"))
     assert str(caught.value).endswith(command_line)
     module, *arguments = command_line.partition("python -m ")[2].split()
     done = command(module, *arguments[:-1], tmp_path / "divided")
     assert done.returncode == 0, done.stderr
-    assert len(load(str(tmp_path / "divided")).train) == 6
+    assert len(open_dataset(str(tmp_path / "divided")).train) == 6
     (tmp_path / "nothing" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match=r"nothing holds no train/ and no val/; expected \S+ and \S+$"):
-        load(str(tmp_path / "nothing"))
+        open_dataset(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("spec", ["gs://bucket/photos", "s3://bucket/photos"])

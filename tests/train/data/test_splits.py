@@ -14,10 +14,11 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax.errors import DataError
-from repvgg_jax.net.variants import VARIANTS, Variant
+from repvgg_jax.net.variants import Variant
+from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
 from tests.helpers.random_weights import random_variables
-from train.data import load
+from train.data import open_dataset
 
 SMALL = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=16)
 CLASSES = ("cat", "dog", "fox", "owl")
@@ -78,12 +79,12 @@ def shades(source: Any) -> list[int]:
 
 def test_a_data_set_with_only_a_train_split_says_how_to_divide_it(only_train: Path) -> None:
     with pytest.raises(DataError) as caught:
-        load("animals", data_dir=only_train)
+        open_dataset("animals", data_dir=only_train)
     assert str(caught.value) == (
         "animals/1.2.0 has no validation or test split, only train; divide it, such as with "
         "--train-split 'train[:90%]' --test-split 'train[90%:]'"
     )
-    dataset = load("animals", data_dir=only_train, train_split="train[:90%]", test_split="train[90%:]")
+    dataset = open_dataset("animals", data_dir=only_train, train_split="train[:90%]", test_split="train[90%:]")
     assert (shades(dataset.train), shades(dataset.test)) == (list(range(18)), [18, 19])
     assert dataset.notes == ()
 
@@ -92,15 +93,15 @@ def test_slices_are_tfdss_own(only_train: Path) -> None:
     builder: Any = tfds.builder_from_directory(only_train / "animals" / "1.2.0")
     for split in ("train", "train[3:7]", "train[-25%:]", "train[:2]+train[10:12]"):
         theirs = [example["image"][0, 0, 0] // 10 for example in builder.as_data_source(split)]
-        ours = load("animals", data_dir=only_train, test_split=split, evaluation_only=True).test
+        ours = open_dataset("animals", data_dir=only_train, test_split=split, evaluation_only=True).test
         assert shades(ours) == theirs, split
         assert [ours[i].label for i in range(len(ours))] == [LABELS[shade] for shade in theirs]
 
 
 def test_images_that_are_in_both_splits_are_counted_aloud(only_train: Path) -> None:
-    dataset = load("animals", data_dir=only_train, test_split="train[75%:]")
+    dataset = open_dataset("animals", data_dir=only_train, test_split="train[75%:]")
     assert dataset.notes == ("5 of 5 evaluation images (train[75%:]) are training images too (train)",)
-    dataset = load("animals", data_dir=only_train, train_split="train[:16]", test_split="train[15:]")
+    dataset = open_dataset("animals", data_dir=only_train, train_split="train[:16]", test_split="train[15:]")
     assert dataset.notes == ("1 of 5 evaluation images (train[15:]) are training images too (train[:16])",)
 
 
@@ -116,14 +117,14 @@ def test_a_split_that_is_not_there_is_one_line(only_train: Path, split: str, mes
     cases: list[dict[str, Any]] = [dict(test_split=split), dict(train_split=split, test_split="train")]
     for options in cases:
         with pytest.raises(DataError, match=message) as caught:
-            load("animals", data_dir=only_train, **options)
+            open_dataset("animals", data_dir=only_train, **options)
         assert "\n" not in str(caught.value)
 
 
-def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path) -> None:
     build(tmp_path, train=LABELS, test=[-1] * 5)
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", "animals", "--data-dir", tmp_path)
+    net = write_variant(tmp_path, SMALL)
+    options = ("--preset", "imagenet_120", "--model", net, "--data", "animals", "--data-dir", tmp_path)
     workdir = tmp_path / "run"
     done = command("train.main", *options, "--batch-size", 4, "--workdir", workdir)
     assert (done.returncode, done.stdout) == (2, "")
@@ -133,14 +134,22 @@ def test_a_split_without_labels_is_refused_at_the_start(tmp_path: Path, monkeypa
     assert not workdir.exists()
 
 
-def test_the_options_reach_both_commands(only_train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VARIANTS, "Small", SMALL)
+def test_the_options_reach_both_commands(only_train: Path, tmp_path: Path) -> None:
     model = rv.create_model(SMALL, 4)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model), class_names=CLASSES)
     evaluated = ("train.evaluate", "animals", "train", tmp_path / "w.safetensors", "--data-dir", only_train)
     done = command(*evaluated, "--test-split", "train[12:]")
     assert json.loads(done.stdout)["images"] == 8, done.stderr
-    options = ("--preset", "imagenet_120", "--model", "Small", "--data", "animals", "--data-dir", only_train)
+    options = (
+        "--preset",
+        "imagenet_120",
+        "--model",
+        tmp_path / "w.safetensors",
+        "--data",
+        "animals",
+        "--data-dir",
+        only_train,
+    )
     splits = ("--train-split", "train[:8]", "--test-split", "train[8:]", "--batch-size", 12)
     done = command("train.main", *options, *splits, "--workdir", tmp_path / "run")
     assert done.stderr == "error: 8 training images do not fill one batch of 12; use a smaller batch size\n"
@@ -150,8 +159,10 @@ def test_splits_of_what_is_not_a_tfds_data_set_are_refused(tmp_path: Path) -> No
     (tmp_path / "val" / "a").mkdir(parents=True)
     for spec in ("synthetic", str(tmp_path)):
         with pytest.raises(DataError, match=r"--test-split train\[:5\] is for TFDS data sets"):
-            load(spec, test_split="train[:5]")
-    digits = load("digits", image_size=8, data_dir=tmp_path, train_split="train[:50%]", test_split="train[50%:]")
+            open_dataset(spec, test_split="train[:5]")
+    digits = open_dataset(
+        "digits", image_size=8, data_dir=tmp_path, train_split="train[:50%]", test_split="train[50%:]"
+    )
     assert abs(len(digits.train) - len(digits.test)) <= 1
 
 
@@ -164,11 +175,11 @@ def test_an_unfinished_build_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"the build of .* 'animals' is unfinished \(.*1\.2\.0\.incompleteX7Y8Z9\); wait"
     ):
-        load("animals", data_dir=tmp_path)
+        open_dataset("animals", data_dir=tmp_path)
     shutil.rmtree(tmp_path / "animals")
     (tmp_path / "animals" / "1.2.0").mkdir(parents=True)
     with pytest.raises(DataError, match=r"animals holds no finished build of the TFDS data set 'animals'; build it"):
-        load("animals", data_dir=tmp_path)
+        open_dataset("animals", data_dir=tmp_path)
 
 
 def test_a_build_whose_splits_were_never_written_down_is_named(tmp_path: Path) -> None:
@@ -177,14 +188,14 @@ def test_a_build_whose_splits_were_never_written_down_is_named(tmp_path: Path) -
     del info["splits"]
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(DataError, match=r"1\.2\.0 holds no splits: its build is unfinished"):
-        load("animals", data_dir=tmp_path)
+        open_dataset("animals", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["animals:9.9.9", "animals/big", "animals/big:1.2.0", "animal", "animals_"])
 def test_what_is_proposed_is_there_and_is_not_what_was_given(only_train: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
-        load(name, data_dir=only_train)
+        open_dataset(name, data_dir=only_train)
     proposed = str(caught.value).rpartition("did you mean ")[2].rstrip("?").split(" or ")
     assert name not in proposed
     assert proposed[0].startswith("animals")
-    assert len(load(proposed[0], data_dir=only_train, test_split="train", evaluation_only=True).test) == 20
+    assert len(open_dataset(proposed[0], data_dir=only_train, test_split="train", evaluation_only=True).test) == 20

@@ -1,0 +1,63 @@
+"""A network's architecture, as a command line names it: a published variant, a JSON file, or a weight file."""
+
+import dataclasses
+import json
+import os
+
+from ..errors import ConfigError, shown
+from ..net.variants import Variant, get_variant, list_models
+from ..paths import local_path
+from .header import variant_from_json
+from .loading import inspect_weights
+
+MAX_BLOCKS = 9999
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+def expected_variant(option: str, text: str | None) -> str | Variant | None:
+    """Return what `load_weights` takes for the variant to expect: a published one's name, or what a file describes.
+
+    Raises:
+      RepVGGError: as from `find_variant`.
+    """
+    return text if text is None or not _is_file(text) else find_variant(option, text)
+
+
+def find_variant(option: str, text: str) -> Variant:
+    """Return the variant called `text`, or the one that the file `text` describes.
+
+    A `.json` file holds a variant's fields, such as `{"num_blocks": [1, 2, 4, 1], "widths": [16, 16, 32, 64, 128]}`, or
+    the header of one of our weight files. Without a name of its own, the net is called as the file is.
+
+    Args:
+      option: what names it, for messages.
+      text: a name of `list_models()`, a `.json` file, or anything that `inspect_weights` reads.
+
+    Raises:
+      UnknownModelError: it is neither a variant's name nor a file.
+      ConfigError: the JSON file cannot be read, or describes no network.
+      WeightsError: as from `inspect_weights`.
+    """
+    if not _is_file(text):
+        return get_variant(text)
+    path = local_path(option, text)
+    if path.suffix != ".json":
+        return inspect_weights(path).variant
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        header = header if "variant" in header else {"variant": header}
+        fields = header["variant"]
+        if isinstance(fields, dict) and sum(fields["num_blocks"]) > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS} blocks")
+        variant = variant_from_json(header, f"{option} {text}", MAX_BLOCKS, None)
+        is_named = isinstance(fields, str) or "name" in fields
+        return variant if is_named else dataclasses.replace(variant, name=path.stem)
+    except OSError as error:
+        raise ConfigError(f"{option} {text}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"there is no field {error}" if isinstance(error, KeyError) else f"{error}"
+        raise ConfigError(f"{option} {text} describes no network: {shown(reason)}") from error
+
+
+def _is_file(text: str) -> bool:
+    return text not in list_models() and (text.endswith((".json", *_WEIGHT_FILES)) or os.path.exists(text))  # noqa: PTH110

@@ -1,0 +1,251 @@
+"""Data sets: one table of what is known of them, and `open_dataset`, which opens a row."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from repvgg_jax.digits import MEAN, STD
+from repvgg_jax.errors import DataError
+from repvgg_jax.extras import install_hint
+from repvgg_jax.net.variants import Variant, get_variant
+from repvgg_jax.paths import local_path
+from repvgg_jax.preprocess import Preprocessing, in_grey
+from repvgg_jax.weights.info import default_preprocessing
+
+from .batches import BadImages
+from .folders import open_folder
+from .sources import EmptySource, Source, SyntheticSource
+
+_SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set as training and evaluation need it.
+
+    Attributes:
+      name: the specification it was opened by.
+      train, test: the two splits. `train` is empty if only evaluation was asked for.
+      preprocessing: how its images become network input in evaluation.
+      train_size: height and width of the training crops.
+      train_transform: name of the transform (crop, or none) that suits it; `make_transform` builds on it.
+      notes: what a user should know of it, such as files that were left out, a line each.
+      bad_test_images: where evaluations record images of `test` that they cannot read, to name each once.
+    """
+
+    name: str
+    train: Source
+    test: Source
+    preprocessing: Preprocessing
+    train_size: int
+    train_transform: str
+    notes: tuple[str, ...] = ()
+    bad_test_images: BadImages = dataclasses.field(default_factory=BadImages, compare=False)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes; a label is an index into them."""
+        return self.test.class_names
+
+    @property
+    def has_class_names(self) -> bool:
+        """Whether the names mean anything: those of synthetic images do not."""
+        return self.name != "synthetic"
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.test.class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a source.
+
+    Attributes:
+      spec: the data set's specification.
+      data_dir: where TFDS data sets are.
+      train_split, test_split: of a TFDS data set, where they are not the usual ones.
+      evaluation_only: do without a training split.
+      preprocessing: of evaluation; synthetic images have its size and channels.
+    """
+
+    spec: str
+    data_dir: Path
+    train_split: str | None
+    test_split: str | None
+    evaluation_only: bool
+    preprocessing: Preprocessing
+
+
+Opened = tuple[Source, Source, tuple[str, ...]]
+"""The training split, the evaluation split, and lines with what a user should know of the two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is known of a data set. Every column but the first can be overridden by a recipe.
+
+    Attributes:
+      source: opens its splits.
+      mean, std: of each colour, for pixel values in 0..1; ImageNet's if None.
+      train_size: height and width of the training crops.
+      test_size: of the evaluation crops; None takes the variant's published one.
+      crop_fraction: share of the resized shorter side that an evaluation crop keeps; None takes the variant's
+        published one, as `Preprocessing.at_size` has it for another size.
+      train_transform: a key of `transforms.TRANSFORMS`.
+    """
+
+    source: Callable[[Request], Opened]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    train_size: int = 224
+    test_size: int | None = None
+    crop_fraction: float | None = None
+    train_transform: str = "random_resized_crop_flip"
+
+
+def row_of(spec: str) -> Row:
+    """Return the row of a data set, that of photographs if it has none of its own."""
+    row = DATA_SETS.get(spec.partition(":")[0], PHOTOGRAPHS)  # NAME:VERSION, where TFDS has versions
+    return row if spec in DATA_SETS or row.source is _folder_or_tfds else PHOTOGRAPHS
+
+
+def open_dataset(
+    spec: str,
+    *,
+    variant: Variant | None = None,
+    image_size: int | None = None,
+    train_size: int | None = None,
+    crop_fraction: float | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    train_transform: str | None = None,
+    channels: int = 3,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    evaluation_only: bool = False,
+) -> DataSet:
+    """Open a data set; images are read later.
+
+    Args:
+      spec: a name in `DATA_SETS`: "digits" (scikit-learn's, written to `data_dir` the first time) or "synthetic"
+        (random pixels, for benchmarks); a folder with `train/CLASS/*` and `val/CLASS/*` (or `validation/`, `valid/`,
+        `test/`, in this order of preference); or a TFDS name `NAME[/CONFIG][:VERSION]` of a data set prepared under
+        `data_dir`. An existing folder wins over a TFDS name.
+      variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
+      image_size: height and width of the network's input in evaluation.
+      train_size, crop_fraction, mean, std, train_transform: instead of those of the data set's row.
+      channels: 3 for RGB, 1 for grey.
+      data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      train_split, test_split: of a TFDS data set, also slices of splits, such as "train[:90%]" and "train[90%:]"; None
+        takes `train`, and `validation` or else `test`.
+      evaluation_only: do without a training split.
+
+    Raises:
+      DataError: one line that says what is missing or wrong, where, and what to do.
+      ConfigError: a URL.
+      ValueError: `image_size`, `channels`, `crop_fraction`, `mean` or `std` is out of range.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, got {channels}")
+    row = row_of(spec)
+    preprocessing = default_preprocessing(variant or get_variant("RepVGG-A0"), channels)
+    size = row.test_size if image_size is None else image_size
+    if size is not None:
+        preprocessing = preprocessing.at_size(size)
+    colours = [row.mean, row.std]
+    if channels == 1:
+        colours = [numbers and in_grey(numbers) for numbers in colours]
+    chosen = {
+        "crop_fraction": row.crop_fraction if crop_fraction is None else crop_fraction,
+        "mean": colours[0] if mean is None else mean,
+        "std": colours[1] if std is None else std,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    preprocessing = dataclasses.replace(preprocessing, **chosen)
+    folder = local_path("--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    train, test, notes = row.source(Request(spec, folder, train_split, test_split, evaluation_only, preprocessing))
+    return DataSet(
+        name=spec,
+        train=train,
+        test=test,
+        preprocessing=preprocessing,
+        train_size=row.train_size if train_size is None else train_size,
+        train_transform=row.train_transform if train_transform is None else train_transform,
+        notes=notes,
+    )
+
+
+def _folder_or_tfds(request: Request) -> Opened:
+    spec = request.spec
+    folder = local_path("the data set", spec)
+    if folder.is_dir():
+        _refuse_splits(request)
+        return open_folder(folder, request.evaluation_only)
+    if folder.exists() or spec.startswith((".", "~", os.sep)):
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{spec} {problem}; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+    try:
+        from . import tfds_source
+    except ImportError as error:
+        raise _missing_extra(spec, error) from error
+    return _tfds_splits(tfds_source.find_dataset(spec, request.data_dir), request)
+
+
+def _digits(request: Request) -> Opened:
+    try:
+        from . import digits_builder
+    except ImportError as error:
+        raise _missing_extra(request.spec, error) from error
+    return _tfds_splits(digits_builder.prepare(request.data_dir), request)
+
+
+def _synthetic(request: Request) -> Opened:
+    _refuse_splits(request)
+    size, channels = request.preprocessing.image_size, request.preprocessing.channels
+    train = SyntheticSource(_SYNTHETIC_IMAGES, size, channels, seed=0)
+    return train, SyntheticSource(_SYNTHETIC_TEST_IMAGES, size, channels, seed=1), ()
+
+
+def _refuse_splits(request: Request) -> None:
+    for option, split in (("--train-split", request.train_split), ("--test-split", request.test_split)):
+        if split is not None:
+            raise DataError(f"{option} {split} is for TFDS data sets; {request.spec} has folders or images of its own")
+
+
+def _tfds_splits(directory: Path, request: Request) -> Opened:
+    from . import tfds_source
+
+    test_split = request.test_split or tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
+    test = tfds_source.TfdsSource(directory, test_split)
+    if request.evaluation_only:
+        return EmptySource(test.class_names), test, ()
+    train_split = request.train_split or tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
+    train = tfds_source.TfdsSource(directory, train_split)
+    shared = tfds_source.shared_images(directory, train_split, test_split)
+    note = f"{shared} of {len(test)} evaluation images ({test_split}) are training images too ({train_split})"
+    return train, test, (note,) if shared else ()
+
+
+def _missing_extra(spec: str, error: ImportError) -> DataError:
+    return DataError(f"the data set {spec!r} needs {error.name}: {install_hint('train')}")
+
+
+PHOTOGRAPHS = Row(_folder_or_tfds)
+"""Folders, and TFDS data sets without a row of their own: treated as ImageNet is."""
+
+DATA_SETS: dict[str, Row] = {
+    "digits": Row(
+        _digits,
+        mean=(MEAN,) * 3,
+        std=(STD,) * 3,
+        train_size=32,
+        test_size=32,
+        crop_fraction=1.0,
+        train_transform="random_affine",
+    ),
+    "synthetic": Row(_synthetic, crop_fraction=1.0, train_transform="as_is"),
+}

@@ -1,0 +1,92 @@
+"""The end of a run: its weights written in every form, and every form evaluated."""
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import repvgg_jax as rv
+from repvgg_jax.quantization.qat import QATRepVGG, quantized_net, without_ranges
+from repvgg_jax.weights import save_weights
+
+from . import cluster
+from .evaluate import Evaluation
+from .loop import Watchers, record_evaluation
+from .parallel import replicate, sum_over_processes, to_host
+from .run import DEPLOY_OF, FORMS, Run, make_evaluator, trained_forms
+from .state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run: by the name of a form, its evaluation and where its weights are."""
+
+    evaluations: dict[str, Evaluation]
+    weights: dict[str, Path]
+
+    def summary(self) -> dict[str, float]:
+        """Return the test accuracies by what they are of; under the names of version 0.1 too, until the next one."""
+        top1 = {name: evaluation.top1 for name, evaluation in self.evaluations.items()}
+        old = {f"test_top1_{FORMS[name].old_result}": value for name, value in top1.items()}
+        return old | {f"{name}_top1": value for name, value in top1.items()}
+
+
+def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
+    """Write the weights in all their forms and evaluate each: float nets in float32, as the files hold them."""
+    evaluations: dict[str, Evaluation] = {}
+    weights: dict[str, Path] = {}
+    described: dict[str, Any] = dict(
+        preprocessing=run.dataset.preprocessing, class_names=tuple(run.dataset.class_names)
+    )
+    model = rv.create_model(run.model.variant, run.model.num_classes, dtype=run.model.dtype)
+    in_float32 = watchers.evaluator
+    if run.model.dtype != np.float32:
+        in_float32 = make_evaluator(run, run.model.clone(dtype=np.float32))
+
+    def file(name: str) -> Path:
+        weights[name] = run.workdir / f"{FORMS[name].file}.safetensors"
+        return weights[name]
+
+    def record(name: str, evaluation: Evaluation) -> None:
+        evaluations[name] = evaluation
+        record_evaluation(evaluation, name, run.total_steps, float(run.recipe.optimizer.epochs), watchers)
+
+    def note_files(*names: str) -> None:
+        files = (f"{weights[name]} ({FORMS[name].kind})" for name in names)
+        watchers.progress.note(f"weights: {', '.join(files)}")
+
+    for trained, replicated in trained_forms(state).items():
+        fused, variables = DEPLOY_OF[trained], without_ranges(to_host(replicated))
+        deploy_model, deploy_variables = rv.to_deploy(model, variables)
+        files = file(trained), file(fused)
+        if cluster.is_leader():
+            save_weights(files[0], model, variables, num_batches_tracked=run.total_steps, **described)
+            save_weights(files[1], deploy_model, deploy_variables, **described)
+        with exact_float32():
+            evaluation = in_float32(replicated)
+            of_fused = make_evaluator(run, deploy_model.clone(dtype=np.float32))(replicate(deploy_variables))
+        record(trained, evaluation)
+        record(fused, of_fused)
+        same = sum_over_processes(int((evaluation.predictions == of_fused.predictions).sum()))
+        watchers.progress.note(
+            f"{FORMS[trained].title} and {FORMS[fused].title}, both computed in float32, predict the same class for "
+            f"{same} of {evaluation.images} test images"
+        )
+        note_files(trained, fused)
+    if isinstance(run.model, QATRepVGG):
+        net = quantized_net(run.model, to_host(trained_forms(state)["train"]), **described)
+        path = file("int8")
+        if cluster.is_leader():
+            rv.save_quantized(path, net)
+        record("int8", make_evaluator(run, net)(replicate(net.variables)))
+        note_files("int8")
+    return Result(evaluations, weights)
+
+
+def exact_float32() -> AbstractContextManager[object]:
+    """Return a context in which float32 is computed as such: with TF32, a GPU's own choice, the two forms differ."""
+    on_cpu = jax.default_backend() == "cpu"
+    return nullcontext() if on_cpu else jax.default_matmul_precision("float32")

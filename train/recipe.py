@@ -1,0 +1,362 @@
+"""Everything that a training run can be asked for, as one frozen tree; presets are values of it.
+
+An option is one field: its value, its limits, and its help in the string that follows. Recipes: paper section 4.1 and
+the authors' repository (`imagenet_120`, `imagenet_200`, `plus_300`).
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from repvgg_jax.errors import ConfigError
+from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
+from repvgg_jax.net.variants import Published, Variant, list_models
+from repvgg_jax.paths import local_path
+from repvgg_jax.weights.architecture import find_variant
+from repvgg_jax.weights.hub import weights_path
+
+from .data.augmentation import Augmentation
+from .data.transforms import TRANSFORMS
+from .options import Limit, at_least, at_most, below, between, check_options, must, one_of, option
+
+MAX_CROP_SIZE = 4096
+"""Largest side of a run's crops, pixels: one image of A0 takes gigabytes then. Predictions, which need less, have
+`MAX_IMAGE_SIZE` of `weights/info.py`."""
+
+_crop_size = (at_least(1), at_most(MAX_CROP_SIZE))
+_share = must("be above 0 and at most 1", lambda value: 0 < value <= 1)
+_rgb = must(
+    "be three finite numbers, one for each colour", lambda value: len(value) == 3 and all(map(math.isfinite, value))
+)
+
+
+def _numbers(count: int) -> Limit:
+    return must(f"be {count} numbers", lambda values: len(values) == count)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What is trained."""
+
+    model: str = "RepVGG-A0"
+    """Variant, one of `rv.list_models()`; or a file for the architecture: NET.json with a variant's fields, or any
+    weight file."""
+    num_blocks: tuple[int, ...] | None = option(None, _numbers(4), between(1, 999))
+    """Blocks of stages 1 to 4, such as 2 4 14 1; the model's own if not given."""
+    widths: tuple[int, ...] | None = option(None, _numbers(5), between(1, 99999))
+    """Output channels of stages 0 to 4, such as 48 48 96 192 1280; the model's own if not given."""
+    strides: tuple[int, ...] | None = option(None, _numbers(5), between(1, 2))
+    """Strides of stages 0 to 4, such as 1 1 2 2 2 for images as small as 32x32; the model's own if not given."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more compute."""
+    block: BlockKind | None = None
+    """Training form's block: RepVGG's, or QARepVGG's for INT8; the model's own if not given."""
+    dense_copies: int = option(1, at_least(1), at_most(MAX_DENSE_COPIES))
+    """3x3 branches in each block (MobileOne)."""
+    dbb_1x1_3x3: bool = False
+    """A branch of 1x1 and 3x3 convolution in each block (Diverse Branch Block)."""
+    dbb_1x1_avg: bool = False
+    """A branch of 1x1 convolution and average pooling in each block (Diverse Branch Block)."""
+    activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] | None = None
+    """What follows each block's sum; the model's own if not given."""
+    stem_stride: Literal[1, 2] | None = None
+    """Stride of stage 0 alone, whatever --strides says."""
+    epsilon: float | None = option(None, must("be above 0 and below 1", lambda value: 0 < value < 1))
+    """What BatchNorm adds to the variance; that of a native --init file if not given, else the model's own, 1e-5."""
+    dropout: float = option(0.0, at_least(0), below(1))
+    """Share of the pooled features dropped before the classifier."""
+    quantization: Literal["none", "qat"] = "none"
+    """qat: train the deployed INT8 net itself, starting from the finished training of --init."""
+
+    @property
+    def branches(self) -> Branches:
+        """What the options add to RepVGG's own branches."""
+        return Branches(self.dense_copies, self.dbb_1x1_3x3, self.dbb_1x1_avg)
+
+    @functools.cached_property
+    def variant(self) -> Variant:
+        """The architecture: that of `model`, with what the other options change of it.
+
+        Raises:
+          RepVGGError: there is no such model, its file cannot be read, or the numbers make no network.
+        """
+        named = find_variant("--model", self.model)
+        changes: dict[str, Any] = {
+            name: value
+            for name in ("num_blocks", "widths", "strides", "block", "activation", "epsilon")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.stem_stride is not None:
+            changes["strides"] = (self.stem_stride, *changes.get("strides", named.strides)[1:])
+        if self.num_blocks or self.widths:
+            changes["name"] = "custom"
+        added = {name: value for name, value in vars(self.branches).items() if value != getattr(Branches, name)}
+        if added:
+            changes["branches"] = dataclasses.replace(named.branches, **added)
+        if changes:
+            changes["published"] = Published()
+        try:
+            return dataclasses.replace(named, **changes)
+        except ValueError as error:
+            raise ConfigError(f"--model {self.model} cannot be changed so: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class InputOptions:
+    """What it is trained on. What the data set's row in `data/datasets.py` says is its own, unless it is given here."""
+
+    data: str = option("digits", local_path)
+    """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    data_dir: str | None = option(None, local_path)
+    """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
+    train_split: str | None = None
+    """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not given."""
+    test_split: str | None = None
+    """Evaluation split, such as train[90%:]; `validation`, or else `test`, if not given."""
+    image_size: int | None = option(None, *_crop_size)
+    """Side of the training crops, pixels, whatever the variant: the data set's own if not given, 224 for photographs.
+    The authors too train RepVGG-D2se at 224 and evaluate it at 320."""
+    test_image_size: int | None = option(None, *_crop_size)
+    """Side of the evaluation crops, pixels; the data set's own, or else the variant's published one, if not given."""
+    crop_fraction: float | None = option(None, _share)
+    """Share of the resized shorter side that an evaluation crop keeps; if not given, the data set's own (1 for digits
+    and synthetic images), or else the variant's published one."""
+    mean: tuple[float, ...] | None = option(None, _rgb)
+    """Mean of each colour, for pixel values in 0..1; the data set's own if not given, ImageNet's for photographs."""
+    std: tuple[float, ...] | None = option(None, _rgb, must("be positive", lambda value: min(value) > 0))
+    """Standard deviation of each colour."""
+    train_transform: str | None = option(None, one_of(TRANSFORMS))
+    """What brings a training image to its size: random_resized_crop_flip, pad_and_crop_flip, random_affine or as_is;
+    the data set's own if not given."""
+    workers: int | None = option(None, at_least(1))
+    """Threads that decode images; one for each core if not given. Results do not depend on it."""
+    strict: bool = False
+    """Stop at an unreadable image instead of skipping and counting it."""
+    prefetch: int = option(2, at_least(1))
+    """Batches copied to the devices ahead of the step that needs them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """How it is trained: SGD on a cosine schedule, per step."""
+
+    epochs: int = option(120, at_least(1))
+    """Passes over the training split."""
+    batch_size: int = option(256, at_least(1))
+    """Global batch, over all devices of all processes."""
+    accumulate: int = option(1, at_least(1))
+    """Portions that each device walks its share of the batch in, to save memory; gradients are averaged over them."""
+    learning_rate: float = option(0.1, at_least(0))
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    momentum: float = option(0.9, at_least(0), below(1))
+    nesterov: bool = False
+    weight_decay: float = option(1e-4, at_least(0))
+    """On convolution and linear kernels and on rbr_identity's BN weight, nothing else."""
+    warmup_epochs: float = option(0.0, at_least(0))
+    """Epochs of linear warm-up from 0 before the cosine."""
+    label_smoothing: float = option(0.0, at_least(0), below(1))
+    mixup: float = option(0.0, at_least(0))
+    """Mixup's alpha; 0 is off. With CutMix on too, each is drawn half the time."""
+    cutmix: float = option(0.0, at_least(0))
+    """CutMix's alpha; 0 is off."""
+    auxiliary_weight: float = option(0.1, at_least(0))
+    """Weight of each auxiliary head's loss (RepVGGplus)."""
+    clip_norm: float = option(0.0, at_least(0))
+    """Largest global norm of the gradient; 0 does not clip."""
+    ema_decay: float = option(0.0, at_least(0), below(1))
+    """Decay of the moving average of weights and BN statistics, such as 0.9999; 0 keeps none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneOptions:
+    """Where it starts, and what of it trains."""
+
+    init: str | None = option(None, weights_path)
+    """Weight file to start from, anything that `rv.load_weights` reads, in training form; classes other than the
+    data's, in number or by name, give a fresh classifier."""
+    keep_classifier: bool = False
+    """Keep the classifier of --init though the file names other classes than the data, as many of them."""
+    freeze_stages: int = option(0, at_least(0), at_most(5))
+    """How many of the five stages, from the first, keep their weights and BN statistics."""
+    freeze_bn: bool = False
+    """Use the running BN statistics and leave them alone."""
+    head_learning_rate: float = option(1.0, at_least(0))
+    """Factor on the classifier's learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions:
+    """Which of several processes this is; found in the cluster's environment if none is given."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where it goes and how often it is looked at."""
+
+    workdir: str = option("", local_path)
+    """Folder of the run; runs/PRESET-MODEL if not given. The same command again resumes it."""
+    seed: int = option(0, at_least(0), below(2**63))
+    log_every: int = option(50, at_least(1))
+    """Steps between rows of metrics.jsonl."""
+    evaluate_every: int = option(1, at_least(1))
+    """Epochs between evaluations."""
+    checkpoint_every: int = option(1000, at_least(1))
+    """Steps between checkpoints; one more is written at every evaluation."""
+    keep_checkpoints: int = option(2, at_least(1))
+    """Newest checkpoints to keep; the best one is kept besides."""
+    profile: bool = False
+    """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run."""
+
+    model: ModelOptions = ModelOptions()
+    input: InputOptions = InputOptions()
+    augment: Augmentation = Augmentation()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    fine_tune: FineTuneOptions = FineTuneOptions()
+    run: RunOptions = RunOptions()
+    cluster: ClusterOptions = ClusterOptions()
+
+
+_IMAGENET = InputOptions(data="imagenet2012")
+
+PRESETS: dict[str, Recipe] = {
+    # Real 8x8 scans, minutes on a laptop: the demo.
+    "digits": Recipe(
+        model=ModelOptions("RepVGG-A0"),
+        input=InputOptions(data="digits", image_size=32, test_image_size=32),
+        optimizer=OptimizerOptions(
+            epochs=30, batch_size=64, learning_rate=0.1, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
+        ),
+        run=RunOptions(log_every=22, evaluate_every=5, checkpoint_every=110),
+    ),
+    # Paper, section 4.1: A0 to B2.
+    "imagenet_120": Recipe(model=ModelOptions("RepVGG-A0"), input=_IMAGENET),
+    # Paper, section 4.1: B2g4, B3g4, B3.
+    "imagenet_200": Recipe(
+        model=ModelOptions("RepVGG-B3"),
+        input=_IMAGENET,
+        augment=Augmentation(auto_augment="autoaugment"),
+        optimizer=OptimizerOptions(epochs=200, label_smoothing=0.1, mixup=0.2),
+    ),
+    # The authors' RepVGGplus recipe.
+    "plus_300": Recipe(
+        model=ModelOptions("RepVGGplus-L2pse", dtype="bfloat16"),
+        input=dataclasses.replace(_IMAGENET, image_size=256),
+        augment=Augmentation(auto_augment="randaugment_plus", randaugment_magnitude=15),
+        optimizer=OptimizerOptions(
+            epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1, mixup=0.2
+        ),
+    ),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Recipe:
+    """Return the recipe that command-line `arguments` (`sys.argv[1:]` if None) ask for.
+
+    Exits with status 2 and a message on stderr when they cannot be understood.
+
+    Raises:
+      ConfigError: no preset is named, or they are understood but make no sense.
+      UnknownModelError: no such variant.
+    """
+    import tyro  # here, so that recipes can be read where only JAX is installed
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    names = ", ".join(PRESETS)
+    preset = _value_of("--preset", arguments)
+    if preset is None and not _has(arguments, "--help", "-h"):
+        raise ConfigError(f"--preset is missing: name the recipe to start from, one of {names}")
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"--preset must be one of {names}, not {preset}")
+
+    @dataclasses.dataclass(frozen=True)
+    class CommandLine:
+        preset: Annotated[str, tyro.conf.arg(metavar=f"{{{names.replace(' ', '')}}}", help=_PRESET_HELP)]
+        recipe: Recipe
+
+    base = PRESETS[preset or "digits"]  # the preset decides every other option's default
+    chosen = tyro.cli(
+        CommandLine,
+        prog="python -m train.main",
+        description="Train a RepVGG, evaluate it in both forms, write final.safetensors and deploy.safetensors.",
+        default=CommandLine(preset or tyro.MISSING, base),
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    recipe = chosen.recipe
+    if not recipe.run.workdir:
+        workdir = str(Path("runs") / f"{preset}-{_name_of(recipe.model)}")
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workdir=workdir))
+    if not _has(arguments, "--warmup-epochs"):
+        recipe = dataclasses.replace(recipe, optimizer=_fitting_warmup(recipe.optimizer, base.optimizer))
+    check_recipe(recipe)
+    return recipe
+
+
+_PRESET_HELP = "Recipe to start from; every option below changes one number of it."
+
+
+def _has(arguments: Sequence[str], *options: str) -> bool:
+    """Whether one of these options is among the arguments; tyro takes underscores for hyphens."""
+    return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option; None if it is missing."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else next(iter(arguments[position + 1 :]), "")
+    return None
+
+
+def _name_of(options: ModelOptions) -> str:
+    """What a run's folder is called after: the variant, or the file that describes it."""
+    if options.num_blocks or options.widths:
+        return "custom"
+    return options.model if options.model in list_models() else Path(options.model).stem
+
+
+def _fitting_warmup(options: OptimizerOptions, preset: OptimizerOptions) -> OptimizerOptions:
+    """`options` with the preset's warm-up, shortened to its share of the preset's epochs where it does not fit."""
+    if not 1 <= options.epochs <= options.warmup_epochs:
+        return options
+    warmup = round(preset.warmup_epochs / preset.epochs * options.epochs, 4)
+    print(
+        f"note: the preset's {preset.warmup_epochs:g} epochs of warm-up do not fit into {options.epochs}; "
+        f"shortened to {warmup:g}",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(options, warmup_epochs=warmup)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what no run can use: options beyond their limits, and those that do not go together.
+
+    Raises:
+      ConfigError: names the option, its value and what it must be.
+      UnknownModelError: no such variant.
+    """
+    for group in dataclasses.fields(recipe):
+        check_options(getattr(recipe, group.name))
+    _ = recipe.model.variant
+    if recipe.model.quantization == "qat" and recipe.fine_tune.init is None:
+        raise ConfigError("--quantization qat fine-tunes a trained net: give its training form with --init")
+    warmup, epochs = recipe.optimizer.warmup_epochs, recipe.optimizer.epochs
+    if warmup >= epochs:
+        raise ConfigError(f"--warmup-epochs {warmup:g} leaves nothing of {epochs} --epochs")

@@ -1,0 +1,280 @@
+"""What one run is made of: data set, model, optimizer and schedule, the state it starts with, batches, evaluation.
+
+`main.py` puts these together; `loop.py` takes the steps; `end.py` writes the weights in the forms of the table here.
+"""
+
+import dataclasses
+import functools
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import repvgg_jax as rv
+from repvgg_jax.errors import ConfigError, WeightsError
+from repvgg_jax.net.variants import Variant
+from repvgg_jax.paths import local_path
+from repvgg_jax.quantization.qat import quantization_aware, with_ranges
+from repvgg_jax.weights import WeightsWarning
+from repvgg_jax.weights.header import TRAINING, Header
+from repvgg_jax.weights.hub import weights_path
+from repvgg_jax.weights.loading import load_with_info
+
+from . import data
+from .checkpoint import RunFacts
+from .class_names import fit_classifier
+from .data.augmentation import Augmentation
+from .data.fingerprint import data_fingerprint, fingerprint
+from .data.transforms import OPTIONS, Transform
+from .evaluate import Evaluator
+from .optimizer import frozen_blocks, learning_rate_schedule, make_optimizer
+from .options import option_name
+from .parallel import mean_over_devices, per_device_batch
+from .recipe import FineTuneOptions, Recipe
+from .state import TrainState, create_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of a run's weights, as it is evaluated and, at the end, written.
+
+    Attributes:
+      name: in metrics.jsonl, and of the result `NAME_top1`.
+      file: of the weights, without its suffix.
+      title: what a person watching the run is shown.
+      kind: of the file, for its line at the end.
+      old_result: in the name of the result as version 0.1 has it, `test_top1_NAME`.
+    """
+
+    name: str
+    file: str
+    title: str
+    kind: str
+    old_result: str
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("train", "final", "train form", "training form", "train_form"),
+        Form("deploy", "deploy", "deploy form", "deploy form", "deploy_form"),
+        Form("ema", "ema", "moving average", "training form", "ema_train_form"),
+        Form("ema_deploy", "ema_deploy", "its deploy form", "deploy form", "ema_deploy_form"),
+        Form("int8", "int8", "INT8 form", "INT8", "int8"),
+    )
+}
+DEPLOY_OF = {"train": "deploy", "ema": "ema_deploy"}
+"""The trained forms, each with the one that it is fused to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from a run's first step to its last.
+
+    Attributes:
+      recipe: what was asked for.
+      dataset: what it is trained and evaluated on.
+      model: training form.
+      optimizer, schedule: of the train step.
+      transform: what a training image goes through.
+      workdir: folder of the run.
+      steps_per_epoch: of the training split, at the recipe's batch size.
+      start: variables to start from; None for random ones.
+    """
+
+    recipe: Recipe
+    dataset: data.DataSet
+    model: rv.RepVGG
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    transform: Transform
+    workdir: Path
+    steps_per_epoch: int
+    start: dict[str, Any] | None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.optimizer.epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def facts(self) -> RunFacts:
+        """What a checkpoint must agree with."""
+        train = self.dataset.train
+        names = tuple(self.dataset.class_names)
+        net = Header(TRAINING, self.model.variant, self.model.num_classes, self.dataset.preprocessing, names)
+        return RunFacts(
+            seed=self.recipe.run.seed,
+            batch_size=self.recipe.optimizer.batch_size,
+            train_images=len(train),
+            devices=jax.device_count(),
+            classes=fingerprint(*train.class_names),
+            images=data_fingerprint(train),
+            net=net.to_json(),
+        )
+
+
+def set_up(recipe: Recipe) -> Run:
+    """Open the data and the weights to start from, build model, optimizer and schedule; nothing is written.
+
+    Raises:
+      RepVGGError: options that do not go together, unreadable data, or weights that do not fit.
+    """
+    options, tuning = recipe.optimizer, recipe.fine_tune
+    per_device_batch(options.batch_size, options.accumulate)
+    dataset = open_data(recipe)
+    steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
+    check_augmentation(recipe.augment, dataset)
+    transform = data.make_transform(dataset.train_transform, recipe.augment, dataset.preprocessing.mean)
+    variant, start = recipe.model.variant, None
+    if tuning.init is not None:
+        variant, start = starting_weights(tuning, variant, recipe.model.epsilon, dataset)
+    model = rv.create_model(
+        variant,
+        dataset.num_classes,
+        dtype=np.dtype(recipe.model.dtype),
+        remat=recipe.model.remat,
+        dropout=recipe.model.dropout,
+        frozen_stages=tuning.freeze_stages,
+        frozen_bn=tuning.freeze_bn,
+    )
+    if recipe.model.quantization == "qat":
+        model = quantization_aware(model)
+        start = None if start is None else with_ranges(start)
+    schedule = learning_rate_schedule(options, steps_per_epoch)
+    frozen = frozen_blocks(variant, tuning.freeze_stages)
+    return Run(
+        recipe=recipe,
+        dataset=dataset,
+        model=model,
+        optimizer=make_optimizer(options, schedule, head_learning_rate=tuning.head_learning_rate, frozen=frozen),
+        schedule=schedule,
+        transform=transform,
+        workdir=local_path("--workdir", recipe.run.workdir),
+        steps_per_epoch=steps_per_epoch,
+        start=start,
+    )
+
+
+def open_data(recipe: Recipe) -> data.DataSet:
+    """Open the recipe's data set, with what the recipe says otherwise than the data set's row.
+
+    Raises:
+      DataError: it is not there, or cannot be read.
+    """
+    options = recipe.input
+    return data.open_dataset(
+        options.data,
+        variant=recipe.model.variant,
+        image_size=options.test_image_size,
+        train_size=options.image_size,
+        crop_fraction=options.crop_fraction,
+        mean=options.mean,
+        std=options.std,
+        train_transform=options.train_transform,
+        data_dir=options.data_dir,
+        train_split=options.train_split,
+        test_split=options.test_split,
+    )
+
+
+def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> None:
+    """Refuse options that the data set's transform would ignore.
+
+    Raises:
+      ConfigError: a crop or flip of photographs, for images that are none.
+    """
+    default = Augmentation()
+    for name in ("crop_area", "horizontal_flip"):
+        is_default = getattr(augmentation, name) == getattr(default, name)
+        if not is_default and name not in OPTIONS.get(dataset.train_transform, ()):
+            problem = f"is for photographs, and the data set {dataset.name} has none"
+            if dataset.train_transform not in ("random_affine", "as_is"):
+                problem = f"changes nothing with --train-transform {dataset.train_transform}"
+            raise ConfigError(f"{option_name(name)} {problem}: leave it out")
+
+
+def starting_weights(
+    options: FineTuneOptions, variant: Variant, epsilon: float | None, dataset: data.DataSet
+) -> tuple[Variant, dict[str, Any]]:
+    """Load `--init`: the architecture with BatchNorm's epsilon, and the variables to train.
+
+    Args:
+      options: with the file, and whether to keep its classifier.
+      variant: what the file must hold.
+      epsilon: instead of the one that the file states.
+      dataset: whose classes the classifier must have.
+
+    Raises:
+      RepVGGError: the file cannot be read, is in deploy form, or holds another network.
+    """
+    path = weights_path("--init", str(options.init))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        model, variables, info = load_with_info(path, variant, dataset.num_classes, epsilon=epsilon)
+        variables = fit_classifier(variables, info, dataset, path, keep=options.keep_classifier)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if model.deploy:
+        raise WeightsError(f"--init {path} is in deploy form, which cannot be trained; give the training form")
+    return model.variant, variables
+
+
+def fresh_state(run: Run) -> TrainState:
+    """Return the state at step 0, with the weights to start from or random ones."""
+    size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
+    return create_state(
+        run.model,
+        run.optimizer,
+        run.recipe.run.seed,
+        (size, size, channels),
+        ema=bool(run.recipe.optimizer.ema_decay),
+        variables=run.start,
+    )
+
+
+def training_batches(run: Run, start_step: int) -> data.Batches:
+    """The run's batches from `start_step` on, this process's share of them."""
+    recipe, dataset = run.recipe, run.dataset
+    return data.train_batches(
+        dataset.train,
+        batch_size=recipe.optimizer.batch_size,
+        local_device_count=jax.local_device_count(),
+        transform=run.transform,
+        preprocessing=dataclasses.replace(dataset.preprocessing, image_size=dataset.train_size),
+        seed=recipe.run.seed,
+        start_step=start_step,
+        num_workers=recipe.input.workers,
+        strict=recipe.input.strict,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
+    """Evaluation of `model` on the data set's evaluation split, in batches that take no more memory than training."""
+    recipe, dataset = run.recipe, run.dataset
+    return Evaluator(
+        model,
+        dataset.test,
+        dataset.preprocessing,
+        batch_size=recipe.optimizer.batch_size // recipe.optimizer.accumulate,
+        workers=recipe.input.workers,
+        strict=recipe.input.strict,
+        bad_images=dataset.bad_test_images,
+    )
+
+
+def trained_forms(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The weights to evaluate by form: the trained ones and, where there is one, their moving average.
+
+    BN statistics are averaged over all devices, as evaluation and saving want them.
+    """
+    variables = {"train": state.variables}
+    if state.ema_params is not None:
+        variables["ema"] = state.ema_variables
+    return {form: tree | {"batch_stats": mean_over_devices(tree["batch_stats"])} for form, tree in variables.items()}
