@@ -23,13 +23,12 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.errors import ConfigError, FusionError, WeightsError, first_ten
-from repvgg_jax.net.kernel_algebra import BN_EPSILON
+from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.net.layout import in_channels_of
-from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.paths import expand_home
 from repvgg_jax.trees import flatten
-from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights import WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights.info import describe
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
@@ -206,34 +205,6 @@ def _check_int8_exports(arguments: Arguments, output: str) -> None:
 def _check_no_export_options(arguments: Arguments) -> None:
     if arguments.input_layout or arguments.free_size or arguments.check_images:
         raise ConfigError("--input-layout, --free-size and --check-images are for exports, not for weight files")
-
-
-def describe(path: str, info: WeightsInfo) -> str:
-    """What a file is, on three lines: the net, its images, its classes."""
-    form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
-    classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
-    variant = info.variant.name
-    if dataclasses.replace(info.variant, epsilon=BN_EPSILON) != VARIANTS.get(variant):
-        if info.variant.block == "qarepvgg":
-            variant += " with QARepVGG blocks"
-        variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
-    if info.variant.epsilon != BN_EPSILON and not info.deploy:
-        variant += f" with BatchNorm epsilon {info.variant.epsilon:g}"
-    return (
-        f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
-        f"{info.dtype}, {info.num_parameters:,} parameters\n{describe_input(info)}"
-    )
-
-
-def describe_input(info: WeightsInfo) -> str:
-    """What images the file wants, and its classes."""
-    images = info.preprocessing
-    mean, std = (", ".join(f"{number:.6g}" for number in numbers) for numbers in (images.mean, images.std))
-    names = "not in the file" if info.class_names is None else first_ten(info.class_names)
-    return (
-        f"images: {images.image_size} pixels, centre crop {images.crop_fraction:g} of the resized shorter side, "
-        f"mean {mean}, std {std}\nclass names: {names}"
-    )
 
 
 def main() -> None:

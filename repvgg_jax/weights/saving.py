@@ -74,14 +74,14 @@ def save_weights(
     in_channels = in_channels_of(arrays)
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
     preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
+    form = DEPLOY if model.deploy else TRAINING
+    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
     if names is None:
-        native.write(path, model, variables, preprocessing, class_names, num_batches_tracked)
+        native.write(path, header, variables)
         return
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    form = DEPLOY if model.deploy else TRAINING
-    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
     with side_file.writing(path, header, in_channels) as temporary:
         if Path(path).suffix == ".safetensors":
             save_arrays(temporary, state, {"format": "pt"})
