@@ -160,15 +160,11 @@ def convert(arguments: Arguments) -> str:
 
 def _expanded(arguments: Arguments) -> Arguments:
     """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
-    int8 = arguments.quantization
-    if int8.calibration is not None:
-        int8 = dataclasses.replace(int8, calibration=expand_home(int8.calibration))
     return dataclasses.replace(
         arguments,
         input=arguments.input and expand_home(arguments.input),
         output=arguments.output and expand_home(arguments.output),
         check_images=tuple(map(expand_home, arguments.check_images)),
-        quantization=int8,
     )
 
 

@@ -20,7 +20,7 @@ from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
 from repvgg_jax.image_files import image_files
 from repvgg_jax.paths import is_folder
-from repvgg_jax.preprocess import eval_transform, normalize, open_image
+from repvgg_jax.preprocess import eval_transform, normalize, open_as_input
 
 from .compare import relative_difference
 from .output import replacing_folder
@@ -185,29 +185,19 @@ def check_batches(
             raise DataError(f"the net takes {channels} channels; image files have 1 or 3")
         return batches
     if paths:
-        files = [file for path in paths for file in _image_files(path)]
-        pictures = [(f"{file}", open_image(file, channels)) for file in files]
-        name = f"{len(files)} given image{'s' if len(files) > 1 else ''}"
+        pixels = [open_as_input(file, preprocessing) for path in paths for file in _image_files(path)]
+        name = f"{len(pixels)} given image{'s' if len(pixels) > 1 else ''}"
     elif importlib.util.find_spec("sklearn") is not None:
         from sklearn.datasets import load_sample_images
 
-        photographs = load_sample_images()
         mode = "RGB" if channels == 3 else "L"
-        named = zip(photographs.filenames, photographs.images, strict=True)
-        pictures = [(file, Image.fromarray(pixels).convert(mode)) for file, pixels in named]
+        photographs = [Image.fromarray(pixels).convert(mode) for pixels in load_sample_images().images]
+        pixels = [eval_transform(photograph, preprocessing) for photograph in photographs]
         name = "2 photographs"
     else:
         words = "2 random images (no real ones: name some with --check-images, or install scikit-learn)"
         return [(words, noise), *batches[1:]]
-    pixels = np.stack([_as_input(picture, file, preprocessing) for file, picture in pictures])
-    return [*batches, (name, normalize(pixels, preprocessing))]
-
-
-def _as_input(picture: Image.Image, file: str, preprocessing: rv.Preprocessing) -> np.ndarray:
-    try:
-        return eval_transform(picture, preprocessing)
-    except DataError as error:
-        raise DataError(f"{file}: {error}") from error
+    return [*batches, (name, normalize(np.stack(pixels), preprocessing))]
 
 
 def _image_files(path: str) -> list[Path]:
@@ -215,7 +205,7 @@ def _image_files(path: str) -> list[Path]:
     folder = Path(path)
     if not is_folder(folder):
         return [folder]
-    found = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
-    if not found:
+    images = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
+    if not images:
         raise DataError(f"{path}: no images in this folder")
-    return found
+    return images

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import RepVGGError
+from .errors import RepVGGError, system_errors
 from .interrupts import on_exit
 from .paths import expand_home
 
@@ -98,12 +98,8 @@ def check_target(path: str | os.PathLike) -> None:
       RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
     """
     target = Path(expand_home(path))
-    try:
-        os.lstat(target)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
-        raise RepVGGError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
+    with system_errors(RepVGGError, f"cannot write {target}", ValueError), contextlib.suppress(FileNotFoundError):
+        os.lstat(target)  # fails for a name too long, or with a NUL
     if target.is_dir():
         raise RepVGGError(f"cannot write {target}: it is a folder")
     if not target.parent.is_dir():

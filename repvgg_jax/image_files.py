@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DataError
+from .errors import DataError, system_errors
 from .preprocess import IMAGE_SUFFIXES
 
 
@@ -62,11 +62,8 @@ def describe_left_out(left_out: Counter[str]) -> str:
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from entries
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder} ({error.strerror or error})") from error
+    with system_errors(DataError, f"cannot list the folder {folder}"), os.scandir(folder) as entries:
+        yield from entries
 
 
 def _inside(folder: str, link: str) -> bool:

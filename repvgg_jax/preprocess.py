@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from .errors import DataError
+from .errors import DataError, reason_of, system_errors
 
 if TYPE_CHECKING:
     import jax
@@ -155,10 +155,8 @@ def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False
     Raises:
       DataError: it cannot be read, or as `decode_image`.
     """
-    try:
+    with system_errors(DataError, f"{path}", ValueError):  # a name with a NUL
         data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return decode_image(data, f"{path}", channels, exif=exif)
 
 
@@ -252,7 +250,7 @@ def _reason(data: bytes, error: Exception) -> str:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
         return "no known image format"
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error)
 
 
 def _pil_mode(channels: int) -> str:

@@ -1,7 +1,8 @@
 """What a file of ours says of the net in it: one JSON object, in a native file's header or beside a foreign one."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import WeightsError, first_ten, shown
@@ -153,6 +154,15 @@ def _check_names(fields: Mapping[str, Any], names: set[str], where: str, header:
         written = f"; it was written by release {shown(header['release'])} of repvgg-jax" if "release" in header else ""
         release = f"this release ({__version__})"
         raise WeightsError(f"{where} has fields that {release} does not know: {first_ten(unknown)}{written}")
+
+
+@contextlib.contextmanager
+def refusing_damage(what: str) -> Iterator[None]:
+    """Turn what reading damaged JSON raises inside the block into a WeightsError: "WHAT (ValueError: …)"."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{what} ({shown(f'{type(error).__name__}: {error}')})") from error
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shown
 from ..net.layout import stem_kernel
 from ..net.leaves import Shape
 from ..net.variants import Variant
 from ..trees import flatten
-from .header import INT8, IS_DEPLOY, Header, integer
+from .header import INT8, IS_DEPLOY, Header, integer, refusing_damage
 from .info import WeightsInfo
 from .safetensors_file import write_safetensors
 from .tensor_file import Record, Tensor, TensorFile
@@ -62,7 +61,7 @@ def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo 
     text = file.metadata.get(HEADER)
     if text is None:
         return None
-    try:
+    with refusing_damage(f"cannot read {file.path}: damaged header"):
         if zlib.crc32(text.encode()) != int(file.metadata.get(HEADER_CRC32, zlib.crc32(text.encode()))):
             raise ValueError("its CRC-32 does not match; fetch or copy the file again")
         fields = json.loads(text)
@@ -85,9 +84,6 @@ def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo 
             class_names=header.class_names,
             num_batches_tracked=header.num_batches_tracked,
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
-        raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
 
 
 def _with_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, Any]) -> dict[str, Tensor]:

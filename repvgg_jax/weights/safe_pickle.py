@@ -116,6 +116,8 @@ class Reader:
     def _step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
             self.stack.append(argument)
+        elif name in _TUPLES:
+            self.stack.append(tuple(self._take(_TUPLES[name])))
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -166,15 +168,6 @@ class Reader:
     def _tuple(self, _: Any) -> None:
         self.stack.append(tuple(self._to_mark()))
 
-    def _tuple1(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(1)))
-
-    def _tuple2(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(2)))
-
-    def _tuple3(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(3)))
-
     def _list(self, _: Any) -> None:
         self.stack.append(self._to_mark())
 
@@ -214,8 +207,7 @@ class Reader:
             return self._contents(target) if kind is dict else None
         raise PickleError(f"damaged pickle (items of no {kind.__name__})")
 
-    def _additems(self, _: Any) -> None:
-        self._to_mark()  # sets have no tensors
+    _additems = _pop_mark  # sets have no tensors
 
     def _frozenset(self, _: Any) -> None:
         self._to_mark()
@@ -237,10 +229,10 @@ class Reader:
     def _push_global(self, module: str, name: str) -> None:
         if len(module) + len(name) > MAX_NAME:
             raise PickleError("a class name of absurd length")
-        found = Global(python3_name(module, name))
-        if found.name not in REBUILDERS and found.name not in HARMLESS and not self.tensors_only:
-            raise RefusedError(found.name)
-        self.stack.append(found)
+        full_name = python3_name(module, name)
+        if full_name not in REBUILDERS and full_name not in HARMLESS and not self.tensors_only:
+            raise RefusedError(full_name)
+        self.stack.append(Global(full_name))
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, list | tuple):
@@ -259,8 +251,7 @@ class Reader:
     def _reduce(self, _: Any) -> None:
         self._call(*self._take(2))
 
-    def _newobj(self, _: Any) -> None:
-        self._call(*self._take(2))
+    _newobj = _reduce
 
     def _newobj_ex(self, _: Any) -> None:
         function, arguments, _keywords = self._take(3)
@@ -376,6 +367,7 @@ _PUSHES = frozenset(
     if op.name.startswith(("INT", "BININT", "LONG", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BIN"))
     or op.name.startswith(("UNICODE", "BINUNICODE", "BINBYTES", "BYTEARRAY8"))
 ) - {"LONG_BINPUT", "LONG_BINGET"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

@@ -13,13 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, shown, system_errors
 from ..net.leaves import Shape
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMENSIONS = 8
-
-
 CHUNK_BYTES = 1 << 20
 
 
@@ -112,16 +110,13 @@ class TensorFile:
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
     def _fill(self, view: memoryview, offset: int) -> None:
-        try:
-            with self._lock:
-                self.handle.seek(offset)
-                while len(view):
-                    got = self.handle.readinto(view)
-                    if not got:
-                        raise WeightsError(f"{self.path} was cut short while it was read")
-                    view = view[got:]
-        except OSError as error:
-            raise WeightsError(f"cannot read {self.path}: {error.strerror or error}") from error
+        with self._lock, system_errors(WeightsError, f"cannot read {self.path}"):
+            self.handle.seek(offset)
+            while len(view):
+                got = self.handle.readinto(view)
+                if not got:
+                    raise WeightsError(f"{self.path} was cut short while it was read")
+                view = view[got:]
 
     def _checksum(self, record: Record) -> int:
         """CRC-32 of a record of which a tensor is only a part."""

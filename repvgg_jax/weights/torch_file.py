@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, reason_of, shown
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
 from .tensor_file import (
     BFLOAT16,
@@ -67,8 +67,7 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
             "or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason)})") from error
+        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason_of(error))})") from error
     state, notes = find_state_dict(root, path, ema)
     tensors = {key: _locate(record, places, key, path) for key, record in state.items()}
     check_disjoint(tensors, path)
