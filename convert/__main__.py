@@ -116,10 +116,8 @@ def convert(arguments: Arguments) -> str:
     info = arguments.weights.apply(info, arguments.num_classes)
     int8 = arguments.quantization
     check_options(int8, arguments.output)
-    if int8.int8 and (arguments.keep_training_form or arguments.to):
-        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
     if int8.int8:
-        _check_int8_exports(arguments, arguments.output)
+        _check_int8_arguments(arguments, arguments.output)
     described: dict[str, Any] = dict(preprocessing=info.preprocessing, class_names=info.class_names)
     batches = []
     if export is not None:
@@ -142,13 +140,9 @@ def convert(arguments: Arguments) -> str:
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
     if int8.int8:
-        onnx_options: dict[str, Any] = dict(
-            input_layout=arguments.input_layout or ONNX.layout,
-            dynamic_size=arguments.free_size,
-        )
+        onnx_options = {"input_layout": arguments.input_layout or ONNX.layout, "dynamic_size": arguments.free_size}
         done = quantize_and_write(int8, arguments.output, model, variables, info, **onnx_options)
-        return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
-    if export is None:
+    elif export is None:
         tracked = info.num_batches_tracked
         save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **described)
     else:
@@ -190,8 +184,10 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
     return export
 
 
-def _check_int8_exports(arguments: Arguments, output: str) -> None:
-    """Raise ConfigError for options of exports that a quantised net's file does not take."""
+def _check_int8_arguments(arguments: Arguments, output: str) -> None:
+    """Raise ConfigError for options that a quantised net's file does not take."""
+    if arguments.keep_training_form or arguments.to:
+        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
     if Path(output).suffix != ".onnx":
         _check_no_export_options(arguments)
     if arguments.check_images:

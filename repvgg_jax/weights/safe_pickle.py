@@ -116,10 +116,8 @@ class Reader:
     def _step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
             self.stack.append(argument)
-        elif name in _TUPLES:
-            self.stack.append(tuple(self._take(_TUPLES[name])))
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name]())
+        elif name in _MAKERS:
+            self.stack.append(_MAKERS[name](self))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -153,23 +151,11 @@ class Reader:
 
     def _frame(self, _: Any) -> None: ...
 
-    def _mark(self, _: Any) -> None:
-        self.stack.append(_MARK)
-
     def _pop_mark(self, _: Any) -> None:
         self._to_mark()
 
-    def _dup(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
     def _memoize(self, _: Any) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
-
-    def _tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self._to_mark()))
-
-    def _list(self, _: Any) -> None:
-        self.stack.append(self._to_mark())
 
     def _append(self, _: Any) -> None:
         self._extend(self._take(1))
@@ -367,13 +353,20 @@ _PUSHES = frozenset(
     if op.name.startswith(("INT", "BININT", "LONG", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BIN"))
     or op.name.startswith(("UNICODE", "BINUNICODE", "BINBYTES", "BYTEARRAY8"))
 ) - {"LONG_BINPUT", "LONG_BINGET"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": Opaque,
+_MAKERS: dict[str, Callable[[Reader], Any]] = {
+    "NONE": lambda reader: None,
+    "NEWTRUE": lambda reader: True,
+    "NEWFALSE": lambda reader: False,
+    "EMPTY_LIST": lambda reader: [],
+    "EMPTY_DICT": lambda reader: {},
+    "EMPTY_TUPLE": lambda reader: (),
+    "EMPTY_SET": lambda reader: Opaque(),
+    "MARK": lambda reader: _MARK,
+    "DUP": lambda reader: reader.stack[-1],
+    "TUPLE1": lambda reader: tuple(reader._take(1)),
+    "TUPLE2": lambda reader: tuple(reader._take(2)),
+    "TUPLE3": lambda reader: tuple(reader._take(3)),
+    "TUPLE": lambda reader: tuple(reader._to_mark()),
+    "LIST": lambda reader: reader._to_mark(),
 }
+"""Instructions that push something, made of what lies on the stack if of anything."""
