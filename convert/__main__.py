@@ -32,7 +32,7 @@ from repvgg_jax.weights.info import describe
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
-from .compare import relative_difference
+from .compare import logits_of, relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
 from .output import check_output
 from .quantization import Int8Options, check_options, quantize_and_write
@@ -78,18 +78,14 @@ def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, othe
     Raises:
       WeightsError: the first model's logits are not finite.
     """
-    channels = in_channels_of(flatten(variables))
-    images = jax.random.normal(jax.random.key(0), (2, 64, 64, channels))
-    with jax.default_matmul_precision("highest"):
-        # Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.
-        expected = np.asarray(model.apply(variables, images))
-        found = np.asarray(other.apply(other_variables, images))
+    images = jax.random.normal(jax.random.key(0), (2, 64, 64, in_channels_of(flatten(variables))))
+    expected = logits_of(model, variables, images)
     if not np.isfinite(expected).all():
         raise WeightsError(
             "the training form's logits on a random batch are NaN or infinite: float32 cannot hold what these weights "
             "compute; nothing written. Are they those of a finished training?"
         )
-    return relative_difference(expected, found)
+    return relative_difference(expected, logits_of(other, other_variables, images))
 
 
 def convert(arguments: Arguments) -> str:
@@ -153,7 +149,7 @@ def convert(arguments: Arguments) -> str:
 
 
 def _expanded(arguments: Arguments) -> Arguments:
-    """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
+    """Return the arguments with `~` expanded in every path, as the shell does but for `--option=~/x`."""
     return dataclasses.replace(
         arguments,
         input=arguments.input and expand_home(arguments.input),
@@ -163,7 +159,7 @@ def _expanded(arguments: Arguments) -> Arguments:
 
 
 def _export_format(arguments: Arguments, output: str) -> Format | None:
-    """The other runtime's format that the output is to have; None for a weight file.
+    """Return the other runtime's format that the output is to have; None for a weight file.
 
     Raises:
       ConfigError: options of weight files for an export or the other way round, or a suffix of neither.

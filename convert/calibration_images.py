@@ -62,7 +62,7 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
 
 
 def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], np.ndarray]]:
-    """How many images there are, and what reads one, prepared."""
+    """Return how many images there are, and what reads one, prepared."""
     if os.fspath(spec) == "digits" and not is_folder(spec):
         scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
         return len(scans), lambda index: eval_transform(to_mode(Image.fromarray(scans[index]), mode), preprocessing)

@@ -22,7 +22,7 @@ from repvgg_jax.image_files import image_files
 from repvgg_jax.paths import is_folder
 from repvgg_jax.preprocess import eval_transform, normalize, open_as_input
 
-from .compare import relative_difference
+from .compare import logits_of, relative_difference
 from .output import replacing_folder
 
 MAX_CHECK_IMAGES = 16
@@ -60,7 +60,7 @@ class Format:
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
+    """Compute by ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -74,12 +74,12 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def stablehlo_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By JAX, from the file alone."""
+    """Compute by JAX, from the file alone."""
     return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
 
 
 def saved_model_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By TensorFlow."""
+    """Compute by TensorFlow."""
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
 
     signature = tf.saved_model.load(str(path)).signatures["serving_default"]
@@ -93,7 +93,7 @@ FORMATS = {".onnx": ONNX, ".stablehlo": STABLEHLO, ".bin": STABLEHLO, ".savedmod
 
 
 def choose_format(output: str) -> Format | None:
-    """By suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
+    """Return the format by suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
     if output.endswith(("/", os.sep)):
         return SAVED_MODEL
     return FORMATS.get(Path(output).suffix)
@@ -133,9 +133,9 @@ def write_export(
 
     def check(written: Path) -> None:
         for name, images in batches:
-            expected = _logits(model, variables, images)
-            given = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-            difference = relative_difference(expected, chosen.run(written, given))
+            expected = logits_of(model, variables, images)
+            laid_out = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            difference = relative_difference(expected, chosen.run(written, laid_out))
             if np.isnan(difference):
                 raise ExportError(f"logits of {output} or of JAX are NaN or infinite on {name}; nothing written")
             if not difference <= tolerance:
@@ -152,16 +152,10 @@ def write_export(
     return f"relative difference from JAX {', '.join(measured)}"
 
 
-def _logits(model: rv.RepVGG, variables: Any, images: np.ndarray) -> np.ndarray:
-    with jax.default_matmul_precision("highest"):
-        # Layer by layer, since many have the same shape; compiling the whole net takes longer.
-        return np.asarray(model.apply(variables, images))
-
-
 def check_batches(
     paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int, free_size: bool = False
 ) -> list[Batch]:
-    """Two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
+    """Return two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
 
     Args:
       paths: image files, and folders of which the first images are taken.
@@ -201,7 +195,7 @@ def check_batches(
 
 
 def _image_files(path: str) -> list[Path]:
-    """The file itself, or a folder's first images by name."""
+    """Return the file itself, or a folder's first images by name."""
     folder = Path(path)
     if not is_folder(folder):
         return [folder]
