@@ -73,7 +73,7 @@ class Arguments:
 
 
 def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
-    """`||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
+    """Return `||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
 
     Raises:
       WeightsError: the first model's logits are not finite.

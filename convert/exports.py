@@ -51,7 +51,7 @@ class Format:
     folder: bool = False
 
     def check(self, path: str, *, overwrite: bool = False) -> None:
-        """Raises RepVGGError where writing to `path` would, as far as that shows beforehand."""
+        """Raise RepVGGError where writing to `path` would, as far as that shows beforehand."""
         self.check_installed()
         if not self.folder:
             check_target(path)

@@ -145,7 +145,7 @@ def _recorded_stdout() -> Iterator[None]:
 
 
 def _stdout_error() -> OSError | None:
-    """Why stdout cannot be written; None if it can."""
+    """Return why stdout cannot be written; None if it can."""
     if isinstance(sys.stdout, _Stdout) and sys.stdout.error is not None:
         return sys.stdout.error
     try:

@@ -41,14 +41,14 @@ class ConfigError(RepVGGError, ValueError):
 
 
 def first_ten(names: Iterable[object]) -> str:
-    """The first ten names and how many follow, on one line whatever the names hold."""
+    """Return the first ten names and how many follow, on one line whatever the names hold."""
     names = list(names)
     more = f", and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(shown(name) for name in names[:10]) + more
 
 
 def shown(name: object) -> str:
-    """A name from a file of unknown origin, fit for an error message: printable and of bounded length."""
+    """Return a name from a file of unknown origin, fit for an error message: printable and of bounded length."""
     text = name if isinstance(name, str) else f"a {type(name).__name__}"
     text = text if text and text.isprintable() else ascii(text[:200])
     return text if len(text) <= 200 else text[:197] + "…"

@@ -82,7 +82,7 @@ def predict(arguments: Predict) -> int:
 def _outputs(
     arguments: Predict, info: WeightsInfo, reader: "ImageReader", output: Output
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
+    """Yield names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
     predictor = None
     for names, pixels in reader.batches(arguments.batch_size):
         if predictor is None:  # only now: what is read first may show that there is nothing to predict

@@ -24,7 +24,7 @@ Tree = Mapping[str, Any]
 def equivalent_kernel_bias(
     block_params: Tree, block_batch_stats: Tree, *, epsilon: float = BN_EPSILON
 ) -> tuple[Array, Array]:
-    """The 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
+    """Return the 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
 
     Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. Which
     branches there are, and of what kind of block, shows in the tree's names.
@@ -60,7 +60,7 @@ def equivalent_kernel_bias(
 
 
 def _branches_in(params: Tree, stats: Tree) -> dict[str, Branch]:
-    """The branches in a block's tree, by name, in the order in which a block sums them."""
+    """Return the branches in a block's tree, by name, in the order in which a block sums them."""
     names = {name for name in (*params, *stats) if is_branch(name) and name != SUM_BN}
     kinds = {name: branch_in_tree(name, params.get(name, {})) for name in sorted(names)}
     for name, kind in kinds.items():
@@ -142,7 +142,7 @@ def _fuse_below(
 
 
 def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
-    """The fused model and its variables (`repvgg_model_convert`); the inputs are untouched.
+    """Return the fused model and its variables (`repvgg_model_convert`); the inputs are untouched.
 
     Pure: under `jax.jit`, close over `model` and return the variables alone.
 

@@ -49,7 +49,7 @@ EXPORTS = {".onnx": "an ONNX export", ".stablehlo": "a StableHLO export (jax.exp
 
 
 def _what_else(start: bytes, path: Path) -> str:
-    """What a file is that begins like no weight file."""
+    """Return what a file is that begins like no weight file."""
     if not start:
         return "the file is empty"
     export = EXPORTS.get(path.suffix.lower()) or _export(start)
@@ -65,7 +65,7 @@ def _what_else(start: bytes, path: Path) -> str:
 
 
 def _export(start: bytes) -> str:
-    """What other runtime's file begins so; empty if none that we write."""
+    """Return what other runtime's file begins so; empty if none that we write."""
     # A flatbuffer, jax.export's: the place of its root table, then a table of fields, as long as it takes to get there.
     if start[1:4] == bytes(3) and start[4:6] == bytes((start[0] - 4 & 255, 0)):
         return EXPORTS[".stablehlo"]

@@ -46,7 +46,7 @@ class Header:
     num_batches_tracked: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The header as JSON types."""
+        """Return the header as JSON types."""
         fields = {
             "version": FORMAT_VERSION,
             "release": __version__,
@@ -114,7 +114,7 @@ def variant_to_json(variant: Variant) -> str | dict[str, Any]:
 
 
 def _without_defaults(record: Any) -> dict[str, Any]:
-    """A dataclass's fields, but for those at their default, which an earlier release need not know."""
+    """Return a dataclass's fields, but for those at their default, which an earlier release need not know."""
     values = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
     return {field.name: value for field, value in values if value != field.default}
 

@@ -44,7 +44,7 @@ def weights_path(option: str, text: str) -> str:
 
 
 def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
-    """The local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
+    """Return the local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
 
     Raises:
       WeightsError: huggingface_hub is not installed, no such file, or neither network nor cached copy.
@@ -96,7 +96,7 @@ class HubConfig:
 
     @classmethod
     def read(cls, path: Path, address: str) -> "HubConfig":
-        """Raises WeightsError if the file is no JSON object of the expected kind."""
+        """Raise WeightsError if the file is no JSON object of the expected kind."""
         with refusing_damage(f"{address} has a damaged config.json"):
             if path.stat().st_size > MAX_CONFIG_BYTES:
                 raise ValueError("absurdly long")
@@ -114,7 +114,7 @@ class HubConfig:
             return cls(fields or None, None if names is None else tuple(map(str, names)))
 
     def apply(self, info: WeightsInfo) -> WeightsInfo:
-        """`info` with what the config adds to it."""
+        """Return `info` with what the config adds to it."""
         if self.preprocessing:
             preprocessing = Preprocessing.from_dict(info.preprocessing.to_dict() | self.preprocessing)
             info = dataclasses.replace(info, preprocessing=preprocessing)

@@ -72,7 +72,7 @@ def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Key without what wrappers put before every key (`module.`, `_orig_mod.`, `model.`, …) -> key.
+    """Return the keys by what is left of them without wrappers' prefixes (`module.`, `_orig_mod.`, `model.`, …).
 
     A wrapper's own scalars are left out.
     """
@@ -83,14 +83,14 @@ def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _shared_prefixes(keys: Collection[str]) -> list[str]:
-    """What all keys begin with, from nothing to as many whole names as they share."""
+    """Return what all keys begin with, from nothing to as many whole names as they share."""
     names = next(iter(keys), "").split(".", MAX_WRAPPERS)[:-1]
     prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
     return [prefix for prefix in prefixes if all(key.startswith(prefix) for key in keys)]
 
 
 def _net_prefixes(keys: Iterable[str]) -> list[str]:
-    """What stands before the blocks of each network inside a file."""
+    """Return what stands before the blocks of each network inside a file."""
     nets: list[str] = []
     for key in itertools.islice(keys, MAX_SEARCHED):
         names = key.split(".", MAX_WRAPPERS)[:-1]
@@ -108,7 +108,7 @@ def _any_block(keys: Iterable[str]) -> bool:
 
 
 def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
-    """What a state dict with these keys and shapes is.
+    """Return what a state dict with these keys and shapes is.
 
     Raises:
       WeightsError: no known family has such keys.
@@ -157,16 +157,16 @@ class _Body:
                 self.counts[stage] = max(self.counts.get(stage, 0), position + 1)
 
     def kernel(self, stage: str, position: int) -> Shape:
-        """`[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
+        """Return `[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
         shape = self.parsed.get((stage, position, self.main_layer, "weight"), ())
         return shape if len(shape) == 4 else (0, 0, 0, 0)
 
     def width(self, stage: str) -> int:
-        """Output channels of a stage."""
+        """Return the output channels of a stage."""
         return max((self.kernel(stage, position)[0] for position in range(self.counts.get(stage, 0))), default=0)
 
     def variant(self) -> Variant | None:
-        """The published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
+        """Return the published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
         third = ("stage3_first", "stage3_second") if "stage3_first" in self.counts else ("stage3",)
         stages = (("stage1",), ("stage2",), third, ("stage4",))
         gates = {place: self._squeeze(name) for place, name in GATE_NAMES.items()}
@@ -195,7 +195,7 @@ class _Body:
         return self.parsed.get(("stage4", self.counts.get("stage4", 0) - 1, f"{gate}/down", "weight"))
 
     def _groups(self) -> int:
-        """Of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
+        """Return the groups of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
         stage, before = ("stage1", "stage1") if self.counts.get("stage1", 0) > 1 else ("stage2", "stage1")
         inputs = self.kernel(stage, 1 if stage == before else 0)[1]
         return self.width(before) // inputs if inputs else 1

@@ -50,7 +50,7 @@ class WeightsInfo:
 
 
 def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessing:
-    """The evaluation preprocessing that a variant's published accuracy belongs to.
+    """Return the evaluation preprocessing that a variant's published accuracy belongs to.
 
     One-channel networks take the mean of ImageNet's three means and deviations.
     """
@@ -61,7 +61,7 @@ def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessi
 
 
 def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that a file of unknown origin describes.
+    """Return the preprocessing that a file of unknown origin describes.
 
     Raises:
       ValueError, TypeError, AttributeError: it describes none, or one that makes no sense.

@@ -52,7 +52,7 @@ class Family:
     heads: Mapping[str, str]
 
     def block_path(self, stage: str, position: int) -> str | None:
-        """Where the family keeps that block; None if it has no such stage."""
+        """Return where the family keeps that block; None if it has no such stage."""
         template = self.stages.get(stage)
         return None if template is None else template.format(position)
 

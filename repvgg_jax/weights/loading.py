@@ -65,7 +65,7 @@ def load_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> tuple[RepVGG, dict[str, Any]]:
-    """The model and the variables that a weight file holds, whoever wrote it.
+    """Return the model and the variables that a weight file holds, whoever wrote it.
 
     Reads native files and those of the authors, timm and MMPretrain, training or deploy form, as safetensors or
     as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
@@ -148,7 +148,7 @@ def inspect_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> WeightsInfo:
-    """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
+    """Return what `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
 
     Arguments as for `load_weights`.
 
@@ -174,7 +174,7 @@ def open_weights(
     prefix: str = "",
     headless: bool = False,
 ) -> Iterator[Contents]:
-    """The file, open, once its keys and shapes are known to be exactly those of one model.
+    """Yield the file, open, once its keys and shapes are known to be exactly those of one model.
 
     Args:
       headless: accept a file without classifier though no `num_classes` is given.
@@ -233,7 +233,10 @@ def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Content
 def _foreign_contents(
     file: TensorFile, expected: Variant | None, exact: Variant | None, headless: bool, where: str
 ) -> Contents:
-    """`exact`: numbers that the caller gave, who need not be told that they are nobody's."""
+    """Return what a file of another family holds.
+
+    `exact`: numbers that the caller gave, who need not be told that they are nobody's.
+    """
     identity = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
     if identity.variant is not None and identity.variant.name != "custom":
         _check_expected(identity.variant, expected, where)
@@ -261,7 +264,7 @@ def _foreign_contents(
 
 
 def _advice(file: TensorFile, identity: Identification, headless: bool) -> str:
-    """What to do about a file that holds more or less than one whole network."""
+    """Return what to do about a file that holds more or less than one whole network."""
     advice = ""
     if identity.strangers:
         firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(identity.strangers)}
@@ -279,7 +282,7 @@ def _check_expected(held: Variant, expected: Variant | None, where: str) -> None
 
 
 def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: Variant) -> None:
-    """All of a model's entries and nothing else, but for BN counters, which may be absent."""
+    """Check that a file has all of a model's entries and nothing else, but for BN counters, which may be absent."""
     expected = {item.key: item.file_shape for item in entries if item.leaf is not None or item.key in file.tensors}
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     check_shapes(shapes, expected, where, "a custom RepVGG" if variant.name == "custom" else variant.name)
@@ -311,7 +314,7 @@ def _is_head(leaf: str) -> bool:
 
 
 def fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
-    """Classifier (and auxiliary classifiers) with PyTorch's default initialisation, the same ones every time."""
+    """Return classifiers (the auxiliary ones too) with PyTorch's default initialisation, the same ones every time."""
     leaves = {}
     for layer in head_layers(variant, deploy, num_classes):
         if layer.kind != "linear":

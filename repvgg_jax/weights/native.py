@@ -43,12 +43,12 @@ def write(path: str | os.PathLike, header: Header, variables: Mapping[str, Any])
 
 
 def _crc32_start(dtype: np.dtype, shape: Shape) -> int:
-    """What a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
+    """Return what a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
     return zlib.crc32(f"{dtype.name} {list(shape)}".encode())
 
 
 def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
-    """What a native file says of itself; None if it is a safetensors file of another family.
+    """Return what a native file says of itself; None if it is a safetensors file of another family.
 
     From here on, the file's tensors are read with the checksums that it has for them.
 

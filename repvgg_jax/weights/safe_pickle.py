@@ -87,7 +87,7 @@ class Reader:
         self.storages: set[Storage] = set()
 
     def load(self, file: io.BufferedIOBase) -> Any:
-        """The object of the pickle that starts at the file's position; the position moves behind it.
+        """Return the object of the pickle that starts at the file's position; the position moves behind it.
 
         Raises:
           RefusedError: an object of an unknown class, unless `tensors_only`.
@@ -185,7 +185,7 @@ class Reader:
             target.update(_with_plain_keys(zip(values[::2], values[1::2], strict=True)))
 
     def _target(self, kind: type) -> Any:
-        """The list or dict that items are for; None if they are entries of an object that is not restored."""
+        """Return the list or dict that items are for; None if they are entries of an object that is not restored."""
         target = self.stack[-1]
         if isinstance(target, kind):
             return target
@@ -253,7 +253,7 @@ class Reader:
         self._call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        """Gives an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
+        """Give an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
         (attributes,) = self._take(1)
         target = self.stack[-1]
         if isinstance(target, Opaque) and isinstance(attributes, dict):
@@ -294,7 +294,7 @@ class Reader:
 
 
 def _with_plain_keys(pairs: Any) -> dict[Any, Any]:
-    """A dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
+    """Return a dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
     return {key: value for key, value in pairs if _is_plain_key(key)}
 
 
@@ -325,7 +325,7 @@ def _parameter(data: Any, _requires_grad: Any, _hooks: Any, _state: Any = None) 
 
 
 def _with_attributes(function: Any, _class: Any, arguments: Any, _state: Any) -> Any:
-    """A tensor that carries Python attributes, or is of a subclass."""
+    """Return a tensor that carries Python attributes, or is of a subclass."""
     if function not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
         return Opaque()
     return REBUILDERS[function.name](*arguments)

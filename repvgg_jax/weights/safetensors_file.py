@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
-    """The tensors and the metadata of an open safetensors file.
+    """Return the tensors and the metadata of an open safetensors file.
 
     Raises:
       WeightsError: damaged, cut short, or a header that lies about the file.

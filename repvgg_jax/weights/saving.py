@@ -90,7 +90,7 @@ def save_weights(
 
 
 def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat tree of numbers that `variables` are.
+    """Return the flat tree of numbers that `variables` are.
 
     Raises:
       WeightsError: they are something else.
@@ -106,7 +106,7 @@ def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> Family | None:
-    """The naming that a file gets, None for the native one.
+    """Return the naming that a file gets, None for the native one.
 
     RepVGGplus and the training form of QARepVGG have names of their authors' of their own.
 
@@ -142,7 +142,7 @@ def check_writable(
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> None:
-    """Fails as `save_weights` would for such a model, as far as that shows beforehand.
+    """Fail as `save_weights` would for such a model, as far as that shows beforehand.
 
     Raises:
       WeightsError, RepVGGError: as `save_weights`.

@@ -131,7 +131,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _read(side: Path) -> Mapping[str, Any] | None:
-    """The content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
+    """Return the content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
     try:
         if not side.is_file():
             return None

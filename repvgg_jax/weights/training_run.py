@@ -172,7 +172,7 @@ class _CheckpointFile(TensorFile):
 
 
 def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by name, which must be those that were saved.
+    """Return all arrays of a checkpoint by name, which must be those that were saved.
 
     Raises:
       WeightsError: orbax is not installed, cannot read them, or they are others.
