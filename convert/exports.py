@@ -18,7 +18,7 @@ from repvgg_jax.export.deploy_net import InputLayout
 from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
-from repvgg_jax.image_files import image_files
+from repvgg_jax.image_files import some_image_files
 from repvgg_jax.paths import is_folder
 from repvgg_jax.preprocess import eval_transform, normalize, open_as_input
 
@@ -199,7 +199,4 @@ def _image_files(path: str) -> list[Path]:
     folder = Path(path)
     if not is_folder(folder):
         return [folder]
-    images = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
-    if not images:
-        raise DataError(f"{path}: no images in this folder")
-    return images
+    return [Path(file) for file in some_image_files(folder)[:MAX_CHECK_IMAGES]]

@@ -52,6 +52,18 @@ def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
     return ImageFiles(paths, left_out)
 
 
+def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the paths of `image_files`.
+
+    Raises:
+      DataError: as `image_files`, or there is none.
+    """
+    paths = image_files(folder).paths
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
 def describe_left_out(left_out: Counter[str]) -> str:
     """Say what was left out, such as "3 files that are not images (2 .txt, 1 .csv)"."""
     total = left_out.total()

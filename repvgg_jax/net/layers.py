@@ -106,17 +106,15 @@ class ConvBN(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
-    groups: int = 1
-    dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
-        x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
-        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = Conv(self.features, self.kernel_size, self.stride, **dtypes, name="conv")(x, train)
+        return BatchNorm(**dtypes, epsilon=self.epsilon, name="bn")(x, train)
 
 
 class Constant(nn.Module):

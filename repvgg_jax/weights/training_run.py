@@ -119,8 +119,8 @@ def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
         tensors[name] = Tensor(shape, np.dtype("float32"), number, contiguous_strides(shape))
     step = {"num_batches_tracked": int(folder.name)} if folder.name.isdecimal() else {}
     metadata = {HEADER: json.dumps(net | step)}
-    state = {"shapes": shapes, "crc32": crc32, "places": list(places.values())}
-    return _CheckpointFile(folder, handle, tensors, metadata, **state)
+    state = list(places.values())
+    return _CheckpointFile(folder, handle, tensors, metadata, shapes=shapes, crc32=crc32, places=state)
 
 
 def _name(key: str) -> str:
