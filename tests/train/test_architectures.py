@@ -114,6 +114,6 @@ def test_a_net_of_ones_own_is_trained_and_evaluated(tmp_path: Path) -> None:
     done = command(*convert, net)
     assert done.returncode == 0, done.stderr
     other = write_variant(tmp_path, dataclasses.replace(SMALL, widths=(8, 8, 8, 16, 32), name="other"))
-    for refused in (command(*evaluate, other), command(*convert, other)):
+    for refused in (command(*evaluate, other), command(*convert, other, "--overwrite")):
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
         assert "holds small, not other" in refused.stderr
