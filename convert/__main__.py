@@ -36,8 +36,8 @@ from repvgg_jax.weights.saving import WRITABLE, check_writable
 
 from .compare import relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
-from .int8 import Int8Options, check_options, quantize_and_write
 from .output import check_output
+from .quantization import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""

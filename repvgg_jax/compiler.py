@@ -51,7 +51,7 @@ def switched_on() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def load(source: Path, purpose: str, *options: str) -> ctypes.CDLL | None:
+def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | None:
     """Return the library made of a source file and the headers beside it.
 
     Args:

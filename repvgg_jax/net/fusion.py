@@ -14,7 +14,7 @@ from ..errors import FusionError
 from ..trees import flatten
 from .branches import KINDS, SUM_BN, Branch, FusedBlock, branch_in_tree, is_branch
 from .kernel_algebra import BN_EPSILON, add_branches, fuse_conv_bn
-from .layout import check_shapes, expected_shapes
+from .layout import check_shapes, expected_shapes, in_channels_of
 from .model import RepVGG
 from .variants import AUX_HEADS
 
@@ -190,6 +190,6 @@ def check_deploy_params(model: RepVGG, params: Tree) -> None:
       WeightsError: lists what is missing, unexpected or of another shape.
     """
     found = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
-    stem = found.get("params/stage0/rbr_reparam/kernel", (3, 3, 3))
-    expected = expected_shapes(model.variant, True, model.num_classes, stem[2])
+    channels = in_channels_of(flatten({"params": params}))
+    expected = expected_shapes(model.variant, True, model.num_classes, channels)
     check_shapes(found, expected, "variables", f"the deploy form of {model.variant.name}")

@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..trees import flatten
 from .activations import Activation
 from .blocks import DeployBlock, RepVGGBlock
 from .branches import BlockKind, Branches
 from .kernel_algebra import BN_EPSILON
 from .layers import ConvBN, Dtype, torch_bias_init, torch_kernel_init
+from .layout import stem_kernel
 from .variants import AUX_HEADS, Published, Variant, get_variant
 
 
@@ -197,10 +199,9 @@ class RepVGG(nn.Module):
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
         """Hold the images to the first convolution's channels; before there is one, to what images look like."""
-        stem = self.variables.get("params", {}).get("stage0", {})
-        layer = stem.get("rbr_reparam") or stem.get("rbr_dense", {}).get("conv", {})
-        if "kernel" in layer:
-            channels = layer["kernel"].shape[2]
+        kernel = stem_kernel(flatten(self.variables))
+        if kernel is not None:
+            channels = kernel.shape[2]
         else:
             channels = shape[1] if shape[1] in (1, 3) and shape[2] == shape[3] > 4 else shape[3]
         if shape[3] != channels:

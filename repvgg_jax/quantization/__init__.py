@@ -1,10 +1,10 @@
 """INT8: post-training quantisation, quantisation-aware training, and nets that compute in integers."""
 
 from .adaround import AdaRoundOptions
-from .files import load_quantized, save_quantized
 from .methods import METHODS, Method, quantize
 from .net import QuantizedNet
 from .report import LayerReport, report_table
+from .weight_files import load_quantized, save_quantized
 
 __all__ = [
     "METHODS",

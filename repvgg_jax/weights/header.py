@@ -94,7 +94,7 @@ class Header:
 
 
 def variant_to_json(variant: Variant) -> str | dict[str, Any]:
-    """A published variant by name, any other by those of its numbers that are not RepVGG's own.
+    """Return a published variant's name, or any other's fields: those of its numbers that are not RepVGG's own.
 
     An activation that is a function has no name: it is null.
     """
@@ -119,6 +119,7 @@ def _without_defaults(record: Any) -> dict[str, Any]:
 
 
 def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
+    """Return the variant of a header; arguments and errors as for `Header.from_json`."""
     described = header["variant"]
     if isinstance(described, str):
         return get_variant(described)
@@ -149,11 +150,9 @@ def _check_names(fields: Mapping[str, Any], names: set[str], where: str, header:
     """Raise WeightsError if there is a field that this release does not know."""
     unknown = sorted(fields.keys() - names, key=str)
     if unknown:
-        writer = f"release {shown(header['release'])}" if "release" in header else "an unknown release"
-        raise WeightsError(
-            f"{where} has fields that this release ({__version__}) does not know: {first_ten(unknown)}; it was written "
-            f"by {writer} of repvgg-jax, which reads it"
-        )
+        written = f"; it was written by release {shown(header['release'])} of repvgg-jax" if "release" in header else ""
+        release = f"this release ({__version__})"
+        raise WeightsError(f"{where} has fields that {release} does not know: {first_ten(unknown)}{written}")
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:

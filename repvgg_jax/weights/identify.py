@@ -20,7 +20,7 @@ MAX_SEARCHED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identification:
     """What the keys and shapes tell.
 
     Attributes:
@@ -106,7 +106,7 @@ def _any_block(keys: Iterable[str]) -> bool:
     return any(parsed is not None and parsed[0] for parsed in found)
 
 
-def identify(shapes: Mapping[str, Shape], where: str) -> Identity:
+def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
     """What a state dict with these keys and shapes is.
 
     Raises:
@@ -125,7 +125,7 @@ def identify(shapes: Mapping[str, Shape], where: str) -> Identity:
     absent = [stage for stage in family.stages if stage not in body.counts]
     strangers = [key for key in shapes if family.parse(key) is None]
     gaps = (("nothing of", absent), ("unexpected:", strangers))
-    return Identity(
+    return Identification(
         family=family,
         variant=body.variant(),
         deploy=deploy,

@@ -20,10 +20,10 @@ from ..net.variants import AUX_HEADS, Variant, checked_epsilon, get_variant
 from ..paths import expand_home, is_folder, is_url
 from ..processes import check_not_forked
 from ..trees import unflatten
-from . import int8, native
+from . import native, quantized_tensors
 from .containers import open_file, read_container
 from .hub import fetch, is_hub_address
-from .identify import Identity, identify, part_of, same_network, with_block, with_stated_epsilon
+from .identify import Identification, identify, part_of, same_network, with_block, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .key_maps import QAREPVGG
 from .side_file import with_side_file
@@ -199,7 +199,7 @@ def open_weights(
     with open_file(local / FACTS if is_run else local, f"{path}") as handle:
         file = read_checkpoint(handle, local, ema) if is_run else read_container(handle, local, ema, tensors_only)
         file.notes += [note] if note else []
-        info = native.describe(file, name if isinstance(name, Variant) else None)
+        info = native.read_info(file, name if isinstance(name, Variant) else None)
         if info is None:
             file = part_of(file, prefix, f"{path}")
             contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}", exact=exact)
@@ -224,7 +224,7 @@ def open_weights(
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
     if info.quantized:
-        int8.check(file, info, where)
+        quantized_tensors.check_tensors(file, info, where)
         return Contents(file, info, [])
     entries = items(None, info.variant, info.deploy, info.num_classes, info.in_channels)
     _check_entries(file, entries, where, info.variant)
@@ -258,10 +258,10 @@ def _foreign_contents(
             raise WeightsError(f"{where} has no classifier")
     except WeightsError as error:
         raise WeightsError(f"{error}{_advice(file, found, headless)}") from None
-    return Contents(file, _describe(file, entries, found, variant, where), entries)
+    return Contents(file, _info_of(file, entries, found, variant, where), entries)
 
 
-def _advice(file: TensorFile, found: Identity, headless: bool) -> str:
+def _advice(file: TensorFile, found: Identification, headless: bool) -> str:
     """What to do about a file that holds more or less than one whole network."""
     advice = ""
     if found.strangers:
@@ -291,7 +291,7 @@ def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: V
             raise WeightsError(f"{where}: {shown(item.key)} has {tensor.dtype} numbers, not {what}")
 
 
-def _describe(file: TensorFile, entries: list[Item], found: Identity, variant: Variant, where: str) -> WeightsInfo:
+def _info_of(file: TensorFile, entries: list[Item], found: Identification, variant: Variant, where: str) -> WeightsInfo:
     counters = [int(file.read(file.tensors[i.key])) for i in entries if i.leaf is None and i.key in file.tensors]
     learned = [item for item in entries if item.leaf is not None and item.leaf.startswith("params/")]
     return WeightsInfo(

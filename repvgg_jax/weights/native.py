@@ -78,7 +78,7 @@ def _crc32_start(dtype: np.dtype, shape: Shape) -> int:
     return zlib.crc32(f"{dtype.name} {list(shape)}".encode())
 
 
-def describe(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
+def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
     """What a native file says of itself; None if it is a safetensors file of another family.
 
     From here on, the file's tensors are read with the checksums that it has for them.

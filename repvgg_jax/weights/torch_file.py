@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import WeightsError, shown
-from .checkpoint import find_state_dict
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
 from .tensor_file import (
     BFLOAT16,
@@ -30,6 +29,7 @@ from .tensor_file import (
     overlaps_itself,
     sizes,
 )
+from .torch_checkpoint import find_state_dict
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"

@@ -140,13 +140,13 @@ def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert compiler.load(native.SOURCE, "convolutions") is None
+    assert compiler.load_library(native.SOURCE, "convolutions") is None
     assert not caplog.records
     failing = tmp_path / "c++"
     failing.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho no such thing >&2\nexit 1\n", encoding="utf-8")
     failing.chmod(0o755)
     for _ in range(2):
-        assert compiler.load(native.SOURCE, "convolutions") is None
+        assert compiler.load_library(native.SOURCE, "convolutions") is None
     assert (tmp_path / "asked").read_text(encoding="utf-8") == "asked\n"
     assert [record.getMessage() for record in caplog.records] == [f"no native convolutions: {failing} failed"]
     (kept,) = (tmp_path / "cache" / "repvgg_jax" / "native").iterdir()

@@ -52,7 +52,7 @@ def planted(tmp_path) -> Path:
 
 
 def seven(source: Path) -> int:
-    library = compiler.load(source, "numbers")
+    library = compiler.load_library(source, "numbers")
     assert library is not None
     return library.seven()
 
@@ -168,7 +168,7 @@ def test_but_not_the_librarys_own_folder(cache, source, planted, tmp_path, caplo
 @NEEDS_COMPILER
 def test_where_no_folder_is_safe_there_is_no_native_code_and_no_failure(cache, source, tmp_path, caplog):
     tmp_path.chmod(0o777)
-    assert compiler.load(source, "numbers") is None
+    assert compiler.load_library(source, "numbers") is None
     assert f"no native numbers: {tmp_path} can be written to by others" in warnings(caplog)
 
 
@@ -280,7 +280,7 @@ BAD_MOMENTS = {
 @pytest.mark.parametrize("moment", BAD_MOMENTS)
 def test_a_bad_moment_is_not_remembered(moment, fake, cache, source, caplog):
     fake.behave(BAD_MOMENTS[moment])
-    assert compiler.load(source, "numbers") is None
+    assert compiler.load_library(source, "numbers") is None
     assert "no native numbers: " in warnings(caplog)
     assert list(cache.iterdir()) == []
     fake.behave('exec c++ "$@"')
@@ -292,7 +292,7 @@ def test_a_bad_moment_is_not_remembered(moment, fake, cache, source, caplog):
 def test_a_compiler_that_hangs_is_ended_with_its_children(fake, cache, source, monkeypatch, tmp_path):
     fake.behave(f"sleep 1000 & echo $! > {tmp_path}/child; wait")
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 1)
-    assert compiler.load(source, "numbers") is None
+    assert compiler.load_library(source, "numbers") is None
     child = int((tmp_path / "child").read_text(encoding="utf-8"))
     for _ in range(100):
         if not is_running(child):
@@ -319,7 +319,7 @@ def test_a_disk_that_fills_up_under_a_real_compiler_is_not_remembered(cache, sou
     limited.write_text('#!/bin/sh\nulimit -f 1\nexec c++ "$@"\n', encoding="utf-8")  # half a KiB, then SIGXFSZ
     limited.chmod(0o755)
     monkeypatch.setenv("CXX", str(limited))
-    assert compiler.load(source, "numbers") is None
+    assert compiler.load_library(source, "numbers") is None
     assert list(cache.iterdir()) == []
 
 
@@ -328,7 +328,7 @@ def test_what_the_compiler_rejects_is_remembered_for_a_day(fake, cache, source, 
     source.write_text("not C++\n", encoding="utf-8")
     fake.behave('exec c++ "$@"')
     for _ in range(2):
-        assert compiler.load(source, "numbers") is None
+        assert compiler.load_library(source, "numbers") is None
     assert fake.asked == 1
     assert warnings(caplog).count("no native numbers: ") == 1
     rejected = cached(cache, ".failed")
@@ -336,14 +336,14 @@ def test_what_the_compiler_rejects_is_remembered_for_a_day(fake, cache, source, 
     for age in (compiler.FAILURE_SECONDS + 60, -60):  # old, or from a clock that was wrong
         os.utime(rejected, (time.time(), time.time() - age))
         asked = fake.asked
-        assert compiler.load(source, "numbers") is None
+        assert compiler.load_library(source, "numbers") is None
         assert fake.asked == asked + 1
 
 
 @NEEDS_COMPILER
 def test_a_success_removes_the_mark(fake, cache, source):
     fake.behave("echo 'x.cc:1:1: error: no' >&2; exit 1")
-    assert compiler.load(source, "numbers") is None
+    assert compiler.load_library(source, "numbers") is None
     rejected = cached(cache, ".failed")
     os.utime(rejected, (0, 0))
     fake.behave('exec c++ "$@"')
@@ -365,6 +365,6 @@ def test_an_interrupted_compilation_leaves_no_compiler_behind(fake, cache, sourc
     """Ctrl-C reaches this process alone: the compiler has a process group of its own."""
     fake.behave(f"echo $$ > {tmp_path}/child; sleep 0.3; kill -INT {os.getpid()}; sleep 1000")
     with pytest.raises(KeyboardInterrupt):
-        compiler.load(source, "numbers")
+        compiler.load_library(source, "numbers")
     assert not is_running(int((tmp_path / "child").read_text(encoding="utf-8")))
     assert list(cache.iterdir()) == []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
-from repvgg_jax.compiler import load
+from repvgg_jax.compiler import load_library
 from tests.helpers.architecture import write_variant
 
 TINY = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="Tiny")
@@ -30,7 +30,7 @@ def main() -> None:
     source = Path("sieben") / "seven.cc"
     source.parent.mkdir()
     source.write_bytes(SEVEN.encode())
-    library = load(source, "numbers")
+    library = load_library(source, "numbers")
     if is_whole:
         net = str(write_variant(Path(), TINY))
         words = ["--preset", "digits", "--model", net, "--data", "photos", "--workdir", "run", "--batch-size", "8"]

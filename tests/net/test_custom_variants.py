@@ -207,9 +207,9 @@ def test_a_damaged_description_is_refused(change, tmp_path, monkeypatch):
     from repvgg_jax.weights import header
 
     model = rv.create_model(VARIANT, 5, **OPTIONS)
-    honest = header._variant_to_json(model.variant)
+    honest = header.variant_to_json(model.variant)
     assert isinstance(honest, dict)
-    monkeypatch.setattr(header, "_variant_to_json", lambda variant: honest | change)
+    monkeypatch.setattr(header, "variant_to_json", lambda variant: honest | change)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     with pytest.raises(rv.WeightsError, match="damaged header"):
         rv.load_weights(tmp_path / "w.safetensors")
@@ -218,7 +218,7 @@ def test_a_damaged_description_is_refused(change, tmp_path, monkeypatch):
 def test_plain_variants_are_described_as_in_earlier_releases():
     from repvgg_jax.weights import header
 
-    described = header._variant_to_json(VARIANT)
+    described = header.variant_to_json(VARIANT)
     assert isinstance(described, dict)
     assert not {"strides", "output_stride", "activation", "block", "branches"} & set(described)
 

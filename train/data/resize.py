@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.compiler import load, switched_on
+from repvgg_jax.compiler import load_library, switched_on
 
 SOURCE = Path(__file__).parent / "resize.cc"
 
@@ -71,7 +71,7 @@ def _native() -> Callable[..., None] | None:
 @functools.cache
 def _compiled(*options: str) -> Callable[..., None] | None:
     # Sums of products that are rounded only once would not be PIL's.
-    library = load(SOURCE, "resizing functions", "-ffp-contract=off", *options)
+    library = load_library(SOURCE, "resizing functions", "-ffp-contract=off", *options)
     if library is None:
         return None
     function = library.repvgg_resize

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from ...compiler import load, switched_on
+from ...compiler import load_library, switched_on
 from ...errors import RepVGGError
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
@@ -152,7 +152,7 @@ def convolve_int8(
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, its functions made known to XLA; None where it cannot be."""
-    library = load(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
+    library = load_library(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
     if library is not None:
         targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT] + [INT8_TARGET] * library.repvgg_has_int8()
         for target in targets:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import WeightsError
 from ..net.variants import Variant
-from ..weights import int8, native
+from ..weights import native, quantized_tensors
 from ..weights.loading import open_weights
 from .net import QuantizedNet
 
@@ -44,5 +44,5 @@ def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -
             raise WeightsError(
                 f"{path} holds {info.dtype} weights, not a quantised net; make one with python -m convert --int8"
             )
-        params = int8.read(contents.file, f"{path}")
+        params = quantized_tensors.read_tensors(contents.file, f"{path}")
     return QuantizedNet(info.variant, info.num_classes, info.in_channels, params, info.preprocessing, info.class_names)

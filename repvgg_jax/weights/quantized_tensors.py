@@ -34,7 +34,7 @@ def expected_tensors(variant: Variant, num_classes: int, in_channels: int, names
     return expected
 
 
-def check(file: TensorFile, info: WeightsInfo, where: str) -> None:
+def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
     """All of a quantised net's tensors and nothing else.
 
     Raises:
@@ -48,7 +48,7 @@ def check(file: TensorFile, info: WeightsInfo, where: str) -> None:
             raise WeightsError(f"{where}: {shown(name)} has {file.tensors[name].dtype} numbers, not {dtype}")
 
 
-def read(file: TensorFile, where: str) -> dict[str, Any]:
+def read_tensors(file: TensorFile, where: str) -> dict[str, Any]:
     """The tree under `params`, once it is sure that every number makes sense.
 
     Raises:
