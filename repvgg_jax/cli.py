@@ -186,7 +186,7 @@ def _show_every_character() -> None:
 def _one_line_warnings() -> Iterator[None]:
     """Leave the place in the code, of which a command's user has no use, out of warnings and of our loggers' lines."""
 
-    def one_line(message: Warning | str, *_place: object) -> str:
+    def one_line(message: Warning | str, *_place: object, **_line: object) -> str:
         return f"warning: {' '.join(str(message).split())}\n"
 
     class Lines(logging.Handler):

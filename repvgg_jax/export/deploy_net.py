@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..net.fusion import to_deploy
-from ..net.layout import check_arrays, expected_shapes, in_channels_of
+from ..net.layout import check_variables
 from ..net.model import RepVGG
 from ..preprocess import Preprocessing, height_and_width
 from ..trees import flatten
@@ -101,9 +101,7 @@ def deploy_net(
         raise ValueError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     if not model.deploy:
         model, variables = to_deploy(model, variables)
-    arrays = flatten(variables)
-    channels = in_channels_of(arrays)
-    check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
+    channels = check_variables(flatten(variables), model.variant, True, model.num_classes)
     preprocessing = preprocessing or default_preprocessing(model.variant, channels)
     if image_size is None:
         image_size = preprocessing.image_size

@@ -93,15 +93,17 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
         raise WeightsError(f"{where} does not fit {model}; {'; '.join(problems)}")
 
 
-def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) -> None:
-    """Do `check_shapes` for arrays, and check that every number in them is finite.
+def check_variables(arrays: FlatArrays, variant: Variant, deploy: bool, num_classes: int) -> int:
+    """Hold a flat tree to a model's names and shapes, check that its numbers are finite, and return the input channels.
 
     Raises:
       WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
     """
-    check_shapes({name: tuple(array.shape) for name, array in arrays.items()}, expected, where, "the model")
+    channels, shapes = in_channels_of(arrays), {name: tuple(array.shape) for name, array in arrays.items()}
+    check_shapes(shapes, expected_shapes(variant, deploy, num_classes, channels), "variables", "the model")
     for name, array in arrays.items():
-        check_finite(np.asarray(array), name, where)
+        check_finite(np.asarray(array), name, "variables")
+    return channels
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> None:

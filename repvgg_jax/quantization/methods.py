@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import QuantizationError
 from ..net.fusion import to_deploy
-from ..net.layout import check_arrays, expected_shapes, in_channels_of
+from ..net.layout import check_variables
 from ..net.model import RepVGG
 from ..preprocess import Preprocessing, normalize
 from ..trees import flatten
@@ -91,9 +91,7 @@ def quantize(
     if not model.deploy:
         model, variables = to_deploy(model, variables)
     check_relu(model.variant)
-    arrays = flatten(variables)
-    channels = in_channels_of(arrays)
-    check_arrays(arrays, expected_shapes(model.variant, True, model.num_classes, channels), "variables")
+    channels = check_variables(flatten(variables), model.variant, True, model.num_classes)
     images = check_images(calibration_images, channels, preprocessing)
 
     variant, before = model.variant, layers_of(variables["params"])

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import WeightsError, shown
 from ..extras import install_hint
 from ..files import check_target
-from ..net.layout import check_arrays, expected_shapes, in_channels_of
+from ..net.layout import check_variables
 from ..net.model import RepVGG
 from ..net.variants import Variant
 from ..paths import expand_home
@@ -71,8 +71,7 @@ def save_weights(
     if class_names is not None and len(class_names) != model.num_classes:
         raise WeightsError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
     arrays = _arrays(variables)
-    in_channels = in_channels_of(arrays)
-    check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
+    in_channels = check_variables(arrays, model.variant, model.deploy, model.num_classes)
     preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
     form = DEPLOY if model.deploy else TRAINING
     header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
