@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 import repvgg_jax as rv
+from tests.helpers.commands import convert, error_of
 from tests.helpers.comparison import relative_difference
-from tests.helpers.convert import convert, error_of
 from tests.helpers.data import write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import TINY

@@ -9,7 +9,7 @@ import pytest
 
 import repvgg_jax as rv
 from convert import exports
-from tests.helpers.convert import convert, error_of
+from tests.helpers.commands import convert, error_of
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import TINY, assert_same_bits
 

@@ -15,8 +15,7 @@ import repvgg_jax as rv
 from repvgg_jax.trees import flatten, unflatten
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.header import TRAINING, Header
-from tests.helpers.commands import command
-from tests.helpers.convert import convert, error_of
+from tests.helpers.commands import command, convert, error_of
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weights import assert_same_bits, refused
 from train.checkpoint import Checkpoints, RunFacts

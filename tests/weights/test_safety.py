@@ -12,6 +12,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,19 @@ from tests.helpers.weights import (
     random_arrays,
     random_model,
     refused,
-    rewrite_pickle,
     safetensors_bytes,
     torch_state,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
+
+
+def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
+    """Copy a PyTorch zip file with another `data.pkl`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
 
 
 class Attack:
