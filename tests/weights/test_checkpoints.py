@@ -132,7 +132,7 @@ def test_every_command_takes_a_run(run, tmp_path):
     assert evaluation(workdir, *names) == evaluation(tmp_path / "best.safetensors", *names)
 
 
-def test_folders_that_are_no_checkpoints_are_one_line(run, tmp_path):
+def test_folders_that_are_no_checkpoints_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints of a training run" in refused(tmp_path / "empty")
     (tmp_path / "begun" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
