@@ -30,6 +30,7 @@ from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.paths import expand_home
 from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights.architecture import expected_variant
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
@@ -113,7 +114,7 @@ def convert(arguments: Arguments) -> str:
     folder = export is not None and export.folder
     check_output(arguments.input, arguments.output, overwrite=arguments.overwrite, folder=folder)
     options = arguments.weights.reading
-    info = inspect_weights(arguments.input, arguments.arch, **options)
+    info = inspect_weights(arguments.input, expected_variant("--arch", arguments.arch), **options)
     info = arguments.weights.apply(info, arguments.num_classes)
     int8 = arguments.quantization
     check_options(int8, arguments.output)
@@ -130,7 +131,8 @@ def convert(arguments: Arguments) -> str:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to, **described)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
-    model, variables = rv.load_weights(arguments.input, arguments.arch, arguments.num_classes, **options)
+    expected = expected_variant("--arch", arguments.arch)
+    model, variables = rv.load_weights(arguments.input, expected, arguments.num_classes, **options)
     done = "deploy form, as it was" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
         fuse = functools.partial(rv.fuse_variables, epsilon=model.variant.epsilon)
@@ -242,7 +244,9 @@ def main() -> None:
     if arguments.inspect is not None:
         if arguments.input is not None:
             raise ConfigError("--inspect FILE converts nothing: leave IN and OUT away")
-        info = inspect_weights(arguments.inspect, arguments.arch, **arguments.weights.reading)
+        info = inspect_weights(
+            arguments.inspect, expected_variant("--arch", arguments.arch), **arguments.weights.reading
+        )
         print(describe(arguments.inspect, arguments.weights.apply(info)))
         return
     with warnings.catch_warnings(record=True) as caught:

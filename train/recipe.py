@@ -63,6 +63,12 @@ class ModelOptions:
     """A branch of 1x1 and 3x3 convolution in each block (Diverse Branch Block)."""
     dbb_1x1_avg: bool = False
     """A branch of 1x1 convolution and average pooling in each block (Diverse Branch Block)."""
+    strips: bool = False
+    """A branch of 1x3 and one of 3x1 convolution in each block (ACNet)."""
+    point: bool = True
+    """RepVGG's 1x1 branch."""
+    identity: bool = True
+    """RepVGG's identity branch."""
     activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] | None = None
     """What follows each block's sum; the model's own if not given."""
     stem_stride: Literal[1, 2] | None = None
@@ -76,8 +82,8 @@ class ModelOptions:
 
     @property
     def branches(self) -> Branches:
-        """What the options add to RepVGG's own branches."""
-        return Branches(self.dense_copies, self.dbb_1x1_3x3, self.dbb_1x1_avg)
+        """What the options make of RepVGG's own branches."""
+        return Branches(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Branches)})
 
     @functools.cached_property
     def variant(self) -> Variant:

@@ -204,9 +204,9 @@ def test_a_file_of_other_blocks_is_refused(tmp_path):
 
 
 def test_training_takes_the_options():
-    options = ["--block", "qarepvgg", "--dense-copies", "3", "--dbb-1x1-avg", "--activation", "silu"]
+    options = ["--block", "qarepvgg", "--dense-copies", "3", "--dbb-1x1-avg", "--no-point", "--activation", "silu"]
     config = parse(["--preset", "digits", *options, "--stem-stride", "1", "--dropout", "0.2"]).model
-    assert config.branches == rv.Branches(dense_copies=3, dbb_1x1_avg=True)
+    assert config.branches == rv.Branches(dense_copies=3, dbb_1x1_avg=True, point=False)
     assert (config.block, config.activation, config.stem_stride, config.dropout) == ("qarepvgg", "silu", 1, 0.2)
 
 

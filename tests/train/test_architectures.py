@@ -110,7 +110,10 @@ def test_a_net_of_ones_own_is_trained_and_evaluated(tmp_path: Path) -> None:
     top1 = json.loads(done.stdout.splitlines()[-1])["deploy_top1"]
     evaluate = ("train.evaluate", tmp_path / "photos", "deploy", tmp_path / "run" / "final.safetensors", "-a")
     assert json.loads(command(*evaluate, net).stdout)["top1"] == top1
+    convert = ("convert.__main__", tmp_path / "run" / "final.safetensors", tmp_path / "fused.safetensors", "-a")
+    done = command(*convert, net)
+    assert done.returncode == 0, done.stderr
     other = write_variant(tmp_path, dataclasses.replace(SMALL, widths=(8, 8, 8, 16, 32), name="other"))
-    done = command(*evaluate, other)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "holds small, not other" in done.stderr
+    for refused in (command(*evaluate, other), command(*convert, other, "--overwrite")):
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "holds small, not other" in refused.stderr
