@@ -13,27 +13,21 @@ from pickle import (
     APPENDS,
     BINBYTES8,
     BINGET,
-    BININT,
-    BININT1,
     BINPERSID,
     BINPUT,
-    BINUNICODE,
     BUILD,
     EMPTY_DICT,
     EMPTY_LIST,
     EMPTY_SET,
     EMPTY_TUPLE,
-    GLOBAL,
     LONG4,
     LONG_BINPUT,
     MARK,
     NEWTRUE,
     NONE,
     POP,
-    PROTO,
     REDUCE,
     SETITEM,
-    SETITEMS,
     STACK_GLOBAL,
     STOP,
     TUPLE,
@@ -44,46 +38,20 @@ from pickle import (
 import pytest
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
+from tests.helpers.pickle_program import START, dict_of, name_of, number, small_number, text
 from tests.helpers.weights import safetensors_bytes
 
 LIMIT_BYTES = 2**30
 LIMIT_SECONDS = 20
 
-# A pickle is a program for a machine with a stack and a memo. Its instructions have the `pickle` module's names.
-START = PROTO + b"\x02"
 GET_0, GET_1 = BINGET + b"\x00", BINGET + b"\x01"
 PUT_0, PUT_1 = BINPUT + b"\x00", BINPUT + b"\x01"
 MOVE_TO_0, MOVE_TO_1 = PUT_0 + POP, PUT_1 + POP
 
 
-def text(value: str) -> bytes:
-    """Push a string."""
-    return BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-
-def number(value: int) -> bytes:
-    """Push an integer of 32 bits."""
-    return BININT + struct.pack("<i", value)
-
-
-def small_number(value: int) -> bytes:
-    """Push an integer below 256."""
-    return BININT1 + bytes([value])
-
-
-def name_of(module: str, name: str) -> bytes:
-    """Push the function or class `module.name`."""
-    return GLOBAL + f"{module}\n{name}\n".encode()
-
-
-def dict_of(*items: bytes) -> bytes:
-    """Push a dict, given what pushes a key and its value for each item."""
-    return EMPTY_DICT + MARK + b"".join(items) + SETITEMS
-
-
 def modules(*children: bytes) -> bytes:
     """Push a pickled network, as far as its pickle shows: an object with `_modules`."""
-    named = [text(str(number)) + child for number, child in enumerate(children)]
+    named = [text(str(i)) + child for i, child in enumerate(children)]
     return OBJECT + EMPTY_DICT + text("_modules") + dict_of(*named) + SETITEM + BUILD
 
 

@@ -14,6 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from pickle import EXT1, INST, LONG1, MARK, NEWOBJ, NEXT_BUFFER, OBJ, PROTO, REDUCE, STOP, TUPLE1, TUPLE2
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import torch
 
 import repvgg_jax as rv
 from repvgg_jax.trees import unflatten
+from tests.helpers.pickle_program import START, name_of, text
 from tests.helpers.weights import (
     TINY,
     assert_same_bits,
@@ -121,17 +123,18 @@ def test_code_in_a_file_never_runs(legacy, tensors_only, tmp_path):
         mark.unlink()
 
 
-def attacks():
-    """Raw pickles that name, build or call something."""
+def attacks() -> dict[str, bytes]:
+    """Return pickles that name, build or call something."""
+    system, hundred_gigabytes = name_of("os", "system"), LONG1 + b"\x05" + (25 << 32).to_bytes(5, "little")
     return {
-        "eval": b"\x80\x02c__builtin__\neval\nX\x04\x00\x00\x001+1\x85R.",
-        "bytearray of 100 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x19\x85R.",
-        "extension registry": b"\x80\x02\x82\x01.",
-        "instance": b"(ios\nsystem\n.",
-        "object": b"(cos\nsystem\nX\x04\x00\x00\x00true\x6f.",
-        "newobj": b"\x80\x02cos\npopen\nX\x04\x00\x00\x00true\x85\x81.",
-        "out-of-band buffer": b"\x80\x05\x97.",
-        "getattr": b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n\x86R.",
+        "eval": START + name_of("__builtin__", "eval") + text("1+1") + TUPLE1 + REDUCE + STOP,
+        "bytearray of 100 GB": START + name_of("__builtin__", "bytearray") + hundred_gigabytes + TUPLE1 + REDUCE + STOP,
+        "extension registry": START + EXT1 + b"\x01" + STOP,
+        "instance": MARK + INST + b"os\nsystem\n" + STOP,
+        "object": MARK + system + text("true") + OBJ + STOP,
+        "newobj": START + name_of("os", "popen") + text("true") + TUPLE1 + NEWOBJ + STOP,
+        "out-of-band buffer": PROTO + b"\x05" + NEXT_BUFFER + STOP,
+        "getattr": START + name_of("builtins", "getattr") + system + TUPLE2 + REDUCE + STOP,
     }
 
 
