@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.repository import ROOT
 
 LOCALES = {

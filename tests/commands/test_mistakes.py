@@ -14,7 +14,7 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import eval_transform, normalize
 from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command, error_of
-from tests.helpers.data import PHOTO, encode, write_photos
+from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 

@@ -25,7 +25,7 @@ from repvgg_jax.predict import ImageReader
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from tests.helpers.commands import Done, command
 from tests.helpers.comparison import relative_difference
-from tests.helpers.data import PHOTO
+from tests.helpers.photos import PHOTO
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 

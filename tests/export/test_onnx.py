@@ -20,7 +20,7 @@ from repvgg_jax.net.activations import ACTIVATIONS
 from tests.helpers.comparison import relative_difference
 from tests.helpers.onnx_runtimes import in_onnxruntime, in_openvino, nchw
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import TINY
+from tests.helpers.weight_files import TINY
 
 GROUPED = dataclasses.replace(TINY, groups=4, name="Grouped")
 D2SE = dataclasses.replace(TINY, squeeze_excite="before_relu", squeeze_excite_ratio=4, name="D2se")

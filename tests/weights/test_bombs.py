@@ -39,7 +39,7 @@ import pytest
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from tests.helpers.pickle_program import START, dict_of, name_of, number, small_number, text
-from tests.helpers.weights import safetensors_bytes
+from tests.helpers.weight_files import safetensors_bytes
 
 LIMIT_BYTES = 2**30
 LIMIT_SECONDS = 20

@@ -17,7 +17,7 @@ from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.header import TRAINING, Header
 from tests.helpers.commands import command, convert, error_of
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits, refused
+from tests.helpers.weight_files import assert_same_bits, refused
 from train.checkpoint import Checkpoints, RunFacts
 from train.parallel import distribute, replicate
 from train.state import TrainState

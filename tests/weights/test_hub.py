@@ -8,7 +8,7 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.weights.hub import HubConfig
-from tests.helpers.weights import assert_same_bits, random_model, refused
+from tests.helpers.weight_files import assert_same_bits, random_model, refused
 
 pytest.importorskip("huggingface_hub")
 

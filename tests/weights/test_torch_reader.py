@@ -20,7 +20,7 @@ from repvgg_jax.trees import unflatten
 from repvgg_jax.weights.pickle_names import HARMLESS
 from repvgg_jax.weights.safe_pickle import REBUILDERS
 from repvgg_jax.weights.torch_file import read_torch_file
-from tests.helpers.weights import TINY, assert_same_bits, bits, random_arrays, refused, torch_state
+from tests.helpers.weight_files import TINY, assert_same_bits, bits, random_arrays, refused, torch_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
 
