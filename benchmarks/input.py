@@ -3,7 +3,7 @@
 The recipe is torchvision's ImageFolder, RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize in a
 DataLoader with as many workers as cores. (Ours normalises on the device.) The files are 500x375, quality 92, cut
 from photographs that scikit-learn and scikit-image ship; they live in a temporary folder. The contestants take
-turns; a figure is the median over the rounds. Run: `python benchmarks/input.py`; it needs torch, torchvision and
+turns; a figure is the median over the rounds. Run: `python -m benchmarks.input`; it needs torch, torchvision and
 scikit-image besides the `train` extra.
 """
 
@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, decode_image

@@ -13,11 +13,11 @@ import torch
 
 import repvgg_jax as rv
 from convert import compare
+from tests.helpers.commands import convert, error_of
 from tests.helpers.comparison import relative_difference
-from tests.helpers.convert import convert, error_of
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
-from tests.helpers.weights import TINY, assert_same_bits, random_model, torch_state
+from tests.helpers.weight_files import TINY, assert_same_bits, random_model, torch_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
 

@@ -11,11 +11,11 @@ import onnxruntime
 import pytest
 
 import repvgg_jax as rv
+from tests.helpers.commands import convert, error_of
 from tests.helpers.comparison import relative_difference
-from tests.helpers.convert import convert, error_of
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import TINY
+from tests.helpers.weight_files import TINY
 
 SMALL = dataclasses.replace(TINY, num_blocks=(1, 2, 1, 1), groups=2, name="Small", image_size=32)
 NAMES = tuple("abcde")

@@ -9,9 +9,9 @@ import pytest
 
 import repvgg_jax as rv
 from convert import exports
-from tests.helpers.convert import convert, error_of
+from tests.helpers.commands import convert, error_of
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import TINY, assert_same_bits
+from tests.helpers.weight_files import TINY, assert_same_bits
 
 SMALL = dataclasses.replace(TINY, num_blocks=(1, 1, 1, 1), image_size=32)
 CALIBRATE = ("--int8", "--method", "naive", "--calibration-images", "8", "--calibration")
@@ -58,7 +58,7 @@ def test_what_is_there_is_replaced_on_request_only(output, source, tmp_path):
     (tmp_path / output).write_text("precious", encoding="utf-8")
     options = ()
     if output.startswith("int8"):
-        from tests.helpers.data import write_photos
+        from tests.helpers.photos import write_photos
 
         write_photos(tmp_path / "photos", 8)
         options = (*CALIBRATE, tmp_path / "photos")

@@ -90,7 +90,7 @@ def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_one_missing_library_is_named_by_whichever_command_needs_it(weights, tmp_path):
+def test_one_missing_library_is_named_by_whichever_command_needs_it(tmp_path):
     done = without(("matplotlib", "optax"), ("train.plot", str(tmp_path)), ("train.main", "--preset", "digits"))
     for (status, _, err), module in zip(done, ("matplotlib", "optax"), strict=True):
         assert status == 2

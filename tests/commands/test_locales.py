@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.repository import ROOT
 
 LOCALES = {
@@ -84,7 +84,7 @@ def walk(length: str, name: str, locpath: Path, tmp_path: Path) -> None:
     environment |= {"LOCPATH": str(locpath), "LC_ALL": name, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.locale_walk", length], cwd=tmp_path, env=environment, capture_output=True
+        [sys.executable, "-m", "tests.commands.locale_walk", length], cwd=tmp_path, env=environment, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     *_, first, second, last = done.stdout.decode("ascii").splitlines()

@@ -25,7 +25,7 @@ from repvgg_jax.predict import ImageReader
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from tests.helpers.commands import Done, command
 from tests.helpers.comparison import relative_difference
-from tests.helpers.data import PHOTO
+from tests.helpers.photos import PHOTO
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 
@@ -140,7 +140,8 @@ def test_answers_are_there_before_the_last_image_is(weights, photos, tmp_path):
     assert [line[-4:] for line in lines] == [line[-4:] for line in lines if line.endswith(b" %\n")]
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_answered(fake, weights, photos, tmp_path):
+@pytest.mark.usefixtures("fake")
+def test_what_cannot_be_read_is_named_and_the_rest_is_answered(weights, photos, tmp_path):
     broken, missing, empty, thin = (tmp_path / name for name in ("broken.jpg", "none.png", "empty", "thin.png"))
     broken.write_bytes(photos[1].read_bytes()[:300])
     empty.mkdir()
@@ -188,7 +189,8 @@ def test_a_net_whose_outputs_overflow_is_not_ranked(photos, tmp_path):
     assert done.stderr.splitlines()[0] == f"error: {photos[0]}: the net's outputs are not finite numbers"
 
 
-def test_csv_and_json_hold_what_the_text_says(fake, weights, photos, tmp_path):
+@pytest.mark.usefixtures("fake")
+def test_csv_and_json_hold_what_the_text_says(weights, photos, tmp_path):
     odd = tmp_path / 'a "b", c.png'
     odd.write_bytes(photos[0].read_bytes())
     files = [photos[2], odd]
@@ -206,7 +208,8 @@ def test_csv_and_json_hold_what_the_text_says(fake, weights, photos, tmp_path):
     assert text.splitlines() == said
 
 
-def test_classes_without_names(fake, photos, tmp_path):
+@pytest.mark.usefixtures("fake")
+def test_classes_without_names(photos, tmp_path):
     model = rv.create_model(SMALL, 3)
     path = tmp_path / "nameless.safetensors"
     rv.save_weights(path, model, random_variables(model))
@@ -217,8 +220,9 @@ def test_classes_without_names(fake, photos, tmp_path):
     assert f": class {answer['class']} " in predict(path, photos[0], "--top", 1).stdout
 
 
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("encoding", ["gbk", "euc_jp", "ascii", "latin-1", "utf-8"])
-def test_a_class_name_that_stdout_cannot_show_is_escaped(encoding, fake, weights, photos, monkeypatch):
+def test_a_class_name_that_stdout_cannot_show_is_escaped(encoding, weights, photos, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     monkeypatch.setattr(sys, "argv", ["predict", "predict", str(weights), str(photos[0])])
@@ -261,7 +265,8 @@ def test_embeddings_are_the_models_in_the_order_of_the_names(weights, photos, tm
     assert relative_difference(embed(variables, normalize(pixels, preprocessing)), found) <= 1e-5
 
 
-def test_embeddings_as_csv_are_the_same_numbers(fake, weights, photos, tmp_path):
+@pytest.mark.usefixtures("fake")
+def test_embeddings_as_csv_are_the_same_numbers(weights, photos, tmp_path):
     for suffix in (".npy", ".csv"):
         assert predict(weights, photos[0].parent, "-b", 2, "--embeddings", tmp_path / f"out{suffix}").returncode == 0
     found = np.load(tmp_path / "out.npy")
@@ -273,7 +278,8 @@ def test_embeddings_as_csv_are_the_same_numbers(fake, weights, photos, tmp_path)
     np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), found)
 
 
-def test_a_net_without_a_classifier_has_embeddings_and_no_predictions(fake, photos, tmp_path):
+@pytest.mark.usefixtures("fake")
+def test_a_net_without_a_classifier_has_embeddings_and_no_predictions(photos, tmp_path):
     model = rv.create_model("RepVGG-A0")
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
@@ -304,7 +310,8 @@ def test_a_file_of_embeddings_is_whole_or_not_there(fake, weights, photos, tmp_p
     assert not fake.batches
 
 
-def test_options_out_of_range(fake, weights, photos):
+@pytest.mark.usefixtures("fake")
+def test_options_out_of_range(weights, photos):
     for option in ("--top", "--batch-size"):
         done = predict(weights, photos[0], option, 0)
         assert (done.returncode, done.stdout) == (2, "")

@@ -166,7 +166,7 @@ def test_but_not_the_librarys_own_folder(cache, source, planted, tmp_path, caplo
 
 
 @NEEDS_COMPILER
-def test_where_no_folder_is_safe_there_is_no_native_code_and_no_failure(cache, source, tmp_path, caplog):
+def test_where_no_folder_is_safe_there_is_no_native_code_and_no_failure(source, tmp_path, caplog):
     tmp_path.chmod(0o777)
     assert compiler.load_library(source, "numbers") is None
     assert f"no native numbers: {tmp_path} can be written to by others" in warnings(caplog)
@@ -289,7 +289,7 @@ def test_a_bad_moment_is_not_remembered(moment, fake, cache, source, caplog):
 
 
 @NEEDS_COMPILER
-def test_a_compiler_that_hangs_is_ended_with_its_children(fake, cache, source, monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_is_ended_with_its_children(fake, source, monkeypatch, tmp_path):
     fake.behave(f"sleep 1000 & echo $! > {tmp_path}/child; wait")
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 1)
     assert compiler.load_library(source, "numbers") is None
@@ -361,7 +361,7 @@ def test_a_damaged_library_is_compiled_again(content, cache, source, tmp_path):
 
 
 @NEEDS_COMPILER
-def test_an_interrupted_compilation_leaves_no_compiler_behind(fake, cache, source, monkeypatch, tmp_path):
+def test_an_interrupted_compilation_leaves_no_compiler_behind(fake, cache, source, tmp_path):
     """Ctrl-C reaches this process alone: the compiler has a process group of its own."""
     fake.behave(f"echo $$ > {tmp_path}/child; sleep 0.3; kill -INT {os.getpid()}; sleep 1000")
     with pytest.raises(KeyboardInterrupt):

@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
-from attack import __main__ as runner
-from attack.report import Attack, attempts, finish
-from attack.sanitizers import attack, builds, compiled
+
+from tests.attack import __main__ as runner
+from tests.attack.report import Attack, attempts, finish
+from tests.attack.sanitizers import attack, builds, compiled
 
 
 def test_an_attempt_that_raises_is_counted_and_the_next_one_is_made(capsys, monkeypatch):

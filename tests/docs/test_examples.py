@@ -12,11 +12,9 @@ from examples.finetune.split import Arguments, split
 from repvgg_jax.preprocess import decode_image, eval_transform, normalize
 from tests.helpers.commands import command
 from tests.helpers.comparison import relative_difference
-from tests.helpers.docs import offline_hub, run_page, sandbox, write_photos
+from tests.helpers.pages import run_page, write_dahlias_and_pagodas
 from tests.helpers.random_weights import random_variables
 from train.data.sources import FolderSource
-
-__all__ = ["offline_hub", "sandbox"]
 
 
 def test_fine_tuning_ends_in_a_fused_net_of_the_new_classes(sandbox):
@@ -50,7 +48,7 @@ def test_fine_tuning_ends_in_a_fused_net_of_the_new_classes(sandbox):
 @pytest.fixture
 def photos(tmp_path):
     """Ten photographs in each of two classes."""
-    write_photos(tmp_path / "photos", 10)
+    write_dahlias_and_pagodas(tmp_path / "photos", 10)
     return tmp_path / "photos"
 
 

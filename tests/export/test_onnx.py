@@ -12,16 +12,15 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx.reference
-import onnxruntime
-import openvino
 import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.export.onnx_graph import OPSET
 from repvgg_jax.net.activations import ACTIVATIONS
 from tests.helpers.comparison import relative_difference
+from tests.helpers.onnx_runtimes import in_onnxruntime, in_openvino, nchw
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import TINY
+from tests.helpers.weight_files import TINY
 
 GROUPED = dataclasses.replace(TINY, groups=4, name="Grouped")
 D2SE = dataclasses.replace(TINY, squeeze_excite="before_relu", squeeze_excite_ratio=4, name="D2se")
@@ -29,23 +28,8 @@ PLUS = dataclasses.replace(D2SE, squeeze_excite="after_relu", auxiliary_heads=Tr
 CLASSES = 5
 
 
-def in_onnxruntime(path: Path, images: np.ndarray) -> Any:
-    """Logits from Microsoft's runtime."""
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], {"images": images})[0]
-
-
-def in_openvino(path: Path, images: np.ndarray) -> Any:
-    """Logits from Intel's, in float32: left alone, it computes in bfloat16 on CPUs that have it."""
-    net = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return net({"images": images})["logits"]
-
-
 def random_images(count: int, size: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(count, size, size, channels)).astype(np.float32)
-
-
-def nchw(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def operators(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ import repvgg_jax as rv
 from tests.helpers.comparison import relative_difference
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
-from tests.helpers.weights import TINY
+from tests.helpers.weight_files import TINY
 
 CLASSES = 5
 PLUS = dataclasses.replace(TINY, groups=4, squeeze_excite="after_relu", squeeze_excite_ratio=4, auxiliary_heads=True)

@@ -18,8 +18,8 @@ import repvgg_jax as rv
 from repvgg_jax.net.walk import walk
 from repvgg_jax.quantization.net import dequantized
 from repvgg_jax.quantization.stack import FloatOperations
-from tests.export.test_onnx import in_onnxruntime, in_openvino, nchw
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.onnx_runtimes import in_onnxruntime, in_openvino, nchw
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 
 DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
 

@@ -20,7 +20,7 @@ class Done:
 
 
 def command(module: str, *arguments: object) -> Done:
-    """`python -m MODULE …`, in this process."""
+    """Run `python -m MODULE ARGUMENTS`."""
     main = importlib.import_module(module).main
     out, err, status = io.StringIO(), io.StringIO(), 0
     argv = [module, *map(str, arguments)]
@@ -30,3 +30,17 @@ def command(module: str, *arguments: object) -> Done:
         except SystemExit as stop:
             status = int(stop.code or 0)
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def convert(*arguments: object) -> Done:
+    """Run `python -m convert ARGUMENTS`."""
+    return command("convert.__main__", *arguments)
+
+
+def error_of(done: Done) -> str:
+    """Return the one line on stderr of a command that must have failed as a user's mistake should."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr

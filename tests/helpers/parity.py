@@ -63,13 +63,6 @@ def to_flax(oracle: torch_oracle.RepVGG, name: str, folder: Path) -> dict[str, A
     return variables
 
 
-def to_oracle(model: rv.RepVGG, variables: dict[str, Any], oracle: torch_oracle.RepVGG, folder: Path) -> None:
-    """The way back: `load_state_dict` is strict."""
-    path = folder / "flax.pth"
-    rv.save_weights(path, model, variables)
-    oracle.load_state_dict(torch.load(path, weights_only=True))
-
-
 def flax_model(name: str, dtype: str, num_classes: int = 10, **options: Any) -> rv.RepVGG:
     return rv.create_model(variant_of(name), num_classes, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], **options)
 
@@ -122,21 +115,21 @@ def file_items(variant: rv.Variant, num_classes: int, in_channels: int) -> list[
 def leaves_of(oracle: torch_oracle.RepVGG, variant: rv.Variant) -> dict[str, np.ndarray]:
     """The oracle's numbers under our leaves' names and in our layout, in the dtype they have (files are float32)."""
     state = oracle.state_dict()
-    found = {}
+    leaves = {}
     for item in file_items(variant, oracle.config["num_classes"], oracle.config["in_channels"]):
         if item.leaf is not None:
             array = state[item.key].numpy()
             ours = array if item.axes is None else array.transpose(np.argsort(item.axes))
-            found[item.leaf] = ours.copy()  # the tensor goes on changing
-    return found
+            leaves[item.leaf] = ours.copy()  # the tensor goes on changing
+    return leaves
 
 
 def largest_difference(expected: dict[str, np.ndarray], tree: dict[str, Any], prefix: str = "") -> float:
     """The largest relative difference of any leaf whose name starts with `prefix`."""
-    found = flatten(tree)
+    leaves = flatten(tree)
     names = [name for name in expected if name.startswith(prefix)]
     assert names
-    return max(relative_difference(expected[name], found[name]) for name in names)
+    return max(relative_difference(expected[name], leaves[name]) for name in names)
 
 
 def nchw(images: np.ndarray, dtype: str = "float32") -> Tensor:

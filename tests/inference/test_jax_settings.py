@@ -67,7 +67,7 @@ def test_quantisation_aware_training_promotes_nothing_implicitly():
 )
 def test_a_process_with_the_settings_in_its_environment(settings, extent):
     variables = os.environ | settings | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "tests.helpers.jax_settings_script", extent]
+    command = [sys.executable, "-m", "tests.inference.everything_once", extent]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"

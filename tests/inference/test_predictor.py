@@ -133,7 +133,7 @@ def test_the_plan_reads_as_a_table():
     assert blocks == [block.name for block in SMALL.blocks()]
 
 
-def test_a_measured_plan_is_kept_and_a_damaged_one_ignored(monkeypatch):
+def test_a_measured_plan_is_kept_and_a_damaged_one_ignored():
     model, variables, images = case(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)), 1, size=16)
     measured = rv.make_predictor(model, variables, 1, 16, tune=True).plan
     assert measured is not None

@@ -17,7 +17,7 @@ from tests.helpers import torchvision_reference  # noqa: F401 (timm imports torc
 from tests.helpers.comparison import relative_difference
 from tests.helpers.parity import fuse, run
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits
+from tests.helpers.weight_files import assert_same_bits
 
 SMALL = rv.Variant((1, 2, 2, 2), (8, 8, 12, 16, 24))
 GATED = dataclasses.replace(SMALL, squeeze_excite="after_relu", squeeze_excite_ratio=4, auxiliary_heads=True)

@@ -17,7 +17,7 @@ from repvgg_jax.weights import WeightsWarning
 from tests.helpers.comparison import relative_difference
 from tests.helpers.parity import fuse, run
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits
+from tests.helpers.weight_files import assert_same_bits
 
 BLOCKS, WIDTHS = (1, 2, 1, 1), (8, 8, 12, 16, 24)
 VARIANT = rv.Variant(num_blocks=BLOCKS, widths=WIDTHS)

@@ -13,8 +13,8 @@ import repvgg_jax as rv
 from repvgg_jax import compiler
 from repvgg_jax.preprocess import normalize
 from tests.helpers.comparison import relative_difference
+from tests.helpers.outlier_nets import deploy_net, images
 from tests.helpers.parity import SMALL, flax_model, make_oracle, nchw, to_flax
-from tests.helpers.quantization import deploy_net, images
 from tests.helpers.random_weights import random_variables
 
 

@@ -20,13 +20,13 @@ from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsWarning
 from tests.helpers import torch_oracle
 from tests.helpers.architecture import write_variant
+from tests.helpers.commands import convert
 from tests.helpers.comparison import relative_difference
-from tests.helpers.convert import convert
+from tests.helpers.outlier_nets import images as calibration_images
 from tests.helpers.parity import cast, leaves_of, make_oracle, nchw, numpy_logits, run
-from tests.helpers.quantization import images as calibration_images
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits, safetensors_bytes
-from tests.net.test_block_options import TorchBlock, random_block, torch_state
+from tests.helpers.torch_block import TorchBlock, random_block, torch_state
+from tests.helpers.weight_files import assert_same_bits, safetensors_bytes
 from train.recipe import parse
 
 EPSILON = 1e-3

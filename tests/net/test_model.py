@@ -33,7 +33,6 @@ from tests.helpers.parity import (
     numpy_logits,
     run,
     to_flax,
-    to_oracle,
     variant_of,
 )
 from tests.helpers.random_weights import random_variables
@@ -41,6 +40,13 @@ from tests.helpers.random_weights import random_variables
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
+
+
+def to_oracle(model: rv.RepVGG, variables: dict[str, Any], oracle: torch_oracle.RepVGG, folder: Path) -> None:
+    """The way back: `load_state_dict` is strict."""
+    path = folder / "flax.pth"
+    rv.save_weights(path, model, variables)
+    oracle.load_state_dict(torch.load(path, weights_only=True))
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

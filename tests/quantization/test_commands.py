@@ -12,7 +12,7 @@ import repvgg_jax as rv
 from convert.calibration_images import calibration_images
 from repvgg_jax.errors import DataWarning
 from repvgg_jax.preprocess import normalize
-from tests.commands.test_commands import command, mistake
+from tests.helpers.commands import command, error_of
 from tests.helpers.random_weights import random_variables
 
 SMALL = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), name="Small", image_size=32)
@@ -145,7 +145,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
         ((int8, out, *quantize), "holds a quantised net (INT8), and float weights are needed here"),
         ((int8, folder / "out.pth"), "holds a quantised net (INT8), and float weights are needed here"),
     ):
-        assert words in mistake("convert.__main__", *arguments)
-    assert "which has no training form" in mistake("train.evaluate", data, "train", int8)
-    assert "give its training form with --init" in mistake("train.main", "--preset", "digits", "--quantization", "qat")
+        assert words in error_of(command("convert.__main__", *arguments))
+    assert "which has no training form" in error_of(command("train.evaluate", data, "train", int8))
+    said = error_of(command("train.main", "--preset", "digits", "--quantization", "qat"))
+    assert "give its training form with --init" in said
     assert sorted(folder.iterdir()) == before

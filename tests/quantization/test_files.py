@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import repvgg_jax as rv
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 
 
 @pytest.fixture

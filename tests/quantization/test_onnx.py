@@ -8,8 +8,8 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.quantization.net import forward
-from tests.export.test_onnx import in_onnxruntime, in_openvino, nchw
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.onnx_runtimes import in_onnxruntime, in_openvino, nchw
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 
 
 def optimized_operators(path, folder) -> list[str]:

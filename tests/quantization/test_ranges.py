@@ -11,7 +11,7 @@ from repvgg_jax.quantization.equalize import equalize_activations, equalize_weig
 from repvgg_jax.quantization.quantizer import fake_quantize, to_integers, weight_scale
 from repvgg_jax.quantization.stack import layer_inputs, layers_of
 from tests.helpers.comparison import relative_difference
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
 
 

@@ -11,7 +11,7 @@ from repvgg_jax.quantization.qat import RANGE, quantization_aware, quantized_net
 from repvgg_jax.quantization.quantizer import fake_quantize_weights, weight_scale
 from repvgg_jax.trees import flatten
 from tests.helpers.comparison import relative_difference
-from tests.helpers.quantization import VARIANTS, images
+from tests.helpers.outlier_nets import VARIANTS, images
 from tests.helpers.random_weights import random_variables
 
 PREPROCESSING = rv.Preprocessing(image_size=32)

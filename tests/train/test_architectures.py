@@ -9,7 +9,7 @@ import pytest
 import repvgg_jax as rv
 from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
 from train.recipe import parse
 

@@ -11,7 +11,7 @@ import repvgg_jax as rv
 from repvgg_jax.net.variants import Variant
 from repvgg_jax.trees import flatten
 from tests.helpers.commands import command
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
 from train.class_names import class_order
 from train.recipe import parse

@@ -11,8 +11,9 @@ from PIL import Image
 import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing
 from tests.helpers.architecture import write_variant
+from tests.helpers.batches import evaluation, flat
 from tests.helpers.commands import command
-from tests.helpers.data import PHOTO, encode, evaluation, flat, write_photos
+from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.torchvision_reference import torchvision
 from train import data

@@ -16,8 +16,8 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing, normalize
+from tests.helpers.batches import Numbers, numbers
 from tests.helpers.comparison import relative_difference
-from tests.helpers.data import Numbers, numbers
 from tests.helpers.parity import compiled, run
 from tests.helpers.random_weights import random_variables
 from train.data import Example, eval_batches

@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, classification_report, confusion_matrix
 
 import repvgg_jax as rv
+from tests.helpers.batches import Numbers
 from tests.helpers.commands import command
-from tests.helpers.data import Numbers, write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
 from train.evaluate import Evaluation
 from train.report import NamedSource, write_report

@@ -11,7 +11,7 @@ import pytest
 
 import repvgg_jax as rv
 from tests.helpers.commands import command
-from tests.helpers.data import write_photos
+from tests.helpers.photos import write_photos
 from tests.helpers.repository import ROOT
 from train.checkpoint import RunFacts
 from train.config_file import save_or_compare

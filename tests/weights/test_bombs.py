@@ -1,102 +1,131 @@
 """Claim: a small file that asks for endless work or memory is refused in seconds, within a GB, in one line."""
 
 import io
+import pickle
 import resource
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from pickle import (
+    APPEND,
+    APPENDS,
+    BINBYTES8,
+    BINGET,
+    BINPERSID,
+    BINPUT,
+    BUILD,
+    EMPTY_DICT,
+    EMPTY_LIST,
+    EMPTY_SET,
+    EMPTY_TUPLE,
+    LONG4,
+    LONG_BINPUT,
+    MARK,
+    NEWTRUE,
+    NONE,
+    POP,
+    REDUCE,
+    SETITEM,
+    STACK_GLOBAL,
+    STOP,
+    TUPLE,
+    TUPLE1,
+    TUPLE2,
+)
 
 import pytest
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from tests.helpers.weights import safetensors_bytes
+from tests.helpers.pickle_program import START, dict_of, name_of, number, small_number, text
+from tests.helpers.weight_files import safetensors_bytes
 
 LIMIT_BYTES = 2**30
 LIMIT_SECONDS = 20
 
-START = b"\x80\x02"
-GET_0, GET_1, PUT_0, PUT_1, POP = b"h\x00", b"h\x01", b"q\x00", b"q\x01", b"0"
-CALL_0_WITH_1 = GET_0 + GET_1 + b"\x85R" + POP
-OBJECT = b"cmadeup\nClass\n)R"
-MANY_TUPLE = b"(" + b"N" * 200_000 + b"t" + PUT_1 + POP
-MANY_PAIRS = b"](" + b"NN\x86" * 100_000 + b"e" + PUT_1 + POP
-MANY_ITEMS = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(200_000)) + b"u" + PUT_1 + POP
-DOUBLING_TUPLE = b")" + PUT_0 + (GET_0 + GET_0 + b"\x86" + PUT_0) * 90
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
+GET_0, GET_1 = BINGET + b"\x00", BINGET + b"\x01"
+PUT_0, PUT_1 = BINPUT + b"\x00", BINPUT + b"\x01"
+MOVE_TO_0, MOVE_TO_1 = PUT_0 + POP, PUT_1 + POP
 
 
 def modules(*children: bytes) -> bytes:
-    """A pickled network, as far as its pickle shows: an object with `_modules`."""
-    items = b"".join(text(str(i)) + child for i, child in enumerate(children))
-    return OBJECT + b"}" + text("_modules") + b"}(" + items + b"usb"
+    """Push a pickled network, as far as its pickle shows: an object with `_modules`."""
+    named = [text(str(i)) + child for i, child in enumerate(children)]
+    return OBJECT + EMPTY_DICT + text("_modules") + dict_of(*named) + SETITEM + BUILD
+
+
+CALL_0_WITH_1 = GET_0 + GET_1 + TUPLE1 + REDUCE + POP
+OBJECT = name_of("madeup", "Class") + EMPTY_TUPLE + REDUCE
+MANY_TUPLE = MARK + NONE * 200_000 + TUPLE + MOVE_TO_1
+MANY_PAIRS = EMPTY_LIST + MARK + (NONE + NONE + TUPLE2) * 100_000 + APPENDS + MOVE_TO_1
+MANY_ITEMS = dict_of(*(number(i) + NONE for i in range(200_000))) + MOVE_TO_1
+DOUBLING_TUPLE = EMPTY_TUPLE + PUT_0 + (GET_0 + GET_0 + TUPLE2 + PUT_0) * 90
+TENSOR = (
+    name_of("torch._utils", "_rebuild_tensor_v2")
+    + MARK
+    + (MARK + text("storage") + name_of("torch", "FloatStorage") + text("0") + text("cpu") + small_number(1) + TUPLE)
+    + BINPERSID
+    + small_number(0)  # the offset
+    + (small_number(1) + TUPLE1)  # the shape
+    + (small_number(1) + TUPLE1)  # the strides
+    + NONE
+    + NONE
+    + TUPLE
+    + REDUCE
+)
 
 
 def pickles() -> dict[str, bytes]:
     """Programs of a megabyte or two that ask for far more than that."""
+    ten_million_digits = LONG4 + struct.pack("<i", 4 << 20) + b"\x7f" * (4 << 20)
+    memo_1_under_many_names = dict_of(*(number(i) + GET_1 for i in range(100_000)))
     return {
-        "hash a tuple of 2^90 leaves": b"}(" + DOUBLING_TUPLE + b"K\x01u",
-        "hash an integer of ten million digits": b"\x8b\x00\x00\x40\x00"
-        + b"\x7f" * (4 << 20)
-        + PUT_0
-        + POP
-        + b"}"
-        + (GET_0 + b"Ns") * 200_000,
-        "one dict of 100,000 pairs, 100,000 times": b"ccollections\nOrderedDict\n"
-        + PUT_0
-        + POP
-        + MANY_PAIRS
-        + CALL_0_WITH_1 * 100_000,
-        "a call with 200,000 arguments, 200,000 times": b"ctorch\nSize\n"
-        + PUT_0
-        + POP
-        + MANY_TUPLE
-        + (GET_0 + GET_1 + b"R" + POP) * 190_000,
-        "a storage of 200,000 fields, 200,000 times": MANY_TUPLE + (GET_1 + b"Q" + POP) * 200_000,
-        "200,000 attributes, 200,000 times": OBJECT + PUT_0 + POP + MANY_ITEMS + (GET_0 + GET_1 + b"b" + POP) * 100_000,
-        "names of a megabyte": text("x" * (1 << 20)) + PUT_0 + POP + (GET_0 + GET_0 + b"\x93" + POP) * 200_000,
-        "a deep tuple": b")" + b"\x85" * 900_000,
-        "a deep list": b"]" * 450_000 + b"a" * 449_999,
-        "a deep dict": (b"}" + text("")) * 300_000 + b"N" + b"s" * 300_000,
-        "deep objects": b"N" + (PUT_0 + POP + OBJECT + b"}" + text("") + GET_0 + b"sb") * 90_000,
-        "very many dicts": b"}" * 990_000,
-        "very many objects": b"\x8f" * 990_000,
-        "very many memos": b"N" + b"".join(b"r" + struct.pack("<I", i) for i in range(990_000)),
-        "very many instructions": b"N0" * 1_600_000 + b"N",
-        "a text of 100 GB": b"\x8e\x00\x00\x00\x00\x19\x00\x00\x00",
-        "a memo at two billion": b"Nr\xff\xff\xff\x7f",
-        "a network inside of itself": OBJECT + PUT_0 + b"}" + text("_modules") + b"}" + text("a") + GET_0 + b"ssb",
-        "a network of 2^60 modules": b"N" + PUT_0 + (POP + modules(GET_0, GET_0) + PUT_0) * 60,
-        "one dict under 100,000 names": MANY_ITEMS
-        + b"}("
-        + b"".join(b"J" + struct.pack("<i", i) + GET_1 for i in range(100_000))
-        + b"u",
-        "one network under 100,000 names": modules(*[b"N"] * 20_000)
-        + PUT_1
-        + POP
-        + b"}("
-        + b"".join(b"J" + struct.pack("<i", i) + GET_1 for i in range(100_000))
-        + b"u",
-        "one tensor under 100,000 names": b"ctorch._utils\n_rebuild_tensor_v2\n(("
-        + text("storage")
-        + b"ctorch\nFloatStorage\n"
-        + text("0")
-        + text("cpu")
-        + b"K\x01tQK\x00K\x01\x85K\x01\x85NNtR"
-        + PUT_1
-        + POP
-        + b"}("
-        + b"".join(text(str(i)) + GET_1 for i in range(100_000))
-        + b"u",
+        "hash a tuple of 2^90 leaves": dict_of(DOUBLING_TUPLE + small_number(1)),
+        "hash an integer of ten million digits": (
+            ten_million_digits + MOVE_TO_0 + EMPTY_DICT + (GET_0 + NONE + SETITEM) * 200_000
+        ),
+        "one dict of 100,000 pairs, 100,000 times": (
+            name_of("collections", "OrderedDict") + MOVE_TO_0 + MANY_PAIRS + CALL_0_WITH_1 * 100_000
+        ),
+        "a call with 200,000 arguments, 200,000 times": (
+            name_of("torch", "Size") + MOVE_TO_0 + MANY_TUPLE + (GET_0 + GET_1 + REDUCE + POP) * 190_000
+        ),
+        "a storage of 200,000 fields, 200,000 times": MANY_TUPLE + (GET_1 + BINPERSID + POP) * 200_000,
+        "200,000 attributes, 200,000 times": (
+            OBJECT + MOVE_TO_0 + MANY_ITEMS + (GET_0 + GET_1 + BUILD + POP) * 100_000
+        ),
+        "names of a megabyte": text("x" * (1 << 20)) + MOVE_TO_0 + (GET_0 + GET_0 + STACK_GLOBAL + POP) * 200_000,
+        "a deep tuple": EMPTY_TUPLE + TUPLE1 * 900_000,
+        "a deep list": EMPTY_LIST * 450_000 + APPEND * 449_999,
+        "a deep dict": (EMPTY_DICT + text("")) * 300_000 + NONE + SETITEM * 300_000,
+        "deep objects": NONE + (MOVE_TO_0 + OBJECT + EMPTY_DICT + text("") + GET_0 + SETITEM + BUILD) * 90_000,
+        "very many dicts": EMPTY_DICT * 990_000,
+        "very many sets": EMPTY_SET * 990_000,
+        "very many memos": NONE + b"".join(LONG_BINPUT + struct.pack("<I", i) for i in range(990_000)),
+        "very many instructions": (NONE + POP) * 1_600_000 + NONE,
+        "bytes of 100 GB": BINBYTES8 + struct.pack("<Q", 25 << 32),
+        "a memo at two billion": NONE + LONG_BINPUT + struct.pack("<I", 2**31 - 1),
+        "a network inside of itself": (
+            OBJECT
+            + PUT_0
+            + (EMPTY_DICT + text("_modules") + (EMPTY_DICT + text("a") + GET_0 + SETITEM) + SETITEM)
+            + BUILD
+        ),
+        "a network of 2^60 modules": NONE + PUT_0 + (POP + modules(GET_0, GET_0) + PUT_0) * 60,
+        "one dict under 100,000 names": MANY_ITEMS + memo_1_under_many_names,
+        "one network under 100,000 names": modules(*[NONE] * 20_000) + MOVE_TO_1 + memo_1_under_many_names,
+        "one tensor under 100,000 names": (
+            TENSOR + MOVE_TO_1 + dict_of(*(text(str(i)) + GET_1 for i in range(100_000)))
+        ),
     }
 
 
-def legacy_with_storage_list(keys: bytes) -> bytes:
-    magic = START + b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-    return magic + START + b"M\xe9\x03." + START + b"}" + text("little_endian") + b"\x88s." + START + b"}." + keys
+def legacy_file(storage_keys: bytes) -> bytes:
+    """A file as PyTorch made them before 1.6: five pickles, the last of which lists the storages."""
+    magic = pickle.dumps(MAGIC_NUMBER, 2) + pickle.dumps(PROTOCOL_VERSION, 2)
+    byte_order = START + EMPTY_DICT + text("little_endian") + NEWTRUE + SETITEM + STOP
+    return magic + byte_order + START + EMPTY_DICT + STOP + START + storage_keys + STOP
 
 
 def headers() -> dict[str, bytes]:
@@ -145,12 +174,12 @@ def zipped(**records: bytes) -> bytes:
 def bombs(large: bool) -> dict[str, bytes]:
     """Files, of up to 20 kB or larger."""
     programs = {name: program for name, program in pickles().items() if (len(program) > 20_000) == large}
-    files = {f"{n}.pth": zipped(**{"data.pkl": START + p + b".", "data/0": bytes(4)}) for n, p in programs.items()}
+    files = {f"{n}.pth": zipped(**{"data.pkl": START + p + STOP, "data/0": bytes(4)}) for n, p in programs.items()}
     files |= {f"{name}.safetensors": h for name, h in headers().items() if (len(h) > 20_000) == large}
     if large:
         many = {f"data/{i}": b"" for i in range(60_000)}
-        return files | {"directory.pth": zipped(**{"data.pkl": START + b"}."}, **many)}
-    return files | {"storages.pth": legacy_with_storage_list(START + b"](" + DOUBLING_TUPLE + b"e.")}
+        return files | {"directory.pth": zipped(**{"data.pkl": START + EMPTY_DICT + STOP}, **many)}
+    return files | {"storages.pth": legacy_file(storage_keys=EMPTY_LIST + MARK + DOUBLING_TUPLE + APPENDS)}
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")

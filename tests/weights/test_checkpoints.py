@@ -15,10 +15,9 @@ import repvgg_jax as rv
 from repvgg_jax.trees import flatten, unflatten
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.header import TRAINING, Header
-from tests.helpers.commands import command
-from tests.helpers.convert import convert, error_of
+from tests.helpers.commands import command, convert, error_of
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits, refused
+from tests.helpers.weight_files import assert_same_bits, refused
 from train.checkpoint import Checkpoints, RunFacts
 from train.parallel import distribute, replicate
 from train.state import TrainState
@@ -133,7 +132,7 @@ def test_every_command_takes_a_run(run, tmp_path):
     assert evaluation(workdir, *names) == evaluation(tmp_path / "best.safetensors", *names)
 
 
-def test_folders_that_are_no_checkpoints_are_one_line(run, tmp_path):
+def test_folders_that_are_no_checkpoints_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints of a training run" in refused(tmp_path / "empty")
     (tmp_path / "begun" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)

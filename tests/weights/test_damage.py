@@ -12,7 +12,7 @@ import torch
 
 import repvgg_jax as rv
 from repvgg_jax.trees import unflatten
-from tests.helpers.weights import (
+from tests.helpers.weight_files import (
     TINY,
     assert_same_bits,
     random_arrays,

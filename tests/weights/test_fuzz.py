@@ -36,7 +36,7 @@ from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.safe_pickle import PickleError, Reader
 from repvgg_jax.weights.torch_file import read_torch_file
 from tests.helpers import torch_oracle
-from tests.helpers.weights import TINY, assert_same_bits, bits, random_model, safetensors_bytes, torch_state
+from tests.helpers.weight_files import TINY, assert_same_bits, bits, random_model, safetensors_bytes, torch_state
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 FUZZ = settings(

@@ -8,7 +8,7 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax.weights.hub import HubConfig
-from tests.helpers.weights import assert_same_bits, random_model, refused
+from tests.helpers.weight_files import assert_same_bits, random_model, refused
 
 pytest.importorskip("huggingface_hub")
 
@@ -88,15 +88,17 @@ def test_older_repositories_and_those_without_a_config_load_too(hub, tmp_path):
     assert info.preprocessing == rv.Preprocessing()
 
 
-def test_without_network_and_cached_copy_the_error_is_one_line(hub):
+@pytest.mark.usefixtures("hub")
+def test_without_network_and_cached_copy_the_error_is_one_line():
     assert "cannot fetch hf://timm/repvgg_b3.rvgg_in1k" in refused("hf://timm/repvgg_b3.rvgg_in1k")
     for address in ("hf://", "hf://timm", "hf://timm/", "hf://a/b@c@d"):
         assert "is no hub address" in refused(address)
     assert "cannot fetch hf://no spaces/allowed" in refused("hf://no spaces/allowed")
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.slow
-def test_an_unreachable_hub_is_one_line_too(hub, monkeypatch):
+def test_an_unreachable_hub_is_one_line_too(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -15,7 +15,15 @@ from repvgg_jax.trees import unflatten
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.identify import identify
 from repvgg_jax.weights.key_maps import EMA_KEYS, FAMILIES, MODEL_KEYS
-from tests.helpers.weights import TINY, assert_same_bits, families_of, file_shapes, random_arrays, refused, torch_state
+from tests.helpers.weight_files import (
+    TINY,
+    assert_same_bits,
+    families_of,
+    file_shapes,
+    random_arrays,
+    refused,
+    torch_state,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from tests.helpers.convert import convert, error_of
-from tests.helpers.weights import TINY, assert_same_bits, random_model, refused
+from tests.helpers.commands import convert, error_of
+from tests.helpers.weight_files import TINY, assert_same_bits, random_model, refused
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8), image_size=32)
 

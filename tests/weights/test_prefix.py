@@ -7,8 +7,8 @@ import repvgg_jax as rv
 from repvgg_jax.trees import unflatten
 from repvgg_jax.weights.key_maps import FAMILIES
 from tests.helpers import torchvision_reference  # noqa: F401 (timm imports torchvision)
-from tests.helpers.convert import convert, error_of
-from tests.helpers.weights import TINY, assert_same_bits, families_of, random_arrays, refused, torch_state
+from tests.helpers.commands import convert, error_of
+from tests.helpers.weight_files import TINY, assert_same_bits, families_of, random_arrays, refused, torch_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
 

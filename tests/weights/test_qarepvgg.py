@@ -13,7 +13,7 @@ import repvgg_jax as rv
 from repvgg_jax.trees import flatten, unflatten
 from tests.helpers.comparison import relative_difference
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits, refused
+from tests.helpers.weight_files import assert_same_bits, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
 

@@ -14,7 +14,7 @@ from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.trees import flatten
 from repvgg_jax.weights.key_maps import FAMILIES
 from tests.helpers import torch_oracle
-from tests.helpers.weights import TINY, assert_same_bits, families_of, file_shapes, random_model, torch_state
+from tests.helpers.weight_files import TINY, assert_same_bits, families_of, file_shapes, random_model, torch_state
 
 LARGE = 15e6
 

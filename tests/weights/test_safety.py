@@ -12,7 +12,9 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from pickle import EXT1, INST, LONG1, MARK, NEWOBJ, NEXT_BUFFER, OBJ, PROTO, REDUCE, STOP, TUPLE1, TUPLE2
 
 import numpy as np
 import pytest
@@ -20,18 +22,26 @@ import torch
 
 import repvgg_jax as rv
 from repvgg_jax.trees import unflatten
-from tests.helpers.weights import (
+from tests.helpers.pickle_program import START, name_of, text
+from tests.helpers.weight_files import (
     TINY,
     assert_same_bits,
     random_arrays,
     random_model,
     refused,
-    rewrite_pickle,
     safetensors_bytes,
     torch_state,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
+
+
+def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
+    """Copy a PyTorch zip file with another `data.pkl`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
 
 
 class Attack:
@@ -113,17 +123,18 @@ def test_code_in_a_file_never_runs(legacy, tensors_only, tmp_path):
         mark.unlink()
 
 
-def attacks():
-    """Raw pickles that name, build or call something."""
+def attacks() -> dict[str, bytes]:
+    """Return pickles that name, build or call something."""
+    system, hundred_gigabytes = name_of("os", "system"), LONG1 + b"\x05" + (25 << 32).to_bytes(5, "little")
     return {
-        "eval": b"\x80\x02c__builtin__\neval\nX\x04\x00\x00\x001+1\x85R.",
-        "bytearray of 100 GB": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x19\x85R.",
-        "extension registry": b"\x80\x02\x82\x01.",
-        "instance": b"(ios\nsystem\n.",
-        "object": b"(cos\nsystem\nX\x04\x00\x00\x00true\x6f.",
-        "newobj": b"\x80\x02cos\npopen\nX\x04\x00\x00\x00true\x85\x81.",
-        "out-of-band buffer": b"\x80\x05\x97.",
-        "getattr": b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n\x86R.",
+        "eval": START + name_of("__builtin__", "eval") + text("1+1") + TUPLE1 + REDUCE + STOP,
+        "bytearray of 100 GB": START + name_of("__builtin__", "bytearray") + hundred_gigabytes + TUPLE1 + REDUCE + STOP,
+        "extension registry": START + EXT1 + b"\x01" + STOP,
+        "instance": MARK + INST + b"os\nsystem\n" + STOP,
+        "object": MARK + system + text("true") + OBJ + STOP,
+        "newobj": START + name_of("os", "popen") + text("true") + TUPLE1 + NEWOBJ + STOP,
+        "out-of-band buffer": PROTO + b"\x05" + NEXT_BUFFER + STOP,
+        "getattr": START + name_of("builtins", "getattr") + system + TUPLE2 + REDUCE + STOP,
     }
 
 
@@ -286,36 +297,47 @@ def test_safetensors_headers_that_lie_are_refused(content, tmp_path):
     assert refused(tmp_path / "w.safetensors").startswith(f"cannot read {tmp_path / 'w.safetensors'}")
 
 
-def test_native_headers_that_lie_are_refused(tmp_path):
+SOUND_VARIANT = {"num_blocks": [1, 1, 1, 1], "widths": [8, 8, 8, 8, 8]}
+LIES = (
+    ("variant", SOUND_VARIANT | {"num_blocks": [10**9, 1, 1, 1]}, "more blocks than tensors"),
+    ("variant", SOUND_VARIANT | {"widths": [8, 8]}, "five positive numbers"),
+    ("variant", SOUND_VARIANT | {"auxiliary_heads": {}}, "auxiliary_heads must be one of False, True, not {}"),
+    (
+        "variant",
+        SOUND_VARIANT | {"crop_fraction": "wide"},
+        "crop_fraction must be a number above 0 and up to 1, not 'wide'",
+    ),
+    ("variant", SOUND_VARIANT | {"groups": 0}, "groups must be a positive whole number, not 0"),
+    (
+        "variant",
+        SOUND_VARIANT | {"squeeze_excite": []},
+        "squeeze_excite must be one of None, before_relu, after_relu, not ()",
+    ),
+    ("variant", SOUND_VARIANT | {"colour": "red"}, "does not know: colour; it was written by release"),
+    ("variant", "RepVGG-Z9", "unknown model"),
+    ("variant", "RepVGG-A0", "does not fit RepVGG-A0; missing"),
+    ("num_classes", 7, "does not fit a custom RepVGG; wrong shape: params/linear/kernel is [20, 5], not [20, 7]"),
+    ("num_classes", "many", "sensible integer"),
+    ("version", 99, "format version 99"),
+    ("class_names", ["one"], "1 class names for 5 classes"),
+    ("form", "liquid", "KeyError"),
+    ("num_batches_tracked", "many", "sensible integer"),
+    ("num_batches_tracked", 2**63, "sensible integer"),
+    ("preprocessing", {"image_size": 10**9}, "image_size is no integer up to 16384"),
+    ("preprocessing", {"mean": [float("nan")] * 3}, "mean and std must be finite"),
+)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), LIES)
+def test_native_headers_that_lie_are_refused(field, value, words, tmp_path):
     rv.save_weights(tmp_path / "w.safetensors", *random_model(TINY))
     content = (tmp_path / "w.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    lies = (
-        ("variant", {"num_blocks": [10**9, 1, 1, 1], "widths": [8, 8, 8, 8, 8]}, "more blocks than tensors"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "widths": [8, 8]}, "five positive numbers"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "auxiliary_heads": {}}, "neither true nor false"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "crop_fraction": "wide"}, "a fraction outside of 0..1"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "groups": 0}, "sensible integer"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "squeeze_excite": []}, "an unknown place"),
-        ("variant", {"num_blocks": [1, 1, 1, 1], "colour": "red"}, "KeyError"),
-        ("variant", "RepVGG-Z9", "unknown model"),
-        ("variant", "RepVGG-A0", "does not fit RepVGG-A0; missing"),
-        ("num_classes", 7, "does not fit a custom RepVGG; wrong shape: params/linear/kernel is [20, 5], not [20, 7]"),
-        ("num_classes", "many", "sensible integer"),
-        ("version", 99, "format version 99"),
-        ("class_names", ["one"], "1 class names for 5 classes"),
-        ("form", "liquid", "KeyError"),
-        ("num_batches_tracked", "many", "sensible integer"),
-        ("num_batches_tracked", 2**63, "sensible integer"),
-        ("preprocessing", {"image_size": 10**9}, "image_size is no integer up to 16384"),
-        ("preprocessing", {"mean": [float("nan")] * 3}, "mean and std must be finite"),
-    )
-    for field, value, words in lies:
-        native = json.loads(header["__metadata__"]["repvgg_jax"]) | {field: value}
-        lying = {**header, "__metadata__": {"repvgg_jax": json.dumps(native)}}
-        (tmp_path / "bad.safetensors").write_bytes(safetensors_bytes(lying, data))
-        assert words in refused(tmp_path / "bad.safetensors")
+    native = json.loads(header["__metadata__"]["repvgg_jax"]) | {field: value}
+    lying = {**header, "__metadata__": {"repvgg_jax": json.dumps(native)}}
+    (tmp_path / "bad.safetensors").write_bytes(safetensors_bytes(lying, data))
+    assert words in refused(tmp_path / "bad.safetensors")
 
 
 def test_files_that_are_something_else_are_named(tmp_path):

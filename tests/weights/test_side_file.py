@@ -12,10 +12,9 @@ import torch
 import repvgg_jax as rv
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.options import WeightsOptions
-from tests.helpers.commands import command
-from tests.helpers.convert import convert, error_of
+from tests.helpers.commands import command, convert, error_of
 from tests.helpers.random_weights import random_variables
-from tests.helpers.weights import assert_same_bits
+from tests.helpers.weight_files import assert_same_bits
 
 SMALL = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16))
 NAMES = tuple("0123456789")

@@ -20,7 +20,7 @@ from repvgg_jax.trees import unflatten
 from repvgg_jax.weights.pickle_names import HARMLESS
 from repvgg_jax.weights.safe_pickle import REBUILDERS
 from repvgg_jax.weights.torch_file import read_torch_file
-from tests.helpers.weights import TINY, assert_same_bits, bits, random_arrays, refused, torch_state
+from tests.helpers.weight_files import TINY, assert_same_bits, bits, random_arrays, refused, torch_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
 
@@ -181,7 +181,8 @@ def test_weights_that_share_storage_with_their_average_or_the_optimizer_are_soun
     state = torch_state(TINY)
     optimizer = {"state": {i: {"momentum_buffer": tensor} for i, tensor in enumerate(state.values())}}
     same = next(iter(state.values()))
-    path = save({"model": state, "ema": dict(state), "optimizer": optimizer, "twice": [same, same]}, tmp_path / "w.pth")
+    checkpoint = {"model": state, "ema": dict(state), "optimizer": optimizer, "twice": [same, same]}
+    path = save(checkpoint, tmp_path / "w.pth", legacy)
     for ema in (False, True):
         assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(path, ema=ema)[1])
 
@@ -207,8 +208,8 @@ def test_a_whole_pickled_network_gives_its_tensors_without_its_code(legacy, tmp_
         assert "tensors_only=True" in refused(path)
         with path.open("rb", buffering=0) as handle:
             file = read_torch_file(handle, path, tensors_only=True)
-            found = {name.removeprefix("module."): file.read(tensor).tobytes() for name, tensor in file.tensors.items()}
-        assert found == {name: bits(tensor) for name, tensor in expected.items()}
+            ours = {name.removeprefix("module."): file.read(tensor).tobytes() for name, tensor in file.tensors.items()}
+        assert ours == {name: bits(tensor) for name, tensor in expected.items()}
     assert rv.load_weights(path, tensors_only=True)[0].variant.name == "RepVGG-A0"
 
 

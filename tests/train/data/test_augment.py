@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from tests.helpers.data import PHOTO
+from tests.helpers.photos import PHOTO
 from tests.helpers.torchvision_reference import torchvision
 from train.data.augment import (
     REPVGGPLUS,

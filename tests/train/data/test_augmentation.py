@@ -10,7 +10,8 @@ from PIL import Image
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.preprocess import IMAGENET_MEAN, Preprocessing, decode_image
-from tests.helpers.data import PHOTO, encode, same, training, write_photos
+from tests.helpers.batches import same, training
+from tests.helpers.photos import PHOTO, encode, write_photos
 from train.data import augment
 from train.data.augment import auto_augment, color_jitter, rand_augment, random_erasing
 from train.data.augmentation import Augmentation, make_transform

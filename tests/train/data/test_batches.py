@@ -12,7 +12,8 @@ import pytest
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.preprocess import Preprocessing, decode_image, eval_transform
-from tests.helpers.data import SMALL, SMALL_EVAL, Numbers, evaluation, flat, numbers, same, training, write_photos
+from tests.helpers.batches import SMALL, SMALL_EVAL, Numbers, evaluation, flat, numbers, same, training
+from tests.helpers.photos import write_photos
 from train.data import BadImages, Batches, Example, eval_batches, train_batches
 from train.data.sources import FolderSource
 from train.data.transforms import random_resized_crop_flip

@@ -9,7 +9,7 @@ import pytest
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.preprocess import IMAGENET_MEAN, Preprocessing
 from tests.helpers.commands import command
-from tests.helpers.data import PHOTO, write_photos
+from tests.helpers.photos import PHOTO, write_photos
 from train.data import datasets, make_transform, open_dataset
 from train.data.augmentation import Augmentation
 from train.data.transforms import as_is, pad_and_crop_flip

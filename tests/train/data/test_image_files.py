@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from repvgg_jax.errors import DataError
 from repvgg_jax.image_files import describe_left_out, image_files
 from repvgg_jax.preprocess import IMAGE_FORMATS, IMAGE_SUFFIXES, decode_image, open_image
-from tests.helpers.data import PHOTO, encode
+from tests.helpers.photos import PHOTO, encode
 from tests.helpers.torchvision_reference import torchvision
 from train.data.sources import FolderSource
 

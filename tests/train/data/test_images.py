@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.preprocess import Preprocessing, decode_image, eval_transform, normalize
-from tests.helpers.data import PHOTO, encode
+from tests.helpers.photos import PHOTO, encode
 from train.data import get_transform
 from train.data.transforms import affine, random_affine, random_crop_box, random_resized_crop_flip
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import decode_image, to_array
-from tests.helpers.data import PHOTO, encode
+from tests.helpers.photos import PHOTO, encode
 from tests.helpers.torchvision_reference import torchvision
 from train.data import jpeg, pictures
 from train.data.pictures import open_picture, resized_crop, to_pil

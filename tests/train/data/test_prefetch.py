@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.errors import ConfigError, DataError
-from tests.helpers.data import SMALL, Numbers, same, training
+from tests.helpers.batches import SMALL, Numbers, same, training
 from train.data import train_batches
 from train.data.prefetch import Prefetch
 from train.window import Window

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from repvgg_jax import compiler
-from tests.helpers.data import PHOTO
+from tests.helpers.photos import PHOTO
 from train.data import resize as resizing
 from train.data.resize import Box, resize
 

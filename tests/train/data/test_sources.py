@@ -16,7 +16,8 @@ from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import Preprocessing, decode_image, normalize
-from tests.helpers.data import PHOTO, encode, evaluation, flat, training, write_photos
+from tests.helpers.batches import evaluation, flat, training
+from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.repository import ROOT
 from train.data import DataSet, eval_batches, get_transform, open_dataset
 from train.data.sources import FolderSource, SyntheticSource

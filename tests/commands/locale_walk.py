@@ -1,4 +1,4 @@
-"""`python -m tests.helpers.locale_walk {short,whole}` in a folder with `photos/`, for `test_locales.py`."""
+"""`python -m tests.commands.locale_walk {short,whole}` in a folder with `photos/`, for `test_locales.py`."""
 
 import importlib
 import json

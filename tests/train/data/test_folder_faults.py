@@ -9,8 +9,9 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax.errors import DataError
 from repvgg_jax.net.variants import Variant
+from tests.helpers.batches import training
 from tests.helpers.commands import command
-from tests.helpers.data import PHOTO, encode, training, write_photos
+from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
 from train.data import open_dataset
 from train.data.sources import FolderSource

@@ -15,7 +15,7 @@ from repvgg_jax.quantization.net import LARGEST_BIAS, forward
 from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS, fake_quantize_activations, fake_quantize_weights
 from repvgg_jax.quantization.stack import FloatOperations, with_readers
 from tests.helpers.comparison import relative_difference
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
 
 

@@ -13,7 +13,7 @@ from repvgg_jax.conv import native
 from repvgg_jax.net.variants import BlockSpec
 from repvgg_jax.quantization.arithmetic import InXla, NativeIntegers, pack_layer, pack_layers
 from repvgg_jax.quantization.net import forward
-from tests.helpers.quantization import VARIANTS, deploy_net, images
+from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
 
 pytestmark = pytest.mark.skipif(not native.int8_available(), reason="needs a C++ compiler and AVX-512 VNNI")

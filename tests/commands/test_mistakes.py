@@ -13,34 +13,39 @@ from PIL import Image
 import repvgg_jax as rv
 from repvgg_jax.preprocess import eval_transform, normalize
 from tests.helpers.architecture import write_variant
-from tests.helpers.commands import command
-from tests.helpers.data import PHOTO, encode, write_photos
+from tests.helpers.commands import command, error_of
+from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 
 
-def mistake(module: str, *arguments: object) -> str:
-    """The one line that a user's mistake leaves on stderr."""
-    done = command(module, *arguments)
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def train(*arguments: object) -> str:
-    return mistake("train.main", "--preset", "digits", *arguments)
+def train(workdir: Path, *arguments: object) -> str:
+    """Return the error of a training run; data sets that are prepared by name are looked for beside its workdir."""
+    folders = ("--workdir", workdir, "--data-dir", workdir.parent)
+    return error_of(command("train.main", "--preset", "digits", *folders, *arguments))
 
 
 def evaluate(*arguments: object) -> str:
-    return mistake("train.evaluate", *arguments)
+    """Return the error of an evaluation."""
+    return error_of(command("train.evaluate", *arguments))
 
 
 def predict(*arguments: object) -> str:
-    return mistake("repvgg_jax.__main__", "predict", *arguments)
+    """Return the error of a prediction."""
+    return error_of(command("repvgg_jax.__main__", "predict", *arguments))
+
+
+def summary(*arguments: object) -> str:
+    """Return the error of a summary."""
+    return error_of(command("repvgg_jax.__main__", "summary", *arguments))
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Path:
+    """A run's folder, which does not exist yet."""
+    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -60,64 +65,90 @@ def weights(tmp_path) -> Path:
     return path
 
 
-def test_options_that_make_no_sense(tmp_path):
-    folder = ("--workdir", tmp_path / "run", "--data-dir", tmp_path)
-    assert "unknown model 'RepVGG-A9'; did you mean" in train("--model", "RepVGG-A9", *folder)
-    assert "--image-size must be at least 1, not 0" in train("--image-size", 0, *folder)
-    assert "--learning-rate must be at least 0, not nan" in train("--learning-rate", "nan", *folder)
-    assert "--momentum must be below 1, not 1.0" in train("--momentum", 1, *folder)
-    assert "leaves nothing of 3 --epochs" in train("--epochs", 3, "--warmup-epochs", 3, *folder)
-    assert "--batch-size 6 cannot be shared by 4 devices; 4 could" in train("--batch-size", 6, *folder)
-    assert "4 devices in 3 portions each; 60 could" in train("--batch-size", 64, "--accumulate", 3, *folder)
-    assert "--coordinator-address, --num-processes and --process-id go together" in train("--process-id", 0, *folder)
-    assert not (tmp_path / "run").exists()
+def deployed(weights: Path) -> Path:
+    """Write the deploy form beside a file of the training form."""
+    path = weights.with_name("deploy.safetensors")
+    rv.save_weights(path, *rv.to_deploy(*rv.load_weights(weights)))
+    return path
 
 
-def test_data_that_is_not_there_or_not_right(tmp_path, photos):
-    folder = ("--workdir", tmp_path / "run", "--data-dir", tmp_path, "--batch-size", 4)
-    assert "/none does not exist; give a folder" in train("--data", tmp_path / "none", *folder)
-    assert "did you mean" in train("--data", "imagenet2013", *folder)
-    assert "is not prepared under" in train("--data", "imagenet2012", *folder)
-    assert "8 training images do not fill one batch of 12" in train("--data", photos, *folder[:-1], 12)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--model", "RepVGG-A9"), "unknown model 'RepVGG-A9'; did you mean"),
+        (("--image-size", 0), "--image-size must be at least 1, not 0"),
+        (("--learning-rate", "nan"), "--learning-rate must be at least 0, not nan"),
+        (("--momentum", 1), "--momentum must be below 1, not 1.0"),
+        (("--epochs", 3, "--warmup-epochs", 3), "leaves nothing of 3 --epochs"),
+        (("--batch-size", 6), "--batch-size 6 cannot be shared by 4 devices; 4 could"),
+        (("--batch-size", 64, "--accumulate", 3), "4 devices in 3 portions each; 60 could"),
+        (("--process-id", 0), "--coordinator-address, --num-processes and --process-id go together"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_training_options_that_make_no_sense_are_named_before_anything_is_written(options, words, workdir):
+    assert words in train(workdir, *options)
+    assert not workdir.exists()
+
+
+def test_training_data_that_is_not_there_is_named_with_what_could_be_meant(workdir, tmp_path):
+    assert "/none does not exist; give a folder" in train(workdir, "--data", tmp_path / "none")
+    assert "did you mean" in train(workdir, "--data", "imagenet2013")
+    assert "is not prepared under" in train(workdir, "--data", "imagenet2012")
+    assert not workdir.exists()
+
+
+def test_training_images_that_do_not_fill_a_batch_are_counted(workdir, photos):
+    said = train(workdir, "--data", photos, "--batch-size", 12)
+    assert "8 training images do not fill one batch of 12" in said
+    assert not workdir.exists()
+
+
+def test_a_class_without_images_and_one_without_validation_images_are_named(workdir, photos):
+    data = ("--data", photos, "--batch-size", 4)
     (photos / "train" / "empty").mkdir()
-    assert "class folder" in (said := train("--data", photos, *folder))
+    said = train(workdir, *data)
+    assert "class folder" in said
     assert "empty holds no images" in said
     (photos / "train" / "empty" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
-    assert "hold different classes (only in train/: empty)" in train("--data", photos, *folder)
-    assert not (tmp_path / "run").exists()
+    assert "hold different classes (only in train/: empty)" in train(workdir, *data)
+    assert not workdir.exists()
 
 
-def test_a_workdir_that_cannot_be_used(tmp_path, photos):
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    arguments = ("--data", photos, "--batch-size", 4)
-    assert "cannot create --workdir" in train("--workdir", tmp_path / "file" / "run", *arguments)
-    (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{", encoding="utf-8")
-    assert "config.json is damaged" in train("--workdir", tmp_path / "run", *arguments)
+def test_a_workdir_that_cannot_be_used_is_named(workdir, photos):
+    data = ("--data", photos, "--batch-size", 4)
+    file = workdir.with_name("file")
+    file.write_text("x", encoding="utf-8")
+    # Its parent is a file, so that data sets are looked for elsewhere.
+    assert "cannot create --workdir" in train(file / "run", *data, "--data-dir", workdir.parent)
+    (workdir / "checkpoints" / "10").mkdir(parents=True)
+    (workdir / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json is damaged" in train(workdir, *data)
 
 
-def test_weights_to_start_from_that_do_not_fit(tmp_path, photos, weights):
-    folder = ("--data", photos, "--batch-size", 4, "--workdir", tmp_path / "run")
-    assert "holds Small, not RepVGG-A0" in train("--init", weights, *folder)
-    deploy = tmp_path / "deploy.safetensors"
-    rv.save_weights(deploy, *rv.to_deploy(*rv.load_weights(weights)))
-    assert "is in deploy form, which cannot be trained" in train("--init", deploy, "--model", weights, *folder)
+def test_weights_to_start_from_that_do_not_fit_are_named_with_the_reason(workdir, photos, weights):
+    data = ("--data", photos, "--batch-size", 4)
+    assert "holds Small, not RepVGG-A0" in train(workdir, *data, "--init", weights)
+    said = train(workdir, *data, "--init", deployed(weights), "--model", weights)
+    assert "is in deploy form, which cannot be trained" in said
 
 
-def test_evaluation_of_what_does_not_fit(tmp_path, photos, weights):
+def test_weights_that_cannot_be_evaluated_are_named_with_the_reason(tmp_path, photos, weights):
     assert "does not exist" in evaluate(photos, "train", tmp_path / "none.safetensors")
     assert "holds Small, not RepVGG-A0" in evaluate(photos, "train", weights, "-a", "RepVGG-A0")
     assert "unknown model" in evaluate(photos, "train", weights, "-a", "nonsense")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(weights.read_bytes()[:-100])
     assert "cannot read" in evaluate(photos, "train", damaged)
-    deploy = tmp_path / "deploy.safetensors"
-    rv.save_weights(deploy, *rv.to_deploy(*rv.load_weights(weights)))
-    assert "is in deploy form" in evaluate(photos, "train", deploy)
-    for name in ("train", "val"):
-        (photos / name / "third").mkdir()
-        (photos / name / "third" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
-    assert "has 2 classes, but" in (said := evaluate(photos, "deploy", weights))
+    assert "is in deploy form" in evaluate(photos, "train", deployed(weights))
+
+
+def test_data_of_more_classes_than_the_weights_have_is_refused_with_both_numbers(photos, weights):
+    for split in ("train", "val"):
+        (photos / split / "third").mkdir()
+        (photos / split / "third" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
+    said = evaluate(photos, "deploy", weights)
+    assert "has 2 classes, but" in said
     assert "has 3" in said
 
 
@@ -145,24 +176,27 @@ def test_prediction_names_the_classes(tmp_path, weights):
     assert lines[0].split()[1] in ("garden", "pagoda")
 
 
-def test_prediction_of_what_is_no_image(tmp_path, weights):
+def test_files_that_are_not_images_are_named_by_predict(tmp_path, weights):
     (tmp_path / "text.png").write_text("hello", encoding="utf-8")
     assert "no image given" in predict(weights)
     assert "text.png: cannot be read as an image" in predict(weights, tmp_path / "text.png")
     assert "none.png: No such file" in predict(weights, tmp_path / "none.png")
 
 
-def test_summary_of_an_unknown_model():
-    assert "unknown model 'RepVGG-C1'" in mistake("repvgg_jax.__main__", "summary", "RepVGG-C1")
+def test_summary_names_an_unknown_model():
+    assert "unknown model 'RepVGG-C1'" in summary("RepVGG-C1")
+
+
+def test_summary_counts_the_published_parameters():
     done = command("repvgg_jax.__main__", "summary", "RepVGG-A0", "RepVGG-B3")
     assert done.returncode == 0
     assert "8.30 [8.30]" in done.stdout
     assert "110.96 [110.96]" in done.stdout
 
 
-def test_curves_of_what_is_no_run(tmp_path):
-    assert "no run given" in mistake("train.plot")
-    assert "holds no metrics.jsonl" in mistake("train.plot", tmp_path)
+def test_a_folder_without_a_run_has_no_curves_and_is_named(tmp_path):
+    assert "no run given" in error_of(command("train.plot"))
+    assert "holds no metrics.jsonl" in error_of(command("train.plot", tmp_path))
 
 
 OUT_OF_RANGE = {
@@ -189,10 +223,9 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("option", list(OUT_OF_RANGE))
-def test_options_out_of_range_are_named(option, tmp_path):
-    value, says = OUT_OF_RANGE[option]
-    said = train(option, value, "--workdir", tmp_path / "run", "--data-dir", tmp_path)
-    assert f"{option} {says}" in said
+def test_training_options_out_of_range_are_named(option, workdir, tmp_path):
+    value, words = OUT_OF_RANGE[option]
+    assert f"{option} {words}" in train(workdir, option, value)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,23 +249,33 @@ def test_what_cannot_be_parsed_ends_with_status_2_too(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_images_that_are_none(tmp_path, photos, weights):
-    """One among others is skipped and named; with --strict, or if there are no others, the run ends."""
-    small = ("--model", weights, "--image-size", 32, "--test-image-size", 32, "--data", photos, "--batch-size", 4)
+@pytest.fixture
+def small_run(photos, weights) -> tuple[object, ...]:
+    """Arguments of a training run of the small net on the photographs, all but its workdir."""
+    sizes = ("--image-size", 32, "--test-image-size", 32, "--batch-size", 4)
+    return ("train.main", "--preset", "digits", "--model", weights, "--data", photos, *sizes)
+
+
+def test_with_strict_a_training_image_that_cannot_be_read_ends_the_run(small_run, workdir, photos):
     broken = photos / "train" / "garden" / "broken.jpg"
     broken.write_bytes(b"no image")
-    done = command("train.main", "--preset", "digits", *small, "--workdir", tmp_path / "run", "--strict")
+    done = command(*small_run, "--workdir", workdir, "--strict")
     assert done.returncode == 2, done
     assert done.stderr == f"error: {broken}: cannot be read as an image (no known image format)\n"
-    for path in (photos / "train").rglob("*.jpg"):
+    assert not list(workdir.parent.rglob("final.safetensors"))
+
+
+def test_a_run_of_which_no_training_image_can_be_read_ends(small_run, workdir, photos):
+    images = list((photos / "train").rglob("*.jpg"))
+    for path in images:
         path.write_bytes(b"no image")
-    done = command("train.main", "--preset", "digits", *small, "--workdir", tmp_path / "run2")
+    done = command(*small_run, "--workdir", workdir)
     assert done.returncode == 2, done
-    assert "none of the 9 images can be read" in done.stderr.splitlines()[-1]
-    assert not list(tmp_path.rglob("final.safetensors"))
+    assert f"none of the {len(images)} images can be read" in done.stderr.splitlines()[-1]
+    assert not list(workdir.parent.rglob("final.safetensors"))
 
 
-def test_evaluation_options_and_data(tmp_path, photos, weights):
+def test_evaluation_options_out_of_range_and_data_that_is_not_there_are_named(tmp_path, photos, weights):
     assert "--batch-size must be at least 1, not 0" in evaluate(photos, "train", weights, "-b", 0)
     assert "--resolution must be at least 1, not 0" in evaluate(photos, "train", weights, "-r", 0)
     assert "--resolution must be at most 16384, not 99999999" in evaluate(photos, "train", weights, "-r", 99999999)
@@ -242,7 +285,7 @@ def test_evaluation_options_and_data(tmp_path, photos, weights):
     assert "is a file, not a folder" in evaluate(weights, "train", weights)
 
 
-def test_weights_for_images_of_four_channels(tmp_path, photos):
+def test_weights_for_images_of_four_channels_are_refused_for_image_files(tmp_path, photos):
     model = rv.create_model(SMALL, 2)
     path = tmp_path / "four.safetensors"
     rv.save_weights(path, model, random_variables(model, in_channels=4))
@@ -269,7 +312,7 @@ def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
     assert done.stdout == f"{picture}: class {int(np.argmax(shares))} {shares.max():.1f} %\n"
 
 
-def test_predictions_that_cannot_be_made(tmp_path, weights):
+def test_prediction_options_weights_and_images_that_are_unfit_are_named(tmp_path, weights):
     PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
     assert "--top must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--top", 0)
     assert "--batch-size must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--batch-size", 0)
@@ -277,13 +320,17 @@ def test_predictions_that_cannot_be_made(tmp_path, weights):
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     assert "cannot read" in predict(tmp_path / "cut.safetensors", tmp_path / "a.png")
     Image.new("RGB", (100_000, 1)).save(tmp_path / "thread.png")
-    assert f"{tmp_path / 'thread.png'}: " in (said := predict(weights, tmp_path / "thread.png"))
+    said = predict(weights, tmp_path / "thread.png")
+    assert f"{tmp_path / 'thread.png'}: " in said
     assert "too elongated" in said
 
 
-def test_summary_options():
-    assert "image_size must be at least 1, not 0" in mistake("repvgg_jax.__main__", "summary", "--image-size", 0)
-    assert "num_classes must be at least 1, not -1" in mistake("repvgg_jax.__main__", "summary", "--num-classes", -1)
+def test_summary_options_out_of_range_are_named():
+    assert "image_size must be at least 1, not 0" in summary("--image-size", 0)
+    assert "num_classes must be at least 1, not -1" in summary("--num-classes", -1)
+
+
+def test_summary_says_for_which_image_and_how_many_classes():
     done = command("repvgg_jax.__main__", "summary", "repvgg-a0", "-r", 112, "--num-classes", 10)
     assert "one 112x112 image, 10 classes" in done.stdout
 

@@ -1,4 +1,4 @@
-"""Everything that the library computes, once, under the JAX settings of the environment."""
+"""`python -m tests.inference.everything_once {some,all}`: what the library computes, under its environment."""
 
 import sys
 from typing import Any
@@ -32,8 +32,8 @@ def main() -> None:
     variables = random_variables(model)
     expected = np.asarray(model.apply(variables, images))
     deploy_model, deploy_variables = rv.to_deploy(model, variables)
-    found = np.asarray(deploy_model.apply(deploy_variables, images))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    fused = np.asarray(deploy_model.apply(deploy_variables, images))
+    np.testing.assert_allclose(fused, expected, rtol=1e-3, atol=1e-4)
     predict = rv.make_predictor(model, variables, 4, SIZE)
     np.testing.assert_allclose(predict(images), expected, rtol=1e-3, atol=1e-4)
     rv.make_predictor(model, variables, 4, SIZE, preprocessing=PREPROCESSING)(pixels)

@@ -2,8 +2,6 @@
 
 import json
 import struct
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +57,12 @@ def families_of(variant: rv.Variant) -> list[Family]:
     return [FAMILIES[name] for name in names]
 
 
-def assert_same_bits(expected: Any, found: Any) -> None:
+def assert_same_bits(expected: Any, actual: Any) -> None:
     """Two variables trees have the same leaves, bit for bit."""
-    expected, found = flatten(expected), flatten(found)
-    assert set(expected) == set(found)
+    expected, actual = flatten(expected), flatten(actual)
+    assert set(expected) == set(actual)
     for name, array in expected.items():
-        left, right = np.asarray(array), np.asarray(found[name])
+        left, right = np.asarray(array), np.asarray(actual[name])
         assert left.dtype == right.dtype, name
         assert left.tobytes() == right.tobytes(), name
 
@@ -82,14 +80,6 @@ def refused(path: Path | str, **options: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
-    """Copy a PyTorch zip file with another `data.pkl`."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for record in old.infolist():
-            data = old.read(record)
-            new.writestr(record.filename, change(data) if record.filename.endswith("/data.pkl") else data)
 
 
 def safetensors_bytes(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:

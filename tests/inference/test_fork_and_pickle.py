@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from tests.helpers.data import PHOTO, encode
-from tests.helpers.docs import blocks
+from tests.helpers.pages import blocks
+from tests.helpers.photos import PHOTO, encode
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import torch
 import tyro
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -60,13 +58,13 @@ class Block:
 def blocks(page: str) -> list[Block]:
     """All fenced blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = [
+    all_blocks = [
         Block(page, text[: m.start("code")].count("\n"), m["language"], m["code"], m["reason"])
         for m in _BLOCK.finditer(text)
     ]
     fences = len(re.findall(r"^\s*```", text, re.M))
-    assert fences == 2 * len(found), f"{page}: {fences} fences, but {len(found)} blocks at the left margin"
-    return found
+    assert fences == 2 * len(all_blocks), f"{page}: {fences} fences, {len(all_blocks)} blocks at the left margin"
+    return all_blocks
 
 
 def command_lines(code: str) -> Iterator[list[str]]:
@@ -115,8 +113,8 @@ def use_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(VARIANTS, name, small)
 
 
-def write_photos(folder: Path, count: int = 8) -> None:
-    """`folder/dahlia/*.jpg` and `folder/pagoda/*.jpg`: crops of scikit-learn's two photographs."""
+def write_dahlias_and_pagodas(folder: Path, count: int = 8) -> None:
+    """Write `folder/dahlia/*.jpg` and `folder/pagoda/*.jpg`: crops of scikit-learn's two photographs."""
     pictures = dict(zip(("pagoda", "dahlia"), load_sample_images().images, strict=True))
     for name, pixels in pictures.items():
         (folder / name).mkdir(parents=True)
@@ -149,9 +147,9 @@ class Sandbox:
         torch.save({"state_dict": state, "epoch": 119}, folder / "RepVGG-A0_run_best.pth.tar")
         torch.save({"model": state, "config": Trainer()}, folder / "ckpt_epoch_299.pth")
         self._fill_hub(model, variables)
-        write_photos(folder / "photos")
+        write_dahlias_and_pagodas(folder / "photos")
         for side in ("train", "val"):
-            write_photos(folder / "imagenet" / side)
+            write_dahlias_and_pagodas(folder / "imagenet" / side)
         for name, source in {"cat.jpg": "photos/dahlia/1.jpg", "dog.jpg": "photos/pagoda/1.jpg"}.items():
             (folder / name).write_bytes((folder / source).read_bytes())
 
@@ -180,7 +178,7 @@ class Sandbox:
             check_tool(words, place)
             return
         module, arguments = call
-        arguments = [found for word in arguments for found in self._expand(word)]
+        arguments = [expanded for word in arguments for expanded in self._expand(word)]
         if module == "train.main":
             config = train_recipe.parse(arguments)
             if self.trains:
@@ -238,23 +236,3 @@ def run_page(page: str, sandbox: Sandbox) -> None:
     for block in blocks(page):
         if block.reason is None:
             sandbox.run(block, namespace)
-
-
-@pytest.fixture
-def offline_hub(tmp_path, monkeypatch):
-    """huggingface_hub looks into the sandbox, and nowhere else."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def sandbox(tmp_path, monkeypatch, offline_hub) -> Iterator[Sandbox]:
-    """Small nets under the published names, and the folder as current directory."""
-    use_small_nets(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    cache_before = jax.config.values["jax_compilation_cache_dir"]  # a page shows how to set it
-    yield Sandbox(tmp_path, trains=False)
-    jax.config.update("jax_compilation_cache_dir", cache_before)
-    compilation_cache.reset_cache()

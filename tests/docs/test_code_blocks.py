@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers.docs import (
+from tests.helpers.pages import (
     PAGES,
     PARSERS,
     ROOT,
@@ -18,12 +18,8 @@ from tests.helpers.docs import (
     check_tool,
     command_lines,
     module_call,
-    offline_hub,
     run_page,
-    sandbox,
 )
-
-__all__ = ["offline_hub", "sandbox"]
 
 LANGUAGES = ("python", "sh")
 
@@ -66,8 +62,9 @@ def test_the_blocks_of_a_page_run_in_order(page, sandbox):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("offline_hub")
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
-def test_a_page_with_its_training_runs_with_the_published_networks(page, tmp_path, monkeypatch, offline_hub):
+def test_a_page_with_its_training_runs_with_the_published_networks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page, Sandbox(tmp_path, trains=True))
 

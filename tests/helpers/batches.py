@@ -1,37 +1,15 @@
-"""Small photographs, a source of numbered images, and batches of them: for the tests of the data layer."""
+"""Batches of small images, and a source of numbered ones."""
 
-import io
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from repvgg_jax.errors import DataError
 from repvgg_jax.preprocess import Preprocessing
 from train.data import Example, eval_batches, get_transform, train_batches
 from train.data.sources import Source
 from train.data.transforms import random_resized_crop_flip
-
-PHOTO = Image.fromarray(load_sample_image("china.jpg"))
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write_photos(folder: Path, count: int, offset: int = 0) -> None:
-    """`count` different cuts of a photograph, in two classes and several sizes."""
-    for number in range(count):
-        corner = 7 * (number + offset)
-        cut = PHOTO.crop((corner, corner // 2, corner + 60 + number, corner // 2 + 48))
-        path = folder / ("pagoda" if number % 2 else "garden") / f"{number:03}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(cut, "JPEG"))
 
 
 def training(source: Source, count: int, **options: Any) -> list[dict[str, np.ndarray]]:
