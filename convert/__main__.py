@@ -23,18 +23,17 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
-from repvgg_jax.errors import ConfigError, FusionError, WeightsError, first_ten
-from repvgg_jax.net.kernel_algebra import BN_EPSILON
+from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.net.layout import in_channels_of
-from repvgg_jax.net.variants import VARIANTS
 from repvgg_jax.paths import expand_home
 from repvgg_jax.trees import flatten
-from repvgg_jax.weights import WeightsInfo, WeightsWarning, inspect_weights, save_weights
+from repvgg_jax.weights import WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.architecture import expected_variant
+from repvgg_jax.weights.info import describe
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import WRITABLE, check_writable
 
-from .compare import relative_difference
+from .compare import logits_of, relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
 from .output import check_output
 from .quantization import Int8Options, check_options, quantize_and_write
@@ -75,23 +74,19 @@ class Arguments:
 
 
 def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
-    """`||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
+    """Return `||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
 
     Raises:
       WeightsError: the first model's logits are not finite.
     """
-    channels = in_channels_of(flatten(variables))
-    images = jax.random.normal(jax.random.key(0), (2, 64, 64, channels))
-    with jax.default_matmul_precision("highest"):
-        # Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.
-        expected = np.asarray(model.apply(variables, images))
-        found = np.asarray(other.apply(other_variables, images))
+    images = jax.random.normal(jax.random.key(0), (2, 64, 64, in_channels_of(flatten(variables))))
+    expected = logits_of(model, variables, images)
     if not np.isfinite(expected).all():
         raise WeightsError(
             "the training form's logits on a random batch are NaN or infinite: float32 cannot hold what these weights "
             "compute; nothing written. Are they those of a finished training?"
         )
-    return relative_difference(expected, found)
+    return relative_difference(expected, logits_of(other, other_variables, images))
 
 
 def convert(arguments: Arguments) -> str:
@@ -114,14 +109,13 @@ def convert(arguments: Arguments) -> str:
     folder = export is not None and export.folder
     check_output(arguments.input, arguments.output, overwrite=arguments.overwrite, folder=folder)
     options = arguments.weights.reading
-    info = inspect_weights(arguments.input, expected_variant("--arch", arguments.arch), **options)
+    expected = expected_variant("--arch", arguments.arch)
+    info = inspect_weights(arguments.input, expected, **options)
     info = arguments.weights.apply(info, arguments.num_classes)
     int8 = arguments.quantization
     check_options(int8, arguments.output)
-    if int8.int8 and (arguments.keep_training_form or arguments.to):
-        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
     if int8.int8:
-        _check_int8_exports(arguments, arguments.output)
+        _check_int8_arguments(arguments, arguments.output)
     described: dict[str, Any] = dict(preprocessing=info.preprocessing, class_names=info.class_names)
     batches = []
     if export is not None:
@@ -131,7 +125,6 @@ def convert(arguments: Arguments) -> str:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to, **described)
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
-    expected = expected_variant("--arch", arguments.arch)
     model, variables = rv.load_weights(arguments.input, expected, arguments.num_classes, **options)
     done = "deploy form, as it was" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
@@ -145,13 +138,9 @@ def convert(arguments: Arguments) -> str:
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
     if int8.int8:
-        onnx_options: dict[str, Any] = dict(
-            input_layout=arguments.input_layout or ONNX.layout,
-            dynamic_size=arguments.free_size,
-        )
+        onnx_options = {"input_layout": arguments.input_layout or ONNX.layout, "dynamic_size": arguments.free_size}
         done = quantize_and_write(int8, arguments.output, model, variables, info, **onnx_options)
-        return f"{arguments.output}: {model.variant.name}, {model.num_classes} classes, {done}"
-    if export is None:
+    elif export is None:
         tracked = info.num_batches_tracked
         save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **described)
     else:
@@ -162,21 +151,17 @@ def convert(arguments: Arguments) -> str:
 
 
 def _expanded(arguments: Arguments) -> Arguments:
-    """The arguments with `~` in every path as the shell would have it, which leaves `--option=~/x` alone."""
-    int8 = arguments.quantization
-    if int8.calibration is not None:
-        int8 = dataclasses.replace(int8, calibration=expand_home(int8.calibration))
+    """Return the arguments with `~` expanded in every path, as the shell does but for `--option=~/x`."""
     return dataclasses.replace(
         arguments,
         input=arguments.input and expand_home(arguments.input),
         output=arguments.output and expand_home(arguments.output),
         check_images=tuple(map(expand_home, arguments.check_images)),
-        quantization=int8,
     )
 
 
 def _export_format(arguments: Arguments, output: str) -> Format | None:
-    """The other runtime's format that the output is to have; None for a weight file.
+    """Return the other runtime's format that the output is to have; None for a weight file.
 
     Raises:
       ConfigError: options of weight files for an export or the other way round, or a suffix of neither.
@@ -197,8 +182,10 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
     return export
 
 
-def _check_int8_exports(arguments: Arguments, output: str) -> None:
-    """Raise ConfigError for options of exports that a quantised net's file does not take."""
+def _check_int8_arguments(arguments: Arguments, output: str) -> None:
+    """Raise ConfigError for options that a quantised net's file does not take."""
+    if arguments.keep_training_form or arguments.to:
+        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
     if Path(output).suffix != ".onnx":
         _check_no_export_options(arguments)
     if arguments.check_images:
@@ -208,34 +195,6 @@ def _check_int8_exports(arguments: Arguments, output: str) -> None:
 def _check_no_export_options(arguments: Arguments) -> None:
     if arguments.input_layout or arguments.free_size or arguments.check_images:
         raise ConfigError("--input-layout, --free-size and --check-images are for exports, not for weight files")
-
-
-def describe(path: str, info: WeightsInfo) -> str:
-    """What a file is, on three lines: the net, its images, its classes."""
-    form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
-    classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
-    variant = info.variant.name
-    if dataclasses.replace(info.variant, epsilon=BN_EPSILON) != VARIANTS.get(variant):
-        if info.variant.block == "qarepvgg":
-            variant += " with QARepVGG blocks"
-        variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
-    if info.variant.epsilon != BN_EPSILON and not info.deploy:
-        variant += f" with BatchNorm epsilon {info.variant.epsilon:g}"
-    return (
-        f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
-        f"{info.dtype}, {info.num_parameters:,} parameters\n{describe_input(info)}"
-    )
-
-
-def describe_input(info: WeightsInfo) -> str:
-    """What images the file wants, and its classes."""
-    images = info.preprocessing
-    mean, std = (", ".join(f"{number:.6g}" for number in numbers) for numbers in (images.mean, images.std))
-    names = "not in the file" if info.class_names is None else first_ten(info.class_names)
-    return (
-        f"images: {images.image_size} pixels, centre crop {images.crop_fraction:g} of the resized shorter side, "
-        f"mean {mean}, std {std}\nclass names: {names}"
-    )
 
 
 def main() -> None:

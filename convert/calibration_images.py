@@ -10,9 +10,9 @@ from PIL import Image
 
 from repvgg_jax.digits import training_scans
 from repvgg_jax.errors import DataError, DataWarning
-from repvgg_jax.image_files import image_files
+from repvgg_jax.image_files import some_image_files
 from repvgg_jax.paths import is_folder, local_path
-from repvgg_jax.preprocess import IMAGE_SUFFIXES, Preprocessing, eval_transform, open_as_input, to_mode
+from repvgg_jax.preprocess import Preprocessing, eval_transform, open_as_input, to_mode
 
 DEFAULT_COUNT = 256
 
@@ -62,7 +62,7 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
 
 
 def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], np.ndarray]]:
-    """How many images there are, and what reads one, prepared."""
+    """Return how many images there are, and what reads one, prepared."""
     if os.fspath(spec) == "digits" and not is_folder(spec):
         scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
         return len(scans), lambda index: eval_transform(to_mode(Image.fromarray(scans[index]), mode), preprocessing)
@@ -75,8 +75,4 @@ def _image_files(folder: Path) -> list[str]:
         raise DataError(
             f"calibration images: {folder} is no folder, and no data set of that name is built in but digits"
         )
-    inside = folder / "train" if (folder / "train").is_dir() else folder
-    files = image_files(inside).paths
-    if not files:
-        raise DataError(f"calibration images: {inside} holds none ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+    return some_image_files(folder / "train" if (folder / "train").is_dir() else folder)

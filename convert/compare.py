@@ -1,13 +1,27 @@
 """How far two nets' logits are apart."""
 
+from typing import Any
+
+import jax
 import numpy as np
 
+import repvgg_jax as rv
 
-def relative_difference(expected: np.ndarray, found: np.ndarray) -> float:
-    """Return `||expected - found|| / ||expected||`, in float64: no square overflows; NaN if a logit is not finite."""
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+
+def logits_of(model: rv.RepVGG, variables: Any, images: np.ndarray | jax.Array) -> np.ndarray:
+    """Return a model's logits, computed with all of float32's digits.
+
+    Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.
+    """
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(model.apply(variables, images))
+
+
+def relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Return `||expected - actual|| / ||expected||`, in float64: no square overflows; NaN if a logit is not finite."""
+    expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
+    if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
         return float("nan")
     norm = np.linalg.norm(expected)
-    difference = np.linalg.norm(expected - found)
+    difference = np.linalg.norm(expected - actual)
     return float(difference / norm) if norm else float(difference)

@@ -18,11 +18,11 @@ from repvgg_jax.export.deploy_net import InputLayout
 from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
-from repvgg_jax.image_files import image_files
+from repvgg_jax.image_files import some_image_files
 from repvgg_jax.paths import is_folder
-from repvgg_jax.preprocess import eval_transform, normalize, open_image
+from repvgg_jax.preprocess import eval_transform, normalize, open_as_input
 
-from .compare import relative_difference
+from .compare import logits_of, relative_difference
 from .output import replacing_folder
 
 MAX_CHECK_IMAGES = 16
@@ -51,7 +51,7 @@ class Format:
     folder: bool = False
 
     def check(self, path: str, *, overwrite: bool = False) -> None:
-        """Raises RepVGGError where writing to `path` would, as far as that shows beforehand."""
+        """Raise RepVGGError where writing to `path` would, as far as that shows beforehand."""
         self.check_installed()
         if not self.folder:
             check_target(path)
@@ -60,7 +60,7 @@ class Format:
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
+    """Compute by ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -74,12 +74,12 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def stablehlo_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By JAX, from the file alone."""
+    """Compute by JAX, from the file alone."""
     return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
 
 
 def saved_model_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """By TensorFlow."""
+    """Compute by TensorFlow."""
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
 
     signature = tf.saved_model.load(str(path)).signatures["serving_default"]
@@ -93,7 +93,7 @@ FORMATS = {".onnx": ONNX, ".stablehlo": STABLEHLO, ".bin": STABLEHLO, ".savedmod
 
 
 def choose_format(output: str) -> Format | None:
-    """By suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
+    """Return the format by suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
     if output.endswith(("/", os.sep)):
         return SAVED_MODEL
     return FORMATS.get(Path(output).suffix)
@@ -133,9 +133,9 @@ def write_export(
 
     def check(written: Path) -> None:
         for name, images in batches:
-            expected = _logits(model, variables, images)
-            given = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-            difference = relative_difference(expected, chosen.run(written, given))
+            expected = logits_of(model, variables, images)
+            laid_out = images if layout == "NHWC" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            difference = relative_difference(expected, chosen.run(written, laid_out))
             if np.isnan(difference):
                 raise ExportError(f"logits of {output} or of JAX are NaN or infinite on {name}; nothing written")
             if not difference <= tolerance:
@@ -152,16 +152,10 @@ def write_export(
     return f"relative difference from JAX {', '.join(measured)}"
 
 
-def _logits(model: rv.RepVGG, variables: Any, images: np.ndarray) -> np.ndarray:
-    with jax.default_matmul_precision("highest"):
-        # Layer by layer, since many have the same shape; compiling the whole net takes longer.
-        return np.asarray(model.apply(variables, images))
-
-
 def check_batches(
     paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int, free_size: bool = False
 ) -> list[Batch]:
-    """Two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
+    """Return two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
 
     Args:
       paths: image files, and folders of which the first images are taken.
@@ -185,37 +179,24 @@ def check_batches(
             raise DataError(f"the net takes {channels} channels; image files have 1 or 3")
         return batches
     if paths:
-        files = [file for path in paths for file in _image_files(path)]
-        pictures = [(f"{file}", open_image(file, channels)) for file in files]
-        name = f"{len(files)} given image{'s' if len(files) > 1 else ''}"
+        pixels = [open_as_input(file, preprocessing) for path in paths for file in _image_files(path)]
+        name = f"{len(pixels)} given image{'s' if len(pixels) > 1 else ''}"
     elif importlib.util.find_spec("sklearn") is not None:
         from sklearn.datasets import load_sample_images
 
-        photographs = load_sample_images()
         mode = "RGB" if channels == 3 else "L"
-        named = zip(photographs.filenames, photographs.images, strict=True)
-        pictures = [(file, Image.fromarray(pixels).convert(mode)) for file, pixels in named]
+        photographs = [Image.fromarray(pixels).convert(mode) for pixels in load_sample_images().images]
+        pixels = [eval_transform(photograph, preprocessing) for photograph in photographs]
         name = "2 photographs"
     else:
         words = "2 random images (no real ones: name some with --check-images, or install scikit-learn)"
         return [(words, noise), *batches[1:]]
-    pixels = np.stack([_as_input(picture, file, preprocessing) for file, picture in pictures])
-    return [*batches, (name, normalize(pixels, preprocessing))]
-
-
-def _as_input(picture: Image.Image, file: str, preprocessing: rv.Preprocessing) -> np.ndarray:
-    try:
-        return eval_transform(picture, preprocessing)
-    except DataError as error:
-        raise DataError(f"{file}: {error}") from error
+    return [*batches, (name, normalize(np.stack(pixels), preprocessing))]
 
 
 def _image_files(path: str) -> list[Path]:
-    """The file itself, or a folder's first images by name."""
+    """Return the file itself, or a folder's first images by name."""
     folder = Path(path)
     if not is_folder(folder):
         return [folder]
-    found = [Path(file) for file in image_files(folder).paths[:MAX_CHECK_IMAGES]]
-    if not found:
-        raise DataError(f"{path}: no images in this folder")
-    return found
+    return [Path(file) for file in some_image_files(folder)[:MAX_CHECK_IMAGES]]

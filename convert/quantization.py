@@ -51,9 +51,9 @@ def check_options(options: Int8Options, output: str) -> None:
       RepVGGError: the output cannot be written, or a library is missing.
     """
     if not options.int8:
-        given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
-        if given:
-            raise ConfigError(f"--{given[0].replace('_', '-')} needs --int8")
+        changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+        if changed:
+            raise ConfigError(f"--{changed[0].replace('_', '-')} needs --int8")
         return
     if options.calibration is None:
         raise ConfigError("--int8 needs --calibration DATA: a folder of images, or digits")
@@ -74,7 +74,7 @@ def check_options(options: Int8Options, output: str) -> None:
 def quantize_and_write(
     options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo, **onnx_options: Any
 ) -> str:
-    """Calibrate, quantise, write; says what was done.
+    """Calibrate, quantise and write; return what was done.
 
     Args:
       options: of the command.

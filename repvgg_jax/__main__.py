@@ -19,7 +19,7 @@ from .net.variants import VARIANTS, get_variant
 from .predict import Predict, predict
 from .weights import inspect_weights
 from .weights.hub import is_hub_address
-from .weights.info import file_summary
+from .weights.info import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ def summary(arguments: Summary) -> None:
     if variants or not files:
         print(summary_table(variants or list(VARIANTS.values()), **sizes))
     for name, info in files.items():
-        own: dict[str, int] = {"image_size": info.preprocessing.image_size, "num_classes": info.num_classes or 1000}
-        print(file_summary(name, info))
-        print(summary_table([info.variant], in_channels=info.in_channels, **(own | sizes)))
+        of_file = {"image_size": info.preprocessing.image_size, "num_classes": info.num_classes or 1000}
+        print(describe(name, info))
+        print(summary_table([info.variant], in_channels=info.in_channels, **(of_file | sizes)))
 
 
 def _is_weight_file(name: str) -> bool:

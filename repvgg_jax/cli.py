@@ -18,14 +18,23 @@ from .version import __version__
 _PACKAGES = ("repvgg_jax", "train", "convert")
 
 
-def run_module(name: str) -> NoReturn:
+def run_module(name: str, prepare: Callable[[], object] = lambda: None) -> NoReturn:
     """Run the `main` of the module `name` as a command, and end the process with its status.
 
     A command's module calls this in its first lines, before the imports that take long, so that Ctrl-C ends it cleanly
     (`interrupts`) during those too, and a library that is missing is one line.
+
+    Args:
+      name: of the module.
+      prepare: called before the import.
     """
+
+    def main() -> None:
+        prepare()
+        importlib.import_module(name).main()
+
     interrupts.watch()
-    run_command(lambda: importlib.import_module(name).main())
+    run_command(main)
     sys.exit(0)
 
 
@@ -136,7 +145,7 @@ def _recorded_stdout() -> Iterator[None]:
 
 
 def _stdout_error() -> OSError | None:
-    """Why stdout cannot be written; None if it can."""
+    """Return why stdout cannot be written; None if it can."""
     if isinstance(sys.stdout, _Stdout) and sys.stdout.error is not None:
         return sys.stdout.error
     try:
@@ -175,12 +184,9 @@ def _show_every_character() -> None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings, and what our own loggers say, without the place in the code, of which a command's user has no use."""
+    """Leave the place in the code, of which a command's user has no use, out of warnings and of our loggers' lines."""
 
-    def one_line(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        del category, filename, lineno, line
+    def one_line(message: Warning | str, *_place: object) -> str:
         return f"warning: {' '.join(str(message).split())}\n"
 
     class Lines(logging.Handler):

@@ -90,7 +90,7 @@ def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | Non
 
 
 def _command(options: tuple[str, ...]) -> list[str] | None:
-    """The compiler and its options, without files; None where there is none for this machine."""
+    """Return the compiler and its options, without files; None where there is none for this machine."""
     flag = _FOR_THIS_CPU.get(platform.machine())
     compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
     if flag is None or compiler is None or sys.platform == "win32":
@@ -99,7 +99,7 @@ def _command(options: tuple[str, ...]) -> list[str] | None:
 
 
 def _digest(source: Path, command: list[str]) -> str:
-    """A name for what comes out of the compiler."""
+    """Return a name for what comes out of the compiler."""
     texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h"))))
     installed = f"{Path(command[0]).stat().st_mtime_ns}"  # another one may succeed where this one fails
     dependencies = (*texts, *command, installed, jaxlib.version.__version__, cpu_model())
@@ -108,7 +108,7 @@ def _digest(source: Path, command: list[str]) -> str:
 
 @contextlib.contextmanager
 def _folder(purpose: str, library: str) -> Iterator[Path]:
-    """The cache, or a temporary folder where that cannot be used or where others could put libraries into it.
+    """Yield the cache, or a temporary folder where that cannot be used or where others could put libraries into it.
 
     Raises:
       OSError: neither can be used.
@@ -130,7 +130,7 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
 
 
 def _is_own(library: Path) -> bool:
-    """Whether the library is there and the user's own; anything else of its name is cleared away."""
+    """Return whether the library is there and the user's own; anything else of its name is cleared away."""
     try:
         check_own_file(library)
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _blames_source(status: int, message: str) -> bool:
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """The compiler's exit status (negative: the signal that ended it) and its messages, in English.
+    """Return the compiler's exit status (negative: the signal that ended it) and its messages, in English.
 
     Raises:
       RepVGGError: it takes too long.

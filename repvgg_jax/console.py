@@ -5,53 +5,42 @@ package should claim in everybody's environment. So the wheel leaves them out, a
 checkout that an editable install points to, whatever the current folder is.
 """
 
-import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from . import interrupts
-from .cli import run_command
+from .cli import run_module
 from .errors import RepVGGError
 
 
 def repvgg() -> None:
     """`python -m repvgg_jax`."""
-    _run(_main, "repvgg_jax.__main__")
+    run_module("repvgg_jax.__main__")
 
 
 def train() -> None:
     """`python -m train.main`."""
-    _run(_main_of_checkout, "train.main")
+    _run_of_checkout("train.main")
 
 
 def evaluate() -> None:
     """`python -m train.evaluate`."""
-    _run(_main_of_checkout, "train.evaluate")
+    _run_of_checkout("train.evaluate")
 
 
 def convert() -> None:
     """`python -m convert`."""
-    _run(_main_of_checkout, "convert.__main__")
+    _run_of_checkout("convert.__main__")
 
 
-def _run(main_of: Callable[[str], None], module: str) -> None:
-    """Run it as a command that hears of signals while it is imported."""
-    interrupts.watch()
-    run_command(lambda: main_of(module))
+def _run_of_checkout(module: str) -> None:
+    def find_checkout() -> None:
+        checkout = Path(__file__).resolve().parent.parent
+        if not (checkout / "train" / "main.py").exists() or not (checkout / "pyproject.toml").exists():
+            name = module.removesuffix(".__main__")
+            raise RepVGGError(
+                f"{Path(sys.argv[0]).name} runs python -m {name} of a checkout, and this installation has none: "
+                "in a checkout, run pip install -e '.[train]'"
+            )
+        sys.path.insert(0, str(checkout))  # in front: others may have claimed the names
 
-
-def _main(module: str) -> None:
-    importlib.import_module(module).main()
-
-
-def _main_of_checkout(module: str) -> None:
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "train" / "main.py").exists() or not (checkout / "pyproject.toml").exists():
-        name = module.removesuffix(".__main__")
-        raise RepVGGError(
-            f"{Path(sys.argv[0]).name} runs python -m {name} of a checkout, and this installation has none: "
-            "in a checkout, run pip install -e '.[train]'"
-        )
-    sys.path.insert(0, str(checkout))  # in front: others may have claimed the names
-    _main(module)
+    run_module(module, find_checkout)

@@ -10,7 +10,7 @@ MEAN, STD = 0.306, 0.376
 
 
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [1797, 8, 8] in 0..255 and int [1797].
+    """Return uint8 [1797, 8, 8] in 0..255 and int [1797].
 
     Raises:
       DataError: scikit-learn is not installed.
@@ -25,7 +25,7 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
-    """A stratified random choice of `count` examples, the same for ever.
+    """Return a stratified random choice of `count` examples, the same for ever.
 
     Args:
       labels: int [N].
@@ -45,7 +45,7 @@ def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
 
 
 def training_scans() -> np.ndarray:
-    """uint8 [1437, 8, 8]: all that are not held out for tests.
+    """Return uint8 [1437, 8, 8]: all that are not held out for tests.
 
     Raises:
       DataError: scikit-learn is not installed.

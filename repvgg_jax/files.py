@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import RepVGGError
+from .errors import RepVGGError, system_errors
 from .interrupts import on_exit
 from .paths import expand_home
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
+    """Yield a temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
 
     The temporary name keeps the suffix, since some writers choose their format by it.
 
@@ -52,7 +52,7 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
+    """Yield a temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
 
     Raises:
       RepVGGError: `path` exists, or it cannot be made.
@@ -75,13 +75,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder in `parent`, removed after the block, also when a signal ends the process in it."""
+    """Yield a temporary folder in `parent`, removed after the block, also when a signal ends the process in it."""
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, on_exit(functools.partial(_remove, name)):
         yield Path(name)
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
-    """Fails where `atomic_folder` would, as far as that shows beforehand.
+    """Fail where `atomic_folder` would, as far as that shows beforehand.
 
     Raises:
       RepVGGError: `path` exists, or its parent does not, or it cannot be written to.
@@ -92,18 +92,14 @@ def check_new_folder(path: str | os.PathLike) -> None:
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """Fails where `atomic_path` would, as far as that shows beforehand: for before a long computation.
+    """Fail where `atomic_path` would, as far as that shows beforehand: for before a long computation.
 
     Raises:
       RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
     """
     target = Path(expand_home(path))
-    try:
-        os.lstat(target)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
-        raise RepVGGError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
+    with system_errors(RepVGGError, f"cannot write {target}", ValueError), contextlib.suppress(FileNotFoundError):
+        os.lstat(target)  # fails for a name too long, or with a NUL
     if target.is_dir():
         raise RepVGGError(f"cannot write {target}: it is a folder")
     if not target.parent.is_dir():
@@ -119,7 +115,7 @@ def _remove(folder: str | os.PathLike) -> None:
 
 
 def _adopt_mode(temporary: Path, target: Path) -> None:
-    """Permissions as an ordinary `open` would give them: mkstemp's 0600 would shut colleagues out."""
+    """Give the permissions that an ordinary `open` would: mkstemp's 0600 would shut colleagues out."""
     temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
 
 

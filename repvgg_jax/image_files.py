@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DataError
+from .errors import DataError, system_errors
 from .preprocess import IMAGE_SUFFIXES
 
 
@@ -52,6 +52,18 @@ def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
     return ImageFiles(paths, left_out)
 
 
+def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the paths of `image_files`.
+
+    Raises:
+      DataError: as `image_files`, or there is none.
+    """
+    paths = image_files(folder).paths
+    if not paths:
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
 def describe_left_out(left_out: Counter[str]) -> str:
     """Say what was left out, such as "3 files that are not images (2 .txt, 1 .csv)"."""
     total = left_out.total()
@@ -62,11 +74,8 @@ def describe_left_out(left_out: Counter[str]) -> str:
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from entries
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder} ({error.strerror or error})") from error
+    with system_errors(DataError, f"cannot list the folder {folder}"), os.scandir(folder) as entries:
+        yield from entries
 
 
 def _inside(folder: str, link: str) -> bool:

@@ -64,7 +64,7 @@ def watching() -> bool:
 
 
 def requested() -> signal.Signals | None:
-    """The first signal since `defer`; None if there was none."""
+    """Return the first signal since `defer`; None if there was none."""
     return _watch.requested
 
 

@@ -22,12 +22,12 @@ def cache_folder(name: str) -> Path:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """Model name, and a digest of the instruction sets: virtual machines share names."""
+    """Return the processor's name, and a digest of the instruction sets: virtual machines share names."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

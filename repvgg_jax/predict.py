@@ -10,12 +10,12 @@ import numpy as np
 import tyro
 
 from .errors import ConfigError, DataError, WeightsError
-from .image_files import image_files
+from .image_files import some_image_files
 from .inference.planned_net import Output
 from .inference.predictor import Predictor, make_predictor
 from .paths import is_folder
 from .prediction_files import Format, Guess, check_embedding_file, embedding_writer, prediction_writer
-from .preprocess import IMAGE_SUFFIXES, Preprocessing, normalize, open_as_input
+from .preprocess import Preprocessing, normalize, open_as_input
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
 from .weights.options import WeightsOptions
@@ -82,7 +82,7 @@ def predict(arguments: Predict) -> int:
 def _outputs(
     arguments: Predict, info: WeightsInfo, reader: "ImageReader", output: Output
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
+    """Yield names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
     predictor = None
     for names, pixels in reader.batches(arguments.batch_size):
         if predictor is None:  # only now: what is read first may show that there is nothing to predict
@@ -155,13 +155,9 @@ class ImageReader:
                 yield path
                 continue
             try:
-                files = image_files(path).paths
+                yield from some_image_files(path)
             except DataError as error:
                 self.fail(f"{error}")
-                continue
-            if not files:
-                self.fail(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-            yield from files
 
     def fail(self, reason: str) -> None:
         """Name on stderr what could not be read or used, and count it."""

@@ -68,7 +68,7 @@ def prediction_writer(kind: Format, stream: TextIO) -> WritePrediction:
 
 
 def _digits(probability: float) -> float:
-    """Six significant digits: what float32 holds."""
+    """Keep six significant digits: what float32 holds."""
     return float(f"{probability:.6g}")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-from .errors import DataError
+from .errors import DataError, reason_of, system_errors
 
 if TYPE_CHECKING:
     import jax
@@ -52,7 +52,7 @@ _WHOLE_FROM = 320  # pixels: nothing is cropped off the shorter side of images e
 
 
 def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """What one number, a square's side, or two say of an image's size, pixels.
+    """Return what one number, a square's side, or two say of an image's size, pixels.
 
     Raises:
       ValueError: a size that is not positive.
@@ -117,7 +117,7 @@ class Preprocessing:
         return dataclasses.replace(self, image_size=image_size, crop_fraction=crop)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Return the fields as JSON types."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     @classmethod
@@ -155,10 +155,8 @@ def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False
     Raises:
       DataError: it cannot be read, or as `decode_image`.
     """
-    try:
+    with system_errors(DataError, f"{path}", ValueError):  # a name with a NUL
         data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return decode_image(data, f"{path}", channels, exif=exif)
 
 
@@ -199,7 +197,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = Fals
 
 @functools.cache
 def _openers() -> tuple[Any, ...]:
-    """PIL's (factory, accept) of each of `IMAGE_FORMATS` that it was built with."""
+    """Return PIL's (factory, accept) of each of `IMAGE_FORMATS` that it was built with."""
     Image.init()
     return tuple(Image.OPEN[kind] for kind in IMAGE_FORMATS if kind in Image.OPEN)
 
@@ -252,7 +250,7 @@ def _reason(data: bytes, error: Exception) -> str:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
         return "no known image format"
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error)
 
 
 def _pil_mode(channels: int) -> str:
@@ -262,7 +260,7 @@ def _pil_mode(channels: int) -> str:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image.convert(mode)` for mode "RGB" or "L", except that wide grey values lose their low byte."""
+    """Return `image.convert(mode)` for mode "RGB" or "L", except that wide grey values lose their low byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
@@ -273,7 +271,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """torchvision's `Resize` of the shorter side (bilinear, antialiased) and `CenterCrop`.
+    """Do torchvision's `Resize` of the shorter side (bilinear, antialiased) and `CenterCrop`.
 
     Args:
       image: PIL image of mode "RGB" or "L".
@@ -312,14 +310,14 @@ def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif
 
 
 def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `shorter`; the longer one truncates, as torchvision's does."""
+    """Return (width, height) once the shorter side is `shorter`; the longer one truncates, as torchvision's does."""
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, C] of a PIL image of mode "RGB" or "L"."""
+    """Return uint8 [H, W, C] of a PIL image of mode "RGB" or "L"."""
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -329,7 +327,7 @@ def normalize(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray: .
 @overload
 def normalize(images: "jax.Array", preprocessing: Preprocessing) -> "jax.Array": ...
 def normalize(images: Any, preprocessing: Preprocessing) -> Any:
-    """`(images / 255 - mean) / std`, in float32.
+    """Return `(images / 255 - mean) / std`, in float32.
 
     Args:
       images: uint8 [..., C]; a NumPy or a JAX array, also under `jit`.

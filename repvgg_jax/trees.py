@@ -10,10 +10,10 @@ FlatArrays = Mapping[str, Any]
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"params": {…}, "batch_stats": {…}}` as one level of `/`-joined names."""
+    """Return `{"params": {…}, "batch_stats": {…}}` as one level of `/`-joined names."""
     return traverse_util.flatten_dict(variables, sep="/")
 
 
 def unflatten(arrays: FlatArrays) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Do the inverse of `flatten`."""
     return traverse_util.unflatten_dict(arrays, sep="/")

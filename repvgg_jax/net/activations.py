@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation_function(activation: Activation) -> Callable[[Array], Array]:
-    """The function behind a name; a function is returned as it is.
+    """Return the function behind a name; a function is returned as it is.
 
     Raises:
       ValueError: no activation has that name.

@@ -24,7 +24,7 @@ Tree = Mapping[str, Any]
 def equivalent_kernel_bias(
     block_params: Tree, block_batch_stats: Tree, *, epsilon: float = BN_EPSILON
 ) -> tuple[Array, Array]:
-    """The 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
+    """Return the 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
 
     Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. Which
     branches there are, and of what kind of block, shows in the tree's names.
@@ -60,7 +60,7 @@ def equivalent_kernel_bias(
 
 
 def _branches_in(params: Tree, stats: Tree) -> dict[str, Branch]:
-    """The branches in a block's tree, by name, in the order in which a block sums them."""
+    """Return the branches in a block's tree, by name, in the order in which a block sums them."""
     names = {name for name in (*params, *stats) if is_branch(name) and name != SUM_BN}
     kinds = {name: branch_in_tree(name, params.get(name, {})) for name in sorted(names)}
     for name, kind in kinds.items():
@@ -100,7 +100,9 @@ def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float 
         raise FusionError(f'path must be a tuple of names, such as ("backbone",), not {path!r}')
     if "params" not in variables:
         raise FusionError(f"expected variables with 'params', found {', '.join(variables) or 'nothing'}")
-    params, stats = _fuse_at(variables["params"], variables.get("batch_stats", {}), tuple(path), (), epsilon)
+    params, stats, count = _fuse_below(variables["params"], variables.get("batch_stats", {}), tuple(path), (), epsilon)
+    if count == 0:
+        raise FusionError(f"no RepVGG block found under {'/'.join(path) or 'params'}: nothing to fuse")
     fused = {name: tree for name, tree in variables.items() if name not in ("params", "batch_stats")}
     fused["params"] = params
     if stats:
@@ -108,25 +110,13 @@ def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float 
     return fused
 
 
-def _fuse_at(
+def _fuse_below(
     params: Tree, stats: Tree, path: tuple[str, ...], walked: tuple[str, ...], epsilon: float
-) -> tuple[dict, dict]:
-    """Follow `path` down, fuse below it, and rebuild the levels above."""
-    if not path:
-        fused, remaining, count = _fuse_below(params, stats, walked, epsilon)
-        if count == 0:
-            raise FusionError(f"no RepVGG block found under {'/'.join(walked) or 'params'}: nothing to fuse")
-        return fused, remaining
-    name, *rest = path
-    if name not in params:
-        raise FusionError(f"no {'/'.join((*walked, name))} in params; there are {', '.join(params)}")
-    child, child_stats = _fuse_at(params[name], stats.get(name, {}), tuple(rest), (*walked, name), epsilon)
-    return {**params, name: child}, _with_child(stats, name, child_stats)
-
-
-def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...], epsilon: float) -> tuple[dict, dict, int]:
-    """`params`, `batch_stats` and the number of blocks after fusing every block of this subtree."""
-    if "rbr_dense" in params or "rbr_reparam" in params:
+) -> tuple[dict, dict, int]:
+    """Return `params`, `batch_stats` and the number of blocks after fusing every block at `path` in this subtree."""
+    if path and path[0] not in params:
+        raise FusionError(f"no {'/'.join((*walked, path[0]))} in params; there are {', '.join(params)}")
+    if not path and ("rbr_dense" in params or "rbr_reparam" in params):
         try:
             kernel, bias = equivalent_kernel_bias(params, stats, epsilon=epsilon)
         except FusionError as error:
@@ -135,28 +125,24 @@ def _fuse_below(params: Tree, stats: Tree, walked: tuple[str, ...], epsilon: flo
         remaining = {name: leaf for name, leaf in stats.items() if not is_branch(name)}
         return kept | {"rbr_reparam": {"kernel": kernel, "bias": bias}}, remaining, 1
 
-    is_body = "stage0" in params
+    is_body = not path and "stage0" in params
     fused, remaining, count = {}, dict(stats), 0
     for name, child in params.items():
         if is_body and name in AUX_HEADS:
             remaining.pop(name, None)
-        elif isinstance(child, Mapping):
-            fused[name], child_stats, found = _fuse_below(child, stats.get(name, {}), (*walked, name), epsilon)
-            remaining = _with_child(remaining, name, child_stats)
-            count += found
+        elif isinstance(child, Mapping) and name in (path[:1] or params):
+            below = _fuse_below(child, remaining.pop(name, {}), path[1:], (*walked, name), epsilon)
+            fused[name], child_stats, blocks = below
+            if child_stats:
+                remaining[name] = child_stats
+            count += blocks
         else:
             fused[name] = child
     return fused, remaining, count
 
 
-def _with_child(tree: Tree, name: str, child: Tree) -> dict:
-    """`tree` with `child` at `name`, or without that entry if nothing is left of it."""
-    rest = {key: value for key, value in tree.items() if key != name}
-    return {**rest, name: dict(child)} if child else rest
-
-
 def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
-    """The fused model and its variables (`repvgg_model_convert`); the inputs are untouched.
+    """Return the fused model and its variables (`repvgg_model_convert`); the inputs are untouched.
 
     Pure: under `jax.jit`, close over `model` and return the variables alone.
 

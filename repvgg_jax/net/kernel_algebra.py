@@ -29,7 +29,7 @@ def fuse_conv_bn(
     epsilon: float = BN_EPSILON,
     bias: Array | None = None,
 ) -> Pair:
-    """The one convolution that equals a convolution followed by BN in inference.
+    """Return the one convolution that equals a convolution followed by BN in inference.
 
     Args:
       kernel: `[k, k, C_in / groups, C_out]`.
@@ -44,7 +44,7 @@ def fuse_conv_bn(
 
 
 def add_branches(pairs: Iterable[Pair]) -> Pair:
-    """The one convolution that equals the sum of several that read the same image."""
+    """Return the one convolution that equals the sum of several that read the same image."""
     kernels, biases = zip(*pairs, strict=True)
     kernel, bias = kernels[0], biases[0]
     for more_kernel, more_bias in zip(kernels[1:], biases[1:], strict=True):
@@ -53,13 +53,13 @@ def add_branches(pairs: Iterable[Pair]) -> Pair:
 
 
 def embed(kernel: Array, size: int = 3) -> Array:
-    """A kernel `[h, w, I, O]` in the middle of a `[size, size, I, O]` one; all sizes are odd."""
+    """Return a kernel `[h, w, I, O]` in the middle of a `[size, size, I, O]` one; all sizes are odd."""
     rows, columns = ((size - length) // 2 for length in kernel.shape[:2])
     return jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
 
 
 def average_1x1(kernel: Array, size: int = 3) -> Array:
-    """A 1x1 convolution `[1, 1, I, O]` followed by average pooling of `size` x `size` pixels, as one kernel.
+    """Return a 1x1 convolution `[1, 1, I, O]` followed by average pooling of `size` x `size` pixels, as one kernel.
 
     Of the identity, that is average pooling itself. A bias passes through, since padding is averaged too: it must be
     the bias, as in `chain_1x1`.
@@ -68,7 +68,7 @@ def average_1x1(kernel: Array, size: int = 3) -> Array:
 
 
 def chain_1x1(first: Pair, second: Pair, groups: int = 1) -> Pair:
-    """The one k x k convolution that equals a 1x1 convolution followed by a k x k one with the same groups.
+    """Return the one k x k convolution that equals a 1x1 convolution followed by a k x k one with the same groups.
 
     That holds up to the image's edge if what the second one pads with is what the first one gives where the image is
     zero, its bias, and not zero.
@@ -91,13 +91,13 @@ def chain_1x1(first: Pair, second: Pair, groups: int = 1) -> Pair:
 
 
 def constant_response(kernel: Array, value: Array, groups: int = 1) -> Array:
-    """What a convolution gives, `[C_out]`, where the image is `value` `[C_in]` everywhere, outside of it too."""
+    """Return what a convolution gives, `[C_out]`, where the image is `value` `[C_in]` everywhere, outside of it too."""
     taps = kernel.sum((0, 1)).reshape(kernel.shape[2], groups, -1)
     return jnp.einsum("gi,igo->go", value.reshape(groups, -1), taps, precision=EXACT).reshape(-1)
 
 
 def identity_kernel(channels: int, groups: int, dtype: Any = jnp.float32) -> Array:
-    """The 3x3 kernel `[3, 3, channels / groups, channels]` whose (grouped) convolution returns its input.
+    """Return the 3x3 kernel `[3, 3, channels / groups, channels]` whose (grouped) convolution returns its input.
 
     Output channel `i` reads input channel `i mod (channels / groups)` of its group.
     """

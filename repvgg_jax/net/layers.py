@@ -20,7 +20,7 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """PyTorch's default bias initialiser: uniform with bound 1 / sqrt(fan_in), the kernel's fan-in."""
+    """Return PyTorch's default bias initialiser: uniform with bound 1 / sqrt(fan_in), the kernel's fan-in."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -45,14 +45,14 @@ class BatchNorm(nn.Module):
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
     def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """The result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
+        """Return the result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
         mean, factor, bias = self._terms(x, train)
         from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
         return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
     @nn.compact
     def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
-        """`mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
+        """Return `mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
@@ -106,17 +106,15 @@ class ConvBN(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
-    groups: int = 1
-    dilation: int = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     epsilon: float = BN_EPSILON
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        geometry = (self.kernel_size, self.stride, self.groups, self.dilation)
-        x = Conv(self.features, *geometry, self.dtype, self.param_dtype, name="conv")(x, train)
-        return BatchNorm(self.dtype, self.param_dtype, self.epsilon, name="bn")(x, train)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = Conv(self.features, self.kernel_size, self.stride, **dtypes, name="conv")(x, train)
+        return BatchNorm(**dtypes, epsilon=self.epsilon, name="bn")(x, train)
 
 
 class Constant(nn.Module):

@@ -15,7 +15,7 @@ from .variants import AUX_HEADS, BlockSpec, Variant
 
 
 def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer]:
-    """The layers of one block of the body."""
+    """Return the layers of one block of the body."""
     if deploy:
         shape = (3, 3, block.in_channels // block.groups, block.out_channels)
         layers = [Layer("rbr_reparam", "conv", shape)]
@@ -37,7 +37,7 @@ def constants(variant: Variant, deploy: bool) -> dict[str, np.ndarray]:
 
 
 def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]:
-    """The classifier and, in RepVGGplus's training form, the auxiliary heads."""
+    """Return the classifier and, in RepVGGplus's training form, the auxiliary heads."""
     layers = [Layer("linear", "linear", (variant.widths[-1], num_classes))]
     if variant.auxiliary_heads and not deploy:
         for name, width in zip(AUX_HEADS, variant.widths[1:4], strict=True):
@@ -49,7 +49,7 @@ def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]
 
 @functools.lru_cache(maxsize=32)
 def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> Mapping[str, Shape]:
-    """Name and shape of every leaf of that model's variables (what tracing `model.init` would find, at once)."""
+    """Return the name and shape of each leaf of that model's variables (as tracing `model.init` would)."""
     layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
     return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
 
@@ -94,7 +94,7 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
 
 
 def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) -> None:
-    """`check_shapes` for arrays, and that every number in them is finite.
+    """Do `check_shapes` for arrays, and check that every number in them is finite.
 
     Raises:
       WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
@@ -105,7 +105,7 @@ def check_arrays(arrays: FlatArrays, expected: Mapping[str, Shape], where: str) 
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> None:
-    """Raises WeightsError, naming the array, if it has NaN or infinite values."""
+    """Raise WeightsError, naming the array, if it has NaN or infinite values."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum()  # NaN and infinity stay in a sum, which costs a fraction of looking at each number
     if not np.isfinite(total) and not np.isfinite(array).all():

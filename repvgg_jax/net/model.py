@@ -210,7 +210,7 @@ class RepVGG(nn.Module):
             )
 
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
-        """Outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
+        """Return the outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
 
         Sizes round up; `feature_info` has strides and channels. Call it with
         `model.apply(variables, images, method="features")`.
@@ -236,7 +236,7 @@ class RepVGG(nn.Module):
         return global_average_pool(self._stage_outputs(images, train)["stage4"], self.param_dtype)
 
     def __call__(self, images: Array, train: bool = False) -> Array | dict[str, Array]:
-        """Logits of normalised images.
+        """Return the logits of normalised images.
 
         Args:
           images: `[N, H, W, C]` float, normalised.
@@ -279,7 +279,7 @@ def create_model(
     epsilon: float | None = None,
     name: str | None = None,
 ) -> RepVGG:
-    """A RepVGG by published name or by its numbers.
+    """Return a RepVGG by published name or by its numbers.
 
     `strides`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
     they are None.

@@ -35,7 +35,7 @@ class Summary:
 
 
 def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
-    """Cost of `variant` on one square image of `image_size` pixels a side.
+    """Return the cost of `variant` on one square image of `image_size` pixels a side.
 
     Raises:
       ConfigError: a size is not positive.
@@ -79,7 +79,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
 def summary_table(
     variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3
 ) -> str:
-    """A text table, one variant a line: ours, and in brackets the published figure where there is one.
+    """Return a text table, one variant a line: ours, and in brackets the published figure where there is one.
 
     Raises:
       ConfigError: a size is not positive.

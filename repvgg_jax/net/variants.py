@@ -196,7 +196,7 @@ class Variant:
         return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
-        """Hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
+        """Return the hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
         return max(1, channels // self.squeeze_excite_ratio)
 
 
@@ -212,7 +212,7 @@ def checked_epsilon(value: Any) -> float:
 
 
 def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tuple[int, ...]:
-    """`value` as a tuple of so many positive whole numbers."""
+    """Return `value` as a tuple of so many positive whole numbers."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if len(values) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in values):
         shown = tuple(value) if isinstance(value, list) else value
@@ -221,7 +221,7 @@ def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tup
 
 
 def scaled_widths(a: float, b: float) -> tuple[int, int, int, int, int]:
-    """Stage widths from the paper's multipliers: 64a capped at 64, 64a, 128a, 256a, 512b (section 3.4)."""
+    """Return the stage widths from the paper's multipliers: 64a capped at 64, 64a, 128a, 256a, 512b (section 3.4)."""
     return min(64, int(64 * a)), int(64 * a), int(128 * a), int(256 * a), int(512 * b)
 
 
@@ -268,12 +268,12 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
 
 
 def list_models() -> list[str]:
-    """Names of all published variants, in the order of the paper's tables."""
+    """Return the names of all published variants, in the order of the paper's tables."""
     return list(VARIANTS)
 
 
 def get_variant(name: str) -> Variant:
-    """The published variant called `name` (letter case does not matter).
+    """Return the published variant called `name` (letter case does not matter).
 
     Raises:
       UnknownModelError: no such variant; the message suggests the nearest names.

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import WeightsError
 from ..net.variants import Variant
 from ..weights import native, quantized_tensors
+from ..weights.header import INT8, Header
 from ..weights.loading import open_weights
 from .net import QuantizedNet
 
@@ -23,8 +24,8 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
     if Path(path).suffix != ".safetensors":
         raise WeightsError(f"cannot write {path}: quantised nets are .safetensors files")
     arrays = jax.tree.map(np.asarray, net.variables)
-    described = (net.preprocessing, net.class_names)
-    native.write_form(path, native.INT8, net.variant, net.num_classes, arrays, *described)
+    header = Header(INT8, net.variant, net.num_classes, net.preprocessing, net.class_names)
+    native.write(path, header, arrays)
 
 
 def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -> QuantizedNet:

@@ -4,7 +4,7 @@ import io
 import stat
 from pathlib import Path
 
-from ..errors import WeightsError
+from ..errors import WeightsError, system_errors
 from .safetensors_file import read_safetensors
 from .tensor_file import TensorFile
 from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
@@ -16,17 +16,16 @@ def open_file(local: Path, where: str) -> io.FileIO:
     Raises:
       WeightsError: there is no such file, or it cannot be opened.
     """
-    try:
-        mode = local.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise WeightsError(f"{where} is a folder, not a weight file")
-        if not stat.S_ISREG(mode):  # a pipe or a device may never end
-            raise WeightsError(f"{where} is not an ordinary file")
-        return local.open("rb", buffering=0)
-    except FileNotFoundError:
-        raise WeightsError(f"{where} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise WeightsError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}") from error
+    with system_errors(WeightsError, f"cannot read {where}", ValueError):  # a name with a NUL
+        try:
+            mode = local.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise WeightsError(f"{where} is a folder, not a weight file")
+            if not stat.S_ISREG(mode):  # a pipe or a device may never end
+                raise WeightsError(f"{where} is not an ordinary file")
+            return local.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise WeightsError(f"{where} does not exist") from None
 
 
 def read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool) -> TensorFile:
@@ -35,10 +34,8 @@ def read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool)
     Raises:
       WeightsError: damaged, hostile, or not a weight file.
     """
-    try:
+    with system_errors(WeightsError, f"cannot read {path}"):
         start = handle.read(512)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     if start[8:9] == b"{":
         if ema:
             raise WeightsError(f"{path} has no moving average (EMA) of the weights: safetensors files hold one model")
@@ -52,7 +49,7 @@ EXPORTS = {".onnx": "an ONNX export", ".stablehlo": "a StableHLO export (jax.exp
 
 
 def _what_else(start: bytes, path: Path) -> str:
-    """What a file is that begins like no weight file."""
+    """Return what a file is that begins like no weight file."""
     if not start:
         return "the file is empty"
     export = EXPORTS.get(path.suffix.lower()) or _export(start)
@@ -68,7 +65,7 @@ def _what_else(start: bytes, path: Path) -> str:
 
 
 def _export(start: bytes) -> str:
-    """What other runtime's file begins so; empty if none that we write."""
+    """Return what other runtime's file begins so; empty if none that we write."""
     # A flatbuffer, jax.export's: the place of its root table, then a table of fields, as long as it takes to get there.
     if start[1:4] == bytes(3) and start[4:6] == bytes((start[0] - 4 & 255, 0)):
         return EXPORTS[".stablehlo"]

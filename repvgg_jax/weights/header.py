@@ -1,7 +1,8 @@
 """What a file of ours says of the net in it: one JSON object, in a native file's header or beside a foreign one."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import WeightsError, first_ten, shown
@@ -45,7 +46,7 @@ class Header:
     num_batches_tracked: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The header as JSON types."""
+        """Return the header as JSON types."""
         fields = {
             "version": FORMAT_VERSION,
             "release": __version__,
@@ -113,7 +114,7 @@ def variant_to_json(variant: Variant) -> str | dict[str, Any]:
 
 
 def _without_defaults(record: Any) -> dict[str, Any]:
-    """A dataclass's fields, but for those at their default, which an earlier release need not know."""
+    """Return a dataclass's fields, but for those at their default, which an earlier release need not know."""
     values = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
     return {field.name: value for field, value in values if value != field.default}
 
@@ -153,6 +154,15 @@ def _check_names(fields: Mapping[str, Any], names: set[str], where: str, header:
         written = f"; it was written by release {shown(header['release'])} of repvgg-jax" if "release" in header else ""
         release = f"this release ({__version__})"
         raise WeightsError(f"{where} has fields that {release} does not know: {first_ten(unknown)}{written}")
+
+
+@contextlib.contextmanager
+def refusing_damage(what: str) -> Iterator[None]:
+    """Turn what reading damaged JSON raises inside the block into a WeightsError: "WHAT (ValueError: …)"."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{what} ({shown(f'{type(error).__name__}: {error}')})") from error
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:

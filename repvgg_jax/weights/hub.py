@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, reason_of, shown
 from ..extras import install_hint
 from ..paths import local_path
 from ..preprocess import Preprocessing
+from .header import refusing_damage
 from .info import WeightsInfo, preprocessing_from_file
 
 SCHEME = "hf://"
@@ -43,13 +44,13 @@ def weights_path(option: str, text: str) -> str:
 
 
 def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
-    """The local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
+    """Return the local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
 
     Raises:
       WeightsError: huggingface_hub is not installed, no such file, or neither network nor cached copy.
     """
-    found = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
-    if found is None:
+    parts = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
+    if parts is None:
         raise WeightsError(f"{shown(address)} is no hub address; expected hf://OWNER/REPOSITORY[@REVISION][/FILE]")
     try:
         from huggingface_hub import hf_hub_download
@@ -60,10 +61,10 @@ def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
     no_network = False
 
     def download(name: str) -> Path:
-        repository, revision = found["repository"], found["revision"]
+        repository, revision = parts["repository"], parts["revision"]
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=no_network))
 
-    names = (found["file"],) if found["file"] else FILES
+    names = (parts["file"],) if parts["file"] else FILES
     first_error: Exception | None = None
     for name in names:
         try:
@@ -73,19 +74,17 @@ def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
             first_error = first_error or error
             no_network = isinstance(error, LocalEntryNotFoundError)  # do not wait for it a second time
         except Exception as error:  # whichever HTTP library the hub's uses has errors of its own
-            raise WeightsError(f"cannot fetch {address}: {_one_line(error)}") from error
+            raise WeightsError(f"cannot fetch {address}: {shown(reason_of(error))}") from error
     else:
         assert first_error is not None
-        raise WeightsError(f"cannot fetch {address} ({' or '.join(names)}): {_one_line(first_error)}") from first_error
+        raise WeightsError(
+            f"cannot fetch {address} ({' or '.join(names)}): {shown(reason_of(first_error))}"
+        ) from first_error
     try:
         config = download("config.json")
     except Exception:  # there is none, or no network any more; the weights do without
         return weights, None
     return weights, HubConfig.read(config, address)
-
-
-def _one_line(error: Exception) -> str:
-    return shown(" ".join(str(error).split()) or type(error).__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +96,8 @@ class HubConfig:
 
     @classmethod
     def read(cls, path: Path, address: str) -> "HubConfig":
-        """Raises WeightsError if the file is no JSON object of the expected kind."""
-        try:
+        """Raise WeightsError if the file is no JSON object of the expected kind."""
+        with refusing_damage(f"{address} has a damaged config.json"):
             if path.stat().st_size > MAX_CONFIG_BYTES:
                 raise ValueError("absurdly long")
             config = json.loads(path.read_text("utf-8"))
@@ -113,11 +112,9 @@ class HubConfig:
                 preprocessing_from_file(fields)
             names = config.get("label_names", described.get("label_names"))
             return cls(fields or None, None if names is None else tuple(map(str, names)))
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
-            raise WeightsError(f"{address} has a damaged config.json: {_one_line(error)}") from error
 
     def apply(self, info: WeightsInfo) -> WeightsInfo:
-        """`info` with what the config adds to it."""
+        """Return `info` with what the config adds to it."""
         if self.preprocessing:
             preprocessing = Preprocessing.from_dict(info.preprocessing.to_dict() | self.preprocessing)
             info = dataclasses.replace(info, preprocessing=preprocessing)

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from ..errors import WeightsError, first_ten, shown
 from ..net.branches import BlockKind
 from ..net.kernel_algebra import BN_EPSILON
 from ..net.leaves import Shape
-from ..net.variants import GATE_NAMES, VARIANTS, Published, SqueezeExcitePlace, Variant
+from ..net.variants import GATE_NAMES, VARIANTS, Published, Variant
 from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .tensor_file import TensorFile
 
@@ -71,7 +72,7 @@ def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Key without what wrappers put before every key (`module.`, `_orig_mod.`, `model.`, …) -> key.
+    """Return the keys by what is left of them without wrappers' prefixes (`module.`, `_orig_mod.`, `model.`, …).
 
     A wrapper's own scalars are left out.
     """
@@ -82,32 +83,32 @@ def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _shared_prefixes(keys: Collection[str]) -> list[str]:
-    """What all keys begin with, from nothing to as many whole names as they share."""
+    """Return what all keys begin with, from nothing to as many whole names as they share."""
     names = next(iter(keys), "").split(".", MAX_WRAPPERS)[:-1]
     prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
     return [prefix for prefix in prefixes if all(key.startswith(prefix) for key in keys)]
 
 
 def _net_prefixes(keys: Iterable[str]) -> list[str]:
-    """What stands before the blocks of each network inside a file."""
-    found: list[str] = []
+    """Return what stands before the blocks of each network inside a file."""
+    nets: list[str] = []
     for key in itertools.islice(keys, MAX_SEARCHED):
         names = key.split(".", MAX_WRAPPERS)[:-1]
         prefixes = ("".join(f"{name}." for name in names[:depth]) for depth in range(1, len(names) + 1))
-        if not key.startswith(tuple(found)):
+        if not key.startswith(tuple(nets)):
             first = next((p for p in prefixes if _any_block([key.removeprefix(p)])), None)
-            found += [] if first is None else [first]
-    return found
+            nets += [] if first is None else [first]
+    return nets
 
 
 def _any_block(keys: Iterable[str]) -> bool:
     """Whether one of them is a block's in any family."""
-    found = (family.parse(key) for key in keys for family in FAMILIES.values())
-    return any(parsed is not None and parsed[0] for parsed in found)
+    parses = (family.parse(key) for key in keys for family in FAMILIES.values())
+    return any(parsed is not None and parsed[0] for parsed in parses)
 
 
 def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
-    """What a state dict with these keys and shapes is.
+    """Return what a state dict with these keys and shapes is.
 
     Raises:
       WeightsError: no known family has such keys.
@@ -115,9 +116,8 @@ def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
     parsed_by_family = [(family, _parse(family, shapes)) for family in FAMILIES.values()]
     family, parsed = max(parsed_by_family, key=lambda pair: len(pair[1]))
     if not any(stage for stage, *_ in parsed):
-        known = ", ".join(FAMILIES)
-        found = first_ten(shapes) or "none"
-        raise WeightsError(f"{where} holds no RepVGG of a known naming ({known}); its keys: {found}")
+        namings, keys = ", ".join(FAMILIES), first_ten(shapes) or "none"
+        raise WeightsError(f"{where} holds no RepVGG of a known naming ({namings}); its keys: {keys}")
     layers = {layer for _, _, layer, _ in parsed}
     deploy = "rbr_reparam" in layers and "rbr_dense/conv" not in layers
     body = _Body(parsed, "rbr_reparam" if deploy else "rbr_dense/conv")
@@ -140,8 +140,8 @@ _Parsed = Mapping[tuple[str, int, str, str], Shape]
 
 
 def _parse(family: Family, shapes: Mapping[str, Shape]) -> _Parsed:
-    found = {family.parse(key): shape for key, shape in shapes.items()}
-    return {key: shape for key, shape in found.items() if key is not None}
+    parsed = {family.parse(key): shape for key, shape in shapes.items()}
+    return {key: shape for key, shape in parsed.items() if key is not None}
 
 
 class _Body:
@@ -157,48 +157,45 @@ class _Body:
                 self.counts[stage] = max(self.counts.get(stage, 0), position + 1)
 
     def kernel(self, stage: str, position: int) -> Shape:
-        """`[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
+        """Return `[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
         shape = self.parsed.get((stage, position, self.main_layer, "weight"), ())
         return shape if len(shape) == 4 else (0, 0, 0, 0)
 
     def width(self, stage: str) -> int:
-        """Output channels of a stage."""
+        """Return the output channels of a stage."""
         return max((self.kernel(stage, position)[0] for position in range(self.counts.get(stage, 0))), default=0)
 
     def variant(self) -> Variant | None:
-        """The published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
-        split = "stage3_first" in self.counts
-        third = ("stage3_first", "stage3_second") if split else ("stage3",)
-        counts = [sum(self.counts.get(s, 0) for s in stage) for stage in (("stage1",), ("stage2",), third, ("stage4",))]
-        widths = [self.width(stage) for stage in ("stage0", "stage1", "stage2", third[0], "stage4")]
-        gates = {layer.partition("/")[0]: shape for (_, _, layer, leaf), shape in self._downs() if leaf == "weight"}
-        place: SqueezeExcitePlace | None = next((place for place, name in GATE_NAMES.items() if name in gates), None)
-        hidden = next(iter(gates.values()))[0] if gates and all(next(iter(gates.values()))) else 0
-        one, two, three, four = counts
-        zero, first, second, middle, last = widths
+        """Return the published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
+        third = ("stage3_first", "stage3_second") if "stage3_first" in self.counts else ("stage3",)
+        stages = (("stage1",), ("stage2",), third, ("stage4",))
+        gates = {place: self._squeeze(name) for place, name in GATE_NAMES.items()}
+        place = next((place for place, shape in gates.items() if shape is not None), None)
+        shape = gates[place] if place else None
+        hidden = shape[0] if shape and all(shape) else 0
         block = "qarepvgg" if any(layer == "rbr_1x1" for _, _, layer, _ in self.parsed) else "repvgg"
+        numbers: dict[str, Any] = {
+            "num_blocks": [sum(self.counts.get(half, 0) for half in stage) for stage in stages],
+            "widths": [self.width(stage) for stage in ("stage0", *(halves[0] for halves in stages))],
+            "groups": self._groups(),
+            "squeeze_excite": place,
+            "squeeze_excite_ratio": self.width("stage4") // hidden if hidden else 16,
+            "auxiliary_heads": len(third) == 2,
+            "block": block,
+        }
         try:
-            variant = Variant(
-                num_blocks=(one, two, three, four),
-                widths=(zero, first, second, middle, last),
-                groups=self._groups(),
-                squeeze_excite=place,
-                squeeze_excite_ratio=last // hidden if hidden else 16,
-                auxiliary_heads=split,
-                block=block,
-            )
+            variant = Variant(**numbers)
         except ValueError:
             return None
-        known = next((known for known in VARIANTS.values() if same_network(known, variant)), None)
-        return variant if known is None else with_block(known, block)
+        published = next((one for one in VARIANTS.values() if same_network(one, variant)), None)
+        return variant if published is None else with_block(published, block)
 
-    def _downs(self) -> list[tuple[tuple[str, int, str, str], Shape]]:
-        """The last block's squeeze convolutions."""
-        last = ("stage4", self.counts.get("stage4", 0) - 1)
-        return [(key, shape) for key, shape in self.parsed.items() if key[:2] == last and key[2].endswith("/down")]
+    def _squeeze(self, gate: str) -> Shape | None:
+        """Return the shape of the last block's squeeze convolution; None if it has no such gate."""
+        return self.parsed.get(("stage4", self.counts.get("stage4", 0) - 1, f"{gate}/down", "weight"))
 
     def _groups(self) -> int:
-        """Of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
+        """Return the groups of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
         stage, before = ("stage1", "stage1") if self.counts.get("stage1", 0) > 1 else ("stage2", "stage1")
         inputs = self.kernel(stage, 1 if stage == before else 0)[1]
         return self.width(before) // inputs if inputs else 1
@@ -214,9 +211,9 @@ def with_stated_epsilon(variant: Variant, stated: Variant) -> Variant:
     return dataclasses.replace(variant, epsilon=stated.epsilon) if variant.epsilon == BN_EPSILON else variant
 
 
-def same_network(known: Variant, found: Variant) -> bool:
+def same_network(one: Variant, other: Variant) -> bool:
     """Whether two variants have the same deploy-form layers, whatever their names, image sizes and options."""
     fields = ["num_blocks", "widths", "groups", "squeeze_excite", "auxiliary_heads"]
-    if known.squeeze_excite:
+    if one.squeeze_excite:
         fields.append("squeeze_excite_ratio")
-    return all(getattr(known, field) == getattr(found, field) for field in fields)
+    return all(getattr(one, field) == getattr(other, field) for field in fields)

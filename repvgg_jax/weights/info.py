@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..net.variants import Variant
+from ..errors import first_ten
+from ..net.kernel_algebra import BN_EPSILON
+from ..net.variants import VARIANTS, Variant
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, in_grey
 
 MAX_IMAGE_SIZE = 16_384
@@ -48,7 +50,7 @@ class WeightsInfo:
 
 
 def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessing:
-    """The evaluation preprocessing that a variant's published accuracy belongs to.
+    """Return the evaluation preprocessing that a variant's published accuracy belongs to.
 
     One-channel networks take the mean of ImageNet's three means and deviations.
     """
@@ -59,7 +61,7 @@ def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessi
 
 
 def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that a file of unknown origin describes.
+    """Return the preprocessing that a file of unknown origin describes.
 
     Raises:
       ValueError, TypeError, AttributeError: it describes none, or one that makes no sense.
@@ -72,34 +74,23 @@ def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
     return found
 
 
-MAX_CLASS_NAMES = 20
-"""As many names are shown of a file's classes."""
-
-
-def file_summary(path: str, info: WeightsInfo) -> str:
-    """Describe a weight file in some lines: net, form, input, preprocessing, classes."""
+def describe(path: str, info: WeightsInfo) -> str:
+    """Say what a file is, on three lines: the net, its images, its classes."""
     form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
-    how = info.preprocessing
-    colours = {1: "grey", 3: "RGB"}.get(info.in_channels, f"{info.in_channels} channels")
-    crop = f"shorter side resized to {how.resize_size}, then the central {how.image_size}x{how.image_size}"
-    classes = f"{info.num_classes}" if info.num_classes else "none: no classifier"
-    if info.class_names:
-        shown = ", ".join(info.class_names[:MAX_CLASS_NAMES])
-        hidden = len(info.class_names) - MAX_CLASS_NAMES
-        classes += f": {shown}{f' and {hidden} more' if hidden > 0 else ''}"
-    elif info.num_classes:
-        classes += ", names unknown"
-    return "\n".join(
-        (
-            f"{path}: {info.variant.name}, {form} form",
-            f"  weights   {info.num_parameters:,} parameters, {info.dtype}, {info.family} names",
-            f"  images    {how.image_size}x{how.image_size} {colours}: {crop}",
-            f"  mean      {_numbers(how.mean)} (of pixel values in 0..1)",
-            f"  std       {_numbers(how.std)}",
-            f"  classes   {classes}",
-        )
+    classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
+    variant = info.variant.name
+    if dataclasses.replace(info.variant, epsilon=BN_EPSILON) != VARIANTS.get(variant):
+        if info.variant.block == "qarepvgg":
+            variant += " with QARepVGG blocks"
+        variant += f" (blocks {info.variant.num_blocks}, widths {info.variant.widths}, groups {info.variant.groups})"
+    if info.variant.epsilon != BN_EPSILON and not info.deploy:
+        variant += f" with BatchNorm epsilon {info.variant.epsilon:g}"
+    images = info.preprocessing
+    mean, std = (", ".join(f"{number:.6g}" for number in numbers) for numbers in (images.mean, images.std))
+    names = "not in the file" if info.class_names is None else first_ten(info.class_names)
+    return (
+        f"{path}: {variant}, {form} form, {info.family} names, {classes}, {info.in_channels} input channels, "
+        f"{info.dtype}, {info.num_parameters:,} parameters\n"
+        f"images: {images.image_size} pixels, centre crop {images.crop_fraction:g} of the shorter side resized to "
+        f"{images.resize_size}, mean {mean}, std {std} (of pixel values in 0..1)\nclass names: {names}"
     )
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 
+from ..net.variants import AUX_HEADS
+
 # The leaves of a layer, by kind: PyTorch's name -> collection and name in the tree, in state-dict order.
 LEAVES: Mapping[str, Mapping[str, str]] = {
     "conv": {"weight": "params/{}/kernel", "bias": "params/{}/bias"},
@@ -50,7 +52,7 @@ class Family:
     heads: Mapping[str, str]
 
     def block_path(self, stage: str, position: int) -> str | None:
-        """Where the family keeps that block; None if it has no such stage."""
+        """Return where the family keeps that block; None if it has no such stage."""
         template = self.stages.get(stage)
         return None if template is None else template.format(position)
 
@@ -75,36 +77,29 @@ class Family:
         if path in self._heads:
             return "", 0, self._heads[path], leaf
         for stage, pattern in self._patterns:
-            found = pattern.fullmatch(path)
-            if found and found["layer"] in self._inside_block:
-                position = int(found.groupdict().get("position", 0))
-                return stage, position, self._inside_block[found["layer"]], leaf
+            match = pattern.fullmatch(path)
+            if match and match["layer"] in self._inside_block:
+                position = int(match.groupdict().get("position", 0))
+                return stage, position, self._inside_block[match["layer"]], leaf
         return None
 
 
-_AUTHORS_BLOCK = {
-    "se/down": "se.down",
-    "se/up": "se.up",
-    "post_se/down": "post_se.down",
-    "post_se/up": "post_se.up",
-    "rbr_reparam": "rbr_reparam",
-    "rbr_identity": "rbr_identity",
-    "rbr_dense/conv": "rbr_dense.conv",
-    "rbr_dense/bn": "rbr_dense.bn",
-    "rbr_1x1/conv": "rbr_1x1.conv",
-    "rbr_1x1/bn": "rbr_1x1.bn",
-}
+def _stages(stem: str, later: str, first: int = 1) -> dict[str, str]:
+    """Return the paths of stages 0 to 4: `later` with the stage's number, which the family counts from `first`."""
+    return {"stage0": stem} | {f"stage{number}": later.format(number - 1 + first) for number in range(1, 5)}
+
+
+def _dotted(*layers: str) -> dict[str, str]:
+    """Return the tree's own names with dots: the authors' names are the tree's."""
+    return {layer: layer.replace("/", ".") for layer in layers}
+
+
+_BRANCHES = ("rbr_reparam", "rbr_identity", "rbr_dense/conv", "rbr_dense/bn", "rbr_1x1/conv", "rbr_1x1/bn")
 
 AUTHORS = Family(
     name="authors",
-    stages={
-        "stage0": "stage0",
-        "stage1": "stage1.{}",
-        "stage2": "stage2.{}",
-        "stage3": "stage3.{}",
-        "stage4": "stage4.{}",
-    },
-    branches=_AUTHORS_BLOCK,
+    stages=_stages("stage0", "stage{}.{{}}"),
+    branches=_dotted("se/down", "se/up", "post_se/down", "post_se/up", *_BRANCHES),
     heads={"linear": "linear"},
 )
 
@@ -113,49 +108,23 @@ AUTHORS = Family(
 QAREPVGG = dataclasses.replace(
     AUTHORS,
     name="qarepvgg",
-    branches={
-        "rbr_reparam": "rbr_reparam",
-        "rbr_dense/conv": "rbr_dense.conv",
-        "rbr_dense/bn": "rbr_dense.bn",
-        "rbr_1x1": "rbr_1x1",
-        "bn": "bn",
-    },
+    branches=_dotted("rbr_reparam", "rbr_dense/conv", "rbr_dense/bn", "rbr_1x1", "bn"),
 )
+
+_PLUS_STAGES = ("stage1", "stage2", "stage3_first", "stage3_second", "stage4")
+_AUXILIARY_LAYERS = {"conv": "0.conv", "bn": "0.bn", "linear": "3"}
 
 AUTHORS_PLUS = Family(
     name="authors-plus",
-    stages={
-        "stage0": "stage0",
-        "stage1": "stage1.blocks.{}",
-        "stage2": "stage2.blocks.{}",
-        "stage3_first": "stage3_first.blocks.{}",
-        "stage3_second": "stage3_second.blocks.{}",
-        "stage4": "stage4.blocks.{}",
-    },
-    branches=_AUTHORS_BLOCK,
-    heads={
-        "linear": "linear",
-        "stage1_aux/conv": "stage1_aux.0.conv",
-        "stage1_aux/bn": "stage1_aux.0.bn",
-        "stage1_aux/linear": "stage1_aux.3",
-        "stage2_aux/conv": "stage2_aux.0.conv",
-        "stage2_aux/bn": "stage2_aux.0.bn",
-        "stage2_aux/linear": "stage2_aux.3",
-        "stage3_first_aux/conv": "stage3_first_aux.0.conv",
-        "stage3_first_aux/bn": "stage3_first_aux.0.bn",
-        "stage3_first_aux/linear": "stage3_first_aux.3",
-    },
+    stages={"stage0": "stage0"} | {stage: f"{stage}.blocks.{{}}" for stage in _PLUS_STAGES},
+    branches=AUTHORS.branches,
+    heads={"linear": "linear"}
+    | {f"{head}/{layer}": f"{head}.{path}" for head in AUX_HEADS for layer, path in _AUXILIARY_LAYERS.items()},
 )
 
 TIMM = Family(
     name="timm",
-    stages={
-        "stage0": "stem",
-        "stage1": "stages.0.{}",
-        "stage2": "stages.1.{}",
-        "stage3": "stages.2.{}",
-        "stage4": "stages.3.{}",
-    },
+    stages=_stages("stem", "stages.{}.{{}}", first=0),
     branches={
         "rbr_reparam": "reparam_conv",
         "rbr_identity": "identity",
@@ -173,19 +142,13 @@ TIMM = Family(
 TIMM_FEATURES = dataclasses.replace(
     TIMM,
     name="timm-features",
-    stages={"stage0": "stem"} | {f"stage{number}": f"stages_{number - 1}.{{}}" for number in range(1, 5)},
+    stages=_stages("stem", "stages_{}.{{}}", first=0),
     heads={},
 )
 
 MMPRETRAIN = Family(
     name="mmpretrain",
-    stages={
-        "stage0": "backbone.stem",
-        "stage1": "backbone.stage_1.{}",
-        "stage2": "backbone.stage_2.{}",
-        "stage3": "backbone.stage_3.{}",
-        "stage4": "backbone.stage_4.{}",
-    },
+    stages=_stages("backbone.stem", "backbone.stage_{}.{{}}"),
     branches={
         "rbr_reparam": "branch_reparam",
         "rbr_identity": "branch_norm",

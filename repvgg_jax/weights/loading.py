@@ -65,7 +65,7 @@ def load_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> tuple[RepVGG, dict[str, Any]]:
-    """The model and the variables that a weight file holds, whoever wrote it.
+    """Return the model and the variables that a weight file holds, whoever wrote it.
 
     Reads native files and those of the authors, timm and MMPretrain, training or deploy form, as safetensors or
     as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
@@ -148,7 +148,7 @@ def inspect_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> WeightsInfo:
-    """What `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
+    """Return what `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
 
     Arguments as for `load_weights`.
 
@@ -174,7 +174,7 @@ def open_weights(
     prefix: str = "",
     headless: bool = False,
 ) -> Iterator[Contents]:
-    """The file, open, once its keys and shapes are known to be exactly those of one model.
+    """Yield the file, open, once its keys and shapes are known to be exactly those of one model.
 
     Args:
       headless: accept a file without classifier though no `num_classes` is given.
@@ -185,7 +185,7 @@ def open_weights(
     if epsilon is not None:
         epsilon = checked_epsilon(epsilon)
     expected = get_variant(name) if isinstance(name, str) else name
-    exact = isinstance(name, Variant)
+    exact = name if isinstance(name, Variant) else None
     address, config, note = os.fspath(path), None, None
     if is_hub_address(address):
         local, config = fetch(address)
@@ -199,27 +199,26 @@ def open_weights(
     with open_file(local / FACTS if is_run else local, f"{path}") as handle:
         file = read_checkpoint(handle, local, ema) if is_run else read_container(handle, local, ema, tensors_only)
         file.notes += [note] if note else []
-        info = native.read_info(file, name if isinstance(name, Variant) else None)
+        info = native.read_info(file, exact)
         if info is None:
             file = part_of(file, prefix, f"{path}")
-            contents = _foreign_contents(file, expected, headless or num_classes is not None, f"{path}", exact=exact)
+            contents = _foreign_contents(file, expected, exact, headless or num_classes is not None, f"{path}")
+            info = contents.info
             if not is_hub_address(address):
-                info, note = with_side_file(contents.info, local, expected if exact else None, len(file.tensors))
+                info, note = with_side_file(info, local, exact, len(file.tensors))
                 file.notes += [note] if note else []
-                contents = dataclasses.replace(contents, info=info)
         else:
             if prefix:
                 raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
             _check_expected(info.variant, expected, f"{path}")
-            if isinstance(name, Variant):
-                info = dataclasses.replace(info, variant=with_stated_epsilon(name, info.variant))
+            if exact is not None:
+                info = dataclasses.replace(info, variant=with_stated_epsilon(exact, info.variant))
             contents = _native_contents(file, info, f"{path}")
         if config is not None:
-            contents = dataclasses.replace(contents, info=config.apply(contents.info))
+            info = config.apply(info)
         if epsilon is not None:
-            variant = dataclasses.replace(contents.info.variant, epsilon=epsilon)
-            contents = dataclasses.replace(contents, info=dataclasses.replace(contents.info, variant=variant))
-        yield contents
+            info = dataclasses.replace(info, variant=dataclasses.replace(info.variant, epsilon=epsilon))
+        yield dataclasses.replace(contents, info=info)
 
 
 def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Contents:
@@ -232,58 +231,61 @@ def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Content
 
 
 def _foreign_contents(
-    file: TensorFile, expected: Variant | None, headless: bool, where: str, *, exact: bool
+    file: TensorFile, expected: Variant | None, exact: Variant | None, headless: bool, where: str
 ) -> Contents:
-    """`exact`: the caller gave the variant's numbers, and need not be told that it is a custom one."""
-    found = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
-    if found.variant is not None and found.variant.name != "custom":
-        _check_expected(found.variant, expected, where)
-    variant = expected or found.variant
-    if variant is not None and not exact:
-        variant = with_block(variant, "qarepvgg" if found.family is QAREPVGG else "repvgg")
+    """Return what a file of another family holds.
+
+    `exact`: numbers that the caller gave, who need not be told that they are nobody's.
+    """
+    identity = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
+    if identity.variant is not None and identity.variant.name != "custom":
+        _check_expected(identity.variant, expected, where)
+    variant = expected or identity.variant
     if variant is None:
         raise WeightsError(
-            f"{where} has {found.family.name} keys, but not those of a whole RepVGG"
-            + (f": {found.gaps}" if found.gaps else "; with a variant's name, what is wrong with them is listed")
+            f"{where} has {identity.family.name} keys, but not those of a whole RepVGG"
+            + (f": {identity.gaps}" if identity.gaps else "; with a variant's name, what is wrong with them is listed")
         )
-    if variant.name == "custom" and not exact:
+    if exact is None:
+        variant = with_block(variant, "qarepvgg" if identity.family is QAREPVGG else "repvgg")
+    if variant.name == "custom" and exact is None:
         blocks, widths = (", ".join(map(str, numbers)) for numbers in (variant.num_blocks, variant.widths))
         file.notes.append(f"{where} is no published variant: blocks {blocks}; widths {widths}; groups {variant.groups}")
-    entries = items(found.family, variant, found.deploy, found.num_classes, found.in_channels or 3)
-    if not found.num_classes and headless:
+    entries = items(identity.family, variant, identity.deploy, identity.num_classes, identity.in_channels or 3)
+    if not identity.num_classes and headless:
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
     try:
         _check_entries(file, entries, where, variant)
-        if not found.num_classes and not headless:
+        if not identity.num_classes and not headless:
             raise WeightsError(f"{where} has no classifier")
     except WeightsError as error:
-        raise WeightsError(f"{error}{_advice(file, found, headless)}") from None
-    return Contents(file, _info_of(file, entries, found, variant, where), entries)
+        raise WeightsError(f"{error}{_advice(file, identity, headless)}") from None
+    return Contents(file, _info_of(file, entries, identity, variant), entries)
 
 
-def _advice(file: TensorFile, found: Identification, headless: bool) -> str:
-    """What to do about a file that holds more or less than one whole network."""
+def _advice(file: TensorFile, identity: Identification, headless: bool) -> str:
+    """Return what to do about a file that holds more or less than one whole network."""
     advice = ""
-    if found.strangers:
-        firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(found.strangers)}
+    if identity.strangers:
+        firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(identity.strangers)}
         if len(firsts) == 1:
             (name,) = firsts
             advice = f'; a RepVGG in a larger model is taken out of it with prefix="{name}." (--prefix {name}.)'
-    if not found.num_classes and not headless:
+    if not identity.num_classes and not headless:
         advice += "; a net without classifier gets a fresh one with num_classes=N (--num-classes N)"
     return advice
 
 
-def _check_expected(found: Variant, expected: Variant | None, where: str) -> None:
-    if expected is not None and not same_network(expected, found):
-        raise WeightsError(f"{where} holds {found.name}, not {expected.name}")
+def _check_expected(held: Variant, expected: Variant | None, where: str) -> None:
+    if expected is not None and not same_network(expected, held):
+        raise WeightsError(f"{where} holds {held.name}, not {expected.name}")
 
 
 def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: Variant) -> None:
-    """All of a model's entries and nothing else, but for BN counters, which may be absent."""
+    """Check that a file has all of a model's entries and nothing else, but for BN counters, which may be absent."""
     expected = {item.key: item.file_shape for item in entries if item.leaf is not None or item.key in file.tensors}
-    found = {key: tensor.shape for key, tensor in file.tensors.items()}
-    check_shapes(found, expected, where, "a custom RepVGG" if variant.name == "custom" else variant.name)
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    check_shapes(shapes, expected, where, "a custom RepVGG" if variant.name == "custom" else variant.name)
     for item in entries:
         kinds, what = ("iu", "integers") if item.leaf is None else ("fV", "floats")  # V: bfloat16, to numpy
         tensor = file.tensors.get(item.key)
@@ -291,18 +293,18 @@ def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: V
             raise WeightsError(f"{where}: {shown(item.key)} has {tensor.dtype} numbers, not {what}")
 
 
-def _info_of(file: TensorFile, entries: list[Item], found: Identification, variant: Variant, where: str) -> WeightsInfo:
+def _info_of(file: TensorFile, entries: list[Item], identity: Identification, variant: Variant) -> WeightsInfo:
     counters = [int(file.read(file.tensors[i.key])) for i in entries if i.leaf is None and i.key in file.tensors]
     learned = [item for item in entries if item.leaf is not None and item.leaf.startswith("params/")]
     return WeightsInfo(
-        family=found.family.name,
+        family=identity.family.name,
         variant=variant,
-        deploy=found.deploy,
-        num_classes=found.num_classes,
-        in_channels=found.in_channels,
+        deploy=identity.deploy,
+        num_classes=identity.num_classes,
+        in_channels=identity.in_channels,
         dtype=file.tensors[learned[0].key].dtype.name,
         num_parameters=sum(int(np.prod(item.shape)) for item in learned),
-        preprocessing=default_preprocessing(variant, found.in_channels),
+        preprocessing=default_preprocessing(variant, identity.in_channels),
         num_batches_tracked=max(counters, default=None),
     )
 
@@ -312,7 +314,7 @@ def _is_head(leaf: str) -> bool:
 
 
 def fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
-    """Classifier (and auxiliary classifiers) with PyTorch's default initialisation, the same ones every time."""
+    """Return classifiers (the auxiliary ones too) with PyTorch's default initialisation, the same ones every time."""
     leaves = {}
     for layer in head_layers(variant, deploy, num_classes):
         if layer.kind != "linear":

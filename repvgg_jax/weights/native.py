@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shown
 from ..net.layout import stem_kernel
 from ..net.leaves import Shape
-from ..net.model import RepVGG
 from ..net.variants import Variant
-from ..preprocess import Preprocessing
 from ..trees import flatten
-from .header import DEPLOY, INT8, IS_DEPLOY, TRAINING, Header, integer
+from .header import INT8, IS_DEPLOY, Header, integer, refusing_damage
 from .info import WeightsInfo
 from .safetensors_file import write_safetensors
 from .tensor_file import Record, Tensor, TensorFile
@@ -30,56 +27,28 @@ HEADER = "repvgg_jax"
 HEADER_CRC32 = "repvgg_jax_crc32"
 
 
-def write(
-    path: str | os.PathLike,
-    model: RepVGG,
-    variables: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...] | None,
-    num_batches_tracked: int | None = None,
-) -> None:
-    """Write `variables` to `path`, atomically.
-
-    Raises:
-      RepVGGError: the file cannot be written.
-    """
-    described = (preprocessing, class_names, num_batches_tracked)
-    form = DEPLOY if model.deploy else TRAINING
-    write_form(path, form, model.variant, model.num_classes, variables, *described)
-
-
-def write_form(
-    path: str | os.PathLike,
-    form: str,
-    variant: Variant,
-    num_classes: int,
-    variables: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...] | None,
-    num_batches_tracked: int | None = None,
-) -> None:
-    """Write a tree of arrays as a file of one of the forms in `IS_DEPLOY`, atomically.
+def write(path: str | os.PathLike, header: Header, variables: Mapping[str, Any]) -> None:
+    """Write a tree of arrays to `path`, atomically.
 
     Raises:
       RepVGGError: the file cannot be written.
     """
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in flatten(variables).items()}
-    header = Header(form, variant, num_classes, preprocessing, class_names, num_batches_tracked).to_json()
-    header["crc32"] = {
+    checksums = {
         name: zlib.crc32(array.reshape(-1).view(np.uint8).data, _crc32_start(array.dtype, array.shape))
         for name, array in arrays.items()
     }
-    text = json.dumps(header)
+    text = json.dumps(header.to_json() | {"crc32": checksums})
     write_safetensors(path, arrays, {HEADER: text, HEADER_CRC32: str(zlib.crc32(text.encode()))})
 
 
 def _crc32_start(dtype: np.dtype, shape: Shape) -> int:
-    """What a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
+    """Return what a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
     return zlib.crc32(f"{dtype.name} {list(shape)}".encode())
 
 
 def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
-    """What a native file says of itself; None if it is a safetensors file of another family.
+    """Return what a native file says of itself; None if it is a safetensors file of another family.
 
     From here on, the file's tensors are read with the checksums that it has for them.
 
@@ -92,7 +61,7 @@ def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo 
     text = file.metadata.get(HEADER)
     if text is None:
         return None
-    try:
+    with refusing_damage(f"cannot read {file.path}: damaged header"):
         if zlib.crc32(text.encode()) != int(file.metadata.get(HEADER_CRC32, zlib.crc32(text.encode()))):
             raise ValueError("its CRC-32 does not match; fetch or copy the file again")
         fields = json.loads(text)
@@ -115,9 +84,6 @@ def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo 
             class_names=header.class_names,
             num_batches_tracked=header.num_batches_tracked,
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
-        raise WeightsError(f"cannot read {file.path}: damaged header ({reason})") from error
 
 
 def _with_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, Any]) -> dict[str, Tensor]:

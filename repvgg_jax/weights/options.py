@@ -89,7 +89,7 @@ class WeightsOptions:
 
 
 def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, or those in a file if a file's name is all that is given."""
+    """Return the names, or those in a file if a file's name is all that is given."""
     path = Path(expand_home(given[0])) if len(given) == 1 else None
     try:
         if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path's own raises where a name is too long)

@@ -53,5 +53,5 @@ HARMLESS = frozenset(
 
 
 def python3_name(module: str, name: str) -> str:
-    """`module.name`; pickles that Python 2 can read call the built-in functions' module `__builtin__`."""
+    """Return `module.name`; pickles that Python 2 can read call the built-in functions' module `__builtin__`."""
     return f"{'builtins' if module == '__builtin__' else module}.{name}"

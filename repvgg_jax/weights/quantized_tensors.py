@@ -35,7 +35,7 @@ def expected_tensors(variant: Variant, num_classes: int, in_channels: int, names
 
 
 def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
-    """All of a quantised net's tensors and nothing else.
+    """Check that a file holds all of a quantised net's tensors and nothing else.
 
     Raises:
       WeightsError: lists what is missing, unexpected, or of another shape or type.
@@ -49,7 +49,7 @@ def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
 
 
 def read_tensors(file: TensorFile, where: str) -> dict[str, Any]:
-    """The tree under `params`, once it is sure that every number makes sense.
+    """Return the tree under `params`, once it is sure that every number makes sense.
 
     Raises:
       WeightsError: numbers that are not finite, or scales that are not positive.

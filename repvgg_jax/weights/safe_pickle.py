@@ -87,7 +87,7 @@ class Reader:
         self.storages: set[Storage] = set()
 
     def load(self, file: io.BufferedIOBase) -> Any:
-        """The object of the pickle that starts at the file's position; the position moves behind it.
+        """Return the object of the pickle that starts at the file's position; the position moves behind it.
 
         Raises:
           RefusedError: an object of an unknown class, unless `tensors_only`.
@@ -116,8 +116,8 @@ class Reader:
     def _step(self, name: str, argument: Any) -> None:
         if name in _PUSHES:
             self.stack.append(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name]())
+        elif name in _MAKERS:
+            self.stack.append(_MAKERS[name](self))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -151,32 +151,11 @@ class Reader:
 
     def _frame(self, _: Any) -> None: ...
 
-    def _mark(self, _: Any) -> None:
-        self.stack.append(_MARK)
-
     def _pop_mark(self, _: Any) -> None:
         self._to_mark()
 
-    def _dup(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
     def _memoize(self, _: Any) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
-
-    def _tuple(self, _: Any) -> None:
-        self.stack.append(tuple(self._to_mark()))
-
-    def _tuple1(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(1)))
-
-    def _tuple2(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(2)))
-
-    def _tuple3(self, _: Any) -> None:
-        self.stack.append(tuple(self._take(3)))
-
-    def _list(self, _: Any) -> None:
-        self.stack.append(self._to_mark())
 
     def _append(self, _: Any) -> None:
         self._extend(self._take(1))
@@ -206,7 +185,7 @@ class Reader:
             target.update(_with_plain_keys(zip(values[::2], values[1::2], strict=True)))
 
     def _target(self, kind: type) -> Any:
-        """The list or dict that items are for; None if they are entries of an object that is not restored."""
+        """Return the list or dict that items are for; None if they are entries of an object that is not restored."""
         target = self.stack[-1]
         if isinstance(target, kind):
             return target
@@ -214,8 +193,7 @@ class Reader:
             return self._contents(target) if kind is dict else None
         raise PickleError(f"damaged pickle (items of no {kind.__name__})")
 
-    def _additems(self, _: Any) -> None:
-        self._to_mark()  # sets have no tensors
+    _additems = _pop_mark  # sets have no tensors
 
     def _frozenset(self, _: Any) -> None:
         self._to_mark()
@@ -237,10 +215,10 @@ class Reader:
     def _push_global(self, module: str, name: str) -> None:
         if len(module) + len(name) > MAX_NAME:
             raise PickleError("a class name of absurd length")
-        found = Global(python3_name(module, name))
-        if found.name not in REBUILDERS and found.name not in HARMLESS and not self.tensors_only:
-            raise RefusedError(found.name)
-        self.stack.append(found)
+        full_name = python3_name(module, name)
+        if full_name not in REBUILDERS and full_name not in HARMLESS and not self.tensors_only:
+            raise RefusedError(full_name)
+        self.stack.append(Global(full_name))
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, list | tuple):
@@ -259,8 +237,7 @@ class Reader:
     def _reduce(self, _: Any) -> None:
         self._call(*self._take(2))
 
-    def _newobj(self, _: Any) -> None:
-        self._call(*self._take(2))
+    _newobj = _reduce
 
     def _newobj_ex(self, _: Any) -> None:
         function, arguments, _keywords = self._take(3)
@@ -276,7 +253,7 @@ class Reader:
         self._call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        """Gives an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
+        """Give an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
         (attributes,) = self._take(1)
         target = self.stack[-1]
         if isinstance(target, Opaque) and isinstance(attributes, dict):
@@ -317,7 +294,7 @@ class Reader:
 
 
 def _with_plain_keys(pairs: Any) -> dict[Any, Any]:
-    """A dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
+    """Return a dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
     return {key: value for key, value in pairs if _is_plain_key(key)}
 
 
@@ -348,7 +325,7 @@ def _parameter(data: Any, _requires_grad: Any, _hooks: Any, _state: Any = None) 
 
 
 def _with_attributes(function: Any, _class: Any, arguments: Any, _state: Any) -> Any:
-    """A tensor that carries Python attributes, or is of a subclass."""
+    """Return a tensor that carries Python attributes, or is of a subclass."""
     if function not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
         return Opaque()
     return REBUILDERS[function.name](*arguments)
@@ -376,12 +353,20 @@ _PUSHES = frozenset(
     if op.name.startswith(("INT", "BININT", "LONG", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BIN"))
     or op.name.startswith(("UNICODE", "BINUNICODE", "BINBYTES", "BYTEARRAY8"))
 ) - {"LONG_BINPUT", "LONG_BINGET"}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": Opaque,
+_MAKERS: dict[str, Callable[[Reader], Any]] = {
+    "NONE": lambda reader: None,
+    "NEWTRUE": lambda reader: True,
+    "NEWFALSE": lambda reader: False,
+    "EMPTY_LIST": lambda reader: [],
+    "EMPTY_DICT": lambda reader: {},
+    "EMPTY_TUPLE": lambda reader: (),
+    "EMPTY_SET": lambda reader: Opaque(),
+    "MARK": lambda reader: _MARK,
+    "DUP": lambda reader: reader.stack[-1],
+    "TUPLE1": lambda reader: tuple(reader._take(1)),
+    "TUPLE2": lambda reader: tuple(reader._take(2)),
+    "TUPLE3": lambda reader: tuple(reader._take(3)),
+    "TUPLE": lambda reader: tuple(reader._to_mark()),
+    "LIST": lambda reader: reader._to_mark(),
 }
+"""Instructions that push something, made of what lies on the stack if of anything."""

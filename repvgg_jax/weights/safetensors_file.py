@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, reason_of, shown
 from ..files import atomic_path
 from .tensor_file import BFLOAT16, Tensor, TensorFile, check_disjoint, contiguous_strides, sizes
 
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
-    """The tensors and the metadata of an open safetensors file.
+    """Return the tensors and the metadata of an open safetensors file.
 
     Raises:
       WeightsError: damaged, cut short, or a header that lies about the file.
@@ -54,8 +54,7 @@ def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _locate(entry, 8 + count, length) for name, entry in header.items()}
     except (SafetensorError, struct.error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"cannot read {path}: not a sound safetensors file ({shown(reason)})") from error
+        raise WeightsError(f"cannot read {path}: not a sound safetensors file ({shown(reason_of(error))})") from error
     except RecursionError as error:
         raise WeightsError(f"cannot read {path}: not a sound safetensors file (nested header)") from error
     check_disjoint(tensors, path)
@@ -81,7 +80,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     try:
         save_file(dict(arrays), path, metadata=dict(metadata))
     except SafetensorError as error:
-        raise OSError(" ".join(str(error).split())) from error
+        raise OSError(reason_of(error)) from error
 
 
 def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:

@@ -74,14 +74,14 @@ def save_weights(
     in_channels = in_channels_of(arrays)
     check_arrays(arrays, expected_shapes(model.variant, model.deploy, model.num_classes, in_channels), "variables")
     preprocessing = preprocessing or default_preprocessing(model.variant, in_channels)
+    form = DEPLOY if model.deploy else TRAINING
+    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
     if names is None:
-        native.write(path, model, variables, preprocessing, class_names, num_batches_tracked)
+        native.write(path, header, variables)
         return
     numbers = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     shape = (model.variant, model.deploy, model.num_classes, in_channels)
     state = state_dict(names, numbers, *shape, num_batches_tracked=num_batches_tracked or 0)
-    form = DEPLOY if model.deploy else TRAINING
-    header = Header(form, model.variant, model.num_classes, preprocessing, class_names, num_batches_tracked)
     with side_file.writing(path, header, in_channels) as temporary:
         if Path(path).suffix == ".safetensors":
             save_arrays(temporary, state, {"format": "pt"})
@@ -90,7 +90,7 @@ def save_weights(
 
 
 def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat tree of numbers that `variables` are.
+    """Return the flat tree of numbers that `variables` are.
 
     Raises:
       WeightsError: they are something else.
@@ -106,7 +106,7 @@ def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> Family | None:
-    """The naming that a file gets, None for the native one.
+    """Return the naming that a file gets, None for the native one.
 
     RepVGGplus and the training form of QARepVGG have names of their authors' of their own.
 
@@ -142,7 +142,7 @@ def check_writable(
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> None:
-    """Fails as `save_weights` would for such a model, as far as that shows beforehand.
+    """Fail as `save_weights` would for such a model, as far as that shows beforehand.
 
     Raises:
       WeightsError, RepVGGError: as `save_weights`.

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError
 from ..files import atomic_path, check_target
 from ..net.kernel_algebra import BN_EPSILON
 from ..net.variants import VARIANTS, Variant
-from .header import IS_DEPLOY, TRAINING, Header
+from .header import IS_DEPLOY, TRAINING, Header, refusing_damage
 from .identify import same_network, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 
@@ -112,13 +112,8 @@ def with_side_file(
     passed_over = f"{side} is passed over: it was written for another file than {local} is now"
     if content.get(FILE) != _fingerprint(local):
         return info, passed_over
-    try:
+    with refusing_damage(f"cannot read {side}, which belongs to {local}; mend or remove it: damaged"):
         header = Header.from_json(content[KEY], f"{side}", num_tensors, expected)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
-        raise WeightsError(
-            f"cannot read {side}, which belongs to {local}: damaged ({reason}); mend or remove it"
-        ) from error
     same = (header.num_classes, IS_DEPLOY.get(header.form)) == (info.num_classes, info.deploy)
     if not same or not same_network(header.variant, info.variant):
         return info, passed_over
@@ -136,7 +131,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _read(side: Path) -> Mapping[str, Any] | None:
-    """The content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
+    """Return the content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
     try:
         if not side.is_file():
             return None

@@ -41,7 +41,7 @@ OIHW, OUT_IN = (3, 2, 0, 1), (1, 0)
 
 
 def items(family: Family | None, variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> list[Item]:
-    """Every entry of that model's file, in the order of the family's state dict; `family` None: the native one.
+    """Return all entries of that model's file, in the order of the family's state dict; `family` None: the native one.
 
     Raises:
       WeightsError: the family has no name for a part of the model.
@@ -104,12 +104,12 @@ def to_leaf(values: np.ndarray, item: Item) -> np.ndarray:
 
 
 def from_leaf(leaf: np.ndarray, item: Item) -> np.ndarray:
-    """The inverse: float32, row-major, in memory of its own."""
+    """Do the inverse of `to_leaf`: return float32, row-major, in memory of its own."""
     return np.array(leaf if item.axes is None else leaf.transpose(item.axes), np.float32, order="C")
 
 
 def _aligned_empty(shape: Shape) -> np.ndarray:
-    """Uninitialised float32 at a 64-byte boundary, where JAX on a CPU uses it without another copy."""
+    """Return uninitialised float32 at a 64-byte boundary, where JAX on a CPU uses it without another copy."""
     count = int(np.prod(shape)) * 4
     raw = np.empty(count + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -125,7 +125,7 @@ def state_dict(
     in_channels: int,
     num_batches_tracked: int = 0,
 ) -> dict[str, np.ndarray]:
-    """`arrays` (a flat tree) under the family's keys, in its layout, order and dtypes.
+    """Return `arrays` (a flat tree) under the family's keys, in its layout, order and dtypes.
 
     Raises:
       WeightsError: the family has no name for a part of the model, or for a number that is not the usual constant.

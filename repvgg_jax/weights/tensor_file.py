@@ -13,13 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, shown, system_errors
 from ..net.leaves import Shape
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMENSIONS = 8
-
-
 CHUNK_BYTES = 1 << 20
 
 
@@ -91,7 +89,7 @@ class TensorFile:
     _sound: set[Record] = dataclasses.field(default_factory=set)
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's values; valid until the same thread's next `read`.
+        """Return the tensor's values; valid until the same thread's next `read`.
 
         Raises:
           WeightsError: the file ends before the tensor does, cannot be read, or its checksum says that it is damaged.
@@ -112,19 +110,16 @@ class TensorFile:
         return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
     def _fill(self, view: memoryview, offset: int) -> None:
-        try:
-            with self._lock:
-                self.handle.seek(offset)
-                while len(view):
-                    got = self.handle.readinto(view)
-                    if not got:
-                        raise WeightsError(f"{self.path} was cut short while it was read")
-                    view = view[got:]
-        except OSError as error:
-            raise WeightsError(f"cannot read {self.path}: {error.strerror or error}") from error
+        with self._lock, system_errors(WeightsError, f"cannot read {self.path}"):
+            self.handle.seek(offset)
+            while len(view):
+                got = self.handle.readinto(view)
+                if not got:
+                    raise WeightsError(f"{self.path} was cut short while it was read")
+                view = view[got:]
 
     def _checksum(self, record: Record) -> int:
-        """CRC-32 of a record of which a tensor is only a part."""
+        """Return the CRC-32 of a record of which a tensor is only a part."""
         chunk, crc = bytearray(min(CHUNK_BYTES, record.size)), record.start
         for start in range(0, record.size, CHUNK_BYTES):
             view = memoryview(chunk)[: record.size - start]
@@ -141,12 +136,12 @@ class TensorFile:
 
 
 def contiguous_strides(shape: Shape) -> Shape:
-    """Row-major strides, in elements."""
+    """Return row-major strides, in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def sizes(value: Any) -> Shape:
-    """`value` as a tuple of non-negative integers.
+    """Return `value` as a tuple of non-negative integers.
 
     Raises:
       ValueError: it is none, or longer than any weight's.
@@ -170,7 +165,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def check_disjoint(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Every tensor has bytes of its own.
+    """Check that every tensor has bytes of its own.
 
     Raises:
       WeightsError: two tensors share or overlap storage.

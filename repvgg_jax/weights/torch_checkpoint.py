@@ -16,7 +16,7 @@ MAX_PATH = 500
 
 
 def find_state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[str, TensorRecord], list[str]]:
-    """The dict of tensors that is the model, or its moving average, and what to tell the user about the choice.
+    """Return the dict of tensors that is the model, or its moving average, and what to tell the user about the choice.
 
     A bare state dict, one under a known name, or the only one there is under any name. Of a pickled network that
     was passed over (`tensors_only`), the parameters and buffers of its modules.
@@ -54,7 +54,7 @@ class _Search:
         self.left = MAX_ENTRIES
 
     def entries(self, value: Any) -> Mapping[Any, Any]:
-        """What a dict, or an object that was passed over, has by name; nothing of anything else."""
+        """Return what a dict, or an object that was passed over, has by name; nothing of anything else."""
         contents = value.contents if isinstance(value, Opaque) else value
         found = contents if isinstance(contents, dict) else {}
         self.left -= 1 + len(found)
@@ -63,7 +63,7 @@ class _Search:
         return found
 
     def states(self, entries: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Mapping[Any, Any]]:
-        """Those of the entries that are state dicts."""
+        """Return those of the entries that are state dicts."""
         states = {key: self._state(entries[key]) for key in keys if key in entries}
         return {key: state for key, state in states.items() if any(isinstance(t, TensorRecord) for t in state.values())}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, reason_of, shown
 from .safe_pickle import PickleError, Reader, RefusedError, TensorRecord
 from .tensor_file import (
     BFLOAT16,
@@ -45,7 +45,7 @@ Places = Mapping[str, Record]
 
 
 def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
-    """The state dict of a PyTorch file.
+    """Return the state dict of a PyTorch file.
 
     Args:
       handle: the open file.
@@ -67,8 +67,7 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
             "or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason)})") from error
+        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason_of(error))})") from error
     state, notes = find_state_dict(root, path, ema)
     tensors = {key: _locate(record, places, key, path) for key, record in state.items()}
     check_disjoint(tensors, path)
@@ -108,7 +107,7 @@ def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
 
 
 def _directory_bytes(handle: io.FileIO, length: int) -> int:
-    """Declared length of the zip directory, whose entries `zipfile` would all turn into objects.
+    """Return the declared length of the zip directory, whose entries `zipfile` would all turn into objects.
 
     PyTorch ends its files with the directory, the 64-bit end record and its locator (76 bytes), and the end record
     (22 bytes). A file that ends in another way, such as with a comment, could look different to different readers.
@@ -127,7 +126,7 @@ def _directory_bytes(handle: io.FileIO, length: int) -> int:
 
 
 def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin, behind its own header, which must agree with the directory on its name."""
+    """Return where a record's bytes begin, behind its own header, which must agree with the directory on its name."""
     handle.seek(record.header_offset)
     header = handle.read(30)
     if header[:4] != ZIP_MAGIC:
@@ -140,7 +139,7 @@ def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
 
 
 def _checked_bytes(handle: io.FileIO, name: str, places: Places, limit: int) -> bytes:
-    """A whole record, which must be the one that its checksum belongs to."""
+    """Return a whole record, which must be the one that its checksum belongs to."""
     record = places[name]
     if record.size > limit:
         raise PickleError(f"a part of {record.size} bytes where at most {limit} make sense")
@@ -152,7 +151,7 @@ def _checked_bytes(handle: io.FileIO, name: str, places: Places, limit: int) -> 
 
 
 def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
-    """Pickles of magic number, protocol, system, object and storage keys; then a count and numbers for each storage."""
+    """Read pickles of magic number, protocol, system, object and storage keys; then each storage: count, numbers."""
     length = handle.seek(0, io.SEEK_END)
     handle.seek(0)
     head = io.BytesIO(handle.read(MAX_PICKLE_BYTES))
@@ -187,7 +186,7 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 
 def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tensor:
-    """The tensor's place, once its claims are held against the bytes that are there."""
+    """Return the tensor's place, once its claims are held against the bytes that are there."""
     dtype = _numpy_dtype(record.storage.dtype)
     try:
         shape, strides = sizes(record.size), sizes(record.stride)

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import WeightsError, shown
+from ..errors import WeightsError, reason_of, shown
+from ..trees import flatten
+from .header import refusing_damage
 from .native import HEADER
 from .tensor_file import Tensor, TensorFile, contiguous_strides
 
@@ -74,17 +75,17 @@ def evaluations(checkpoints: Path) -> dict[int, float]:
     It is in the checkpoint, as orbax's metrics; for those of earlier versions, or where that file is damaged, in the
     run's metrics.jsonl.
     """
-    found: dict[int, float] = {}
+    best_top1: dict[int, float] = {}
     with contextlib.suppress(OSError):
         for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
                 row = json.loads(line)
                 if row.get("form") in ("train", "ema"):
-                    found[row["step"]] = max(float(row[METRIC]), found.get(row["step"], 0.0))
+                    best_top1[row["step"]] = max(float(row[METRIC]), best_top1.get(row["step"], 0.0))
     for path in checkpoints.glob("*/metrics/metrics"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
-    return found
+            best_top1[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
+    return best_top1
 
 
 def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
@@ -98,15 +99,12 @@ def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
     Raises:
       WeightsError: damaged, without a moving average, or of a release that did not say which net it is.
     """
-    try:
+    with refusing_damage(f"cannot read {folder}: damaged checkpoint"):
         handle.seek(0)
         facts = json.loads(handle.read(MAX_FACTS_BYTES))
         net = facts["facts"].get("net")
         shapes = {_name(key): tuple(map(int, shape)) for key, shape in facts["shapes"].items()}
         crc32 = int(facts["crc32"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = shown(f"{type(error).__name__}: {error}")
-        raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
     if not net:
         raise WeightsError(
             f"{folder} does not say which net it is, as checkpoints of this release do: start its training command "
@@ -115,12 +113,14 @@ def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
     places = _places(shapes, ema)
     if not places:
         raise WeightsError(f"{folder} has no moving average (EMA) of the weights: --ema-decay keeps one")
-    names = list(places)
-    tensors = {name: _tensor(number, places[name], shapes) for number, name in enumerate(names)}
+    tensors = {}
+    for number, (name, place) in enumerate(places.items()):
+        shape = shapes[place][1:] if _is_averaged(place) else shapes[place]
+        tensors[name] = Tensor(shape, np.dtype("float32"), number, contiguous_strides(shape))
     step = {"num_batches_tracked": int(folder.name)} if folder.name.isdecimal() else {}
-    header = json.dumps(net | step)
-    leaves = _Leaves(folder, shapes, crc32, [places[name] for name in names])
-    return _CheckpointFile(folder, handle, tensors, {HEADER: header}, leaves=leaves)
+    metadata = {HEADER: json.dumps(net | step)}
+    state = list(places.values())
+    return _CheckpointFile(folder, handle, tensors, metadata, shapes=shapes, crc32=crc32, places=state)
 
 
 def _name(key: str) -> str:
@@ -134,57 +134,45 @@ def _key(name: str) -> str:
 
 
 def _places(shapes: Mapping[str, Any], ema: bool) -> dict[str, str]:
-    """Name among a net's variables -> name in the state."""
-    found = {}
+    """Return the name in the state by the name among a net's variables."""
+    places = {}
     for name in shapes:
         field, _, rest = name.partition("/")
         if field in COLLECTIONS[ema] and not rest.endswith(f"/{QAT_RANGE}"):
-            found[f"{COLLECTIONS[ema][field]}/{rest}"] = name
-    return found
-
-
-def _tensor(number: int, place: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-    shape = shapes[place][1:] if _is_averaged(place) else shapes[place]
-    return Tensor(shape, np.dtype("float32"), number, contiguous_strides(shape))
+            places[f"{COLLECTIONS[ema][field]}/{rest}"] = name
+    return places
 
 
 def _is_averaged(place: str) -> bool:
     return place.partition("/")[0].endswith(AVERAGED)
 
 
-class _Leaves:
-    """The arrays of a checkpoint, read by orbax once they are asked for."""
-
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int, places: list[str]):
-        self._folder, self._shapes, self._crc32, self._places = folder, shapes, crc32, places
-        self._lock = threading.Lock()
-        self._arrays: list[np.ndarray] = []
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        with self._lock:
-            if not self._arrays:
-                state = _restore(self._folder, self._shapes, self._crc32)
-                self._arrays = [_on_one_device(state[place], place) for place in self._places]
-        return self._arrays[number]
-
-
-def _on_one_device(array: np.ndarray, place: str) -> np.ndarray:
-    return array.mean(0) if _is_averaged(place) else array
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _CheckpointFile(TensorFile):
-    """A file whose tensors' offsets are numbers of leaves."""
+    """A checkpoint, whose arrays are all read when the first of them is. A tensor's offset is its number.
 
-    leaves: _Leaves = dataclasses.field(kw_only=True)
+    Attributes:
+      shapes: of the state's arrays, by name.
+      crc32: of all of them.
+      places: the name in the state of each tensor.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    crc32: int
+    places: list[str]
+    _arrays: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """As `TensorFile.read`."""
-        return self.leaves[tensor.offset]
+        with self._lock:
+            if not self._arrays:
+                state = _restore(self.path, self.shapes, self.crc32)
+                self._arrays = [state[p].mean(0) if _is_averaged(p) else state[p] for p in self.places]
+        return self._arrays[tensor.offset]
 
 
 def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by name, which must be those that were saved.
+    """Return all arrays of a checkpoint by name, which must be those that were saved.
 
     Raises:
       WeightsError: orbax is not installed, cannot read them, or they are others.
@@ -199,11 +187,10 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 tree = checkpointer.restore((folder / STATE).absolute())
-            leaves = {name: np.asarray(leaf) for name, leaf in _walk(tree, "")}
+            leaves = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
         except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
             time.sleep(GRACE_SECONDS)
-            reason = shown(" ".join(str(error).split()) or type(error).__name__)
-            raise WeightsError(f"cannot read {folder}: damaged checkpoint ({reason})") from error
+            raise WeightsError(f"cannot read {folder}: damaged checkpoint ({shown(reason_of(error))})") from error
     same_shapes = {name: leaf.shape for name, leaf in leaves.items()} == dict(shapes)
     if not same_shapes or checksum({_key(name): leaf for name, leaf in leaves.items()}) != crc32:
         raise WeightsError(f"cannot read {folder}: damaged checkpoint (its numbers are not those that were saved)")
@@ -231,13 +218,6 @@ def without_late_failures() -> Iterator[None]:
 def _is_of_others(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not ("orbax" in message or "tensorstore" in message)
-
-
-def _walk(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        found += _walk(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
 
 
 def checksum(leaves: Mapping[str, np.ndarray]) -> int:

@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
             ((path, out, "--image-size", "99999999"), "--image-size must be at most 16384, not 99999999"),
             ((path, tmp_path / "none" / "net.onnx"), "there is no folder"),
             ((path, out, "--check-images", tmp_path / "none.jpg"), "none.jpg: No such file"),
-            ((path, out, "--check-images", tmp_path / "empty"), "no images in this folder"),
+            ((path, out, "--check-images", tmp_path / "empty"), "empty holds no images"),
             ((path, out, "--check-images", tmp_path / "no.png"), "no.png: cannot be read as an image"),
         ):
             assert words in error_of(convert(*arguments))

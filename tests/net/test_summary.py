@@ -190,10 +190,10 @@ def test_a_weight_file_says_its_input_and_its_classes(tmp_path):
     done = command("repvgg_jax.__main__", "summary", tmp_path / "a.safetensors")
     assert done.returncode == 0, done.stderr
     assert "training form" in done.stdout
-    assert "images    32x32 RGB: shorter side resized to 37, then the central 32x32" in done.stdout
-    assert "mean      0.485, 0.456, 0.406 " in done.stdout
-    assert "std       0.229, 0.224, 0.225" in done.stdout
-    assert "classes   3: lamp, été, a, b" in done.stdout
+    assert "3 classes, 3 input channels" in done.stdout
+    assert "images: 32 pixels, centre crop 0.875 of the shorter side resized to 37, " in done.stdout
+    assert "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225 (of pixel values in 0..1)" in done.stdout
+    assert "class names: lamp, été, a, b\n" in done.stdout
     assert "one 32x32 image, 3 classes" in done.stdout
 
 
@@ -206,8 +206,9 @@ def test_many_classes_other_sizes_and_variants_beside_a_file(tmp_path):
     done = command("repvgg_jax.__main__", "summary", path, "RepVGG-A0", "--image-size", 64)
     assert done.returncode == 0, done.stderr
     assert "deploy form" in done.stdout
-    assert "n18, n19 and 5 more" in done.stdout
-    assert "images    40x40 grey: " in done.stdout
+    assert "n8, n9, and 15 more" in done.stdout
+    assert "25 classes, 1 input channels" in done.stdout
+    assert "images: 40 pixels, " in done.stdout
     assert "one 64x64 image, 25 classes" in done.stdout
     assert "one 64x64 image, 1000 classes" in done.stdout
     done = command("repvgg_jax.__main__", "summary", tmp_path / "none.safetensors")

@@ -106,10 +106,8 @@ def test_inspect_shows_classes_and_preprocessing(tmp_path):
     preprocessing = rv.Preprocessing(40, 0.8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     rv.save_weights(tmp_path / "w.safetensors", model, variables, preprocessing=preprocessing, class_names=names)
     shown = convert("--inspect", tmp_path / "w.safetensors").stdout.splitlines()
-    assert (
-        shown[1]
-        == "images: 40 pixels, centre crop 0.8 of the resized shorter side, mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6"
-    )
+    images = "images: 40 pixels, centre crop 0.8 of the shorter side resized to 50"
+    assert shown[1] == f"{images}, mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6 (of pixel values in 0..1)"
     assert shown[2] == f"class names: {', '.join(names[:10])}, and 2 more"
     rv.save_weights(tmp_path / "bare.safetensors", model, variables)
     assert convert("--inspect", tmp_path / "bare.safetensors").stdout.splitlines()[2] == "class names: not in the file"

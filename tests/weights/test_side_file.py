@@ -122,10 +122,8 @@ def test_convert_says_what_is_lost_and_inspect_shows_what_was_kept(native, tmp_p
     assert done.returncode == 0
     assert "w.pth cannot say image_size, crop_fraction, mean, std, class_names: written to" in done.stderr
     shown = convert("--inspect", tmp_path / "w.pth").stdout
-    assert (
-        "images: 48 pixels, centre crop 0.9 of the resized shorter side, mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3"
-        in shown
-    )
+    images = "images: 48 pixels, centre crop 0.9 of the shorter side resized to 53"
+    assert f"{images}, mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3" in shown
     assert f"class names: {', '.join(NAMES)}" in shown
     # And back, nothing lost.
     assert convert(tmp_path / "w.pth", tmp_path / "again.safetensors").returncode == 0
