@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,40 +62,50 @@ def oracle_of(name: str) -> torch_oracle.RepVGG:
     return oracle
 
 
-@pytest.mark.parametrize("name", ["plus", pytest.param("grouped", marks=pytest.mark.slow)])
-def test_both_forms_are_pytorchs(name, tmp_path):
-    oracle = oracle_of(name)
+@pytest.fixture(params=["plus", pytest.param("grouped", marks=pytest.mark.slow)])
+def in_float64(request, tmp_path) -> Iterator[tuple[torch_oracle.RepVGG, rv.RepVGG, dict[str, Any]]]:
+    """A PyTorch net of that epsilon, our model of its file, and our variables, all in float64."""
+    oracle = oracle_of(request.param)
     torch.save(oracle.state_dict(), tmp_path / "yolo.pth")
     model, variables = rv.load_weights(tmp_path / "yolo.pth", epsilon=EPSILON)
     assert model.variant.epsilon == EPSILON
     with jax.enable_x64(True), torch.no_grad():
-        oracle.double()
         model = model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
-        variables, x = cast(variables, "float64"), nchw(IMAGES, "float64")
-        images = IMAGES.astype(np.float64)
-        expected = oracle.eval()(x)
-        assert relative_difference(expected, run(model.apply, variables, images)) <= 1e-10
-        deploy_model, deploy_variables = rv.to_deploy(model, variables)
-        assert relative_difference(expected, run(deploy_model.apply, deploy_variables, images)) <= 1e-10
-        fused = rv.fuse_variables(
-            {"params": {"backbone": variables["params"]}} | {"batch_stats": {"backbone": variables["batch_stats"]}},
-            ("backbone",),
-            epsilon=EPSILON,
-        )
-        jax.tree.map(np.testing.assert_array_equal, fused["params"]["backbone"], deploy_variables["params"])
-        usual = model.clone(variant=dataclasses.replace(model.variant, epsilon=1e-5))
-        assert relative_difference(expected, run(usual.apply, variables, images)) > 1e-2
+        yield oracle.double(), model, cast(variables, "float64")
 
-        def in_training(variables: Any, images: Any) -> Any:
-            return model.apply(variables, images, train=True, mutable=["batch_stats"])
 
-        trained = numpy_logits(oracle.train()(x))
-        logits, changed = run(in_training, variables, images)
-        for head, values in numpy_logits(logits).items():
-            assert relative_difference(trained[head], values) <= 1e-8
-        theirs = leaves_of(oracle, model.variant)
-        for leaf, values in flatten(changed).items():
-            assert relative_difference(theirs[leaf], values) <= 1e-8
+def test_both_forms_give_pytorchs_logits_and_another_epsilon_does_not(in_float64):
+    oracle, model, variables = in_float64
+    images = IMAGES.astype(np.float64)
+    expected = oracle.eval()(nchw(IMAGES, "float64"))
+    assert relative_difference(expected, run(model.apply, variables, images)) <= 1e-10
+    deploy_model, deploy_variables = rv.to_deploy(model, variables)
+    assert relative_difference(expected, run(deploy_model.apply, deploy_variables, images)) <= 1e-10
+    usual = model.clone(variant=dataclasses.replace(model.variant, epsilon=1e-5))
+    assert relative_difference(expected, run(usual.apply, variables, images)) > 1e-2
+
+
+def test_a_backbone_of_that_epsilon_is_fused_like_the_model_alone(in_float64):
+    _, model, variables = in_float64
+    inside = {collection: {"backbone": tree} for collection, tree in variables.items()}
+    fused = rv.fuse_variables(inside, ("backbone",), epsilon=EPSILON)
+    _, deploy_variables = rv.to_deploy(model, variables)
+    jax.tree.map(np.testing.assert_array_equal, fused["params"]["backbone"], deploy_variables["params"])
+
+
+def test_a_training_step_gives_pytorchs_logits_and_moves_the_statistics_as_pytorch_does(in_float64):
+    oracle, model, variables = in_float64
+
+    def in_training(variables: Any, images: Any) -> Any:
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    expected = numpy_logits(oracle.train()(nchw(IMAGES, "float64")))
+    logits, changed = run(in_training, variables, IMAGES.astype(np.float64))
+    for head, values in numpy_logits(logits).items():
+        assert relative_difference(expected[head], values) <= 1e-8
+    theirs = leaves_of(oracle, model.variant)
+    for leaf, values in flatten(changed).items():
+        assert relative_difference(theirs[leaf], values) <= 1e-8
 
 
 @pytest.mark.parametrize("block", [pytest.param("repvgg", marks=pytest.mark.slow), "qarepvgg"])

@@ -1,7 +1,6 @@
 """Claim: `python -m convert --int8` makes a quantised file that every other command takes, or says why not."""
 
 import json
-import warnings
 
 import numpy as np
 import onnx
@@ -84,36 +83,47 @@ def test_calibration_images_are_training_images_prepared_for_evaluation(folder):
     assert digits.shape == (20, 32, 32, 1)
 
 
-def test_calibration_goes_on_without_images_that_cannot_be_read(folder):
-    """It names and counts them, and takes others in their place."""
+@pytest.fixture
+def partly_unreadable(folder):
+    """The data set with two of its 17 training images unreadable: one too elongated, one not an image."""
     train = folder / "data" / "train"
-    before = calibration_images(folder / "data", PREPROCESSING, 10)
     Image.new("RGB", (100_000, 1)).save(train / "a" / "3.png")
     (train / "deep" / "er").mkdir(parents=True)
     (train / "deep" / "er" / "x.jpg").write_bytes(b"no image")
+    return train
+
+
+def test_calibration_images_that_cannot_be_read_are_named_counted_and_left_out(folder, partly_unreadable):
     with pytest.warns(DataWarning) as caught:
         images = calibration_images(folder / "data", PREPROCESSING, 100)
     assert len(images) == 15
     assert np.all(images.reshape(15, -1).std(1) > 0)
-    said = [f"{warning.message}" for warning in caught]
-    assert [words.split(":")[0] for words in said[:2]] == ["calibration image left out"] * 2
-    assert sorted(name for words in said[:2] for name in ("3.png", "x.jpg") if name in words) == ["3.png", "x.jpg"]
-    assert said[2:] == ["2 calibration images could not be read; 15 others are used"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)
-        assert calibration_images(folder / "data", PREPROCESSING, 10).shape == before.shape
+    *named, counted = [f"{warning.message}" for warning in caught]
+    assert [words.split(":")[0] for words in named] == ["calibration image left out"] * 2
+    assert sorted(name for words in named for name in ("3.png", "x.jpg") if name in words) == ["3.png", "x.jpg"]
+    assert counted == "2 calibration images could not be read; 15 others are used"
 
-    options = ("--calibration", folder / "data", "--method", "naive")
-    done = convert(folder, "int8.safetensors", *options)
+
+@pytest.mark.usefixtures("partly_unreadable")
+@pytest.mark.filterwarnings("ignore::repvgg_jax.errors.DataWarning")
+def test_calibration_takes_other_images_in_the_place_of_unreadable_ones(folder):
+    images = calibration_images(folder / "data", PREPROCESSING, 10)
+    assert images.shape == (10, 32, 32, 3)
+
+
+def test_the_command_calibrates_with_the_images_that_can_be_read(folder, partly_unreadable):
+    done = convert(folder, "int8.safetensors", "--calibration", folder / "data", "--method", "naive")
     assert done.returncode == 0, done.stderr
     assert "from 15 calibration images" in done.stdout
     assert done.stderr.count("calibration image left out: ") == 2
-    assert f"{train / 'deep' / 'er' / 'x.jpg'}: cannot be read as an image" in done.stderr
+    assert f"{partly_unreadable / 'deep' / 'er' / 'x.jpg'}: cannot be read as an image" in done.stderr
 
-    for file in train.rglob("*.png"):
+
+def test_one_readable_image_is_too_few_and_the_unreadable_one_is_named(folder, partly_unreadable):
+    for file in partly_unreadable.rglob("*.png"):
         file.unlink()
-    Image.new("RGB", (32, 32)).save(train / "a" / "only.png")
-    done = convert(folder, "none.safetensors", *options)
+    Image.new("RGB", (32, 32)).save(partly_unreadable / "a" / "only.png")
+    done = convert(folder, "none.safetensors", "--calibration", folder / "data", "--method", "naive")
     assert done.returncode == 2
     assert "x.jpg: cannot be read" in done.stderr  # why there are too few
     assert "one image is too few to calibrate with" in done.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -140,41 +141,62 @@ def test_folders_that_are_no_checkpoints_are_one_line(tmp_path):
     assert "holds no checkpoints" in error_of(convert(tmp_path / "empty", tmp_path / "out.pth"))
 
 
-def copy_of(checkpoint: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(checkpoint, folder / "7"))
+class Copy:
+    """A copy of the checkpoint of step 6 to damage, whose step is 7."""
+
+    def __init__(self, run: Path, folder: Path):
+        self.path = Path(shutil.copytree(run / "checkpoints" / "6", folder / "7"))
+        self.facts_file = self.path / "facts" / "metadata"
+        self.facts = json.loads(self.facts_file.read_text(encoding="utf-8"))
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Replace what the checkpoint says of itself."""
+        self.facts_file.write_text(json.dumps(facts), encoding="utf-8")
 
 
-def test_damage_is_one_line(run, tmp_path):
-    checkpoint = run[0] / "checkpoints" / "6"
-    whole = copy_of(checkpoint, tmp_path / "whole")
-    facts = json.loads((whole / "facts/metadata").read_text(encoding="utf-8"))
-    for number, change in enumerate(
-        (
-            {"crc32": facts["crc32"] ^ 1},
-            {"shapes": {**facts["shapes"], "['params']['linear']['bias']": [11]}},
-            {"shapes": {k: v for k, v in facts["shapes"].items() if "stage3" not in k}},
-            {"shapes": 3},
-            {"facts": {**facts["facts"], "net": {"version": 1}}},
-        )
-    ):
-        bad = copy_of(checkpoint, tmp_path / str(number))
-        (bad / "facts/metadata").write_text(json.dumps(facts | change), encoding="utf-8")
-        assert "/7" in refused(bad)
-    (whole / "facts/metadata").write_text("{", encoding="utf-8")
-    assert "damaged checkpoint" in refused(whole)
-    cut = copy_of(checkpoint, tmp_path / "cut")
-    largest = max((p for p in (cut / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+@pytest.fixture
+def checkpoint(run, tmp_path) -> Copy:
+    return Copy(run[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda facts: {"crc32": facts["crc32"] ^ 1},
+        lambda facts: {"shapes": {**facts["shapes"], "['params']['linear']['bias']": [11]}},
+        lambda facts: {"shapes": {k: v for k, v in facts["shapes"].items() if "stage3" not in k}},
+        lambda facts: {"shapes": 3},
+        lambda facts: {"facts": {**facts["facts"], "net": {"version": 1}}},
+    ],
+    ids=["another checksum", "another shape", "a stage less", "no shapes", "no net"],
+)
+def test_a_checkpoint_whose_facts_do_not_fit_is_named_in_one_line(changed, checkpoint):
+    checkpoint.write(checkpoint.facts | changed(checkpoint.facts))
+    assert "/7" in refused(checkpoint.path)
+
+
+def test_facts_that_are_not_json_are_a_damaged_checkpoint(checkpoint):
+    checkpoint.facts_file.write_text("{", encoding="utf-8")
+    assert "damaged checkpoint" in refused(checkpoint.path)
+
+
+def test_a_cut_file_of_numbers_is_a_damaged_checkpoint(checkpoint):
+    files = [path for path in (checkpoint.path / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    assert "damaged checkpoint" in refused(cut)
-    old = copy_of(checkpoint, tmp_path / "old")
-    del facts["facts"]["net"]
-    (old / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
-    assert "does not say which net it is" in refused(old)
-    none = copy_of(checkpoint, tmp_path / "none")
-    facts = json.loads((checkpoint / "facts/metadata").read_text(encoding="utf-8"))
-    facts["shapes"] = {key: shape for key, shape in facts["shapes"].items() if "ema" not in key}
-    (none / "facts/metadata").write_text(json.dumps(facts), encoding="utf-8")
-    assert "has no moving average" in refused(none, ema=True)
+    assert "damaged checkpoint" in refused(checkpoint.path)
+
+
+def test_a_checkpoint_that_does_not_say_its_net_is_refused_with_the_reason(checkpoint):
+    del checkpoint.facts["facts"]["net"]
+    checkpoint.write(checkpoint.facts)
+    assert "does not say which net it is" in refused(checkpoint.path)
+
+
+def test_a_moving_average_that_a_checkpoint_does_not_hold_is_refused(checkpoint):
+    shapes = {name: shape for name, shape in checkpoint.facts["shapes"].items() if "ema" not in name}
+    checkpoint.write(checkpoint.facts | {"shapes": shapes})
+    assert "has no moving average" in refused(checkpoint.path, ema=True)
 
 
 def test_ranges_of_quantisation_aware_training_are_left_out(tmp_path):
