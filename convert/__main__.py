@@ -30,8 +30,9 @@ from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.architecture import expected_variant
 from repvgg_jax.weights.info import describe
+from repvgg_jax.weights.key_maps import FAMILIES
 from repvgg_jax.weights.options import WeightsOptions
-from repvgg_jax.weights.saving import WRITABLE, check_writable
+from repvgg_jax.weights.saving import NATIVE, WRITABLE, check_writable
 
 from .compare import logits_of, relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
@@ -40,6 +41,9 @@ from .quantization import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
 """Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
+
+
+_TO_HELP = f"Whose names to write into a weight file: {NATIVE}, {', '.join(FAMILIES)}. Also makes a .bin PyTorch's."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Arguments:
     """Replace OUT if it exists. OUT is never the file that is read."""
     keep_training_form: bool = False
     """Rewrite the weights in another format without fusing them."""
-    to: Literal["native", "authors", "timm", "mmpretrain"] | None = None
-    """Whose names to write into a weight file; also makes a .bin PyTorch's."""
+    to: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help=_TO_HELP)] = None
     num_classes: int | None = None
     """Write a fresh classifier of this many classes if the file has another."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
