@@ -230,3 +230,22 @@ def test_bfloat16_takes_every_option():
     variables, images = random_variables(model), noise(2, 32, 32, 3)
     exact = run(model.clone(dtype=jnp.float32).apply, variables, images)
     assert 1e-4 < relative_difference(exact, run(model.apply, variables, images)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("strides", "output_stride", "reductions"),
+    [((1, 1, 2, 1, 2), 32, [1, 1, 2, 2, 4]), ((2, 1, 2, 2, 2), 8, [2, 2, 4, 8, 8])],
+)
+def test_every_stage_has_a_stride_of_its_own(strides, output_stride, reductions, tmp_path):
+    model = rv.create_model(VARIANT, 5, strides=strides, output_stride=output_stride)
+    assert [info.stride for info in model.feature_info] == reductions
+    variables, images = random_variables(model), noise(2, 32, 32, 3)
+    assert "rbr_identity" in variables["params"]["stage1_0"], "stride 1 and as many channels as before"
+    features = jax.eval_shape(lambda v: model.apply(v, images, method="features"), variables)
+    assert [feature.shape[1] for feature in features.values()] == [32 // reduction for reduction in reductions]
+    expected = run(model.apply, variables, images)
+    deploy_model, deploy_variables = fuse(model, variables)
+    assert relative_difference(expected, run(deploy_model.apply, deploy_variables, images)) <= 1e-5
+    assert relative_difference(expected, rv.make_predictor(model, variables, 2, 32)(images)) <= 1e-5
+    rv.save_weights(tmp_path / "w.safetensors", model, variables)
+    assert rv.load_weights(tmp_path / "w.safetensors")[0] == model

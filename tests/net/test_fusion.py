@@ -175,6 +175,18 @@ def test_fusing_what_cannot_be_fused_is_a_clear_error():
         fuse_variables(fused)
     with pytest.raises(rv.FusionError, match=r"no running statistics .* rbr_dense, rbr_1x1"):
         fuse_variables({"params": variables["params"]})
+    block, stats = (dict(tree["stage1_1"]) for tree in (variables["params"], variables["batch_stats"]))
+    del block["rbr_1x1"], stats["rbr_1x1"]
+    cut = {
+        "params": variables["params"] | {"stage1_1": block},
+        "batch_stats": variables["batch_stats"] | {"stage1_1": stats},
+    }
+    with pytest.raises(
+        rv.FusionError, match="stage1_1 has the branches rbr_dense, rbr_identity; RepVGG-A0's are rbr_de"
+    ):
+        rv.to_deploy(model, cut)
+    with pytest.raises(rv.FusionError, match="rbr_5x5 is a branch of no known kind: it holds conv"):
+        rv.equivalent_kernel_bias(block | {"rbr_5x5": {"conv": block["rbr_dense"]["conv"]}}, stats)
     with pytest.raises(rv.FusionError, match="nothing to fuse"):
         fuse_variables({"params": {"head": {"kernel": np.zeros(3)}}})
     with pytest.raises(rv.FusionError, match="no neck in params; there are linear, stage0"):
