@@ -125,7 +125,7 @@ def test_without_onnxruntime_and_scikit_learn_it_checks_by_what_there_is(trained
 def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trained, tmp_path):
     output = tmp_path / f"net{suffix}"
     output.write_text("before", encoding="utf-8")
-    with mock.patch("convert.exports._logits", return_value=np.ones((2, 5), np.float32)):
+    with mock.patch("convert.exports.logits_of", return_value=np.ones((2, 5), np.float32)):
         message = error_of(convert(trained[0], output, "--overwrite"))
     assert "differs from JAX by" in message
     assert "nothing written" in message

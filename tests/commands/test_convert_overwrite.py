@@ -98,7 +98,7 @@ def test_a_saved_model_is_replaced_whole_and_on_request_only(source, tmp_path, s
         same["logits"] = np.ones((2, 5), np.float32)
         return same["logits"]
 
-    monkeypatch.setattr(exports, "_logits", logits)
+    monkeypatch.setattr(exports, "logits_of", logits)
     saved_model(lambda path, images: same["logits"])
     output = tmp_path / "net.savedmodel"
     output.mkdir()

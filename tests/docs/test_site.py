@@ -56,7 +56,7 @@ def test_functions_and_dataclasses_show_how_they_are_called(site):
         "create_model": "create_model( variant: str | Variant, num_classes: int = 1000, deploy: bool = False, *,",
         "to_deploy": "to_deploy( model: RepVGG, variables: Tree ) -> tuple[RepVGG, dict[str, Any]]",
         "Branches": "Branches( dense_copies: int = 1, dbb_1x1_3x3: bool = False, dbb_1x1_avg: bool = False, point:",
-        "predictor.Predictor.__call__": "__call__(images: Any) -> ndarray",
+        "inference.predictor.Predictor.__call__": "__call__(images: Any) -> ndarray",
     }
     for name, signature in expected.items():
         assert signature in text_of(entries[name]), name
