@@ -129,20 +129,19 @@ class Convolution(Step):
     """A convolution without bias.
 
     Attributes:
-      size: rows and columns of its kernel, or one number for both.
+      size: rows and columns of its kernel.
       keeps_resolution: the block's stride is left to a later step.
       keeps_channels: as many outputs as inputs.
     """
 
-    size: int | tuple[int, int] = 3
+    size: tuple[int, int] = (3, 3)
     keeps_resolution: bool = False
     keeps_channels: bool = False
     leaf: ClassVar[str] = "kernel"
 
     def layer(self, geometry: Geometry, channels: int) -> Layer:
         outputs = channels if self.keeps_channels else geometry.out_channels
-        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        return Layer(self.name, "conv", (*size, channels // geometry.groups, outputs), has_bias=False)
+        return Layer(self.name, "conv", (*self.size, channels // geometry.groups, outputs), has_bias=False)
 
     def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
         geometry = branch.geometry
@@ -151,7 +150,7 @@ class Convolution(Step):
             kernel_size=self.size,
             stride=1 if self.keeps_resolution else geometry.stride,
             groups=geometry.groups,
-            dilation=1 if self.size == 1 else geometry.dilation,
+            dilation=1 if self.size == (1, 1) else geometry.dilation,
             **branch.options(self),
         )
         return branch.module(self, conv)(x, train, zero), None
@@ -285,22 +284,22 @@ class BranchModule(nn.Module):
         return module
 
 
-DENSE = Branch("rbr_dense", (Convolution("conv", 3), Normalization("bn")))
-POINT = Branch("rbr_1x1", (Convolution("conv", 1), Normalization("bn")))
-BARE_POINT = Branch("rbr_1x1", (Convolution("", 1),))
+DENSE = Branch("rbr_dense", (Convolution("conv", (3, 3)), Normalization("bn")))
+POINT = Branch("rbr_1x1", (Convolution("conv", (1, 1)), Normalization("bn")))
+BARE_POINT = Branch("rbr_1x1", (Convolution("", (1, 1)),))
 POINT_THEN_3X3 = Branch(
     "dbb_1x1_3x3",
     (
-        Convolution("conv1", 1, keeps_resolution=True, keeps_channels=True),
+        Convolution("conv1", (1, 1), keeps_resolution=True, keeps_channels=True),
         Normalization("bn1", pads_later=True),
-        Convolution("conv2", 3),
+        Convolution("conv2", (3, 3)),
         Normalization("bn2"),
     ),
 )
 POINT_THEN_AVERAGE = Branch(
     "dbb_1x1_avg",
     (
-        Convolution("conv1", 1, keeps_resolution=True),
+        Convolution("conv1", (1, 1), keeps_resolution=True),
         Normalization("bn1", pads_later=True),
         AveragePooling(),
         Normalization("bn2"),

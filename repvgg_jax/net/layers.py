@@ -82,7 +82,7 @@ class Conv(nn.Module):
     """
 
     features: int
-    kernel_size: int | tuple[int, int]
+    kernel_size: tuple[int, int]
     stride: int = 1
     groups: int = 1
     dilation: int = 1
@@ -91,11 +91,10 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
-        size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
-        shape = (*size, x.shape[-1] // self.groups, self.features)
+        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
         compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
-        kernel = (kernel if size[0] == size[1] else embed(kernel)).astype(self.dtype)
+        kernel = (kernel if len(set(self.kernel_size)) == 1 else embed(kernel)).astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
 
@@ -113,7 +112,7 @@ class ConvBN(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Conv(self.features, self.kernel_size, self.stride, **dtypes, name="conv")(x, train)
+        x = Conv(self.features, (self.kernel_size, self.kernel_size), self.stride, **dtypes, name="conv")(x, train)
         return BatchNorm(**dtypes, epsilon=self.epsilon, name="bn")(x, train)
 
 

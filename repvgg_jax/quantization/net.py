@@ -183,6 +183,11 @@ class IntegerOperations(FloatOperations):
     arithmetic: Arithmetic
     integer: bool
 
+    @functools.cached_property
+    def _reader_of(self) -> dict[str, str]:
+        """The name of what reads a block's output, by the block's."""
+        return {block.name: reader for block, reader in with_readers(self.variant.blocks())}
+
     def read(self, name: str, x: Array) -> Array:
         """Return the integers that the layer reads, or real numbers where it stayed in float."""
         layer = self.layers[name]
@@ -197,8 +202,7 @@ class IntegerOperations(FloatOperations):
             return super().conv(block, x, activate=activate)
         x = self.read(block.name, x)
         unit = layer["input_scale"] * layer["kernel_scale"]
-        reader = dict(with_readers(self.variant.blocks()))[block]
-        next_scale = self.layers[reader].get("input_scale")
+        next_scale = self.layers[self._reader_of[block.name]].get("input_scale")
         if activate and self.variant.gate_name is None and next_scale is not None:
             return self.arithmetic.rounded(block, x, layer, unit / next_scale)
         y = self.arithmetic.totals(block, x, layer).astype(jnp.float32) * channelwise(unit)
