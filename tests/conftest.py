@@ -3,8 +3,9 @@
 import os
 import signal
 
-# Before JAX starts: four virtual devices, so that data parallelism is real in every test that trains.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+import pytest
+
+from tests.helpers.xla_flags import QUICK_TO_COMPILE, xla_flags
 
 # A shell has its background jobs ignore Ctrl-C, and `nohup` the end of the terminal; so would every command that a test
 # starts and sends such a signal.
@@ -13,3 +14,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 pytest_plugins = ["tests.helpers.runs"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set, before JAX starts, four virtual devices, so that data parallelism is real in every test that trains."""
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+    os.environ["XLA_FLAGS"] = xla_flags(4)

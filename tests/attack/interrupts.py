@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from tests.helpers.runs import Runs, environment, weights
+from tests.helpers.xla_flags import QUICK_TO_COMPILE, xla_flags
 
 from .report import Attack, attempts, finish
 
@@ -48,18 +49,11 @@ class Interrupted:
     saved: bool
 
 
-def quick_to_compile() -> dict[str, str]:
-    """The environment of a run that compiles everything itself, which XLA's lowest level does sooner."""
-    variables = environment()
-    variables["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return variables
-
-
 def start(runs: Runs, workdir: Path) -> subprocess.Popen:
     """A run in a process group of its own."""
     return subprocess.Popen(
         runs.command(workdir, **OPTIONS),
-        env=quick_to_compile(),
+        env=environment() | {"XLA_FLAGS": f"{xla_flags(1)} {QUICK_TO_COMPILE}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

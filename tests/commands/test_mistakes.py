@@ -17,6 +17,7 @@ from tests.helpers.commands import command, error_of
 from tests.helpers.photos import PHOTO, encode, write_photos
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
+from tests.helpers.xla_flags import xla_flags
 
 SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 
@@ -350,7 +351,7 @@ def test_as_a_process_a_warning_is_one_line_too(tmp_path):
 
 def test_as_a_process_a_mistake_is_one_line():
     words = [sys.executable, "-m", "train.main", "--preset", "digits", "--batch-size", "6"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4)}
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.repository import ROOT
+from tests.helpers.xla_flags import xla_flags
 
 TINY = ["--num-blocks", "1", "1", "2", "1", "--widths", "8", "8", "8", "16", "16"]
 """Options of the architecture of all these runs."""
@@ -20,7 +21,7 @@ def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
     """Variables of a process with so many virtual CPU devices, one that keeps what it compiles in `cache`."""
     variables = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     if cache is not None:

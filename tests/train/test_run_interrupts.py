@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.helpers.runs import ROOT, rows, weights
+from tests.helpers.xla_flags import xla_flags
 from tests.train.test_processes import start_two
 from tests.train.test_resume import same_result, steps_in, wait_for
 
@@ -164,7 +165,7 @@ def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterru
     )
     workdir = tmp_path / "run"
     words = runs.command(workdir, ema_decay=0.99)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
     done = subprocess.run(
         [words[0], str(script), *words[2:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
