@@ -67,6 +67,11 @@ def differentiable_in_every_mode() -> Iterator[None]:
         _every_mode.reset(token)
 
 
+def every_mode() -> bool:
+    """Return whether this is within `differentiable_in_every_mode`."""
+    return _every_mode.get()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _training_conv(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> Any:
     tile = _native_tile(x, kernel, stride, groups, dilation)

@@ -3,13 +3,29 @@
 from collections.abc import Callable
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..conv.xla import on_cpu
 
 Activation = str | Callable[[Array], Array]
 """One of `ACTIVATIONS`, or an elementwise function."""
 
+
+@jax.custom_jvp
+def relu(x: Array) -> Array:
+    """Return `max(x, 0)`; its gradient, 0 at 0, is read off the result, so that `x` need not be kept for it."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = on_cpu(lambda y: y, lax.optimization_barrier, relu(*primals))
+    return y, jnp.where(y > 0, tangents[0], 0)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
+    "relu": relu,
     "relu6": jax.nn.relu6,
     "leaky_relu": jax.nn.leaky_relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -10,9 +10,10 @@ from jax import Array
 
 from ..broadcasting import channelwise
 from ..conv.deploy import deploy_conv
-from ..conv.training import materialize
+from ..conv.sharding import explicitly_sharded
+from ..conv.training import every_mode, materialize
 from .activations import Activation, activation_function
-from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, branches_of
+from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, add_pointwise, branches_of, merged
 from .kernel_algebra import BN_EPSILON
 from .layers import BatchNorm, Dtype, torch_bias_init, torch_kernel_init
 from .variants import SqueezeExcitePlace
@@ -116,11 +117,20 @@ class RepVGGBlock(_Block):
         options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype, epsilon=self.epsilon)
         may_be_identity = self.identity and self.stride == 1 and x.shape[-1] == self.features
         branches = branches_of(self.block, self.branches, may_be_identity)
-        results = [BranchModule(branch.steps, geometry, **options, name=branch.name)(x, train) for branch in branches]
+        modules = {branch: BranchModule(branch.steps, geometry, **options, name=branch.name) for branch in branches}
+        together = merged(branches) if train and self._has_exact_moments(x) else []
+        results = [module(x, train) for branch, module in modules.items() if branch not in together]
+        if together:
+            results.append(add_pointwise([modules[branch] for branch in together], x))
         y = functools.reduce(operator.add, results)
         if self.block == "qarepvgg":
             y = BatchNorm(**options, name=SUM_BN)(y, train)
         return materialize(self._activate(y))
+
+    def _has_exact_moments(self, x: Array) -> bool:
+        """Whether second moments of `x` can be summed up without loss, and differentiated as they are asked for."""
+        narrow = jnp.dtype(self.dtype).itemsize < jnp.dtype(self.param_dtype).itemsize
+        return narrow and not (every_mode() or explicitly_sharded(x) or self.is_initializing())
 
 
 class DeployBlock(_Block):

@@ -8,7 +8,7 @@ convolution with bias in inference, and the branches of a block, which read the 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..broadcasting import channelwise
-from .kernel_algebra import BN_EPSILON, Pair, average_1x1, chain_1x1, embed, fuse_conv_bn, identity_kernel
+from ..conv.training import training_conv
+from .kernel_algebra import BN_EPSILON, Pair, add_branches, average_1x1, chain_1x1, embed, fuse_conv_bn, identity_kernel
 from .layers import BatchNorm, Constant, Conv, Dtype, average_pool
 from .leaves import Layer, Shape
+from .moments import ImageMoments, Moments, image_moments
 
 Tree = Mapping[str, Any]
+Centred = tuple[Array, Array]
+"""A pointwise convolution: kernel `[1, 1, C_in / groups, C_out]`, and what it gives `[C_out]` for the image's mean."""
 
 BlockKind = Literal["repvgg", "qarepvgg"]
 """The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
@@ -115,6 +119,21 @@ class Step:
         """
         raise NotImplementedError
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output pixel depends on one pixel of the image alone, in the same way."""
+        return False
+
+    def fold(self, branch: "BranchModule", before: Centred | None, image: ImageMoments) -> Centred:
+        """Return the pointwise convolution that the chain is up to here in training, on an image of these moments.
+
+        Args:
+          branch: what the step's module is part of.
+          before: the chain before this step; None for the image.
+          image: moments at the pixels that the chain reads.
+        """
+        raise NotImplementedError
+
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
         """Return the convolution that the chain is up to here, from what it was before; None stands for the image."""
         raise NotImplementedError
@@ -155,6 +174,17 @@ class Convolution(Step):
         )
         return branch.module(self, conv)(x, train, zero), None
 
+    @property
+    def is_pointwise(self) -> bool:
+        return self.size == (1, 1) and not self.keeps_resolution
+
+    def fold(self, branch: "BranchModule", before: Centred | None, image: ImageMoments) -> Centred:
+        assert before is None
+        geometry = branch.geometry
+        conv = Conv(geometry.out_channels, self.size, groups=geometry.groups, **branch.options(self))
+        kernel = branch.module(self, conv).weights(geometry.in_channels)
+        return kernel, image.response(kernel)
+
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
         kernel = params["kernel"]
         pair = kernel, jnp.zeros(kernel.shape[3], kernel.dtype)
@@ -181,6 +211,16 @@ class Normalization(Step):
     def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, Array | None]:
         norm = branch.module(self, BatchNorm(epsilon=branch.epsilon, **branch.options(self)))
         return norm.above_zero(x, train) if self.pads_later else (norm(x, train), None)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return not self.pads_later
+
+    def fold(self, branch: "BranchModule", before: Centred | None, image: ImageMoments) -> Centred:
+        kernel, mean = branch.identity(image) if before is None else before
+        norm = branch.module(self, BatchNorm(epsilon=branch.epsilon, **branch.options(self)))
+        factor, bias = norm.terms_for(Moments(mean, image.response_variance(kernel), image.count))
+        return kernel * channelwise(factor), bias
 
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
         kernel, bias = block.identity() if before is None else before
@@ -209,6 +249,15 @@ class ConstantScale(Step):
 
     def compute(self, branch: "BranchModule", x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
         return branch.module(self, Constant(**branch.options(self)))(x), None
+
+    @property
+    def is_pointwise(self) -> bool:
+        return True
+
+    def fold(self, branch: "BranchModule", before: Centred | None, image: ImageMoments) -> Centred:
+        kernel, mean = branch.identity(image) if before is None else before
+        constant = branch.module(self, Constant(branch.param_dtype, branch.param_dtype))
+        return constant(kernel), constant(mean)
 
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
         kernel, bias = block.identity() if before is None else before
@@ -239,6 +288,11 @@ class Branch:
         assert pair is not None
         return embed(pair[0]), pair[1]
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output pixel depends on one pixel of the image alone, in the same way."""
+        return all(step.is_pointwise for step in self.steps)
+
     def is_in(self, params: Tree) -> bool:
         """Return whether a branch's tree has leaves for every step."""
         return all((step.name or step.leaf) in params for step in self.steps if step.name or step.leaf)
@@ -267,11 +321,22 @@ class BranchModule(nn.Module):
     epsilon: float = BN_EPSILON
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        """Return the result for an image; for the `ImageMoments` of one in training, the convolution that gives it."""
+        if isinstance(x, ImageMoments):
+            folded = None
+            for step in self.steps:
+                folded = step.fold(self, folded, x)
+            return folded
         zero = None
         for step in self.steps:
             x, zero = step.compute(self, x, zero, train)
         return x
+
+    def identity(self, image: ImageMoments) -> Centred:
+        """Return the pointwise convolution that returns its input."""
+        kernel = identity_kernel(self.geometry.out_channels, self.geometry.groups, self.param_dtype)
+        return kernel[1:2, 1:2], image.mean
 
     def options(self, step: Step) -> dict[str, Any]:
         """Return what every step's module is made with."""
@@ -336,6 +401,29 @@ def branches_of(block: BlockKind, branches: Branches, may_be_identity: bool) -> 
     if branches.identity and may_be_identity:
         chosen.append(CONSTANT_IDENTITY if bare else IDENTITY)
     return tuple(chosen)
+
+
+def merged(branches: Sequence[Branch]) -> list[Branch]:
+    """Return the branches that one pointwise convolution can stand for; none if that saves nothing."""
+    pointwise = [branch for branch in branches if branch.is_pointwise]
+    return pointwise if any(isinstance(step, Convolution) for branch in pointwise for step in branch.steps) else []
+
+
+def add_pointwise(modules: Sequence[BranchModule], x: Array) -> Array:
+    """Return the sum of pointwise branches in training, computed as one convolution.
+
+    Args:
+      modules: the branches, of one geometry.
+      x: the image, `[N, H, W, C_in]`, its dtype narrower than the parameters'.
+    """
+    geometry, dtype = modules[0].geometry, modules[0].param_dtype
+    pixels = x[:, :: geometry.stride, :: geometry.stride]
+    image = image_moments(pixels, dtype)
+    kernel, centre = add_branches(module(image, train=True) for module in modules)
+    kernel = kernel.astype(x.dtype)
+    bias = centre - image.response(kernel.astype(dtype))  # of the kernel as it was rounded
+    y = training_conv(pixels, kernel, 1, geometry.groups).astype(dtype)  # for the bias's gradient, a sum over pixels
+    return (y + channelwise(bias)).astype(x.dtype)
 
 
 def is_branch(name: str) -> bool:

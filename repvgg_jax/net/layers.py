@@ -1,5 +1,7 @@
 """The Flax layers that branches and heads are made of, with PyTorch's statistics, padding and initial values."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,7 @@ from ..broadcasting import channelwise
 from ..conv.deploy import deploy_conv
 from ..conv.training import training_conv
 from .kernel_algebra import BN_EPSILON, constant_response, embed
+from .moments import Moments, moments_of
 
 Dtype = Any
 
@@ -41,30 +44,36 @@ class BatchNorm(nn.Module):
     epsilon: float = BN_EPSILON
 
     def __call__(self, x: Array, train: bool = False) -> Array:
-        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms(x, train))
+        mean, factor, bias = (channelwise(term, x.ndim) for term in self._terms_of(x, train))
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
     def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
         """Return the result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
-        mean, factor, bias = self._terms(x, train)
+        mean, factor, bias = self._terms_of(x, train)
         from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
         return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
+    def terms_for(self, moments: Moments) -> tuple[Array, Array]:
+        """Return `factor` and `bias` `[C]`: in training, `x` of these moments becomes `(x - mean) * factor + bias`."""
+        _, factor, bias = self._terms(moments.mean.shape, lambda _: moments)
+        return factor, bias
+
+    def _terms_of(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
+        return self._terms(x.shape[-1:], functools.partial(moments_of, x) if train else None)
+
     @nn.compact
-    def _terms(self, x: Array, train: bool) -> tuple[Array, Array, Array]:
+    def _terms(
+        self, channels: tuple[int, ...], batch_moments: Callable[[Array], Moments] | None
+    ) -> tuple[Array, Array, Array]:
         """Return `mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
-        channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
 
-        if train:
-            wide = x.astype(self.param_dtype)
-            mean = wide.mean((0, 1, 2))
-            var = jnp.square(wide - channelwise(mean, x.ndim)).mean((0, 1, 2))
+        if batch_moments is not None:
+            mean, var, count = batch_moments(running_mean.value)
             if not self.is_initializing():
-                count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
                 running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
                 running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * unbiased
@@ -90,9 +99,13 @@ class Conv(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
+    def weights(self, in_channels: int) -> Array:
+        """Return the leaf `kernel`."""
+        shape = (*self.kernel_size, in_channels // self.groups, self.features)
+        return self.param("kernel", torch_kernel_init, shape, self.param_dtype)
+
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
-        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", torch_kernel_init, shape, self.param_dtype)
+        kernel = self.weights(x.shape[-1])
         compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
         kernel = (kernel if len(set(self.kernel_size)) == 1 else embed(kernel)).astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
