@@ -219,7 +219,7 @@ class Normalization(Step):
     def fold(self, branch: "BranchModule", before: Centred | None, image: ImageMoments) -> Centred:
         kernel, mean = branch.identity(image) if before is None else before
         norm = branch.module(self, BatchNorm(epsilon=branch.epsilon, **branch.options(self)))
-        factor, bias = norm.terms_for(Moments(mean, image.response_variance(kernel), image.count))
+        factor, bias = norm.terms_for(Moments(mean, image.response_variance(kernel), image.pixels))
         return kernel * channelwise(factor), bias
 
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:

@@ -8,7 +8,7 @@ fifth of it.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from .kernel_algebra import EXACT, constant_response
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance of every channel, `[C]`, over `count` pixels."""
+    """Mean and (biased) variance of every channel, `[C]`, over so many `pixels`."""
 
     mean: Array
     var: Array
-    count: int
+    pixels: int
 
 
 def moments_of(x: Array, running_mean: Array) -> Moments:
@@ -41,6 +41,11 @@ def moments_of(x: Array, running_mean: Array) -> Moments:
     shift = lax.platform_dependent(
         lax.stop_gradient(x), running_mean, tpu=lambda x, running_mean: running_mean, default=pixels_mean
     )
+    return moments_about(x, shift)
+
+
+def moments_about(x: Array, shift: Array) -> Moments:
+    """Return the moments of `x` `[N, H, W, C]`, read once; the nearer `shift` `[C]` is to the mean, the more exact."""
     shift = lax.stop_gradient(shift)
     above = x.astype(shift.dtype) - channelwise(shift, x.ndim)
     mean, square = above.mean((0, 1, 2)), jnp.square(above).mean((0, 1, 2))
@@ -53,12 +58,12 @@ class ImageMoments(NamedTuple):
     Attributes:
       mean: `[C]`.
       covariance: `[C, C]`.
-      count: pixels.
+      pixels: how many.
     """
 
     mean: Array
     covariance: Array
-    count: int
+    pixels: int
 
     def response(self, kernel: Array) -> Array:
         """Return what the convolution with a kernel `[1, 1, C / groups, C_out]` makes of the mean, `[C_out]`."""
@@ -81,12 +86,16 @@ def image_moments(x: Array, dtype: Any) -> ImageMoments:
     Products of two numbers of `x` are exact in `dtype`; what cancels on the way to the covariance lies below the
     resolution of `x`. Reverse-mode differentiable.
     """
-    mean, covariance = _mean_and_covariance(x, dtype)
+    mean, covariance = cast("tuple[Array, Array]", _mean_and_covariance(x, dtype))
     return ImageMoments(mean, covariance, x.size // x.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _mean_and_covariance(x: Array, dtype: Any) -> tuple[Array, Array]:
+    return _moments(x, dtype)
+
+
+def _moments(x: Array, dtype: Any) -> tuple[Array, Array]:
     flat = x.reshape(-1, x.shape[-1])
     mean = flat.astype(dtype).mean(0)
     second = lax.dot_general(flat, flat, (((0,), (0,)), ((), ())), preferred_element_type=dtype) / len(flat)
@@ -94,7 +103,7 @@ def _mean_and_covariance(x: Array, dtype: Any) -> tuple[Array, Array]:
 
 
 def _forward(x: Array, dtype: Any) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    mean, covariance = _mean_and_covariance(x, dtype)
+    mean, covariance = _moments(x, dtype)
     return (mean, covariance), (x, mean)
 
 
@@ -104,8 +113,7 @@ def _backward(dtype: Any, saved: tuple[Array, Array], gradients: tuple[Array, Ar
     kernel = (to_covariance + to_covariance.T).astype(x.dtype)[None, None]
     # Of x - mean, with the kernel as it was rounded.
     bias = to_mean - constant_response(kernel.astype(dtype), mean)
-    to_x = xla_conv(x, kernel, stride=1, groups=1, dilation=1).astype(dtype) + channelwise(bias)
-    return (to_x.astype(x.dtype),)
+    return (xla_conv(x, kernel, stride=1, groups=1, dilation=1) + channelwise(bias.astype(x.dtype)),)
 
 
 _mean_and_covariance.defvjp(_forward, _backward)
