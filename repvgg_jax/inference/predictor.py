@@ -15,7 +15,7 @@ from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
 from ..trees import flatten
 from .plan import Plan
-from .planned_net import Output, compile_for, planned_forward, prepare_params
+from .planned_net import Output, compile_net, planned_forward, prepare_params
 from .tuning import choose_plan
 
 
@@ -80,7 +80,6 @@ class Predictor:
         self.image_shape = net.image_shape
         self.image_dtype = np.dtype(np.float32 if preprocessing is None else np.uint8)
         self.integer = net.integer
-        self._params = net.params
 
         def run(params: Mapping[str, Any], images: jax.Array) -> jax.Array:
             if preprocessing is not None:
@@ -88,7 +87,7 @@ class Predictor:
             return net.forward(params, images).astype(jnp.float32)
 
         batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
-        self._compiled = compile_for(jax.default_backend(), run, self._params, batch)
+        self._compiled, self._params = compile_net(jax.default_backend(), run, net.params, batch)
 
     def __call__(self, images: Any) -> np.ndarray:
         """Return the net's output for any number of images.

@@ -14,6 +14,7 @@ from repvgg_jax.conv import native
 from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
+from repvgg_jax.inference.planned_net import compile_net
 from repvgg_jax.inference.predictor import Predictor, planned_net
 from repvgg_jax.machine import cache_folder
 from repvgg_jax.preprocess import normalize
@@ -151,3 +152,15 @@ def test_a_measured_plan_is_kept_and_a_damaged_one_ignored():
         assert plan_cache.load_plan(measured, "float32") is None
     file.write_text(json.dumps(sound | {"key": sound["key"] | {"jax": "0.0.1"}}), encoding="utf-8")
     assert plan_cache.load_plan(measured, "float32") is None
+
+
+def test_an_accelerators_compiler_chooses_how_parameters_lie_in_memory():
+    """Its path, on the CPU's compiler: the arrays that it is called with lie as it wants them."""
+    model, variables, images = case(GROUPED, 2)
+    deploy, variables = rv.to_deploy(model, variables)
+    compiled, params = compile_net("gpu", deploy.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    assert jax.tree.map(lambda leaf: leaf.format.layout, params) == jax.tree.map(
+        lambda form: form.layout, compiled.input_formats[0][0]
+    )
+    expected = jax.jit(deploy.apply)(variables, images)
+    np.testing.assert_allclose(compiled(params, images), expected, rtol=1e-5, atol=1e-5)

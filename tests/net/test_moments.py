@@ -108,7 +108,7 @@ def test_a_channel_that_hardly_varies_is_not_amplified_into_noise():
     block = RepVGGBlock(4, dtype=jnp.bfloat16)
     x = np.full((8, 8, 8, 4), 3.0, np.float32)
     x[..., 1] += 2.0**-4 * (np.arange(8) % 2)  # four steps of bfloat16
-    variables = block.init(jax.random.key(0), x)
+    variables: Any = block.init(jax.random.key(0), x)
     variables["params"]["rbr_dense"]["bn"]["scale"] *= 0
     variables["params"]["rbr_1x1"]["bn"]["scale"] *= 0
     y, _ = block.apply(variables, jnp.asarray(x, jnp.bfloat16), train=True, mutable=["batch_stats"])
