@@ -1,7 +1,7 @@
 """What one run of a compiled program costs, read from its text: arithmetic, memory traffic, collectives.
 
-XLA's own cost analysis exists for some compilers only, and counts a loop's body once. The text (`Compiled.as_text()`) is
-the same language from all of them.
+XLA's own cost analysis exists for some compilers only, and counts a loop's body once. The text (`Compiled.as_text()`)
+is the same language from all of them.
 """
 
 import dataclasses
@@ -221,7 +221,7 @@ class _Reader:
 
     def _traffic(self, instruction: Instruction, around: Computation) -> float:
         operation, arrays = instruction.operation, instruction.arrays
-        if operation in _FREE or operation.endswith(("-done", "-update")) and operation != "dynamic-update-slice":
+        if operation in _FREE or operation.endswith(("-done", "-update")):  # the second halves of what was started
             return 0
         if operation == "custom-call" and "Bitcast" in instruction.attribute(r'custom_call_target="([^"]*)"'):
             return 0
