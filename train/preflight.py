@@ -12,7 +12,7 @@ from .parallel import per_device_batch
 from .preflight_report import Report
 from .recipe import Recipe
 from .run import make_run, open_data
-from .targets import compile_devices, find_target
+from .targets import compile_devices, find_target, prepare
 
 
 def preflight(recipe: Recipe, name: str) -> int:
@@ -26,6 +26,7 @@ def preflight(recipe: Recipe, name: str) -> int:
     """
     target = find_target(name)
     usable = target.usable
+    prepare(target)
     run = make_run(recipe, open_data(recipe, unopened=True))
     devices = compile_devices(target)
     per_device_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate, len(devices))

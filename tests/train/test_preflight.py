@@ -148,7 +148,7 @@ def test_between_nodes_each_gpu_sends_its_share_of_the_sum():
     assert roofline(find_target("h100:1"), 1, cost, "bfloat16").network == 0
 
 
-def test_float32_runs_at_half_the_rate_on_gpus(monkeypatch):
+def test_float32_runs_at_half_the_rate_on_gpus():
     cost = Cost(flops=989e12)
     assert roofline(find_target("h200:8"), 8, cost, "float32").compute == 2
     assert roofline(find_target("h200:8"), 8, cost, "bfloat16").compute == 1
@@ -236,6 +236,7 @@ def here(monkeypatch, tmp_path):
     """Lets a target be this process's virtual CPU devices, and the current folder an empty one."""
     target = Target("cpu:4", Family("cpu", "H100"), (1, jax.device_count()))
     monkeypatch.setattr(preflight, "find_target", lambda name: target if name == "cpu:4" else find_target(name))
+    monkeypatch.setattr(preflight, "prepare", lambda _: None)
     monkeypatch.setattr(preflight, "compile_devices", lambda _: jax.devices())
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -261,6 +262,7 @@ def test_the_command_says_what_fits_without_data_and_writes_nothing(here):
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_comes_with_the_largest_that_does(here, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.00005")  # 4 MB
     done = command("train.main", *SMALL, "--batch-size", "512", "--preflight", "cpu:4")
@@ -289,8 +291,8 @@ def test_a_step_that_the_compiler_cannot_fit_is_reported_with_what_it_needed(her
 
 
 def test_the_step_is_the_run_s_own_to_the_letter(tmp_path):
-    words = ["--preset", "digits", "--data-dir", str(tmp_path), "--mixup", "0.2", "--accumulate", "2"]
-    recipe = parse([*words, "--ema-decay", "0.9"])
+    options = ["--data", "digits", "--data-dir", str(tmp_path), "--mixup", "0.2", "--accumulate", "2"]
+    recipe = parse([*SMALL, *options, "--ema-decay", "0.9"])
 
     def text(run):
         def on_devices(tree):
@@ -364,6 +366,7 @@ def test_a_run_s_config_does_not_know_of_it(tmp_path):
 def test_mistakes_are_one_line(options, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(preflight, "prepare", lambda _: None)
     error = error_of(command("train.main", *SMALL, "--data-dir", tmp_path / "no", *options))
     assert says in error
     assert not list(tmp_path.iterdir())

@@ -129,19 +129,23 @@ def find_target(name: str) -> Target:
     return Target(name, family, (-(-count // GPUS_PER_NODE), min(count, GPUS_PER_NODE)))
 
 
+def prepare(target: Target) -> None:
+    """Keep JAX to the CPU and a target's compiler quiet, whatever accelerators are here.
+
+    Must run before JAX starts its backends: that loads the compilers, which read the environment then.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in _ENVIRONMENT[target.family.platform].items():
+        os.environ.setdefault(name, value)
+
+
 def compile_devices(target: Target) -> list[Any]:
     """Return a target's devices, which can be compiled for and nothing else.
-
-    Must run before anything else in the process starts JAX's backends: it keeps them to the CPU, so that accelerators
-    that are here are left alone, and quiet.
 
     Raises:
       ConfigError: the compiler for them is not installed, or knows no such machine.
     """
     _check_compiler(target)
-    jax.config.update("jax_platforms", "cpu")
-    for name, value in _ENVIRONMENT[target.family.platform].items():
-        os.environ.setdefault(name, value)
     try:
         if target.family.platform == "tpu":
             arguments = dict(target.family.arguments)
