@@ -91,15 +91,19 @@ def _bits(dtype: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation: `name = type operation(operands), attributes`."""
+    """One line of a computation: `name = type operation(inside), attributes`."""
 
     name: str
     type: str
     operation: str
-    operands: tuple[str, ...]
+    inside: str
     attributes: str
-    number: int
     is_root: bool
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of what it takes."""
+        return tuple(re.findall(r"%([\w.\-]+)", self.inside))
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
@@ -107,7 +111,12 @@ class Instruction:
         shapes = _ARRAY.findall(self.type)
         return [Array(dtype, tuple(int(n) for n in sizes.split(",") if n), layout) for dtype, sizes, layout in shapes]
 
-    def attribute(self, pattern: str) -> str:
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a constant that is one integer."""
+        return self.operation == "constant" and self.inside.isdigit()
+
+    def attribute(self, pattern: str | re.Pattern[str]) -> str:
         """The first group of `pattern` in the attributes; "" without one."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
@@ -155,10 +164,7 @@ def _instruction(line: re.Match[str]) -> Instruction:
     result, call = rest[:end], rest[end:].lstrip()
     start = call.index("(")
     stop = _closing(call, start)
-    operation, inside = call[:start], call[start + 1 : stop]
-    number = int(inside) if operation == "parameter" else 0
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(line[2], result, operation, operands, call[stop + 1 :], number, bool(line[1]))
+    return Instruction(line[2], result, call[:start], call[start + 1 : stop], call[stop + 1 :], bool(line[1]))
 
 
 def _closing(text: str, start: int) -> int:
@@ -188,20 +194,18 @@ class _Reader:
         if operation == "while":
             return self._loop(instruction)
         if operation in ("call", "async-start"):
-            return self.cost(instruction.attribute(_CALLED.pattern))
+            return self.cost(instruction.attribute(_CALLED))
         if operation == "conditional":
             names = re.findall(r"[\w.\-]+", ",".join(a or b for a, b in _BRANCHES.findall(instruction.attributes)))
             return max(map(self.cost, names), key=lambda cost: (cost.flops, cost.traffic))
         return self._within(instruction, around) + Cost(traffic=self._traffic(instruction, around))
 
     def _loop(self, instruction: Instruction) -> Cost:
-        condition = instruction.attribute(r"condition=%?([\w.\-]+)")
-        known = instruction.attribute(_TRIPS.pattern)
+        known = instruction.attribute(_TRIPS)
         if not known:  # the number that the counter is compared with
-            constants = (i for i in self._computations[condition].values() if i.operation == "constant")
-            known = max((c.attributes for c in constants), default="") or "1"
-        body = self.cost(instruction.attribute(r"body=%?([\w.\-]+)"))
-        return body.times(int(known))
+            condition = self._computations[instruction.attribute(r"condition=%?([\w.\-]+)")]
+            known = max((int(i.inside) for i in condition.values() if i.is_number), default=1)
+        return self.cost(instruction.attribute(r"body=%?([\w.\-]+)")).times(int(known))
 
     def _within(self, instruction: Instruction, around: Computation) -> Cost:
         """Arithmetic and collectives of an instruction and of what it fuses."""
@@ -243,7 +247,7 @@ class _Reader:
     def _fusion_traffic(self, instruction: Instruction, sources: list[list[Array]]) -> float:
         """Of a fusion: a parameter of which it reads slices counts as those, one that it updates in place as those."""
         inside = self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")]
-        parameters = {i.number: i for i in inside.values() if i.operation == "parameter"}
+        parameters = {int(i.inside): i for i in inside.values() if i.operation == "parameter"}
         root = next(i for i in inside.values() if i.is_root)
         updates = root.operation == "dynamic-update-slice"
         total = self._moved(inside[root.operands[1]].arrays if updates else instruction.arrays)

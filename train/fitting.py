@@ -160,7 +160,10 @@ def find_largest(
         end = high.per_chip - step if high else most
         if least > end:
             break
-        tried.append(compiled(min(max(guess(tried, usable, step), least), end)))
+        images = guess(tried, usable, step)
+        if low and high and not least <= images <= end:  # memory does not grow as it should: halve what is left
+            images = (least + end) // 2 // step * step
+        tried.append(compiled(min(max(images, least), end)))
     low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
     high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
     return Largest(low, high, low is None or low.per_chip < most)
