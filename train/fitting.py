@@ -1,6 +1,7 @@
 """A run's train step compiled for devices, which need not be here; and the largest batch that fits their memory."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from .loop import make_parallel_step
 from .run import Run, batch_shapes, fresh_state, make_run
 from .targets import COMPILER_OPTIONS
 
-MAX_COMPILATIONS = 6
+MAX_COMPILATIONS = 8
 """That a search for the largest batch may take."""
 
 CLOSE_ENOUGH = 0.02
@@ -84,6 +85,8 @@ def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
 
     state = jax.eval_shape(lambda: fresh_state(run))
     batch = batch_shapes(run, per_chip)
+    of_batch = _bytes(batch)
+    prefetched = run.recipe.input.prefetch * of_batch
     start = time.monotonic()
     lowered = make_parallel_step(run, devices).lower(on_every_device(state), on_every_device(batch))
     try:
@@ -91,15 +94,16 @@ def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(per_chip, needed_bytes(str(error)), time.monotonic() - start)
+        given = _bytes(state) + of_batch
+        needed = needed_bytes(str(error), given)
+        return Compiled(per_chip, needed + prefetched if needed else 0, time.monotonic() - start)
     seconds = time.monotonic() - start
     sizes = program.memory_analysis()
-    of_batch = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     assert sizes is not None
     memory = Memory(
         state=sizes.argument_size_in_bytes - of_batch,
         batch=of_batch,
-        prefetched=run.recipe.input.prefetch * of_batch,
+        prefetched=prefetched,
         temporaries=sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         program=sizes.generated_code_size_in_bytes,
     )
@@ -107,16 +111,26 @@ def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     return Compiled(per_chip, memory.peak, seconds, memory, cost)
 
 
-_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of|required[^()]*\(([\d.]+)([KMGT]?)\) exceeds")
+def _bytes(tree: Any) -> float:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def needed_bytes(message: str) -> float:
-    """Return how much memory a compiler that ran out of it had needed, from its message; 0 if it does not say."""
-    found = _NEEDED.search(message)
-    if found is None:
-        return 0
-    number, unit = found[1] or found[3], found[2] or found[4]
-    return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
+
+
+def needed_bytes(message: str, given: float = 0) -> float:
+    """Return how much memory a compiler that ran out of it had needed, from its message; 0 if it does not say.
+
+    Args:
+      message: of the compiler.
+      given: bytes of the program's arguments, which some messages leave out.
+    """
+    for pattern, besides in ((_USED, 0), (_TEMPORARIES, given)):
+        found = pattern.search(message)
+        if found is not None:
+            return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")) + besides
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +151,9 @@ class Largest:
 def find_largest(
     compiled: Callable[[int], Compiled], asked: Compiled, usable: float, *, step: int, most: int
 ) -> Largest:
-    """Search for the largest share of a batch that a chip can take.
+    """Search for the largest share of a batch that a chip can take, to within a sixteenth of it.
 
-    Memory grows about linearly with the batch: the next one to try lies where the line through the last two ends at
+    Memory grows about linearly with the batch: the next one to try lies where the line through two others ends at
     what is usable, and a compilation says whether that is so.
 
     Args:
@@ -152,35 +166,47 @@ def find_largest(
     tried = [asked]
     most -= most % step
     for _ in range(MAX_COMPILATIONS):
-        low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
-        high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
-        if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
+        images = _next_share(tried, usable, step, most)
+        if images is None:
             break
-        least = low.per_chip + step if low else step
-        end = high.per_chip - step if high else most
-        if least > end:
-            break
-        images = guess(tried, usable, step)
-        if low and high and not least <= images <= end:  # memory does not grow as it should: halve what is left
-            images = (least + end) // 2 // step * step
-        tried.append(compiled(min(max(images, least), end)))
-    low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
-    high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
+        tried.append(compiled(images))
+    low, high = _bounds(tried, usable)
     return Largest(low, high, low is None or low.per_chip < most)
 
 
-def guess(tried: Sequence[Compiled], usable: float, step: int) -> int:
-    """Return how many images should just fit, by the two tries that came nearest to it, or by proportion from one.
+def _bounds(tried: Sequence[Compiled], usable: float) -> tuple[Compiled | None, Compiled | None]:
+    """The largest share that fits, and the smallest that does not."""
+    low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
+    high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
+    return low, high
 
-    Shares of 64 or more are rounded to a multiple of 8 steps, as hardware likes them.
-    """
+
+def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) -> int | None:
+    """Images to try next; None if the largest share is known well enough."""
+    low, high = _bounds(tried, usable)
+    if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
+        return None
+    bottom, top = low.per_chip if low else 0, high.per_chip if high else most + step
+    images = guess(tried, usable)
+    # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
+    unit = step * 2 ** max(int(math.log2(max(images / step / 16, 1))), 0)
+    images = int(images // unit * unit)
+    if low and high and not bottom < images < top:
+        images = (bottom + top) // 2 // step * step
+        unit = min(unit, step * max((top - bottom) // step - 1, 1))
+    images = min(max(images, bottom + unit), top - (unit if high else step))
+    if low and high and top - bottom <= max(unit, bottom / 16):
+        return None
+    images = max(images, step) if top > step else 0
+    return images if bottom < images < top else None
+
+
+def guess(tried: Sequence[Compiled], usable: float) -> float:
+    """Return how many images should just fit, by the two tries that came nearest to it, or by proportion from one."""
     known = sorted((c for c in tried if c.peak > 0), key=lambda c: abs(c.peak - usable))
     if not known:
-        images = min(c.per_chip for c in tried) / 2
-    elif len(known) == 1 or known[0].peak == known[1].peak:
-        images = known[0].per_chip * usable / known[0].peak
-    else:
-        a, b = known[:2]
-        images = a.per_chip + (usable - a.peak) * (b.per_chip - a.per_chip) / (b.peak - a.peak)
-    unit = 8 * step if images >= 64 * step else step
-    return int(images // unit * unit)
+        return min(c.per_chip for c in tried) / 2
+    if len(known) == 1 or known[0].peak == known[1].peak:
+        return known[0].per_chip * usable / known[0].peak
+    a, b = known[:2]
+    return a.per_chip + (usable - a.peak) * (b.per_chip - a.per_chip) / (b.peak - a.peak)

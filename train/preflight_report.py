@@ -79,7 +79,7 @@ class Report:
 
     def _memory_rows(self, asked: Compiled) -> list[tuple[str, str]]:
         if asked.memory is None:
-            return [("", "by the compiler, which gave up; prefetched batches come on top")]
+            return [("", "by the word of the compiler, which gave up")]
         ahead = self.recipe.input.prefetch
         names = {
             "state": "weights, BN statistics, optimizer, averages",
