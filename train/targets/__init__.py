@@ -135,6 +135,8 @@ def prepare(target: Target) -> None:
     Must run before JAX starts its backends: that loads the compilers, which read the environment then.
     """
     jax.config.update("jax_platforms", "cpu")
+    if os.environ.get(_LOG_LEVEL, "1") == "1":  # as JAX sets it when it is imported
+        os.environ[_LOG_LEVEL] = "3"  # fatal errors alone
     for name, value in _ENVIRONMENT[target.family.platform].items():
         os.environ.setdefault(name, value)
 
@@ -159,10 +161,9 @@ def compile_devices(target: Target) -> list[Any]:
     return list(topology.devices)
 
 
-_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}  # fatal errors alone
+_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _ENVIRONMENT = {
-    "tpu": _QUIET
-    | {
+    "tpu": {
         # libtpu would ask Google's metadata server what machine this is, for minutes where there is none.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5e-4",
@@ -170,7 +171,7 @@ _ENVIRONMENT = {
         # It would keep other processes from compiling too.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     },
-    "cuda": _QUIET | {"CUDA_VISIBLE_DEVICES": "-1"},
+    "cuda": {"CUDA_VISIBLE_DEVICES": "-1"},
 }
 
 COMPILER_OPTIONS = {
