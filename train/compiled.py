@@ -202,10 +202,20 @@ class _Reader:
 
     def _loop(self, instruction: Instruction) -> Cost:
         known = instruction.attribute(_TRIPS)
-        if not known:  # the number that the counter is compared with
-            condition = self._computations[instruction.attribute(r"condition=%?([\w.\-]+)")]
-            known = max((int(i.inside) for i in condition.values() if i.is_number), default=1)
-        return self.cost(instruction.attribute(r"body=%?([\w.\-]+)")).times(int(known))
+        trips = int(known) if known else self._limit(instruction.attribute(r"condition=%?([\w.\-]+)"))
+        return self.cost(instruction.attribute(r"body=%?([\w.\-]+)")).times(trips)
+
+    def _limit(self, name: str) -> int:
+        """The number that a condition compares a loop's counter with; 1 if it looks at anything else.
+
+        Loops that draw until they like what they have, as a Beta distribution's, are short ones over single numbers.
+        """
+        condition = self._computations[name]
+        root = next(i for i in condition.values() if i.is_root)
+        if root.operation == "fusion":
+            root = next(i for i in self._computations[root.attribute(_CALLED)].values() if i.is_root)
+        limits = [int(i.inside) for i in condition.values() if i.is_number]
+        return limits[0] if root.operation == "compare" and len(limits) == 1 else 1
 
     def _within(self, instruction: Instruction, around: Computation) -> Cost:
         """Arithmetic and collectives of an instruction and of what it fuses."""

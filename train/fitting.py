@@ -191,13 +191,11 @@ def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) 
     # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
     unit = step * 2 ** max(int(math.log2(max(images / step / 16, 1))), 0)
     images = int(images // unit * unit)
-    if low and high and not bottom < images < top:
-        images = (bottom + top) // 2 // step * step
-        unit = min(unit, step * max((top - bottom) // step - 1, 1))
-    images = min(max(images, bottom + unit), top - (unit if high else step))
-    if low and high and top - bottom <= max(unit, bottom / 16):
+    if low and (images == bottom or top - bottom <= unit):
         return None
-    images = max(images, step) if top > step else 0
+    if low and high and images >= top:  # memory does not grow as it should: halve what is left
+        images = (bottom + top) // 2 // step * step
+    images = max(min(max(images, bottom + unit), top - (unit if high else step)), step)
     return images if bottom < images < top else None
 
 

@@ -81,6 +81,16 @@ def test_a_loop_counts_as_often_as_it_runs(says_how_often):
     assert program_cost(text, on_chip=False).flops == 5 * 2 * 2 * 8 * 8 * 28**2
 
 
+def test_a_loop_that_ends_when_it_likes_counts_once():
+    """As those that draw a Beta distribution's numbers for mixup."""
+
+    def loop(x):
+        return jax.lax.while_loop(lambda x: (x.sum() > 7) & (x.max() < 12345), lambda x: x @ x, x)
+
+    compiled = jax.jit(loop).lower(jnp.ones((8, 8))).compile()
+    assert program_cost(compiled.as_text() or "", on_chip=False).flops == 2 * 8**3
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "stored"),
     [
