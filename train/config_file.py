@@ -29,6 +29,9 @@ _FREE = {
     *(("cluster", field.name) for field in dataclasses.fields(ClusterOptions)),
 }
 
+# Options of `run` with which there is none.
+_NO_RUN = ("preflight", "preflight_largest")
+
 # Options that say what net it is, in one of several ways: the nets are compared.
 _OF_THE_NET = [
     field.name
@@ -105,8 +108,11 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """The options as JSON types: lists, not tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """The options of a run as JSON types: lists, not tuples."""
+    fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for name in _NO_RUN:
+        del fields["run"][name]
+    return fields
 
 
 def _settled(fields: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def run_steps(
     Raises:
       RepVGGError: the loss is not finite, or a checkpoint cannot be written.
     """
-    step_function = parallel(make_step(run), donate=True)
+    step_function = make_parallel_step(run)
     options, total_steps = run.recipe.run, run.total_steps
     window = make_window(run)
     trace = Trace(run.workdir / "profile", start_step) if options.profile else None
@@ -81,6 +81,11 @@ def run_steps(
             watchers.checkpoints.wait()
             return state, step
     return state, total_steps
+
+
+def make_parallel_step(run: Run, devices: Sequence[Any] | None = None) -> Any:
+    """The run's train step on every device, or on `devices`; it takes the state's memory for its result."""
+    return parallel(make_step(run), donate=True, devices=devices)
 
 
 def make_step(run: Run) -> Callable[..., Any]:

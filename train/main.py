@@ -25,6 +25,7 @@ from .loop import Watchers, run_steps
 from .metrics import MetricsLog, SilentLog
 from .parallel import put_batch, to_host
 from .plot import plot_curves
+from .preflight import preflight
 from .progress import RunProgress
 from .recipe import Recipe, parse
 from .run import Run, fresh_state, make_evaluator, set_up, training_batches
@@ -34,6 +35,8 @@ from .workdir import claimed
 def main() -> None:
     """The command; its last line on stdout is one JSON object."""
     recipe = parse()
+    if recipe.run.preflight is not None:
+        sys.exit(preflight(recipe, recipe.run.preflight))
     try:
         result = train(recipe)
     except jax.errors.JaxRuntimeError as error:

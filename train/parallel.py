@@ -5,7 +5,7 @@ State has a leading axis of this process's devices, batches are `[devices, per_d
 built on `jit` and `shard_map`, that would copy between devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,12 @@ from repvgg_jax.errors import ConfigError
 AXIS = "batch"
 
 
-def parallel(step: Callable, *, donate: bool = False) -> Callable:
-    """`step` on every device, with collectives over `AXIS`; `donate` reuses the first argument's memory."""
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else ())
+def parallel(step: Callable, *, donate: bool = False, devices: Sequence[Any] | None = None) -> Callable:
+    """`step` on every device, or on `devices`, with collectives over `AXIS`.
+
+    `donate` reuses the first argument's memory.
+    """
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=(0,) if donate else (), devices=devices)
 
 
 def replicate(tree: Any) -> Any:
@@ -80,17 +83,21 @@ def sum_over_processes(value: int) -> int:
     return int(np.sum(multihost_utils.process_allgather(np.array(value)))) if jax.process_count() > 1 else value
 
 
-def per_device_batch(batch_size: int, accumulate: int = 1) -> int:
+def per_device_batch(batch_size: int, accumulate: int = 1, devices: int | None = None) -> int:
     """Each device's share of a global batch, in one of `accumulate` portions.
+
+    Args:
+      batch_size: the global batch.
+      accumulate: portions.
+      devices: how many share it; all of all processes if None.
 
     Raises:
       ConfigError: they do not divide it.
     """
-    parts = jax.device_count() * accumulate
+    devices = jax.device_count() if devices is None else devices
+    parts = devices * accumulate
     if batch_size % parts:
         near = max(batch_size // parts, 1) * parts
         portions = f" in {accumulate} portions each" if accumulate > 1 else ""
-        raise ConfigError(
-            f"--batch-size {batch_size} cannot be shared by {jax.device_count()} devices{portions}; {near} could"
-        )
+        raise ConfigError(f"--batch-size {batch_size} cannot be shared by {devices} devices{portions}; {near} could")
     return batch_size // parts

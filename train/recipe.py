@@ -223,6 +223,11 @@ class RunOptions:
     """Newest checkpoints to keep; the best one is kept besides."""
     profile: bool = False
     """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
+    preflight: str | None = None
+    """Instead of training, compile this run for machines that are not here, and say whether it fits them: a TPU slice,
+    such as v5e:16x16, or so many GPUs, such as h100:8. Needs no data and writes nothing."""
+    preflight_largest: bool = False
+    """With --preflight: also find the largest batch that fits, which takes a few more compilations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +368,8 @@ def check_recipe(recipe: Recipe) -> None:
     _ = recipe.model.variant
     if recipe.model.quantization == "qat" and recipe.fine_tune.init is None:
         raise ConfigError("--quantization qat fine-tunes a trained net: give its training form with --init")
+    if recipe.run.preflight_largest and recipe.run.preflight is None:
+        raise ConfigError("--preflight-largest needs --preflight TARGET")
     warmup, epochs = recipe.optimizer.warmup_epochs, recipe.optimizer.epochs
     if warmup >= epochs:
         raise ConfigError(f"--warmup-epochs {warmup:g} leaves nothing of {epochs} --epochs")

@@ -124,9 +124,17 @@ def set_up(recipe: Recipe) -> Run:
     Raises:
       RepVGGError: options that do not go together, unreadable data, or weights that do not fit.
     """
+    per_device_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate)
+    return make_run(recipe, open_data(recipe))
+
+
+def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
+    """Build the model, with the weights to start from, optimizer and schedule.
+
+    Raises:
+      RepVGGError: options that do not go together, too few images, or weights that do not fit.
+    """
     options, tuning = recipe.optimizer, recipe.fine_tune
-    per_device_batch(options.batch_size, options.accumulate)
-    dataset = open_data(recipe)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
     check_augmentation(recipe.augment, dataset)
     transform = data.make_transform(dataset.train_transform, recipe.augment, dataset.preprocessing.mean)
@@ -160,8 +168,10 @@ def set_up(recipe: Recipe) -> Run:
     )
 
 
-def open_data(recipe: Recipe) -> data.DataSet:
+def open_data(recipe: Recipe, *, unopened: bool = False) -> data.DataSet:
     """Open the recipe's data set, with what the recipe says otherwise than the data set's row.
+
+    `unopened` does without the data where their numbers are known, as `data.open_dataset` says.
 
     Raises:
       DataError: it is not there, or cannot be read.
@@ -179,6 +189,7 @@ def open_data(recipe: Recipe) -> data.DataSet:
         data_dir=options.data_dir,
         train_split=options.train_split,
         test_split=options.test_split,
+        unopened=unopened,
     )
 
 
@@ -253,6 +264,15 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def batch_shapes(run: Run, per_device: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """One device's share of such a batch, as the train step takes it, without the images."""
+    size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
+    return {
+        "image": jax.ShapeDtypeStruct((per_device, size, size, channels), np.uint8),
+        "label": jax.ShapeDtypeStruct((per_device,), np.int32),
+    }
 
 
 def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:

@@ -15,7 +15,7 @@ from repvgg_jax.weights.info import default_preprocessing
 
 from .batches import BadImages
 from .folders import open_folder
-from .sources import EmptySource, Source, SyntheticSource
+from .sources import EmptySource, Source, SyntheticSource, UnopenedSource
 
 _SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
 
@@ -50,8 +50,8 @@ class DataSet:
 
     @property
     def has_class_names(self) -> bool:
-        """Whether the names mean anything: those of synthetic images do not."""
-        return self.name != "synthetic"
+        """Whether the names mean anything: those of synthetic images do not, nor do those of a data set unopened."""
+        return self.name != "synthetic" and not isinstance(self.test, UnopenedSource)
 
     @property
     def num_classes(self) -> int:
@@ -79,6 +79,15 @@ class Request:
     preprocessing: Preprocessing
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Numbers of a data set that are known before it is opened: of classes, and of images in its usual splits."""
+
+    classes: int
+    train: int
+    test: int
+
+
 Opened = tuple[Source, Source, tuple[str, ...]]
 """The training split, the evaluation split, and lines with what a user should know of the two."""
 
@@ -95,6 +104,7 @@ class Row:
       crop_fraction: share of the resized shorter side that an evaluation crop keeps; None takes the variant's
         published one, as `Preprocessing.at_size` has it for another size.
       train_transform: a key of `transforms.TRANSFORMS`.
+      counts: for those who need nothing else of it, and may not have it; None where they are not known.
     """
 
     source: Callable[[Request], Opened]
@@ -104,6 +114,7 @@ class Row:
     test_size: int | None = None
     crop_fraction: float | None = None
     train_transform: str = "random_resized_crop_flip"
+    counts: Counts | None = None
 
 
 def row_of(spec: str) -> Row:
@@ -127,6 +138,7 @@ def open_dataset(
     train_split: str | None = None,
     test_split: str | None = None,
     evaluation_only: bool = False,
+    unopened: bool = False,
 ) -> DataSet:
     """Open a data set; images are read later.
 
@@ -143,6 +155,8 @@ def open_dataset(
       train_split, test_split: of a TFDS data set, also slices of splits, such as "train[:90%]" and "train[90%:]"; None
         takes `train`, and `validation` or else `test`.
       evaluation_only: do without a training split.
+      unopened: do without the data, where its row says how many classes and images there are; splits that cannot be
+        read then, and classes named by their numbers. A folder is opened all the same.
 
     Raises:
       DataError: one line that says what is missing or wrong, where, and what to do.
@@ -167,7 +181,8 @@ def open_dataset(
     chosen = {name: value for name, value in chosen.items() if value is not None}
     preprocessing = dataclasses.replace(preprocessing, **chosen)
     folder = local_path("--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
-    train, test, notes = row.source(Request(spec, folder, train_split, test_split, evaluation_only, preprocessing))
+    source = _unopened if unopened and not _is_folder(spec, row) else row.source
+    train, test, notes = source(Request(spec, folder, train_split, test_split, evaluation_only, preprocessing))
     return DataSet(
         name=spec,
         train=train,
@@ -179,13 +194,42 @@ def open_dataset(
     )
 
 
+def _is_folder(spec: str, row: Row) -> bool:
+    """Whether a specification means a folder of this machine, which wins over a TFDS name, or tries to."""
+    return row.source is _folder_or_tfds and (local_path("the data set", spec).exists() or _names_a_path(spec))
+
+
+def _names_a_path(spec: str) -> bool:
+    return spec.startswith((".", "~", os.sep))
+
+
+def _unopened(request: Request) -> Opened:
+    """Both splits as numbers.
+
+    Raises:
+      DataError: they are not known, and the data set is not there to be asked.
+    """
+    row = row_of(request.spec)
+    if row.counts is not None:
+        counts = row.counts
+        return UnopenedSource(counts.train, counts.classes), UnopenedSource(counts.test, counts.classes), ()
+    try:
+        return row.source(request)
+    except DataError as error:
+        known = ", ".join(name for name, row in DATA_SETS.items() if row.counts is not None)
+        raise DataError(
+            f"how many classes {request.spec} has is not known, and it cannot be opened here; give --data a folder "
+            f"with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of {known}"
+        ) from error
+
+
 def _folder_or_tfds(request: Request) -> Opened:
     spec = request.spec
     folder = local_path("the data set", spec)
     if folder.is_dir():
         _refuse_splits(request)
         return open_folder(folder, request.evaluation_only)
-    if folder.exists() or spec.startswith((".", "~", os.sep)):
+    if folder.exists() or _names_a_path(spec):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"{spec} {problem}; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
     try:
@@ -246,6 +290,15 @@ DATA_SETS: dict[str, Row] = {
         test_size=32,
         crop_fraction=1.0,
         train_transform="random_affine",
+        counts=Counts(classes=10, train=1437, test=360),
     ),
-    "synthetic": Row(_synthetic, crop_fraction=1.0, train_transform="as_is"),
+    "synthetic": Row(
+        _synthetic,
+        crop_fraction=1.0,
+        train_transform="as_is",
+        counts=Counts(classes=1000, train=_SYNTHETIC_IMAGES, test=_SYNTHETIC_TEST_IMAGES),
+    ),
+    # What follows is prepared as all photographs are; only the counts are its own.
+    "imagenet2012": Row(_folder_or_tfds, counts=Counts(classes=1000, train=1_281_167, test=50_000)),
+    "cifar10": Row(_folder_or_tfds, counts=Counts(classes=10, train=50_000, test=10_000)),
 }

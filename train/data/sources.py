@@ -149,6 +149,28 @@ class SyntheticSource:
         return Example(self._images[index % len(self._images)], int(self._labels[index]), f"synthetic[{index}]")
 
 
+class UnopenedSource:
+    """Stands for a split of which only its numbers are needed: its length, and how many classes it has.
+
+    Args:
+      length: number of examples.
+      num_classes: named by their numbers.
+    """
+
+    def __init__(self, length: int, num_classes: int) -> None:
+        self._length, self._class_names = length, [f"class {label}" for label in range(num_classes)]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int, /) -> Example:
+        raise IndexError(f"the data set is not open: no example {index}")
+
+
 class EmptySource:
     """A source without examples: stands for the training split where only evaluation is asked for."""
 

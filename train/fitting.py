@@ -1,0 +1,210 @@
+"""A run's train step compiled for devices, which need not be here; and the largest batch that fits their memory."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from .compiled import Cost, program_cost
+from .loop import make_parallel_step
+from .run import Run, batch_shapes, fresh_state, make_run
+from .targets import COMPILER_OPTIONS
+
+MAX_COMPILATIONS = 8
+"""That a search for the largest batch may take."""
+
+CLOSE_ENOUGH = 0.02
+"""A batch that leaves so little of the memory free is taken for the largest, without a look at the ones above it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's memory while it takes a step.
+
+    Attributes:
+      state: parameters, BN statistics, the optimizer's state and moving averages.
+      batch: the step's own.
+      prefetched: batches that wait for the steps to come.
+      temporaries: activations, gradients, workspaces.
+      program: the compiled code, where it lies there.
+    """
+
+    state: float
+    batch: float
+    prefetched: float
+    temporaries: float
+    program: float
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A run's step, compiled for a target.
+
+    Attributes:
+      per_chip: images of each chip's share of the batch.
+      peak: bytes that each chip needs; of a step that the compiler could not fit, by its own words, which need not
+        count everything.
+      seconds: that the compilation took.
+      memory, cost: None if the compiler could not fit it.
+    """
+
+    per_chip: int
+    peak: float
+    seconds: float
+    memory: Memory | None = None
+    cost: Cost | None = None
+
+    def fits(self, usable: float) -> bool:
+        """Whether a chip with so many usable bytes can take it."""
+        return self.memory is not None and self.peak <= usable
+
+
+def with_batch(run: Run, batch_size: int) -> Run:
+    """Return the run at another global batch."""
+    if batch_size == run.recipe.optimizer.batch_size:
+        return run
+    optimizer = dataclasses.replace(run.recipe.optimizer, batch_size=batch_size)
+    return make_run(dataclasses.replace(run.recipe, optimizer=optimizer), run.dataset)
+
+
+def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
+    """Compile a run's train step for `devices` and read from the result what it costs."""
+    count, per_chip = len(devices), run.recipe.optimizer.batch_size // len(devices)
+
+    def on_every_device(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
+
+    state = jax.eval_shape(lambda: fresh_state(run))
+    batch = batch_shapes(run, per_chip)
+    of_batch = _bytes(batch)
+    prefetched = run.recipe.input.prefetch * of_batch
+    start = time.monotonic()
+    lowered = make_parallel_step(run, devices).lower(on_every_device(state), on_every_device(batch))
+    try:
+        program = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        given = _bytes(state) + of_batch
+        needed = needed_bytes(str(error), given)
+        return Compiled(per_chip, needed + prefetched if needed else 0, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    sizes = program.memory_analysis()
+    assert sizes is not None
+    memory = Memory(
+        state=sizes.argument_size_in_bytes - of_batch,
+        batch=of_batch,
+        prefetched=prefetched,
+        temporaries=sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        program=sizes.generated_code_size_in_bytes,
+    )
+    cost = program_cost(program.as_text() or "", on_chip=platform == "tpu")
+    return Compiled(per_chip, memory.peak, seconds, memory, cost)
+
+
+def _bytes(tree: Any) -> float:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
+
+
+def needed_bytes(message: str, given: float = 0) -> float:
+    """Return how much memory a compiler that ran out of it had needed, from its message; 0 if it does not say.
+
+    Args:
+      message: of the compiler.
+      given: bytes of the program's arguments, which some messages leave out.
+    """
+    for pattern, besides in ((_USED, 0), (_TEMPORARIES, given)):
+        found = pattern.search(message)
+        if found is not None:
+            return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")) + besides
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest batch that was found to fit.
+
+    Attributes:
+      fitting: at that batch; None if not even the smallest fits.
+      failing: the smallest that does not fit; None if none was met.
+      memory_limit: whether memory is what limits it, and not the number of training images.
+    """
+
+    fitting: Compiled | None
+    failing: Compiled | None
+    memory_limit: bool = True
+
+
+def find_largest(
+    compiled: Callable[[int], Compiled], asked: Compiled, usable: float, *, step: int, most: int
+) -> Largest:
+    """Search for the largest share of a batch that a chip can take, to within a sixteenth of it.
+
+    Memory grows about linearly with the batch: the next one to try lies where the line through two others ends at
+    what is usable, and a compilation says whether that is so.
+
+    Args:
+      compiled: compiles the step for so many images a chip.
+      asked: at the batch that was asked for.
+      usable: bytes of a chip.
+      step: images that a share must be a multiple of.
+      most: images that a share can have at most.
+    """
+    tried = [asked]
+    most -= most % step
+    for _ in range(MAX_COMPILATIONS):
+        images = _next_share(tried, usable, step, most)
+        if images is None:
+            break
+        tried.append(compiled(images))
+    low, high = _bounds(tried, usable)
+    return Largest(low, high, low is None or low.per_chip < most)
+
+
+def _bounds(tried: Sequence[Compiled], usable: float) -> tuple[Compiled | None, Compiled | None]:
+    """The largest share that fits, and the smallest that does not."""
+    low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
+    high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
+    return low, high
+
+
+def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) -> int | None:
+    """Images to try next; None if the largest share is known well enough."""
+    low, high = _bounds(tried, usable)
+    if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
+        return None
+    bottom, top = low.per_chip if low else 0, high.per_chip if high else most + step
+    images = guess(tried, usable)
+    # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
+    unit = step * 2 ** max(int(math.log2(max(images / step / 16, 1))), 0)
+    images = int(images // unit * unit)
+    if low and (images == bottom or top - bottom <= unit):
+        return None
+    if low and high and images >= top:  # memory does not grow as it should: halve what is left
+        images = (bottom + top) // 2 // step * step
+    images = max(min(max(images, bottom + unit), top - (unit if high else step)), step)
+    return images if bottom < images < top else None
+
+
+def guess(tried: Sequence[Compiled], usable: float) -> float:
+    """Return how many images should just fit, by the two tries that came nearest to it, or by proportion from one."""
+    known = sorted((c for c in tried if c.peak > 0), key=lambda c: abs(c.peak - usable))
+    if not known:
+        return min(c.per_chip for c in tried) / 2
+    if len(known) == 1 or known[0].peak == known[1].peak:
+        return known[0].per_chip * usable / known[0].peak
+    a, b = known[:2]
+    return a.per_chip + (usable - a.peak) * (b.per_chip - a.per_chip) / (b.peak - a.peak)
