@@ -140,6 +140,13 @@ def program_cost(text: str, *, on_chip: bool) -> Cost:
     return _Reader(computations, on_chip).cost(entry)
 
 
+def entry_arrays(text: str) -> list[Array]:
+    """Return the arrays that the instructions of a compiled program's entry put into memory."""
+    computations, entry = _parse(text)
+    written = (i for i in computations[entry].values() if i.operation not in _FREE)
+    return [array for instruction in written for array in instruction.arrays]
+
+
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
     computations, current, entry = {}, None, None
     for line in text.splitlines():

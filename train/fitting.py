@@ -78,19 +78,13 @@ def with_batch(run: Run, batch_size: int) -> Run:
 
 def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     """Compile a run's train step for `devices` and read from the result what it costs."""
-    count, per_chip = len(devices), run.recipe.optimizer.batch_size // len(devices)
-
-    def on_every_device(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), tree)
-
-    state = jax.eval_shape(lambda: fresh_state(run))
-    batch = batch_shapes(run, per_chip)
+    per_chip = run.recipe.optimizer.batch_size // len(devices)
+    state, batch = _shapes(run, per_chip)
     of_batch = _bytes(batch)
     prefetched = run.recipe.input.prefetch * of_batch
     start = time.monotonic()
-    lowered = make_parallel_step(run, devices).lower(on_every_device(state), on_every_device(batch))
     try:
-        program = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+        program = compiled_program(run, devices, platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -109,6 +103,26 @@ def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     )
     cost = program_cost(program.as_text() or "", on_chip=platform == "tpu")
     return Compiled(per_chip, memory.peak, seconds, memory, cost)
+
+
+def compiled_program(run: Run, devices: Sequence[Any], platform: str) -> jax.stages.Compiled:
+    """Compile a run's train step for `devices`.
+
+    Raises:
+      JaxRuntimeError: a TPU's compiler cannot fit it into the memory.
+    """
+
+    def on_every_device(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
+
+    shapes = map(on_every_device, _shapes(run, run.recipe.optimizer.batch_size // len(devices)))
+    lowered = make_parallel_step(run, devices).lower(*shapes)
+    return lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
+
+
+def _shapes(run: Run, per_chip: int) -> tuple[Any, Any]:
+    """One chip's state and batch."""
+    return jax.eval_shape(lambda: fresh_state(run)), batch_shapes(run, per_chip)
 
 
 def _bytes(tree: Any) -> float:

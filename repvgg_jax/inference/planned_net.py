@@ -137,8 +137,17 @@ def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: 
     if platform == "cpu":
         return compile_for(platform, forward, params, batch), params
     with jax.disable_jit(False):
-        compiled = jax.jit(forward, in_shardings=(Format(Layout.AUTO), None)).lower(params, batch).compile()
+        compiled = accelerated(forward).lower(params, batch).compile()
     return compiled, jax.device_put(params, compiled.input_formats[0][0])
+
+
+def accelerated(forward: Callable[..., Any], device: Any = None) -> Any:
+    """Return `forward(params, batch)` jitted for an accelerator, its parameters as the compiler wants them.
+
+    `device` may be one that is not here, to be compiled for.
+    """
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    return jax.jit(forward, in_shardings=(Format(Layout.AUTO, sharding), sharding))
 
 
 def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:

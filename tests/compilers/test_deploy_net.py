@@ -1,0 +1,48 @@
+"""Claim: on an accelerator every block of a deploy net is one fused convolution, and nothing comes between them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import repvgg_jax as rv
+from repvgg_jax.inference.plan import xla_plan
+from repvgg_jax.inference.planned_net import accelerated, planned_forward, prepare_params
+from train.targets import Target
+
+SIZE, BATCH = 224, 128
+
+
+def deploy_text(name: str, dtype: str, device: object) -> tuple[rv.RepVGG, str]:
+    """A deploy net and its compiled program, as a predictor has it compiled."""
+    model = rv.create_model(name, deploy=True, dtype=jnp.dtype(dtype))
+    plan = xla_plan(model.variant, BATCH, (SIZE, SIZE), 3, "an accelerator")
+    images = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = jax.eval_shape(lambda params: prepare_params(params, plan, model.dtype), variables["params"])
+    compiled = accelerated(planned_forward(model, plan), device).lower(params, images).compile()
+    return model, compiled.as_text() or ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rv.list_models())
+def test_every_block_is_one_fused_convolution(name: str, target: Target, devices: list):
+    model, text = deploy_text(name, "bfloat16", devices[0])
+    blocks = model.variant.blocks()
+    if target.family.platform == "cuda":
+        assert len(re.findall(r'custom_call_target="__cudnn\$convBiasActivationForward"', text)) == len(blocks)
+        assert len(re.findall(r'custom_call_target="__cudnn\$conv', text)) == len(blocks)
+    else:
+        bodies = re.split(r"\n\n", text)
+        fused = [body for body in bodies if re.search(r" convolution\(.*window=\{size=3x3", body)]
+        assert sum(len(re.findall(r" convolution\(.*window=\{size=3x3", body)) for body in fused) == len(blocks)
+        assert all(re.search(r" add\(|multiply_add", body) for body in fused)
+    assert moved_kernels(text) == []
+
+
+def moved_kernels(text: str) -> list[str]:
+    """Operations that only move or convert a 3x3 kernel, in whatever layout."""
+    line = re.compile(r"%(\S+) = \w+\[([\d,]+)\]\S* (?:transpose|copy|convert|fusion)\(")
+    shapes = ((found[1], found[2].split(",")) for found in line.finditer(text))
+    return [name for name, shape in shapes if len(shape) == 4 and shape.count("3") >= 2 and "224" not in shape]
