@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 # Memory in huge pages: a training step on a CPU takes a fifth less time.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow attack lint docs gpu clean
+.PHONY: demo test test-slow attack lint docs gpu check-gpu check-tpu clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -35,14 +35,26 @@ docs: $(VENV)/docs.installed  ## The documentation as a site in build/site; brok
 gpu:  ## Correctness and speed on this machine's GPU, with the Python that has JAX for it; a row for benchmarks/RESULTS.md
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
+check-gpu: $(VENV)-cuda/check.installed  ## What XLA's compiler for GPUs makes of the nets, for an H100 that need not be here; 5 GB to install
+	REPVGG_TARGET=h100:8 JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest tests/compilers $(ARGS)
+
+check-tpu: $(VENV)-tpu/check.installed  ## The same for 256 chips of TPU v5e
+	REPVGG_TARGET=v5e:16x16 JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest tests/compilers $(ARGS)
+
 clean:  ## Forget the environment and the runs
-	rm -rf $(VENV) runs build/site
+	rm -rf $(VENV) $(VENV)-cuda $(VENV)-tpu runs build/site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/train.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[train]'
+	touch $@
+
+# The compilers live in environments of their own: JAX would take them for machines that are here.
+$(VENV)-cuda/check.installed $(VENV)-tpu/check.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . pytest pytest-xdist tyro 'jax[$(if $(findstring cuda,$(@D)),cuda13,tpu)]'
 	touch $@
 
 $(VENV)/docs.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

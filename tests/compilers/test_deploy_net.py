@@ -31,8 +31,11 @@ def test_every_block_is_one_fused_convolution(name: str, target: Target, devices
     model, text = deploy_text(name, "bfloat16", devices[0])
     blocks = model.variant.blocks()
     if target.family.platform == "cuda":
-        assert len(re.findall(r'custom_call_target="__cudnn\$convBiasActivationForward"', text)) == len(blocks)
-        assert len(re.findall(r'custom_call_target="__cudnn\$conv', text)) == len(blocks)
+        of_gates = 2 * len(blocks) if model.variant.squeeze_excite else 0
+        assert (
+            len(re.findall(r'custom_call_target="__cudnn\$convBiasActivationForward"', text)) == len(blocks) + of_gates
+        )
+        assert len(re.findall(r'custom_call_target="__cudnn\$conv', text)) == len(blocks) + of_gates
     else:
         bodies = re.split(r"\n\n", text)
         fused = [body for body in bodies if re.search(r" convolution\(.*window=\{size=3x3", body)]

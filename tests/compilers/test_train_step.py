@@ -1,4 +1,4 @@
-"""Claim: a train step is compiled as it should be: one all-reduce, its state in place, no wide activations written."""
+"""Claim: a train step is compiled well: all-reduces combined, its state in place, no wide activations written."""
 
 import functools
 import math
@@ -20,6 +20,9 @@ TRAFFIC_BEFORE = {"cuda": 18.0e9, "tpu": 20.4e9}
 
 AIM = 0.8
 
+GPU_BUCKET = 30 * 2**20
+"""Bytes up to which XLA combines all-reduces on GPUs, so that those of the last layers start while others compute."""
+
 
 @functools.cache
 def step(name: str, target: Target, devices: tuple) -> tuple[Run, jax.stages.Compiled]:
@@ -38,7 +41,8 @@ def test_a_step_is_compiled_well(name: str, target: Target, devices: list):
     text, sizes = program.as_text() or "", program.memory_analysis()
     cost = program_cost(text, on_chip=target.family.platform == "tpu")
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: fresh_state(run))))
-    assert cost.collectives == 1
+    buckets = 1 if target.family.platform == "tpu" else 1 + math.ceil(cost.collective_bytes / GPU_BUCKET)
+    assert cost.collectives <= buckets
     assert sizes is not None
     assert sizes.alias_size_in_bytes >= state
 

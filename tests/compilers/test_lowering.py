@@ -1,0 +1,72 @@
+"""Claim: everything that runs on a device can be lowered for GPUs and TPUs, which takes neither and no compiler."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import repvgg_jax as rv
+from repvgg_jax.inference.plan import xla_plan
+from repvgg_jax.inference.planned_net import planned_forward, prepare_params
+from tests.helpers.random_weights import random_variables
+from train.loop import make_step
+from train.recipe import parse
+from train.run import batch_shapes, fresh_state, make_run, open_data
+from train.step import make_eval_step
+
+ACCELERATORS = ("cuda", "tpu")
+SIZE = 64
+SHALLOW = ("--num-blocks", "1", "2", "2", "1")
+"""As few blocks as show every kind."""
+
+
+def lowered_text(function: Callable[..., Any], *arguments: Any) -> str:
+    exported = jax.export.export(jax.jit(function), platforms=ACCELERATORS)(*arguments)
+    assert exported.platforms == ACCELERATORS
+    return exported.mlir_module()
+
+
+@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
+def test_a_deploy_net_is_one_convolution_for_each_block(name: str):
+    model = rv.create_model(name, deploy=True, dtype=jnp.bfloat16)
+    plan = xla_plan(model.variant, 2, (SIZE, SIZE), 3, "an accelerator")
+    images = jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = jax.eval_shape(lambda params: prepare_params(params, plan, model.dtype), variables["params"])
+    text = lowered_text(planned_forward(model, plan), params, images)
+    assert text.count("= stablehlo.convolution(") >= len(model.variant.blocks())
+    assert "stablehlo.custom_call @repvgg" not in text
+
+
+@pytest.mark.parametrize("depth", [SHALLOW, pytest.param((), marks=pytest.mark.slow)], ids=["shallow", "whole"])
+@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
+def test_a_train_and_an_evaluation_step(name: str, depth: tuple[str, ...]):
+    preset = "plus_300" if name.startswith("RepVGGplus") else "imagenet_120"
+    words = ["--preset", preset, "--model", name, *depth, "--dtype", "bfloat16", "--image-size", str(SIZE)]
+    recipe = parse([*words, "--mixup", "0.2", "--ema-decay", "0.99"])
+    run = make_run(recipe, open_data(recipe, unopened=True))
+    state, batch = jax.eval_shape(lambda: fresh_state(run)), batch_shapes(run, 2)
+    step = make_step(run)
+    text = lowered_text(lambda state, batch: jax.vmap(step, axis_name="batch")(state, batch), *devices(state, batch))
+    assert "stablehlo.convolution" in text
+    evaluate = make_eval_step(run.model, run.dataset.preprocessing)
+    mask = {"mask": jax.ShapeDtypeStruct((2,), np.float32)}
+    lowered_text(evaluate, state.variables, batch | mask)
+
+
+def devices(*trees: Any) -> Any:
+    """The shapes with an axis of one device in front."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), trees)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_an_int8_net(integer: bool):
+    model = rv.create_model(rv.Variant((1, 1, 1, 1), (8, 8, 8, 8, 8)), 5)
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+    net = rv.quantize(model, random_variables(model), images, "per-channel")
+    text = lowered_text(lambda variables, x: net.apply(variables, x, integer=integer), net.variables, images)
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert {"xi32>" in line for line in convolutions} == {integer}
