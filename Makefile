@@ -54,7 +54,7 @@ $(VENV)/train.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 # The compilers live in environments of their own: JAX would take them for machines that are here.
 $(VENV)-cuda/check.installed $(VENV)-tpu/check.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . pytest pytest-xdist tyro 'jax[$(if $(findstring cuda,$(@D)),cuda13,tpu)]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(patsubst $(VENV)-%,%,$(@D))]' pytest tyro
 	touch $@
 
 $(VENV)/docs.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
