@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..broadcasting import channelwise
+from ..conv.sharding import varying_axes, varying_over
 from ..conv.xla import xla_conv
 from .kernel_algebra import EXACT, constant_response
 
@@ -38,6 +39,7 @@ def moments_of(x: Array, running_mean: Array) -> Moments:
     def pixels_mean(x: Array, running_mean: Array) -> Array:
         return x[:, x.shape[1] // 2, x.shape[2] // 2].astype(running_mean.dtype).mean(0)
 
+    running_mean = varying_over(varying_axes(x), running_mean)
     shift = lax.platform_dependent(
         lax.stop_gradient(x), running_mean, tpu=lambda x, running_mean: running_mean, default=pixels_mean
     )

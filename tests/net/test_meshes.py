@@ -99,15 +99,17 @@ def test_gradients_in_shard_map_that_checks_what_varies(count):
 @pytest.mark.parametrize(
     "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow), "shard_map"], ids=str
 )
-def test_every_branch_can_be_lowered(kind):
-    variables = random_variables(BRANCHES)
-    function = functools.partial(everything, BRANCHES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_branch_can_be_lowered(dtype, kind):
+    model = BRANCHES.clone(dtype=jnp.dtype(dtype))
+    variables = random_variables(model)
+    function = functools.partial(everything, model)
     if kind == "shard_map":
         mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
         specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
         def each(variables: Any, images: Any) -> Any:
-            found = everything(BRANCHES, variables, images)
+            found = everything(model, variables, images)
             return found | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], found["batch_stats"])}
 
         jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)).lower(variables, IMAGES)
