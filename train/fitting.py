@@ -12,6 +12,7 @@ import jax
 from .compiled import Cost, program_cost
 from .loop import make_parallel_step
 from .run import Run, batch_shapes, fresh_state, make_run
+from .state import TrainState
 from .targets import COMPILER_OPTIONS
 
 MAX_COMPILATIONS = 8
@@ -79,8 +80,7 @@ def with_batch(run: Run, batch_size: int) -> Run:
 def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     """Compile a run's train step for `devices` and read from the result what it costs."""
     per_chip = run.recipe.optimizer.batch_size // len(devices)
-    state, batch = _shapes(run, per_chip)
-    of_batch = _bytes(batch)
+    of_batch = tree_bytes(batch_shapes(run, per_chip))
     prefetched = run.recipe.input.prefetch * of_batch
     start = time.monotonic()
     try:
@@ -88,7 +88,7 @@ def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        given = _bytes(state) + of_batch
+        given = tree_bytes(state_shapes(run)) + of_batch
         needed = needed_bytes(str(error), given)
         return Compiled(per_chip, needed + prefetched if needed else 0, time.monotonic() - start)
     seconds = time.monotonic() - start
@@ -115,17 +115,18 @@ def compiled_program(run: Run, devices: Sequence[Any], platform: str) -> jax.sta
     def on_every_device(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
-    shapes = map(on_every_device, _shapes(run, run.recipe.optimizer.batch_size // len(devices)))
-    lowered = make_parallel_step(run, devices).lower(*shapes)
+    batch = batch_shapes(run, run.recipe.optimizer.batch_size // len(devices))
+    lowered = make_parallel_step(run, devices).lower(on_every_device(state_shapes(run)), on_every_device(batch))
     return lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
 
 
-def _shapes(run: Run, per_chip: int) -> tuple[Any, Any]:
-    """One chip's state and batch."""
-    return jax.eval_shape(lambda: fresh_state(run)), batch_shapes(run, per_chip)
+def state_shapes(run: Run) -> TrainState:
+    """Return one chip's state without its numbers."""
+    return jax.eval_shape(lambda: fresh_state(run))
 
 
-def _bytes(tree: Any) -> float:
+def tree_bytes(tree: Any) -> float:
+    """Return the bytes of arrays, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -135,8 +135,8 @@ def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: 
       batch: a `jax.ShapeDtypeStruct`, in the layout of arrays everywhere.
     """
     if platform == "cpu":
-        return compile_for(platform, forward, params, batch), params
-    with jax.disable_jit(False):
+        return compile_for_cpu(forward, params, batch), params
+    with jax.disable_jit(False):  # nothing is compiled ahead of time otherwise
         compiled = accelerated(forward).lower(params, batch).compile()
     return compiled, jax.device_put(params, compiled.input_formats[0][0])
 
@@ -150,20 +150,18 @@ def accelerated(forward: Callable[..., Any], device: Any = None) -> Any:
     return jax.jit(forward, in_shardings=(Format(Layout.AUTO, sharding), sharding))
 
 
-def compile_for(platform: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """`jit` ahead of time with this library's options for the platform.
+def compile_for_cpu(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """`jit` ahead of time with this library's options for CPUs.
 
     Args:
-      platform: "cpu", "gpu", …
       function: what to compile.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    with jax.disable_jit(False):  # nothing is compiled ahead of time otherwise
+    with jax.disable_jit(False):
         lowered = jax.jit(function).lower(*arguments)
-    if platform == "cpu":
-        try:
-            return lowered.compile(compiler_options=CPU_OPTIONS)
-        except jax.errors.JaxRuntimeError as error:  # another jaxlib may not know an option
-            if "compile option" not in str(error):
-                raise
+    try:
+        return lowered.compile(compiler_options=CPU_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:  # another jaxlib may not know an option
+        if "compile option" not in str(error):
+            raise
     return lowered.compile()

@@ -15,7 +15,7 @@ from ..conv.deploy import convolve, prepare_kernel
 from ..net.model import RepVGG
 from . import plan_cache
 from .plan import Plan, StagePlan, default_plan, portion_choices, stage_layers, xla_plan
-from .planned_net import compile_for
+from .planned_net import compile_for_cpu
 
 DTYPE = "float32"
 """What is measured."""
@@ -106,7 +106,7 @@ def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) 
         return lax.map(step, batches)
 
     arguments = (jnp.asarray(batches), prepared, bias)
-    compiled = compile_for("cpu", run, *arguments)
+    compiled = compile_for_cpu(run, *arguments)
     times = []
     for _ in range(RUNS + 1):
         start = time.perf_counter()

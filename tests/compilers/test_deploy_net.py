@@ -2,33 +2,21 @@
 
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.inference.plan import xla_plan
-from repvgg_jax.inference.planned_net import accelerated, planned_forward, prepare_params
+from repvgg_jax.inference.planned_net import accelerated
+from tests.compilers.programs import deploy_net
 from train.targets import Target
 
 SIZE, BATCH = 224, 128
 
 
-def deploy_text(name: str, dtype: str, device: object) -> tuple[rv.RepVGG, str]:
-    """A deploy net and its compiled program, as a predictor has it compiled."""
-    model = rv.create_model(name, deploy=True, dtype=jnp.dtype(dtype))
-    plan = xla_plan(model.variant, BATCH, (SIZE, SIZE), 3, "an accelerator")
-    images = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    params = jax.eval_shape(lambda params: prepare_params(params, plan, model.dtype), variables["params"])
-    compiled = accelerated(planned_forward(model, plan), device).lower(params, images).compile()
-    return model, compiled.as_text() or ""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rv.list_models())
 def test_every_block_is_one_fused_convolution(name: str, target: Target, devices: list):
-    model, text = deploy_text(name, "bfloat16", devices[0])
+    model, forward, params, images = deploy_net(name, BATCH, SIZE)
+    text = accelerated(forward, devices[0]).lower(params, images).compile().as_text() or ""
     blocks = model.variant.blocks()
     if target.family.platform == "cuda":
         of_gates = 2 * len(blocks) if model.variant.squeeze_excite else 0

@@ -4,17 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.inference.plan import xla_plan
-from repvgg_jax.inference.planned_net import planned_forward, prepare_params
+from tests.compilers.programs import deploy_net
 from tests.helpers.random_weights import random_variables
+from train.fitting import state_shapes
 from train.loop import make_step
 from train.recipe import parse
-from train.run import batch_shapes, fresh_state, make_run, open_data
+from train.run import batch_shapes, make_run, open_data
 from train.step import make_eval_step
 
 ACCELERATORS = ("cuda", "tpu")
@@ -31,12 +30,8 @@ def lowered_text(function: Callable[..., Any], *arguments: Any) -> str:
 
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
 def test_a_deploy_net_is_one_convolution_for_each_block(name: str):
-    model = rv.create_model(name, deploy=True, dtype=jnp.bfloat16)
-    plan = xla_plan(model.variant, 2, (SIZE, SIZE), 3, "an accelerator")
-    images = jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    params = jax.eval_shape(lambda params: prepare_params(params, plan, model.dtype), variables["params"])
-    text = lowered_text(planned_forward(model, plan), params, images)
+    model, forward, params, images = deploy_net(name, 2, SIZE)
+    text = lowered_text(forward, params, images)
     assert text.count("= stablehlo.convolution(") >= len(model.variant.blocks())
     assert "stablehlo.custom_call @repvgg" not in text
 
@@ -48,7 +43,7 @@ def test_a_train_and_an_evaluation_step(name: str, depth: tuple[str, ...]):
     words = ["--preset", preset, "--model", name, *depth, "--dtype", "bfloat16", "--image-size", str(SIZE)]
     recipe = parse([*words, "--mixup", "0.2", "--ema-decay", "0.99"])
     run = make_run(recipe, open_data(recipe, unopened=True))
-    state, batch = jax.eval_shape(lambda: fresh_state(run)), batch_shapes(run, 2)
+    state, batch = state_shapes(run), batch_shapes(run, 2)
     step = make_step(run)
     text = lowered_text(lambda state, batch: jax.vmap(step, axis_name="batch")(state, batch), *devices(state, batch))
     assert "stablehlo.convolution" in text
