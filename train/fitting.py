@@ -202,24 +202,35 @@ def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) 
     if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
         return None
     bottom, top = low.per_chip if low else 0, high.per_chip if high else most + step
-    images = guess(tried, usable)
+    if low and high and _halving_is_due(tried, usable):
+        images = (bottom + top) / 2
+    else:
+        images = guess(tried, usable)
     # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
-    unit = step * 2 ** max(int(math.log2(max(images / step / 16, 1))), 0)
-    images = int(images // unit * unit)
-    if low and (images == bottom or top - bottom <= unit):
+    unit = step * 2 ** max(int(math.log2(max((bottom or images) / step / 16, 1))), 0)
+    if low and top - bottom <= unit:
         return None
-    if low and high and images >= top:  # memory does not grow as it should: halve what is left
-        images = (bottom + top) // 2 // step * step
-    images = max(min(max(images, bottom + unit), top - (unit if high else step)), step)
+    images = max(int(images // unit * unit), bottom + unit)
+    images = max(min(images, top - (unit if high else step)), step)
     return images if bottom < images < top else None
 
 
+def _halving_is_due(tried: Sequence[Compiled], usable: float) -> bool:
+    """Whether the last two tries both fitted or both failed: memory does not grow as the line through them says."""
+    return len(tried) > 2 and tried[-1].fits(usable) == tried[-2].fits(usable)
+
+
 def guess(tried: Sequence[Compiled], usable: float) -> float:
-    """Return how many images should just fit, by the two tries that came nearest to it, or by proportion from one."""
+    """Return how many images should just fit.
+
+    The line goes through the largest share that fits and the smallest that does not, or, where there are no such two,
+    through the two that came nearest; of one alone, by proportion.
+    """
     known = sorted((c for c in tried if c.peak > 0), key=lambda c: abs(c.peak - usable))
     if not known:
         return min(c.per_chip for c in tried) / 2
-    if len(known) == 1 or known[0].peak == known[1].peak:
-        return known[0].per_chip * usable / known[0].peak
-    a, b = known[:2]
+    around = [c for c in _bounds(known, usable) if c is not None]
+    a, b = around if len(around) == 2 else (known * 2)[:2]
+    if a.peak == b.peak:
+        return a.per_chip * usable / a.peak
     return a.per_chip + (usable - a.peak) * (b.per_chip - a.per_chip) / (b.peak - a.peak)

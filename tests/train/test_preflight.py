@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.helpers.commands import command, error_of
@@ -18,7 +19,7 @@ from train import fitting, preflight, targets
 from train.chips import CHIPS, GIB
 from train.compiled import Array, Cost, program_cost
 from train.config_file import save_or_compare
-from train.fitting import Compiled, Memory, find_largest, needed_bytes
+from train.fitting import MAX_COMPILATIONS, Compiled, Memory, find_largest, needed_bytes
 from train.loop import make_parallel_step
 from train.recipe import parse
 from train.roofline import roofline
@@ -236,6 +237,34 @@ def test_memory_that_grows_in_steps_is_searched_in_few_compilations_too():
     assert found.fitting is not None
     assert found.fitting.per_chip >= 15 / 16 * 2176
     assert len(compiled) <= 5
+
+
+def test_memory_that_does_not_grow_evenly_is_searched_to_the_end():
+    """As A0's step does on an H100: 8192 images need little more than 7424, and 3968 far less than half of it."""
+    needs = {3968: 33.2, 7424: 60.1, 8192: 63.35}
+
+    def chips(per_chip: int) -> Compiled:
+        peak = float(np.interp(per_chip, [0, *needs], [0.5, *needs.values()]))
+        return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
+
+    found = find_largest(chips, chips(8192), 59.33, step=1, most=10**5)
+    assert found.fitting is not None
+    assert found.failing is not None
+    assert found.failing.per_chip - found.fitting.per_chip <= found.fitting.per_chip / 16 or found.fitting.peak > 58.1
+
+
+def test_memory_that_jumps_is_searched_to_within_a_sixteenth():
+    compiled = []
+
+    def chips(per_chip: int) -> Compiled:
+        compiled.append(per_chip)
+        peak = per_chip * 0.1 + 1000 * (per_chip > 777)
+        return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
+
+    found = find_largest(chips, chips(1024), 500, step=1, most=10**6)
+    assert found.fitting is not None
+    assert found.fitting.per_chip >= 15 / 16 * 777
+    assert len(compiled) <= 1 + MAX_COMPILATIONS
 
 
 def test_a_share_divides_into_the_portions_of_accumulate():
