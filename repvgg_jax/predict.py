@@ -18,6 +18,7 @@ from .prediction_files import Format, Guess, check_embedding_file, embedding_wri
 from .preprocess import Preprocessing, normalize, open_as_input
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
+from .weights.imagenet_classes import class_names_to_show
 from .weights.options import WeightsOptions
 
 
@@ -95,12 +96,12 @@ def _outputs(
 
 
 def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[tuple[list[str], np.ndarray]]) -> None:
-    write = None
+    write, class_names = None, class_names_to_show(info)
     for names, logits in outputs:
         write = write or prediction_writer(arguments.format, sys.stdout)
         for name, row in zip(names, softmax(logits), strict=True):
             best = np.argsort(-row, kind="stable")[: arguments.top].tolist()
-            write(name, [Guess(i, info.class_names[i] if info.class_names else None, float(row[i])) for i in best])
+            write(name, [Guess(i, class_names[i] if class_names else None, float(row[i])) for i in best])
         sys.stdout.flush()
 
 

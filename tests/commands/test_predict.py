@@ -23,6 +23,7 @@ from repvgg_jax.__main__ import main
 from repvgg_jax.cli import run_command
 from repvgg_jax.predict import ImageReader
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
+from repvgg_jax.weights.imagenet_classes import imagenet_class_names
 from tests.helpers.commands import Done, command
 from tests.helpers.comparison import relative_difference
 from tests.helpers.photos import PHOTO
@@ -218,6 +219,26 @@ def test_classes_without_names(photos, tmp_path):
     (row,) = csv.DictReader(io.StringIO(predict(path, photos[0], "--top", 1, "--format", "csv").stdout))
     assert (row["name"], int(row["class"])) == ("", answer["class"])
     assert f": class {answer['class']} " in predict(path, photos[0], "--top", 1).stdout
+
+
+def test_a_net_of_1000_classes_without_names_knows_imagenets(photos, tmp_path):
+    """As the authors' and timm's files are."""
+    model = rv.create_model(SMALL, 1000)
+    path = tmp_path / "nameless.pth"
+    rv.save_weights(path, model, random_variables(model))
+    Path(f"{path}.json").unlink(missing_ok=True)
+    answers = json.loads(predict(path, photos[0], "--top", 1000, "--format", "json").stdout)["predictions"]
+    names = [answer["name"] for answer in sorted(answers, key=lambda answer: answer["class"])]
+    assert tuple(names) == imagenet_class_names()
+    assert names[0] == "tench"
+    named = predict(path, photos[0], "--top", 1, "--class-names", names_file(tmp_path, 1000)).stdout
+    assert f": mine {answers[0]['class']} " in named
+
+
+def names_file(folder: Path, count: int) -> Path:
+    path = folder / "names.txt"
+    path.write_text("".join(f"mine {index}\n" for index in range(count)), encoding="utf-8")
+    return path
 
 
 @pytest.mark.usefixtures("fake")
