@@ -202,10 +202,9 @@ def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) 
     if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
         return None
     bottom, top = low.per_chip if low else 0, high.per_chip if high else most + step
+    images = guess(tried, usable)
     if low and high and _halving_is_due(tried, usable):
         images = (bottom + top) / 2
-    else:
-        images = guess(tried, usable)
     # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
     unit = step * 2 ** max(int(math.log2(max((bottom or images) / step / 16, 1))), 0)
     if low and top - bottom <= unit:

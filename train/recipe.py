@@ -20,6 +20,7 @@ from repvgg_jax.weights.architecture import find_variant
 from repvgg_jax.weights.hub import weights_path
 
 from .data.augmentation import Augmentation
+from .data.datasets import DATA_SETS
 from .data.transforms import TRANSFORMS
 from .options import Limit, at_least, at_most, below, between, check_options, must, one_of, option
 
@@ -245,6 +246,21 @@ class Recipe:
 
 _IMAGENET = InputOptions(data="imagenet2012")
 
+
+def _prepared_as(name: str) -> InputOptions:
+    """Options for a data set of the table whose images may lie in a folder too, which has no row of its own."""
+    row = DATA_SETS[name]
+    return InputOptions(
+        data=name,
+        image_size=row.train_size,
+        test_image_size=row.test_size,
+        crop_fraction=row.crop_fraction,
+        mean=row.mean,
+        std=row.std,
+        train_transform=row.train_transform,
+    )
+
+
 PRESETS: dict[str, Recipe] = {
     # Real 8x8 scans, minutes on a laptop: the demo.
     "digits": Recipe(
@@ -254,6 +270,23 @@ PRESETS: dict[str, Recipe] = {
             epochs=30, batch_size=64, learning_rate=0.1, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
         ),
         run=RunOptions(log_every=22, evaluate_every=5, checkpoint_every=110),
+    ),
+    # Photographs of 32 pixels, an hour on two cores: see docs/experiments.md.
+    "cifar10": Recipe(
+        model=ModelOptions(
+            "RepVGG-A0", num_blocks=(1, 2, 3, 1), widths=(32, 48, 96, 192, 384), strides=(1, 1, 2, 2, 2)
+        ),
+        input=_prepared_as("cifar10"),
+        optimizer=OptimizerOptions(
+            epochs=30,
+            batch_size=128,
+            learning_rate=0.2,
+            nesterov=True,
+            weight_decay=5e-4,
+            warmup_epochs=2,
+            label_smoothing=0.1,
+        ),
+        run=RunOptions(log_every=100),
     ),
     # Paper, section 4.1: A0 to B2.
     "imagenet_120": Recipe(model=ModelOptions("RepVGG-A0"), input=_IMAGENET),

@@ -146,15 +146,16 @@ class RepVGG(nn.Module):
         deploy: bool,
         se: SE = None,
         in_channels: int = 3,
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "num_blocks": num_blocks, "widths_multipliers": widths_multipliers, "groups": groups,
-            "num_classes": num_classes, "deploy": deploy, "se": se, "in_channels": in_channels,
+            "num_classes": num_classes, "deploy": deploy, "se": se, "in_channels": in_channels, "strides": strides,
         }  # fmt: skip
         self.deploy, index, channels = deploy, 0, in_channels
 
-        def stage(width: int, blocks: int, stride: int = 2) -> nn.Sequential:
+        def stage(width: int, blocks: int, stride: int) -> nn.Sequential:
             nonlocal index, channels
             stack = nn.Sequential()
             for i in range(blocks):
@@ -166,17 +167,17 @@ class RepVGG(nn.Module):
 
         a = widths_multipliers
         widths = [int(64 * a[0]), int(128 * a[1]), int(256 * a[2]), int(512 * a[3])]
-        self.stage0 = stage(min(64, int(64 * a[0])), 1)[0]
+        self.stage0 = stage(min(64, int(64 * a[0])), 1, strides[0])[0]
         if self.plus:
             half = num_blocks[2] // 2
-            self.stage1 = PlusStage(stage(widths[0], num_blocks[0]))
-            self.stage2 = PlusStage(stage(widths[1], num_blocks[1]))
-            self.stage3_first = PlusStage(stage(widths[2], half))
-            self.stage3_second = PlusStage(stage(widths[2], num_blocks[2] - half, stride=1))
-            self.stage4 = PlusStage(stage(widths[3], num_blocks[3]))
+            self.stage1 = PlusStage(stage(widths[0], num_blocks[0], strides[1]))
+            self.stage2 = PlusStage(stage(widths[1], num_blocks[1], strides[2]))
+            self.stage3_first = PlusStage(stage(widths[2], half, strides[3]))
+            self.stage3_second = PlusStage(stage(widths[2], num_blocks[2] - half, 1))
+            self.stage4 = PlusStage(stage(widths[3], num_blocks[3], strides[4]))
         else:
             for s, (width, blocks) in enumerate(zip(widths, num_blocks, strict=True), start=1):
-                self.add_module(f"stage{s}", stage(width, blocks))
+                self.add_module(f"stage{s}", stage(width, blocks, strides[s]))
         self.linear = nn.Linear(channels, num_classes)
         if self.plus and not deploy:
             self.stage1_aux = auxiliary_head(widths[0], num_classes)

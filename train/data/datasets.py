@@ -298,7 +298,15 @@ DATA_SETS: dict[str, Row] = {
         train_transform="as_is",
         counts=Counts(classes=1000, train=_SYNTHETIC_IMAGES, test=_SYNTHETIC_TEST_IMAGES),
     ),
-    # What follows is prepared as all photographs are; only the counts are its own.
     "imagenet2012": Row(_folder_or_tfds, counts=Counts(classes=1000, train=1_281_167, test=50_000)),
-    "cifar10": Row(_folder_or_tfds, counts=Counts(classes=10, train=50_000, test=10_000)),
+    "cifar10": Row(
+        _folder_or_tfds,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        train_size=32,
+        test_size=32,
+        crop_fraction=1.0,
+        train_transform="pad_and_crop_flip",
+        counts=Counts(classes=10, train=50_000, test=10_000),
+    ),
 }

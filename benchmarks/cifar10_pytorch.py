@@ -1,0 +1,146 @@
+"""One small net trained on CIFAR-10 here and in PyTorch: `python -m benchmarks.cifar10_pytorch DATA`.
+
+Both start from the same weights and take the same batches (this library's pipeline, with augmentation) for an epoch of
+the preset's recipe, 390 steps. The PyTorch side is the independent implementation that the tests use, with
+`torch.optim.SGD` and autograd. Both loss curves go into one picture, and both nets are evaluated on the whole test
+split. The same again from other weights and in another order shows how far apart two seeds are.
+"""
+
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("benchmarks.cifar10_pytorch")
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import repvgg_jax as rv
+from repvgg_jax.files import atomic_path
+from repvgg_jax.preprocess import Preprocessing, normalize
+from tests.helpers import torch_oracle
+from train import data
+from train.loop import make_parallel_step
+from train.parallel import put_batch, to_host
+from train.recipe import parse
+from train.run import Run, fresh_state, make_evaluator, set_up, trained_forms, training_batches
+
+BLOCKS, STRIDES, WIDTHS = (2, 3, 6, 1), (1, 2, 2, 2, 1), (16, 16, 32, 64, 160)
+MULTIPLIERS = (0.25, 0.25, 0.25, 0.3125)
+"""The same widths as the oracle has them: of 64, 128, 256 and 512 channels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Train the same net on the same batches here and in PyTorch."""
+
+    data: tyro.conf.Positional[str]
+    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it."""
+    seeds: int = 2
+    epochs: int = 1
+    picture: str = "cifar10_pytorch.png"
+    """Where the curves are drawn."""
+
+
+def prepared_run(arguments: Arguments, seed: int) -> Run:
+    """The preset's recipe for the small net."""
+    words = ["--data", arguments.data, "--epochs", str(arguments.epochs), "--seed", str(seed)]
+    for option, numbers in (("--num-blocks", BLOCKS), ("--widths", WIDTHS), ("--strides", STRIDES)):
+        words += [option, *map(str, numbers)]
+    return set_up(parse(["--preset", "cifar10", *words, "--warmup-epochs", "0", "--workdir", tempfile.gettempdir()]))
+
+
+def train_here(run: Run) -> tuple[list[float], float]:
+    """Return the loss before each step, and the accuracy at the end."""
+    state, step, losses = fresh_state(run), make_parallel_step(run), []
+    with training_batches(run, 0) as batches:
+        for _ in range(run.total_steps):
+            state, metrics = step(state, put_batch(next(batches)))
+            losses.append(float(to_host(metrics["loss"])))
+    return losses, make_evaluator(run, run.model)(trained_forms(state)["train"]).top1
+
+
+def initial_oracle(run: Run) -> torch_oracle.RepVGG:
+    """The PyTorch net with the run's initial weights, which it reads from the authors' file format."""
+    oracle = torch_oracle.RepVGG(BLOCKS, MULTIPLIERS, 1, run.dataset.num_classes, False, strides=STRIDES)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "initial.pth"
+        rv.save_weights(path, run.model, to_host(fresh_state(run).variables))
+        oracle.load_state_dict(torch.load(path))
+    return oracle
+
+
+def torch_images(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
+    """uint8 `[devices, N, H, W, C]` as PyTorch's normalised `[N, C, H, W]`."""
+    flat = images.reshape(-1, *images.shape[2:])
+    return torch.from_numpy(np.array(normalize(flat, preprocessing))).permute(0, 3, 1, 2).contiguous()
+
+
+def train_there(run: Run) -> tuple[list[float], float]:
+    """The same in PyTorch."""
+    oracle, images_of = initial_oracle(run), run.dataset.preprocessing
+    options = run.recipe.optimizer
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        with training_batches(run, 0) as all_batches:
+            for _ in range(run.total_steps):
+                batch = next(all_batches)
+                yield torch_images(batch["image"], images_of), torch.from_numpy(batch["label"].reshape(-1)).long()
+
+    losses = torch_oracle.sgd_steps(
+        oracle,
+        batches(),
+        [float(run.schedule(step)) for step in range(run.total_steps)],
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        label_smoothing=options.label_smoothing,
+    )
+    oracle.eval()
+    right = images = 0.0
+    with (
+        data.eval_batches(run.dataset.test, batch_size=500, local_device_count=1, preprocessing=images_of) as batched,
+        torch.no_grad(),
+    ):
+        for batch in batched:
+            logits = oracle(torch_images(batch["image"], images_of)).numpy()
+            mask = batch["mask"].reshape(-1)
+            right += float(((logits.argmax(-1) == batch["label"].reshape(-1)) * mask).sum())
+            images += float(mask.sum())
+    return losses, right / images
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Write a picture of the loss curves, smoothed over ten steps."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, losses) in enumerate(curves.items()):
+        smooth = np.convolve(losses, np.full(10, 0.1), "valid")
+        axes.plot(smooth, label=name, color=f"C{number // 2}", linestyle=("-", "--")[number % 2])
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, mean over ten steps")
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def main() -> None:
+    """The command; its last line on stdout is one JSON object."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.cifar10_pytorch")
+    curves, top1 = {}, {}
+    for seed in range(arguments.seeds):
+        run = prepared_run(arguments, seed)
+        for side, train in (("repvgg-jax", train_here), ("PyTorch", train_there)):
+            name = f"{side}, seed {seed}"
+            curves[name], top1[name] = train(run)
+            print(f"{name}: last losses {np.mean(curves[name][-20:]):.4f}, top-1 {100 * top1[name]:.2f} %", flush=True)
+    draw(curves, Path(arguments.picture))
+    print(json.dumps({"top1": top1, "steps": len(next(iter(curves.values())))}))

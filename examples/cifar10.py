@@ -1,0 +1,209 @@
+"""Experiments on CIFAR-10 that docs/experiments.md reports: `python -m examples.cifar10 nets DATA` or `blocks DATA`.
+
+`nets` trains the preset and nets of sizes that others have published, for their accuracy. `blocks` trains one small net
+with and without the branches of its block (the paper's Table 6), and with other blocks, on several seeds. DATA is a
+folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it. Runs lie in the workdir; the same
+command again goes on from there, and prints what is finished.
+"""
+
+if __name__ == "__main__":  # before the imports that take long: see `run_module`
+    from repvgg_jax.cli import run_module
+
+    run_module("examples.cifar10")
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from matplotlib.figure import Figure
+
+from repvgg_jax.errors import ConfigError
+from repvgg_jax.files import atomic_path
+from repvgg_jax.net.summary import summarize
+from train.cluster import stop_signal
+from train.main import train
+from train.metrics import read_rows
+from train.recipe import Recipe, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A run of the preset `cifar10`, with some of its options changed.
+
+    Attributes:
+      name: in tables.
+      options: words for the command line of `train.main`.
+      published: error in per cent that others report for a net of this architecture, after their own recipe.
+    """
+
+    name: str
+    options: str = ""
+    published: float | None = None
+
+    def recipe(self, arguments: "Arguments", seed: int) -> Recipe:
+        """What is run for this trial and seed."""
+        words = [*self.options.split(), "--data", arguments.data, "--seed", str(seed)]
+        if arguments.data_dir is not None:
+            words += ["--data-dir", arguments.data_dir]
+        if arguments.epochs is not None:
+            words += ["--epochs", str(arguments.epochs)]
+        folder = (
+            Path(arguments.workdir) / arguments.experiment / f"{self.name.replace(' ', '-').replace(',', '')}-{seed}"
+        )
+        return parse(["--preset", "cifar10", *words, "--workdir", str(folder)])
+
+
+def published(blocks: str, widths: str, error: float, name: str) -> Trial:
+    """A net of the table in github.com/fattorib/RepVGG-CIFAR10, which trained it for 200 to 250 epochs."""
+    return Trial(name, f"--num-blocks {blocks} --widths {widths}", error)
+
+
+SHORT = "--epochs 8 --warmup-epochs 1 --num-blocks 2 3 6 1 --widths 16 16 32 64 160 --strides 1 2 2 2 1"
+"""A net of 15 layers that an epoch takes half a minute on two cores."""
+
+EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
+    "nets": (
+        Trial("preset"),
+        published("2 4 14 1", "12 12 24 48 160", 10.23, "A0"),
+        published("2 4 14 1", "16 16 32 64 160", 8.44, "A1"),
+        published("2 4 14 1", "16 24 48 96 176", 7.71, "A2"),
+        published("4 6 16 1", "16 16 32 64 160", 7.73, "B0"),
+        published("4 6 16 1", "16 32 64 128 256", 6.43, "B1"),
+        published("4 6 16 1", "16 40 80 160 320", 5.20, "B2"),
+        published("4 6 16 1", "16 48 96 192 320", 4.96, "B3"),
+    ),
+    "blocks": (
+        Trial("3x3 alone", f"{SHORT} --no-point --no-identity"),
+        Trial("3x3, identity", f"{SHORT} --no-point"),
+        Trial("3x3, 1x1", f"{SHORT} --no-identity"),
+        Trial("3x3, 1x1, identity", SHORT),
+        Trial("QARepVGG", f"{SHORT} --block qarepvgg"),
+        Trial("MobileOne, 3 copies", f"{SHORT} --dense-copies 3"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Train nets on CIFAR-10 and compare them."""
+
+    experiment: tyro.conf.Positional[Literal["nets", "blocks"]]
+    """nets: the preset and published sizes. blocks: the branches of a block, one by one."""
+    data: tyro.conf.Positional[str]
+    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it."""
+    workdir: str = "runs/cifar10"
+    """Where runs and results are kept."""
+    data_dir: str | None = None
+    """Where TFDS keeps its data sets."""
+    seeds: int | None = None
+    """Runs of each trial; 1 for nets, 3 for blocks, if not given."""
+    epochs: int | None = None
+    """Of each run; the trial's own if not given."""
+    only: tuple[str, ...] = ()
+    """Names of the trials to run, such as A0; all if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the runs of a trial gave: parameters in deploy form, and the fused net's error in per cent for each seed."""
+
+    trial: Trial
+    params: int
+    epochs: int
+    errors: tuple[float, ...]
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 for one."""
+        return statistics.stdev(self.errors) if len(self.errors) > 1 else 0.0
+
+    def row(self) -> str:
+        """One line of the table."""
+        mean = f"{statistics.mean(self.errors):.2f}"
+        if len(self.errors) > 1:
+            mean += f" ± {self.spread:.2f}"
+        others = "" if self.trial.published is None else f"{self.trial.published:.2f}"
+        return f"| {self.trial.name} | {self.params / 1e6:.3f} | {self.epochs} | {mean} | {others} |"
+
+
+HEADER = "| trial | deploy parameters, M | epochs | error, % | published, % |\n|---|---|---|---|---|"
+
+
+def finished_error(folder: Path) -> float | None:
+    """Return the fused net's error in per cent on the whole test split; None if the run has not reached its end."""
+    found = [row["top1"] for row in read_rows(folder / "metrics.jsonl") if row.get("form") == "deploy"]
+    return 100 * (1 - found[-1]) if found else None
+
+
+def outcome(trial: Trial, arguments: Arguments, seeds: int) -> Outcome:
+    """Train what is not finished yet; leaves as SIGTERM asks to.
+
+    Raises:
+      RepVGGError: the data cannot be read, or the workdir cannot be used.
+    """
+    errors = []
+    recipe = trial.recipe(arguments, 0)
+    for seed in range(seeds):
+        recipe = trial.recipe(arguments, seed)
+        error = finished_error(Path(recipe.run.workdir))
+        if error is None:
+            result = train(recipe)
+            if result is None:
+                sys.exit(128 + stop_signal())
+            error = 100 * (1 - result.evaluations["deploy"].top1)
+        errors.append(error)
+    params = summarize(recipe.model.variant, num_classes=10, image_size=32).params
+    return Outcome(trial, params, recipe.optimizer.epochs, tuple(errors))
+
+
+def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Write a picture of the errors: a dot for each seed, a bar at their mean."""
+    figure = Figure(figsize=(7, 0.6 + 0.5 * len(outcomes)), layout="constrained")
+    axes = figure.subplots()
+    for place, one in enumerate(reversed(outcomes)):
+        axes.plot(one.errors, [place] * len(one.errors), "o", color="tab:blue", alpha=0.6)
+        axes.plot([statistics.mean(one.errors)], [place], "|", color="black", markersize=18)
+        if one.trial.published is not None:
+            axes.plot([one.trial.published], [place], "x", color="tab:orange")
+    axes.set_yticks(range(len(outcomes)), [one.trial.name for one in reversed(outcomes)])
+    axes.set_xlabel("test error, %")
+    axes.grid(axis="x", alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def run(arguments: Arguments) -> list[Outcome]:
+    """Run an experiment; print its table, and write it into the workdir as JSON and as a picture.
+
+    Raises:
+      ConfigError: no trial is called so, or the numbers make no sense.
+      RepVGGError: the data cannot be read, or the workdir cannot be used.
+    """
+    trials = {trial.name: trial for trial in EXPERIMENTS[arguments.experiment]}
+    for name in arguments.only:
+        if name not in trials:
+            raise ConfigError(f"--only {name} is none of {', '.join(trials)}")
+    seeds = arguments.seeds if arguments.seeds is not None else {"nets": 1, "blocks": 3}[arguments.experiment]
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, not {seeds}")
+    chosen = [trials[name] for name in arguments.only or trials]
+    outcomes = [outcome(trial, arguments, seeds) for trial in chosen]
+    print(HEADER, *(one.row() for one in outcomes), sep="\n")
+    target = Path(arguments.workdir) / arguments.experiment
+    draw(outcomes, target.with_suffix(".png"))
+    rows = [
+        {"trial": one.trial.name, "params": one.params, "epochs": one.epochs, "errors": one.errors} for one in outcomes
+    ]
+    with atomic_path(target.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return outcomes
+
+
+def main() -> None:
+    """The command."""
+    run(tyro.cli(Arguments, prog="python -m examples.cifar10"))
