@@ -98,7 +98,7 @@ def train_there(run: Run) -> tuple[list[float], float]:
     losses = torch_oracle.sgd_steps(
         oracle,
         batches(),
-        [float(run.schedule(step)) for step in range(run.total_steps)],
+        [float(np.asarray(run.schedule(step))) for step in range(run.total_steps)],
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         nesterov=options.nesterov,

@@ -1,7 +1,7 @@
 """How a layer of quantised numbers is computed: by XLA, or by native convolutions with the kernels packed for them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -75,16 +75,31 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
     padding = spec.dilation * (kernel.shape[0] // 2)
     # Real zeros lie around the image, which the shift has made -128.
     signed = lax.pad(signed, jnp.int8(-shift), ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
-    return bias + lax.conv_general_dilated(
-        signed,
-        kernel,
-        (spec.stride, spec.stride),
-        "VALID",
-        rhs_dilation=(spec.dilation, spec.dilation),
-        dimension_numbers=DIMENSION_NUMBERS,
-        feature_group_count=spec.groups,
-        preferred_element_type=jnp.int32,
-    )
+    in_integers = _convolution(spec, jnp.int8, jnp.int32)
+    in_floats = _convolution(spec, jnp.float32, jnp.float32)  # XLA has no int8 -> int32 convolution for GPUs
+    return bias + lax.platform_dependent(signed, kernel, cuda=in_floats, rocm=in_floats, default=in_integers)
+
+
+def _convolution(spec: BlockSpec, inputs: Any, sums: Any) -> Callable[[Array, Array], Array]:
+    """Return the convolution of padded int8 `[N, H, W, C]` with int8 kernels to int32, computed in these dtypes.
+
+    float32 at full precision holds the same integers, exactly up to 2^24.
+    """
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            x.astype(inputs),
+            kernel.astype(inputs),
+            (spec.stride, spec.stride),
+            "VALID",
+            rhs_dilation=(spec.dilation, spec.dilation),
+            dimension_numbers=DIMENSION_NUMBERS,
+            feature_group_count=spec.groups,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=sums,
+        ).astype(jnp.int32)
+
+    return convolve
 
 
 def _saturate(x: Array) -> Array:

