@@ -212,7 +212,8 @@ class RunOptions:
     """Where it goes and how often it is looked at."""
 
     workdir: str = option("", local_path)
-    """Folder of the run; runs/PRESET-MODEL if not given. The same command again resumes it."""
+    """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command again
+    resumes it."""
     seed: int = option(0, at_least(0), below(2**63))
     log_every: int = option(50, at_least(1))
     """Steps between rows of metrics.jsonl."""
@@ -334,6 +335,8 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
         recipe: Recipe
 
     base = PRESETS[preset or "digits"]  # the preset decides every other option's default
+    if _has(arguments, "--model"):  # another net than the preset's, whose depth and widths are not this one's
+        base = dataclasses.replace(base, model=dataclasses.replace(base.model, num_blocks=None, widths=None))
     chosen = tyro.cli(
         CommandLine,
         prog="python -m train.main",
@@ -344,7 +347,7 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     )
     recipe = chosen.recipe
     if not recipe.run.workdir:
-        workdir = str(Path("runs") / f"{preset}-{_name_of(recipe.model)}")
+        workdir = str(Path("runs") / f"{preset}{_suffix(recipe.model, base.model)}")
         recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workdir=workdir))
     if not _has(arguments, "--warmup-epochs"):
         recipe = dataclasses.replace(recipe, optimizer=_fitting_warmup(recipe.optimizer, base.optimizer))
@@ -369,11 +372,12 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _name_of(options: ModelOptions) -> str:
-    """What a run's folder is called after: the variant, or the file that describes it."""
-    if options.num_blocks or options.widths:
-        return "custom"
-    return options.model if options.model in list_models() else Path(options.model).stem
+def _suffix(options: ModelOptions, preset: ModelOptions) -> str:
+    """What a run's folder is called besides the preset: the variant, or the file that describes it."""
+    numbers = (options.num_blocks, options.widths)
+    if numbers != (None, None):
+        return "" if numbers == (preset.num_blocks, preset.widths) else "-custom"
+    return f"-{options.model if options.model in list_models() else Path(options.model).stem}"
 
 
 def _fitting_warmup(options: OptimizerOptions, preset: OptimizerOptions) -> OptimizerOptions:
