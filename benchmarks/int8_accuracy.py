@@ -4,9 +4,12 @@ Trains RepVGG-A0 and the same net of QARepVGG blocks on scikit-learn's digits, f
 quantisation-aware training, quantises them every way, and evaluates all on distorted copies of the digits that no
 training has seen. Everything is kept in WORKDIR; the same command again goes on from there.
 
-The float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the BN gammas
-of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the small
-deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
+With `--cifar10 FOLDER` the nets are the preset `cifar10`'s, trained on real photographs as its recipe says, and
+evaluated on the whole test split. Nothing is made hard then.
+
+On digits, the float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the
+BN gammas of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the
+small deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
 starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG
 without that.
 
@@ -30,7 +33,7 @@ from convert.calibration_images import calibration_images
 from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.branches import BlockKind
-from repvgg_jax.preprocess import decode_image, normalize
+from repvgg_jax.preprocess import Preprocessing, decode_image, normalize
 from train import data
 from train.cluster import stop_signal
 from train.data.sources import Source
@@ -49,12 +52,46 @@ class Arguments:
 
     workdir: tyro.conf.Positional[str]
     """Where runs and results are kept."""
-    epochs: int = 30
-    """Of the float nets."""
+    cifar10: str | None = None
+    """A folder with train/CLASS/* and val/CLASS/*; digits if not given."""
+    epochs: int | None = None
+    """Of the float nets; the preset's if not given."""
     qat_epochs: int = 4
     copies: int = 10
     """Distorted copies of each test digit."""
     calibration_images: int = 256
+
+    @property
+    def preset(self) -> Recipe:
+        """What the float nets are trained by."""
+        preset = PRESETS["digits" if self.cifar10 is None else "cifar10"]
+        where = {"data_dir": str(Path(self.workdir) / "data")} if self.cifar10 is None else {"data": self.cifar10}
+        return dataclasses.replace(preset, input=dataclasses.replace(preset.input, **where))
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A float net: its name in the table, its block, whether it is made hard, how it is quantised besides `naive`."""
+
+    name: str
+    block: BlockKind
+    hard: bool
+    methods: tuple[str, ...]
+
+
+ALL_METHODS = ("per-channel", "equalized", "corrected", "full")
+NETS = {
+    "digits": (
+        Net("repvgg", "repvgg", True, ALL_METHODS),
+        Net("qarepvgg", "qarepvgg", True, ("per-channel", "full")),
+        Net("easy", "repvgg", False, ("full",)),
+    ),
+    "cifar10": (
+        Net("repvgg", "repvgg", False, ALL_METHODS),
+        Net("qarepvgg", "qarepvgg", False, ("per-channel", "full")),
+    ),
+}
+"""By data set; the first is fine-tuned with quantisation-aware training, and is quantised per tensor too."""
 
 
 def make_hard(model: rv.RepVGG, path: Path) -> None:
@@ -75,33 +112,31 @@ def make_hard(model: rv.RepVGG, path: Path) -> None:
     rv.save_weights(path, model, variables)
 
 
-def run_config(workdir: Path, epochs: int, init: Path | None, **changes: Any) -> Recipe:
-    """The digits preset in a folder of its own."""
-    preset = PRESETS["digits"]
-    warmup, rate = changes.pop("warmup_epochs", 2), changes.pop("learning_rate", preset.optimizer.learning_rate)
-    optimizer = dataclasses.replace(preset.optimizer, epochs=epochs, warmup_epochs=warmup, learning_rate=rate)
+def run_config(preset: Recipe, workdir: Path, epochs: int | None, init: Path | None, **changes: Any) -> Recipe:
+    """The preset in a folder of its own."""
+    optimizer = preset.optimizer
+    for name in ("warmup_epochs", "learning_rate"):
+        optimizer = dataclasses.replace(optimizer, **{name: changes.pop(name, getattr(optimizer, name))})
     return dataclasses.replace(
         preset,
         model=dataclasses.replace(preset.model, **changes),
-        input=dataclasses.replace(preset.input, data_dir=str(workdir.parent / "data")),
-        optimizer=optimizer,
+        optimizer=dataclasses.replace(optimizer, epochs=epochs or optimizer.epochs),
         fine_tune=dataclasses.replace(preset.fine_tune, init=None if init is None else str(init)),
         run=dataclasses.replace(preset.run, workdir=str(workdir)),
     )
 
 
-def trained(workdir: Path, arguments: Arguments) -> dict[str, Path]:
-    """Weight files of the trained nets: RepVGG, QARepVGG, and RepVGG after quantisation-aware training."""
-    files = {}
-    nets: tuple[tuple[str, BlockKind], ...] = (("repvgg", "repvgg"), ("qarepvgg", "qarepvgg"), ("easy", "repvgg"))
-    for net, block in nets:
-        init = None if net == "easy" else workdir / f"{net}-init.safetensors"
+def trained(workdir: Path, arguments: Arguments, nets: tuple[Net, ...]) -> dict[str, Path]:
+    """Weight files of the trained nets by name; `qat` is the first one after quantisation-aware training."""
+    files, preset = {}, arguments.preset
+    for net in nets:
+        init = workdir / f"{net.name}-init.safetensors" if net.hard else None
         if init is not None and not init.exists():
-            make_hard(rv.create_model("RepVGG-A0", 10, block=block), init)
-        finish(run_config(workdir / net, arguments.epochs, init, block=block))
-        files[net] = workdir / net / "final.safetensors"
+            make_hard(rv.create_model("RepVGG-A0", 10, block=net.block), init)
+        finish(run_config(preset, workdir / net.name, arguments.epochs, init, block=net.block))
+        files[net.name] = workdir / net.name / "final.safetensors"
     fine_tuning = dict(quantization="qat", learning_rate=0.01, warmup_epochs=0)
-    finish(run_config(workdir / "qat", arguments.qat_epochs, files["repvgg"], **fine_tuning))
+    finish(run_config(preset, workdir / "qat", arguments.qat_epochs, files[nets[0].name], **fine_tuning))
     return files | {"qat": workdir / "qat" / "int8.safetensors"}
 
 
@@ -125,6 +160,20 @@ def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array(labels)
 
 
+def evaluation_set(arguments: Arguments, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 `[N, SIZE, SIZE, 3]` and labels: distorted digits, or the test split of CIFAR-10 as it is."""
+    spec = arguments.cifar10 or "digits"
+    folder = Path(arguments.workdir) / "data"
+    source = data.open_dataset(spec, image_size=SIZE, data_dir=folder, evaluation_only=True).test
+    if arguments.cifar10 is None:
+        return distorted(source, arguments.copies)
+    with data.eval_batches(
+        source, batch_size=len(source), local_device_count=1, preprocessing=preprocessing
+    ) as batches:
+        batch = next(batches)
+    return batch["image"][0], batch["label"][0]
+
+
 def quantized_net(path: Path, make: Callable[[], rv.QuantizedNet]) -> rv.QuantizedNet:
     """From the file of an earlier run, if there was one."""
     if not path.exists():
@@ -145,12 +194,12 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     """Accuracy of every net and method on the same images, in per cent."""
     workdir = Path(arguments.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    files = trained(workdir, arguments)
-    preprocessing = rv.inspect_weights(files["repvgg"]).preprocessing
-    digits = data.open_dataset("digits", image_size=SIZE, data_dir=workdir / "data", evaluation_only=True)
-    pixels, labels = distorted(digits.test, arguments.copies)
+    nets = NETS["digits" if arguments.cifar10 is None else "cifar10"]
+    files = trained(workdir, arguments, nets)
+    preprocessing = rv.inspect_weights(files[nets[0].name]).preprocessing
+    pixels, labels = evaluation_set(arguments, preprocessing)
     images = normalize(pixels, preprocessing)
-    calibration = calibration_images("digits", preprocessing, arguments.calibration_images)
+    calibration = calibration_images(arguments.cifar10 or "digits", preprocessing, arguments.calibration_images)
     rows: list[dict[str, Any]] = []
 
     def logits(run: Callable[[np.ndarray], Any]) -> np.ndarray:
@@ -175,28 +224,23 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         exported = onnxruntime_logits(path.with_suffix(".onnx"), found)
         add(net, method, logits(found), reference, logits(exported))
 
-    for block, methods in (
-        ("repvgg", ("naive", "per-channel", "equalized", "corrected", "full")),
-        ("qarepvgg", ("naive", "per-channel", "full")),
-        ("easy", ("naive", "full")),
-    ):
-        model, variables = rv.to_deploy(*rv.load_weights(files[block]))
+    for net in nets:
+        model, variables = rv.to_deploy(*rv.load_weights(files[net.name]))
         found = logits(functools.partial(jax.jit(model.apply), variables))
         reference = top1(found)
-        add(block, "float32", found, reference)
-        quantized: dict[str, dict[str, Any]] = {name: dict(method=name) for name in methods}
-        if block == "repvgg":
-            quantized["per-tensor, equalized"] = dict(method="equalized", per_channel=False)
-            quantized["per-tensor, corrected"] = dict(method="corrected", per_channel=False)
-            quantized["per-tensor, full"] = dict(method="full", per_channel=False)
+        add(net.name, "float32", found, reference)
+        quantized: dict[str, dict[str, Any]] = {name: dict(method=name) for name in ("naive", *net.methods)}
+        if net is nets[0]:
+            for name in ("equalized", "corrected", "full"):
+                quantized[f"per-tensor, {name}"] = dict(method=name, per_channel=False)
         for name, options in quantized.items():
             make = functools.partial(rv.quantize, model, variables, calibration, preprocessing=preprocessing, **options)
-            path = workdir / f"{block}-{name.replace(', ', '-')}.safetensors"
-            add_quantized(block, name, path, make, reference)
-        if block == "repvgg":
+            path = workdir / f"{net.name}-{name.replace(', ', '-')}.safetensors"
+            add_quantized(net.name, name, path, make, reference)
+        if net is nets[0]:
             load = functools.partial(rv.load_quantized, files["qat"])
-            path = workdir / "repvgg-qat.safetensors"
-            add_quantized(block, "quantisation-aware training", path, load, reference)
+            path = workdir / f"{net.name}-qat.safetensors"
+            add_quantized(net.name, "quantisation-aware training", path, load, reference)
     return rows
 
 

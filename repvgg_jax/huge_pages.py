@@ -1,8 +1,8 @@
 """Memory in huge pages: without them, page faults are a fifth of what a training step on a CPU takes.
 
 XLA allocates a step's buffers anew each time, and the system hands them over page by page: 2 MB pages mean 500 times
-fewer faults than 4 KB ones. glibc asks for them if its tunable `glibc.malloc.hugetlb` is 1, which it reads when a process
-begins; so a process that finds it unset starts itself anew.
+fewer faults than 4 KB ones. glibc asks for them if its tunable `glibc.malloc.hugetlb` is 1, which it reads when a
+process begins; so a process that finds it unset starts itself anew.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def restart_with_huge_pages() -> None:
 
 
 def available() -> bool:
-    """Return whether asking changes anything: glibc from 2.35 on, and a kernel that gives huge pages to those who ask."""
+    """Return whether asking changes anything: with glibc 2.35 or newer, and a kernel that gives them on request."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
         numbers = tuple(map(int, version.split(".")[:2]))

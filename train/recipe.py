@@ -212,8 +212,8 @@ class RunOptions:
     """Where it goes and how often it is looked at."""
 
     workdir: str = option("", local_path)
-    """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command again
-    resumes it."""
+    """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command
+    again resumes it."""
     seed: int = option(0, at_least(0), below(2**63))
     log_every: int = option(50, at_least(1))
     """Steps between rows of metrics.jsonl."""

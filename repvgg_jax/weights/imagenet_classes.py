@@ -14,7 +14,9 @@ def imagenet_class_names() -> tuple[str, ...]:
     those of ILSVRC 2012 in the order of their synset numbers, which is the order of the published nets' outputs. Where
     that word means another class too, an addition tells them apart: "crane (bird)", "crane (machine)".
     """
-    lines = resources.files("repvgg_jax.weights").joinpath("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    lines = (
+        resources.files("repvgg_jax.weights").joinpath("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    )
     return tuple(line.partition(" ")[2] for line in lines)
 
 

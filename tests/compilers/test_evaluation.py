@@ -39,7 +39,7 @@ def test_an_evaluation_step_adds_up_over_all_chips_at_once(deploy: bool, target:
     model = rv.create_model("RepVGG-A0", deploy=deploy, dtype=jnp.bfloat16)
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    step = parallel(make_eval_step(model, Preprocessing(SIZE), axis_name=AXIS), devices=devices)
+    step: Any = parallel(make_eval_step(model, Preprocessing(SIZE), axis_name=AXIS), devices=devices)
     text = step.lower(shapes_on(devices, variables), shapes_on(devices, evaluation_batch())).compile().as_text()
     cost = program_cost(text, on_chip=target.family.platform == "tpu")
     assert cost.collectives == 1

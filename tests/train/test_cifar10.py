@@ -13,7 +13,7 @@ from tests.helpers.photos import write_photos
 from tests.helpers.repository import shared_data
 from train import data
 from train.recipe import PRESETS, parse
-from train.run import open_data, set_up
+from train.run import open_data
 
 USUAL = Preprocessing(32, 1.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 """Mean and deviation of the 50,000 training images, as most recipes for CIFAR-10 have them."""
