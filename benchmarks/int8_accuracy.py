@@ -9,9 +9,9 @@ evaluated on the whole test split. Nothing is made hard then.
 
 On digits, the float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the
 BN gammas of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the
-small deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
-starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is RepVGG
-without that.
+small deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal.
+Training starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is
+RepVGG without that.
 
 Each quantised net is exported in QDQ form too, and ONNX Runtime's predictions are compared with JAX's.
 """
