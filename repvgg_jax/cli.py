@@ -13,12 +13,13 @@ from typing import Any, NoReturn, TextIO, cast
 from . import interrupts
 from .errors import RepVGGError
 from .extras import missing_library
+from .huge_pages import restart_with_huge_pages
 from .version import __version__
 
 _PACKAGES = ("repvgg_jax", "train", "convert")
 
 
-def run_module(name: str, prepare: Callable[[], object] = lambda: None) -> NoReturn:
+def run_module(name: str, prepare: Callable[[], object] = lambda: None, *, huge_pages: bool = False) -> NoReturn:
     """Run the `main` of the module `name` as a command, and end the process with its status.
 
     A command's module calls this in its first lines, before the imports that take long, so that Ctrl-C ends it cleanly
@@ -27,7 +28,10 @@ def run_module(name: str, prepare: Callable[[], object] = lambda: None) -> NoRet
     Args:
       name: of the module.
       prepare: called before the import.
+      huge_pages: give the process's memory in huge pages where the system can, for which it is started anew.
     """
+    if huge_pages:
+        restart_with_huge_pages()
 
     def main() -> None:
         prepare()

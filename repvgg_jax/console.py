@@ -19,7 +19,7 @@ def repvgg() -> None:
 
 def train() -> None:
     """`python -m train.main`."""
-    _run_of_checkout("train.main")
+    _run_of_checkout("train.main", huge_pages=True)
 
 
 def evaluate() -> None:
@@ -32,7 +32,7 @@ def convert() -> None:
     _run_of_checkout("convert.__main__")
 
 
-def _run_of_checkout(module: str) -> None:
+def _run_of_checkout(module: str, *, huge_pages: bool = False) -> None:
     def find_checkout() -> None:
         checkout = Path(__file__).resolve().parent.parent
         if not (checkout / "train" / "main.py").exists() or not (checkout / "pyproject.toml").exists():
@@ -43,4 +43,4 @@ def _run_of_checkout(module: str) -> None:
             )
         sys.path.insert(0, str(checkout))  # in front: others may have claimed the names
 
-    run_module(module, find_checkout)
+    run_module(module, find_checkout, huge_pages=huge_pages)

@@ -6,7 +6,7 @@ recipe -> data set -> batches [devices, per_device, H, W, C] -> train_step -> Tr
 if __name__ == "__main__":  # before the imports that take long: see `run_module`
     from repvgg_jax.cli import run_module
 
-    run_module("train.main")
+    run_module("train.main", huge_pages=True)
 
 import json
 import os
