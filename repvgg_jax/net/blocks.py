@@ -13,9 +13,10 @@ from ..conv.deploy import deploy_conv
 from ..conv.sharding import explicitly_sharded
 from ..conv.training import every_mode, materialize
 from .activations import Activation, activation_function
-from .branches import SUM_BN, BlockKind, Branches, BranchModule, Geometry, add_pointwise, branches_of, merged
+from .branches import SUM_BN, BlockKind, Branches, BranchModule, add_pointwise, branches_of, merged
 from .kernel_algebra import BN_EPSILON
 from .layers import BatchNorm, Dtype, torch_bias_init, torch_kernel_init
+from .steps import Geometry
 from .variants import SqueezeExcitePlace
 from .walk import ACTIVATION, AFTER_CONVOLUTION
 

@@ -12,10 +12,11 @@ from jax import Array
 
 from ..errors import FusionError
 from ..trees import flatten
-from .branches import KINDS, SUM_BN, Branch, FusedBlock, branch_in_tree, is_branch
+from .branches import KINDS, SUM_BN, Branch, branch_in_tree, is_branch
 from .kernel_algebra import BN_EPSILON, add_branches, fuse_conv_bn
 from .layout import check_shapes, expected_shapes, in_channels_of
 from .model import RepVGG
+from .steps import FusedBlock
 from .variants import AUX_HEADS
 
 Tree = Mapping[str, Any]

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 from ..errors import UnknownModelError
 from .activations import Activation, activation_function
-from .branches import BlockKind, Branch, Branches, Geometry, branches_of
+from .branches import BlockKind, Branch, Branches, branches_of
 from .kernel_algebra import BN_EPSILON
+from .steps import Geometry
 
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
