@@ -143,7 +143,8 @@ def main() -> int:
             seconds = time.monotonic() - begin
         to_resume = options.count // 10 if options.resumed is None else options.resumed
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            moments = [chance.uniform(0, seconds) for _ in range(options.count)]
+            # One in each part of a run's time, so that a few attempts meet every phase.
+            moments = [seconds * (part + chance.random()) / options.count for part in range(options.count)]
             done = pool.map(lambda item: interrupt(runs, root / f"{item[0]}", item[1]), enumerate(moments))
             for end in done:
                 phases[end.phase] += 1

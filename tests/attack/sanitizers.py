@@ -39,7 +39,7 @@ class Build:
     def command(self, compiler: str, to: Path) -> list[str]:
         """The compiler's command line."""
         sources, contract = {
-            "convolutions": (ROOT / "repvgg_jax" / "native", "fast"),
+            "convolutions": (ROOT / "repvgg_jax" / "conv" / "native", "fast"),
             "resizing": (ROOT / "train" / "data", "off"),
         }[self.program]
         folders = [f"-I{FOLDER}", f"-I{sources}"]

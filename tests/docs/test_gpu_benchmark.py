@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.contest import Contestant, ContestantDiedError
 from benchmarks.gpu import Clock, append_row
+from tests.helpers.repository import ROOT
+from tests.helpers.runs import environment
 
 DEVICE = {"device": "GPU", "versions": "jax 1", "product_tflops": 750.4, "copy_gb_per_second": 4000.0}
 
@@ -65,7 +67,8 @@ def test_it_imports_nothing_that_a_cuda_image_lacks():
 
 @pytest.mark.slow
 def test_the_dry_run_walks_through_every_section():
-    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry"], capture_output=True, text=True)
+    words = [sys.executable, "-m", "benchmarks.gpu", "--dry"]
+    run = subprocess.run(words, env=environment(devices=1), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr + run.stdout
     lines = run.stdout.splitlines()
     for start in (

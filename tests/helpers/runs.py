@@ -40,9 +40,13 @@ class Runs:
         self.data, self.cache = folder / "data", folder / "cache"
 
     def command(self, workdir: Path, **options: Any) -> list[str]:
-        """The command line; option names with underscores, True for a flag."""
+        """The command line of `words`."""
+        return [sys.executable, "-m", "train.main", *self.words(workdir, **options)]
+
+    def words(self, workdir: Path, **options: Any) -> list[str]:
+        """What follows the command; option names with underscores, True for a flag."""
         chosen = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=10, log_every=11) | options
-        words = [sys.executable, "-m", "train.main", "--preset", "digits", *TINY]
+        words = ["--preset", "digits", *TINY]
         words += ["--image-size", "16", "--test-image-size", "16", "--data-dir", str(self.data)]
         words += ["--workdir", str(workdir)]
         for name, value in chosen.items():

@@ -69,9 +69,8 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
         encoding="utf-8",
     )
     workdir = tmp_path / "run"
-    words = runs.command(workdir, log_every=1, evaluate_every=2)
     process = subprocess.Popen(
-        [words[0], str(script), *words[2:]],
+        [sys.executable, str(script), *runs.words(workdir, log_every=1, evaluate_every=2)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -164,11 +163,9 @@ def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterru
         encoding="utf-8",
     )
     workdir = tmp_path / "run"
-    words = runs.command(workdir, ema_decay=0.99)
+    words = [sys.executable, str(script), *runs.words(workdir, ema_decay=0.99)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
-    done = subprocess.run(
-        [words[0], str(script), *words[2:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 130, (done.stdout, done.stderr)
     assert stopped_after(done.stdout, "SIGINT") == 44
     assert not (workdir / "final.safetensors").exists()
