@@ -102,7 +102,8 @@ def test_the_same_checkpoints_are_kept_however_often_the_run_is_killed(runs, tmp
     assert runs.finish(workdir, **options).returncode == 0
     same_result(workdir, tmp_path / "whole")
     assert steps_in(workdir) == steps_in(tmp_path / "whole")
-    top1 = {step: value for step, value in evaluations(workdir / "checkpoints").items() if step % 66 == 0}
+    # metrics.jsonl, where those are whose checkpoint has gone, has six digits.
+    top1 = {step: round(value, 5) for step, value in evaluations(workdir / "checkpoints").items() if step % 66 == 0}
     best = max(step for step in top1 if top1[step] == max(top1.values()))
     assert best in steps_in(workdir)
     assert best not in steps_in(workdir)[-2:]  # which are kept as the newest
