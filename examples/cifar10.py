@@ -1,4 +1,4 @@
-"""Experiments on CIFAR-10 that docs/experiments.md reports: `python -m examples.cifar10 nets DATA` or `blocks DATA`.
+"""Experiments on CIFAR-10: `python -m examples.cifar10 nets DATA` or `python -m examples.cifar10 blocks DATA`.
 
 `nets` trains the preset and nets of sizes that others have published, for their accuracy. `blocks` trains one small net
 with and without the branches of its block (the paper's Table 6), and with other blocks, on several seeds. DATA is a

@@ -1,6 +1,9 @@
 """Claim: the preset `cifar10` trains on photographs of 32 pixels as they are usually prepared, and learns."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing
 from tests.helpers.commands import command
 from tests.helpers.photos import write_photos
-from tests.helpers.repository import shared_data
+from tests.helpers.repository import ROOT, shared_data
 from train import data
 from train.recipe import PRESETS, parse
 from train.run import open_data
@@ -89,3 +92,17 @@ def cifar10(tmp_path_factory) -> Path:
             if member.isfile() and int(Path(rest[-1]).stem) < counts[split]:
                 archive.extract(member, root, filter="data")
     return root
+
+
+def test_a_minute_of_training_learns_real_photographs(cifar10: Path, tmp_path: Path) -> None:
+    """2000 photographs are enough for the preset to be right four times as often as chance."""
+    words = ["--preset", "cifar10", "--data", str(cifar10), "--batch-size", "64", "--epochs", "5"]
+    words += ["--evaluate-every", "5", "--workdir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "train.main", *words], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["deploy_top1"] >= 0.32
+    assert "predict the same class for 1000 of 1000 test images" in done.stdout
+    assert rv.inspect_weights(tmp_path / "run" / "deploy.safetensors").class_names == CLASSES
