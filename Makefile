@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 RUN := $(VENV)/bin/python
 # Quiet start-up: the demo's output is meant to be read.
 export TF_CPP_MIN_LOG_LEVEL := 2
-# Memory in huge pages: a training step on a CPU takes a fifth less time.
+# Memory in huge pages for the examples and the tests too; train.main asks for it by itself.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-slow attack lint docs gpu check-gpu check-tpu clean

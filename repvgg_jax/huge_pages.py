@@ -1,4 +1,4 @@
-"""Memory in huge pages: without them, page faults are a fifth of what a training step on a CPU takes.
+"""Memory in huge pages: without them, page faults are a quarter of what a training step on a CPU takes.
 
 XLA allocates a step's buffers anew each time, and the system hands them over page by page: 2 MB pages mean 500 times
 fewer faults than 4 KB ones. glibc asks for them if its tunable `glibc.malloc.hugetlb` is 1, which it reads when a

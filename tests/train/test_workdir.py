@@ -205,7 +205,8 @@ def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected,
 
 
 def test_the_preset_must_be_named():
-    with pytest.raises(rv.ConfigError, match=r"--preset is missing.*digits, cifar10, imagenet_120, imagenet_200, plus_300"):
+    presets = "digits, cifar10, imagenet_120, imagenet_200, plus_300"
+    with pytest.raises(rv.ConfigError, match=f"--preset is missing.*{presets}"):
         parse(["--data", "/data/imagenet"])
     done = command("train.main", "--help")
     assert done.returncode == 0
