@@ -29,7 +29,7 @@ from repvgg_jax.preprocess import Preprocessing, normalize
 from tests.helpers import torch_oracle
 from train import data
 from train.loop import make_parallel_step
-from train.parallel import put_batch, to_host
+from train.parallel import put_batch, replicate, to_host
 from train.recipe import parse
 from train.run import Run, fresh_state, make_evaluator, set_up, trained_forms, training_batches
 
@@ -60,7 +60,7 @@ def prepared_run(arguments: Arguments, seed: int) -> Run:
 
 def train_here(run: Run) -> tuple[list[float], float]:
     """Return the loss before each step, and the accuracy at the end."""
-    state, step, losses = fresh_state(run), make_parallel_step(run), []
+    state, step, losses = replicate(fresh_state(run)), make_parallel_step(run), []
     with training_batches(run, 0) as batches:
         for _ in range(run.total_steps):
             state, metrics = step(state, put_batch(next(batches)))
@@ -73,7 +73,7 @@ def initial_oracle(run: Run) -> torch_oracle.RepVGG:
     oracle = torch_oracle.RepVGG(BLOCKS, MULTIPLIERS, 1, run.dataset.num_classes, False, strides=STRIDES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "initial.pth"
-        rv.save_weights(path, run.model, to_host(fresh_state(run).variables))
+        rv.save_weights(path, run.model, fresh_state(run).variables)
         oracle.load_state_dict(torch.load(path))
     return oracle
 

@@ -112,17 +112,20 @@ def compiled_program(run: Run, devices: Sequence[Any], platform: str) -> jax.sta
       JaxRuntimeError: a TPU's compiler cannot fit it into the memory.
     """
 
-    def on_every_device(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
-
     batch = batch_shapes(run, run.recipe.optimizer.batch_size // len(devices))
-    lowered = make_parallel_step(run, devices).lower(on_every_device(state_shapes(run)), on_every_device(batch))
+    shapes = shapes_on(len(devices), (state_shapes(run), batch))
+    lowered = make_parallel_step(run, devices).lower(*shapes)
     return lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform, {}))
 
 
 def state_shapes(run: Run) -> TrainState:
     """Return one chip's state without its numbers."""
     return jax.eval_shape(lambda: fresh_state(run))
+
+
+def shapes_on(devices: int, tree: Any) -> Any:
+    """Return the shapes of a tree with an axis of so many devices in front."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
 
 
 def tree_bytes(tree: Any) -> float:

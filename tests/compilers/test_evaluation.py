@@ -12,16 +12,12 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing
 from tests.helpers.random_weights import random_variables
 from train.compiled import entry_arrays, program_cost
+from train.fitting import shapes_on
 from train.parallel import AXIS, parallel
 from train.step import make_eval_step
 from train.targets import Target
 
 SIZE, IMAGES = 224, 128
-
-
-def shapes_on(devices: list, tree: Any) -> Any:
-    """The shapes of a tree with an axis of devices in front."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype), tree)
 
 
 def evaluation_batch() -> dict[str, jax.ShapeDtypeStruct]:
@@ -40,7 +36,7 @@ def test_an_evaluation_step_adds_up_over_all_chips_at_once(deploy: bool, target:
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     step: Any = parallel(make_eval_step(model, Preprocessing(SIZE), axis_name=AXIS), devices=devices)
-    text = step.lower(shapes_on(devices, variables), shapes_on(devices, evaluation_batch())).compile().as_text()
+    text = step.lower(*shapes_on(len(devices), (variables, evaluation_batch()))).compile().as_text()
     cost = program_cost(text, on_chip=target.family.platform == "tpu")
     assert cost.collectives == 1
     wide = [array for array in entry_arrays(text) if array.dtype == "f32" and len(array.shape) == 4]

@@ -10,7 +10,7 @@ import pytest
 import repvgg_jax as rv
 from tests.compilers.programs import deploy_net
 from tests.helpers.random_weights import random_variables
-from train.fitting import state_shapes
+from train.fitting import shapes_on, state_shapes
 from train.loop import make_step
 from train.recipe import parse
 from train.run import batch_shapes, make_run, open_data
@@ -45,16 +45,12 @@ def test_a_train_and_an_evaluation_step(name: str, depth: tuple[str, ...]):
     run = make_run(recipe, open_data(recipe, unopened=True))
     state, batch = state_shapes(run), batch_shapes(run, 2)
     step = make_step(run)
-    text = lowered_text(lambda state, batch: jax.vmap(step, axis_name="batch")(state, batch), *devices(state, batch))
+    on_one = shapes_on(1, (state, batch))
+    text = lowered_text(lambda state, batch: jax.vmap(step, axis_name="batch")(state, batch), *on_one)
     assert "stablehlo.convolution" in text
     evaluate = make_eval_step(run.model, run.dataset.preprocessing)
     mask = {"mask": jax.ShapeDtypeStruct((2,), np.float32)}
     lowered_text(evaluate, state.variables, batch | mask)
-
-
-def devices(*trees: Any) -> Any:
-    """The shapes with an axis of one device in front."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), trees)
 
 
 @pytest.mark.parametrize("integer", [False, True])
