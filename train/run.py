@@ -29,6 +29,7 @@ from .checkpoint import RunFacts
 from .class_names import fit_classifier
 from .data.augmentation import Augmentation
 from .data.fingerprint import data_fingerprint, fingerprint
+from .data.sources import UnopenedSource
 from .data.transforms import OPTIONS, Transform
 from .evaluate import Evaluator
 from .optimizer import frozen_blocks, learning_rate_schedule, make_optimizer
@@ -36,6 +37,7 @@ from .options import option_name
 from .parallel import mean_over_devices, per_device_batch
 from .recipe import FineTuneOptions, Recipe
 from .state import TrainState, create_state
+from .whitening import whitening_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,8 @@ def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
     transform = data.make_transform(dataset.train_transform, recipe.augment, dataset.preprocessing.mean)
     variant, start = recipe.model.variant, None
     if tuning.init is not None:
+        if tuning.whiten_stem:
+            raise ConfigError("--init brings a stage 0 of its own: leave out --whiten-stem, or --init")
         variant, start = starting_weights(tuning, variant, recipe.model.epsilon, dataset)
     model = rv.create_model(
         variant,
@@ -147,14 +151,14 @@ def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
         dtype=np.dtype(recipe.model.dtype),
         remat=recipe.model.remat,
         dropout=recipe.model.dropout,
-        frozen_stages=tuning.freeze_stages,
+        frozen_stages=tuning.frozen_stages,
         frozen_bn=tuning.freeze_bn,
     )
     if recipe.model.quantization == "qat":
         model = quantization_aware(model)
         start = None if start is None else with_ranges(start)
     schedule = learning_rate_schedule(options, steps_per_epoch)
-    frozen = frozen_blocks(variant, tuning.freeze_stages)
+    frozen = frozen_blocks(variant, tuning.frozen_stages)
     return Run(
         recipe=recipe,
         dataset=dataset,
@@ -236,9 +240,13 @@ def starting_weights(
 
 
 def fresh_state(run: Run) -> TrainState:
-    """Return the state at step 0, with the weights to start from or random ones."""
+    """Return the state at step 0, with the weights to start from or random ones.
+
+    Raises:
+      ConfigError, DataError: as `whitening_of`, if that is asked for.
+    """
     size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
-    return create_state(
+    state = create_state(
         run.model,
         run.optimizer,
         run.recipe.run.seed,
@@ -246,6 +254,10 @@ def fresh_state(run: Run) -> TrainState:
         ema=bool(run.recipe.optimizer.ema_decay),
         variables=run.start,
     )
+    if not run.recipe.fine_tune.whiten_stem or isinstance(run.dataset.train, UnopenedSource):
+        return state
+    preprocessing = dataclasses.replace(run.dataset.preprocessing, image_size=size)
+    return whitening_of(run.dataset.train, preprocessing, run.model.variant.widths[0]).put_into(state)
 
 
 def training_batches(run: Run, start_step: int) -> data.Batches:
