@@ -192,8 +192,8 @@ class FineTuneOptions:
     freeze_stages: int = option(0, at_least(0), at_most(5))
     """How many of the five stages, from the first, keep their weights and BN statistics."""
     whiten_stem: bool = False
-    """Compute stage 0 from the training images instead of training it, to whiten them: a 3x3 convolution by the
-    principal components of their patches. Short trainings reach more."""
+    """Compute stage 0 from the training images instead of training it, so that it whitens them: its filters are the
+    principal components of their 3x3 patches. Short trainings reach more. Of --init it is kept as it is there."""
     freeze_bn: bool = False
     """Use the running BN statistics and leave them alone."""
     head_learning_rate: float = option(1.0, at_least(0))

@@ -142,8 +142,6 @@ def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
     transform = data.make_transform(dataset.train_transform, recipe.augment, dataset.preprocessing.mean)
     variant, start = recipe.model.variant, None
     if tuning.init is not None:
-        if tuning.whiten_stem:
-            raise ConfigError("--init brings a stage 0 of its own: leave out --whiten-stem, or --init")
         variant, start = starting_weights(tuning, variant, recipe.model.epsilon, dataset)
     model = rv.create_model(
         variant,
@@ -254,7 +252,8 @@ def fresh_state(run: Run) -> TrainState:
         ema=bool(run.recipe.optimizer.ema_decay),
         variables=run.start,
     )
-    if not run.recipe.fine_tune.whiten_stem or isinstance(run.dataset.train, UnopenedSource):
+    whitens = run.recipe.fine_tune.whiten_stem and run.start is None
+    if not whitens or isinstance(run.dataset.train, UnopenedSource):
         return state
     preprocessing = dataclasses.replace(run.dataset.preprocessing, image_size=size)
     return whitening_of(run.dataset.train, preprocessing, run.model.variant.widths[0]).put_into(state)

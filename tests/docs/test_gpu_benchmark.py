@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.contest import Contestant, ContestantDiedError
-from benchmarks.gpu import Clock, append_row
+from benchmarks.gpu import append_row
+from benchmarks.gpu_budget import Clock
 from tests.helpers.repository import ROOT
 from tests.helpers.runs import environment
 
@@ -66,8 +69,13 @@ def test_it_imports_nothing_that_a_cuda_image_lacks():
 
 
 @pytest.mark.slow
-def test_the_dry_run_walks_through_every_section():
-    words = [sys.executable, "-m", "benchmarks.gpu", "--dry"]
+def test_the_dry_run_walks_through_every_section(tmp_path):
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(4):
+            noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / folder / f"{number}.png")
+    words = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--cifar10", str(tmp_path)]
     run = subprocess.run(words, env=environment(devices=1), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr + run.stdout
     lines = run.stdout.splitlines()
@@ -78,5 +86,6 @@ def test_the_dry_run_walks_through_every_section():
         "kernels of",
         "float32",
         "RepVGG-A0         2",
+        "CIFAR-10 (--epochs 1",
     ):
         assert any(line.startswith(start) for line in lines), start

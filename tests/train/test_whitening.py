@@ -91,6 +91,9 @@ def test_a_width_that_it_cannot_have_is_named():
         whitening_of(Clouds(40, channels=1), GREY, 7)
 
 
-def test_weights_to_start_from_have_a_stage_0_already(tmp_path):
-    with pytest.raises(rv.ConfigError, match="leave out --whiten-stem, or --init"):
-        run_of("--init", str(tmp_path / "any.safetensors"))
+def test_it_is_kept_as_it_is_in_weights_to_start_from(tmp_path):
+    before = fresh_state(run_of())
+    rv.save_weights(tmp_path / "a.safetensors", run_of().model, before.variables, preprocessing=GREY)
+    after = fresh_state(run_of("--init", str(tmp_path / "a.safetensors"), "--data", "digits"))
+    jax.tree.map(np.testing.assert_array_equal, before.params["stage0"], after.params["stage0"])
+    assert run_of("--init", str(tmp_path / "a.safetensors")).model.frozen_stages == 1
