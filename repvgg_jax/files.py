@@ -68,6 +68,21 @@ def _uploaded(target: BucketPath) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def uploaded_folder(target: BucketPath) -> Iterator[Path]:
+    """Yield a folder of this machine, whose files become objects in `target`, one by one, when the block succeeds.
+
+    Raises:
+      RepVGGError: they cannot be written.
+    """
+    try:
+        with scratch_folder("repvgg-", tempfile.gettempdir()) as folder:
+            yield folder
+            target.upload_folder(folder)
+    except OSError as error:
+        raise RepVGGError(f"cannot write to {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
 

@@ -136,7 +136,7 @@ class BucketPath(os.PathLike[str]):
     def files(self) -> dict["BucketPath", int]:
         """Return the objects in it, however deep, in order of name, and their sizes."""
         with self._one_line_errors():
-            found: dict[str, Any] = self._service.find(self._name, detail=True)
+            found: Any = self._service.find(self._name, detail=True)
         beginning = f"{self._name}/"
         return {
             self / name.removeprefix(beginning): int(info["size"])
@@ -152,7 +152,8 @@ class BucketPath(os.PathLike[str]):
     def read_bytes(self) -> bytes:
         """Return an object's content."""
         with self._one_line_errors():
-            return self._service.cat_file(self._name)
+            content: Any = self._service.cat_file(self._name)
+        return content
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return an object's content as text."""
@@ -195,7 +196,7 @@ class BucketPath(os.PathLike[str]):
             self._service.put_file(str(local), self._name)
 
     def upload_folder(self, local: Path, last: Sequence[str] = ()) -> None:
-        """Copy what is in a folder of this machine, the files `last` after all the others: they say that it is whole."""
+        """Copy what is in a folder of this machine; the files `last` follow all others, and say that it is whole."""
         names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
             (self / name).upload(local / name)
@@ -206,13 +207,13 @@ class BucketPath(os.PathLike[str]):
         for name in [name for name in first if name in files] + [name for name in files if name not in first]:
             files[name].unlink(missing_ok=True)
 
-    def move_folder(self, target: "BucketPath") -> None:
-        """Copy what is in it to another place in the same bucket, and then remove it here."""
+    def move_folder(self, target: "BucketPath", first: Sequence[str] = ()) -> None:
+        """Copy what is in it to another place in the same bucket, and then remove it here as `remove_folder` does."""
         for file in self.files():
             copy = target / file.key.removeprefix(f"{self.key}/")
             with file._one_line_errors():
                 self._service.cp_file(file._name, copy._name)
-        self.remove_folder()
+        self.remove_folder(first)
 
     @property
     def _name(self) -> str:

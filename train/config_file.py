@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
+from repvgg_jax.paths import Place
 from repvgg_jax.weights.architecture import MAX_BLOCKS
 from repvgg_jax.weights.header import variant_from_json, variant_to_json
 
@@ -41,7 +41,7 @@ _OF_THE_NET = [
 _NET = "architecture"
 
 
-def save_or_compare(recipe: Recipe, workdir: Path) -> None:
+def save_or_compare(recipe: Recipe, workdir: Place) -> None:
     """Write `workdir/config.json`, or hold `recipe` to the one a run there was started with.
 
     A run that has not come to its first checkpoint has nothing to resume, and gives way.
@@ -51,9 +51,16 @@ def save_or_compare(recipe: Recipe, workdir: Path) -> None:
     """
     path = workdir / "config.json"
     current = _as_json(recipe)
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
+    try:
+        begun = path.exists() and any(True for _ in (workdir / "checkpoints").glob("[0-9]*"))
+        text = path.read_text(encoding="utf-8") if begun else ""
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    if begun:
         try:
-            changes = _changes(json.loads(path.read_text(encoding="utf-8")), current)
+            changes = _changes(json.loads(text), current)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
         if changes:
@@ -93,7 +100,7 @@ def _net(options: Mapping[str, Any]) -> dict[str, Any]:
     return fields | fields.pop("branches")
 
 
-def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
+def _how_to_go_on(workdir: Place, changes: Sequence[str]) -> str:
     """What to do for more epochs: the schedule that the run has followed is of as many as it was started with."""
     if not any(change.startswith("epochs ") for change in changes):
         return ""

@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,12 +15,12 @@ from matplotlib.figure import Figure
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import atomic_path, check_target
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import Place, option_place
 
 from .metrics import Row, read_rows
 
 
-def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
+def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
     """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one picture.
 
     Args:
@@ -88,7 +87,7 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def _read_runs(workdirs: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
+def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
     """Folders and rows of those that are runs.
 
     Raises:
@@ -138,5 +137,5 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m train.plot")
     if not arguments.runs:
         raise DataError("no run given; name the folder of a run of train.main")
-    runs = [local_path("RUN", run) for run in arguments.runs]
-    print(plot_curves(runs, local_path("--out", arguments.out)))
+    runs = [option_place("RUN", run) for run in arguments.runs]
+    print(plot_curves(runs, option_place("--out", arguments.out)))

@@ -91,14 +91,15 @@ def evaluations(checkpoints: Place) -> dict[int, float]:
     run's metrics.jsonl.
     """
     best_top1: dict[int, float] = {}
-    with contextlib.suppress(OSError):
+    absent = FileNotFoundError if isinstance(checkpoints, BucketPath) else OSError  # a bucket may answer later
+    with contextlib.suppress(absent):
         for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
                 row = json.loads(line)
                 if row.get("form") in ("train", "ema"):
                     best_top1[row["step"]] = max(float(row[METRIC]), best_top1.get(row["step"], 0.0))
     for path in checkpoints.glob("*/metrics/metrics"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(absent, ValueError, KeyError, TypeError):
             best_top1[int(path.parent.parent.name)] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
     return best_top1
 
