@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import functools
 import importlib.util
+import logging
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -258,4 +259,11 @@ def _service(scheme: str) -> "AbstractFileSystem":
     """Return fsspec's file system of a scheme. Nothing is remembered of what it lists: other machines write too."""
     import fsspec
 
+    if scheme == "gs":
+        logging.getLogger("gcsfs").addFilter(_is_worth_reading)
     return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Whether to print one of gcsfs's lines: not that an ordinary bucket's type is hidden, with every request."""
+    return "Could not determine bucket type" not in record.getMessage()

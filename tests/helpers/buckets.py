@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -31,12 +32,13 @@ class Proxy:
 
     Attributes:
       upstream: its port.
-      refuses: whether a request, by method and path, is answered with 403 instead.
-      requests: what has been asked.
+      refuses: whether a request is answered with 403 instead, by its method and what it is about: path and beginning of
+        its body, which names the object where the path does not.
+      requests: what has been asked, in the same words.
     """
 
     upstream: int
-    refuses: Callable[[str, str], bool] = lambda method, path: False
+    refuses: Callable[[str, str], bool] = lambda method, about: False
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def start(self) -> ThreadingHTTPServer:
@@ -48,8 +50,9 @@ class Proxy:
 
             def handle_any(self) -> None:
                 body = self._body()
-                proxy.requests.append((self.command, self.path))
-                if proxy.refuses(self.command, self.path):
+                about = f"{unquote(self.path)} {body[:1000].decode(errors='replace')}"
+                proxy.requests.append((self.command, about))
+                if proxy.refuses(self.command, about):
                     self._answer(403, [("Content-Type", "text/plain")], b"not allowed")
                     return
                 connection = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=60)
@@ -125,9 +128,7 @@ def _gcs(stack: ExitStack) -> tuple[int, Callable[[str], dict[str, str]]]:
     stack.callback(server.stop)
 
     def variables(url: str) -> dict[str, str]:
-        # The last one: gcsfs asks for a bucket's type at an address that the emulator does not serve.
-        names = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
-        return names | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
 
     return port, variables
 
@@ -164,9 +165,7 @@ def service(request) -> Iterator[tuple[str, Proxy]]:
         for name, value in variables(f"http://127.0.0.1:{server.server_port}").items():
             patch.setenv(name, value)
         if scheme == "s3":
-            import s3fs
-
-            s3fs.S3FileSystem().mkdir(NAME)
+            pytest.importorskip("s3fs").S3FileSystem().mkdir(NAME)
         yield scheme, proxy
 
 
@@ -175,4 +174,4 @@ def bucket(service) -> Iterator[Bucket]:
     """An empty folder in a bucket of each service."""
     scheme, proxy = service
     yield Bucket(f"{scheme}://{NAME}/folder {next(_numbers)}-{os.getpid()}", proxy)
-    proxy.refuses = lambda method, path: False
+    proxy.refuses = lambda method, about: False

