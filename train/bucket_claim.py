@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from repvgg_jax.errors import ConfigError, RepVGGError
@@ -31,7 +32,7 @@ class BucketClaim:
 
     def __init__(self, workdir: BucketPath, lock: str):
         self._workdir, self._object = workdir, workdir / lock
-        self._holder = {"pid": os.getpid(), "host": socket.gethostname(), "run": uuid.uuid4().hex}
+        self._holder = _this_process() | {"run": uuid.uuid4().hex}
         self._stop, self._taken_by = threading.Event(), ""
         self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
 
@@ -115,14 +116,23 @@ def _name(holder: Any) -> str:
         return "another process"
 
 
+def _this_process() -> dict[str, Any]:
+    """Return who this is: containers on one machine may share its name, and each count their processes themselves."""
+    try:
+        counted_in = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # not Linux
+        counted_in = 0
+    return {"pid": os.getpid(), "host": socket.gethostname(), "pid_namespace": counted_in}
+
+
 def _is_dead(holder: Any) -> bool:
     """Whether it was a process of this machine that is no more."""
-    try:
-        if holder["host"] != socket.gethostname():
-            return False
-        os.kill(int(holder["pid"]), 0)
-    except (KeyError, TypeError, ValueError):
+    if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
         return False
+    if any(holder.get(name) != value for name, value in _this_process().items() if name != "pid"):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
     except OSError:

@@ -42,6 +42,7 @@ class BucketMetricsLog:
             self._log = MetricsLog(self._folder, start_step, finished=finished, note=note)
             self._cleanup = stack.pop_all()
         self._is_open = True
+        self._sizes: dict[str, int] = {}
         self.flush()
 
     def write(self, row: Row, prefix: str) -> None:
@@ -62,7 +63,10 @@ class BucketMetricsLog:
         """
         try:
             for path in sorted(self._folder.iterdir()):
-                (self._workdir / path.name).upload(path)
+                size = path.stat().st_size
+                if self._sizes.get(path.name) != size:
+                    (self._workdir / path.name).upload(path)
+                    self._sizes[path.name] = size
         except OSError as error:
             raise RepVGGError(f"cannot write the metrics to {self._workdir}: {error.strerror or error}") from error
         self._copied = time.monotonic()

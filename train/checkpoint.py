@@ -63,9 +63,11 @@ class Checkpoints:
         self._store: BucketStore | FolderStore
         if isinstance(self._directory, BucketPath):
             self._store = BucketStore(self._directory, keep)
+            self._saves_alone = True
         else:
             self._directory = self._directory.absolute()
             self._store = FolderStore(self._directory, keep)
+            self._saves_alone = jax.process_count() == 1
         self._cleanup, self._orbax_failed = contextlib.ExitStack(), False
 
     def steps(self) -> list[int]:
@@ -115,13 +117,13 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Complete the save that is under way, also when something else has gone wrong, and release the folder.
 
-        Other processes take part in a save: it is waited for only if they are known to do the same.
+        Other processes may take part in a save: it is then waited for only if they are known to do the same.
         """
         with self._cleanup:
             if error is None:
                 self.wait()
                 self._store.close()
-            elif jax.process_count() == 1 or isinstance(error, DivergedError):
+            elif self._saves_alone or isinstance(error, DivergedError):
                 with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
                     self._store.close()
             if error is not None and self._orbax_failed:

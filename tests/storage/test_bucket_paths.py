@@ -1,6 +1,7 @@
 """Claim: a place in a bucket reads and writes as a path of this machine does, and says what is wrong in one line."""
 
 import contextlib
+import random
 
 import pytest
 
@@ -159,3 +160,22 @@ def test_a_bucket_that_is_not_there(bucket):
     where = place(f"{scheme}://no-such-bucket/x")
     with pytest.raises(RepVGGError, match=r"^cannot write \S+: \S"), atomic_path(where) as temporary:
         temporary.write_bytes(b"1")
+
+
+@pytest.mark.slow
+def test_a_large_object_of_which_the_service_takes_only_the_first_parts_stays_as_it_was(bucket, tmp_path):
+    path, local, copy = bucket / "large.bin", tmp_path / "large.bin", tmp_path / "copy.bin"
+    content = random.Random(0).randbytes(110_000_000)
+    local.write_bytes(content)
+    path.upload(local)
+    path.download(copy)
+    assert copy.read_bytes() == content
+    local.write_bytes(content[::-1])
+    allowed = iter(range(2))
+    bucket.proxy.refuses = lambda method, about: method in ("PUT", "POST") and next(allowed, None) is None
+    with pytest.raises(OSError, match=r"\S"):
+        path.upload(local)
+    assert next(allowed, None) is None, "it is sent in more than two requests"
+    bucket.proxy.refuses = lambda method, about: False
+    assert path.size() == len(content)
+    assert path.read_bytes() == content
