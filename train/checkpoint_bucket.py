@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from repvgg_jax.errors import RepVGGError
+from repvgg_jax.errors import RepVGGError, reason_of
 from repvgg_jax.files import scratch_folder
 from repvgg_jax.storage import BucketPath
 from repvgg_jax.weights.training_run import MARKER, METRIC, complete_steps, evaluations
@@ -72,7 +72,10 @@ class BucketStore:
         """Until the last save is complete; raises what went wrong in it."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            try:
+                saving.result()
+            except OSError as error:
+                raise OSError(reason_of(error)) from error
 
     def facts(self, step: int) -> dict[str, Any]:
         """Return the facts of a checkpoint."""

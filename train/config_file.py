@@ -47,27 +47,22 @@ def save_or_compare(recipe: Recipe, workdir: Place) -> None:
     A run that has not come to its first checkpoint has nothing to resume, and gives way.
 
     Raises:
-      ConfigError: an option that moves the weights has changed, or the file is damaged.
+      ConfigError: an option that moves the weights has changed, or the file is damaged or cannot be read.
     """
     path = workdir / "config.json"
     current = _as_json(recipe)
     try:
         begun = path.exists() and any(True for _ in (workdir / "checkpoints").glob("[0-9]*"))
-        text = path.read_text(encoding="utf-8") if begun else ""
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
+        changes = _changes(json.loads(path.read_text(encoding="utf-8")), current) if begun else []
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    if begun:
-        try:
-            changes = _changes(json.loads(text), current)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
-        if changes:
-            raise ConfigError(
-                f"{workdir} holds a run with other options ({'; '.join(changes)}); choose another --workdir"
-                + _how_to_go_on(workdir, changes)
-            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
+    if changes:
+        raise ConfigError(
+            f"{workdir} holds a run with other options ({'; '.join(changes)}); choose another --workdir"
+            + _how_to_go_on(workdir, changes)
+        )
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
 

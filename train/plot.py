@@ -13,7 +13,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.errors import ConfigError, DataError, system_errors
 from repvgg_jax.files import atomic_path, check_target
 from repvgg_jax.paths import Place, option_place
 
@@ -93,7 +93,8 @@ def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
     Raises:
       DataError: none is, or a row lacks one of its numbers.
     """
-    is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
+    with system_errors(DataError, "cannot read a run"):
+        is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
     if not any(is_run.values()):
         names = " and ".join(str(workdir) for workdir in workdirs)
         holds = "holds" if len(is_run) == 1 else "hold"

@@ -130,7 +130,7 @@ def test_evaluation_takes_weights_data_and_the_report_s_place_there(bucket, tmp_
         ("import repvgg_jax as rv; rv.load_weights, rv.save_weights", ("fsspec", "gcsfs", "s3fs")),
         (
             "import train.main, train.evaluate, convert.__main__",
-            ("gcsfs", "s3fs", "aiobotocore", "google.cloud.storage"),
+            ("gcsfs", "s3fs", "aiobotocore"),
         ),
     ],
 )
