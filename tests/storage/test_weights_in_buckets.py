@@ -71,6 +71,7 @@ def test_messages_name_the_object_and_not_its_copy(bucket):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_convert_reads_and_writes_there(bucket):
     model, variables = random_model(TINY)
     rv.save_weights(bucket / "train.safetensors", model, variables)
@@ -98,6 +99,7 @@ def test_summary_names_the_net_of_an_object(bucket):
     assert done.stdout.startswith(f"{bucket.url}/w.safetensors")
 
 
+@pytest.mark.slow
 def test_evaluation_takes_weights_data_and_the_report_s_place_there(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from train.data import digits_builder
