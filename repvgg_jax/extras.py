@@ -15,6 +15,8 @@ EXTRAS = {
     ),
     "torch": ("torch",),
     "hub": ("huggingface_hub",),
+    "gcs": ("gcsfs",),
+    "s3": ("s3fs",),
     "export": ("onnx", "onnxruntime"),
     "dev": ("skimage",),
 }

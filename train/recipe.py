@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
 from repvgg_jax.net.variants import Published, Variant, list_models
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import local_path, option_place
 from repvgg_jax.weights.architecture import find_variant
 from repvgg_jax.weights.hub import weights_path
 
@@ -120,7 +120,7 @@ class InputOptions:
 
     data: str = option("digits", local_path)
     """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
-    data_dir: str | None = option(None, local_path)
+    data_dir: str | None = option(None, option_place)
     """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
     train_split: str | None = None
     """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not given."""
@@ -211,7 +211,7 @@ class ClusterOptions:
 class RunOptions:
     """Where it goes and how often it is looked at."""
 
-    workdir: str = option("", local_path)
+    workdir: str = option("", option_place)
     """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command
     again resumes it."""
     seed: int = option(0, at_least(0), below(2**63))
