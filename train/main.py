@@ -18,7 +18,7 @@ from repvgg_jax.errors import RepVGGError
 
 from . import cluster
 from .checkpoint import Checkpoints
-from .data.prefetch import Prefetch
+from .data import Prefetch
 from .end import Result, finish
 from .evaluate import skipped_line
 from .loop import Watchers, run_steps

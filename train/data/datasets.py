@@ -13,8 +13,8 @@ from repvgg_jax.paths import local_path
 from repvgg_jax.preprocess import Preprocessing, in_grey
 from repvgg_jax.weights.info import default_preprocessing
 
-from .batches import BadImages
 from .folders import open_folder
+from .pipeline import BadImages
 from .sources import EmptySource, Source, SyntheticSource, UnopenedSource
 
 _SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
