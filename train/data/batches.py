@@ -6,6 +6,7 @@ resumed changes a pixel. Images are uint8 until the device normalises them.
 
 import functools
 import itertools
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -55,8 +56,7 @@ def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The epoch's order of the source's images. (Grain's shuffle gives seed 1's first epoch the order of seed 0's second.)
-    """
+    """The epoch's order of the source's images. (Grain has the same for seed 0's second epoch and seed 1's first.)"""
     return random_numbers(seed, _ORDER, epoch).permutation(np.arange(length, dtype=np.int32))
 
 
@@ -204,12 +204,22 @@ class Filler(grain.transforms.Map):
 
         try:
             list(self._pool.map(fill, range(0, len(rows), size)))
-        except BaseException:
-            if self.shared:
-                images.unlink_on_del()
-            raise
+        except Exception as error:
+            if not self.shared:
+                raise
+            images.unlink_on_del()
+            raise _picklable(error) from None
         return batch | {"unreadable": sorted(unreadable)}
 
     def close(self) -> None:
         """Wait for the images being decoded right now, and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _picklable(error: Exception) -> Exception:
+    """An exception that reaches the run's own process: one that cannot be pickled would be lost on the way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

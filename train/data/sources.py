@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,6 +76,13 @@ class FolderSource:
         if self.empty and not (allow_empty and self._paths):
             raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As one text, in a third of the time: each worker process gets them.
+        return self.__dict__ | {"_paths": "\0".join(self._paths)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_paths": state["_paths"].split("\0")}
 
     @property
     def class_names(self) -> list[str]:

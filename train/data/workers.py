@@ -1,6 +1,7 @@
 """Worker processes that fill batches, where one process's lock would be the limit: `start_workers`."""
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -98,6 +99,7 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         self._iterator.close()
+        gc.collect()  # JAX's arrays that lie in shared memory are in circles of references
 
 
 def _ended(exit_code: int) -> DataError:
@@ -124,7 +126,10 @@ def _end_with_parent(index: int, count: int) -> None:
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Processes that are started inside the block never hear of the signals that stop a command."""
-    resource_tracker.ensure_running()  # unblocks them when it starts
+    # What removes the shared memory that a killed process leaves need not warn of it. It unblocks signals as it starts.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    resource_tracker.ensure_running()
+    sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
