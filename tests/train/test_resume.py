@@ -94,8 +94,9 @@ def test_a_killed_run_leaves_no_worker_process_and_a_killed_worker_process_ends_
     """The system may kill either where memory is short. The same command goes on, with processes or without."""
     workdir = tmp_path / "run"
     for victim in ("the run", "a worker"):
+        before = steps_in(workdir)
         process = runs.start(workdir, ema_decay=0.99, worker_processes=2, checkpoint_every=1)
-        wait_for(lambda process=process: process.poll() is not None or len(steps_in(workdir)) > 0, seconds=300)
+        wait_for(functools.partial(has_moved_on, workdir, before, process), seconds=300)
         workers = worker_processes(process)
         assert len(workers) == 2, process.communicate()
         os.kill(process.pid if victim == "the run" else workers[0], signal.SIGKILL)

@@ -79,19 +79,19 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
         "import sys, threading\n"
         "from train.main import main\n"
         "from train.data import batches\n"
-        "read = batches._read\n"
+        "read = batches.Images._read\n"
         "def hang(*arguments):\n"
         "    hang.count = getattr(hang, 'count', 0) + 1\n"
         "    if hang.count > 2000:\n"
         "        threading.Event().wait()\n"
         "    return read(*arguments)\n"
-        "batches._read = hang\n",
+        "batches.Images._read = hang\n",
         encoding="utf-8",
     )
     workdir = tmp_path / "run"
     words = runs.command(workdir, log_every=1, evaluate_every=2)
     process = subprocess.Popen(
-        [words[0], str(script), *words[2:]],
+        [words[0], str(script), *words[3:]],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         stdout=subprocess.PIPE,

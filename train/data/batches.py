@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -70,18 +70,55 @@ class Unreadable(list[tuple[int, str, str]]):
 
 
 @dataclass(frozen=True)
-class TrainingImages:
-    """Augmented images in a new order in every epoch; the next readable one in the place of one that is not.
-
-    `rows` has what is to be at some rows of a step's batch, `render` makes one of them, as in `EvaluationImages`.
-    """
+class Images:
+    """The images of a source, of which every step has a batch."""
 
     source: Source
     batch_size: int
-    transform: Transform
     preprocessing: Preprocessing
-    seed: int
     strict: bool
+    masked: ClassVar[bool]
+    """Whether places in a batch may stay empty, and a mask says which are not."""
+
+    def rows(self, step: int, rows: range) -> list[Row]:
+        """What is to be at `rows` of the step's batch; fewer in an evaluation's last one."""
+        raise NotImplementedError
+
+    def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
+        """Make one of them; None leaves its place empty."""
+        raise NotImplementedError
+
+    def _read(self, index: int, transform: Callable[[Picture], np.ndarray], unreadable: Unreadable) -> Rendered | None:
+        """The transformed image and its label, or None, with a note of it, if it is unreadable.
+
+        It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and what
+        a batch holds must not depend on what was tried earlier.
+
+        Raises:
+          DataError: it is unreadable, and `strict`.
+        """
+        name, channels = None, self.preprocessing.channels
+        try:
+            example = self.source[index]
+            name = example.name
+            if isinstance(example.image, bytes):
+                return transform(open_picture(example.image, name, channels)), example.label
+            pixels = example.image[..., 0] if example.image.shape[2:] == (1,) else example.image
+            return transform(to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")), example.label
+        except DataError as error:
+            reason = str(error) if name is None or name in str(error) else f"{name}: {error}"
+            if self.strict:
+                raise DataError(reason) from error
+            unreadable.append((index, name or reason, reason))
+            return None
+
+
+@dataclass(frozen=True)
+class TrainingImages(Images):
+    """Augmented images in a new order in every epoch; the next readable one in the place of one that is not."""
+
+    transform: Transform
+    seed: int
     masked = False
 
     def rows(self, step: int, rows: range) -> list[Row]:
@@ -99,20 +136,16 @@ class TrainingImages:
             return self.transform(image, numbers, self.preprocessing.image_size)
 
         for candidate in itertools.chain(range(index, len(self.source)), range(index)):
-            rendered = _read(self.source, candidate, augment, self.preprocessing.channels, self.strict, unreadable)
+            rendered = self._read(candidate, augment, unreadable)
             if rendered is not None:
                 return rendered
         raise unreadable.none_left()
 
 
 @dataclass(frozen=True)
-class EvaluationImages:
-    """Every image once, in order, through `eval_transform`; places without a readable image stay empty, and masked."""
+class EvaluationImages(Images):
+    """Every image once, in order, through `eval_transform`; none in the place of one that is unreadable."""
 
-    source: Source
-    batch_size: int
-    preprocessing: Preprocessing
-    strict: bool
     masked = True
 
     def rows(self, step: int, rows: range) -> list[Row]:
@@ -120,46 +153,11 @@ class EvaluationImages:
         return [(0, index, index) for index in range(first + rows.start, min(first + rows.stop, len(self.source)))]
 
     def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
-        def prepare(image: Picture) -> np.ndarray:
-            return eval_transform(to_pil(image), self.preprocessing)
-
-        return _read(self.source, row[2], prepare, self.preprocessing.channels, self.strict, unreadable)
-
-
-def _read(
-    source: Source,
-    index: int,
-    transform: Callable[[Picture], np.ndarray],
-    channels: int,
-    strict: bool,
-    unreadable: Unreadable,
-) -> Rendered | None:
-    """The transformed image and its label, or None, with a note of it, if it is unreadable.
-
-    It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and what a
-    batch holds must not depend on what was tried earlier.
-
-    Raises:
-      DataError: it is unreadable, and `strict`.
-    """
-    name = None
-    try:
-        example = source[index]
-        name = example.name
-        if isinstance(example.image, bytes):
-            return transform(open_picture(example.image, name, channels)), example.label
-        pixels = example.image[..., 0] if example.image.shape[2:] == (1,) else example.image
-        return transform(to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")), example.label
-    except DataError as error:
-        reason = str(error) if name is None or name in str(error) else f"{name}: {error}"
-        if strict:
-            raise DataError(reason) from error
-        unreadable.append((index, name or reason, reason))
-        return None
+        return self._read(row[2], lambda image: eval_transform(to_pil(image), self.preprocessing), unreadable)
 
 
 @dataclass(frozen=True)
-class Filler(grain.transforms.Map):
+class Filler:
     """Step -> batch, filled by a pool of threads: decoding does not hold Python's lock.
 
     Attributes:
@@ -170,7 +168,7 @@ class Filler(grain.transforms.Map):
       shared: whether batches lie in memory that processes share.
     """
 
-    images: TrainingImages | EvaluationImages
+    images: Images
     rows: range
     shape: tuple[int, int, int]
     threads: int
@@ -182,9 +180,9 @@ class Filler(grain.transforms.Map):
             opencv.setNumThreads(0)
         return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
-    def map(self, element: int) -> HostBatch:
-        """The batch of step `element`: image [rows, …] and label [rows], mask [rows] if any, and the unreadable."""
-        count, rows, unreadable = len(self.rows), self.images.rows(element, self.rows), Unreadable()
+    def __call__(self, step: int) -> HostBatch:
+        """The batch of a step: image [rows, …] and label [rows], mask [rows] if any, and the unreadable."""
+        count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
         size = -(-count // (self.threads * _TASKS_PER_THREAD))
         # NumPy asks for huge pages: fresh memory costs little.
         empty = grain.multiprocessing.SharedMemoryArray if self.shared else np.empty

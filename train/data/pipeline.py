@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -18,7 +19,7 @@ from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import Preprocessing
 
-from .batches import EvaluationImages, Filler, HostBatch, TrainingImages, Unreadable
+from .batches import EvaluationImages, Filler, HostBatch, Images, TrainingImages, Unreadable
 from .sources import Source
 from .transforms import Transform
 from .workers import Workers, processes_for
@@ -57,6 +58,11 @@ class Closing(Iterator[T]):
     closed = False
 
     def _take(self) -> T:
+        """The next one."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Give back what `_take` takes from; called once."""
         raise NotImplementedError
 
     def __next__(self) -> T:
@@ -71,7 +77,9 @@ class Closing(Iterator[T]):
 
     def close(self) -> None:
         """Drop what is ahead, and wait for what is being worked on right now. Idempotent."""
-        self.closed = True
+        if not self.closed:
+            self.closed = True
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -82,44 +90,75 @@ class Closing(Iterator[T]):
         self.close()
 
 
-class Batches(Closing[HostBatch]):
-    """Batches of `steps`, made ahead of time; an exception reaches the caller of `next` at the batch that it struck."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `train_batches` and `eval_batches` have in common.
 
-    def __init__(
-        self,
-        images: TrainingImages | EvaluationImages,
-        steps: range,
-        *,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        local_device_count: int,
-        num_workers: int | None,
-        processes: int | None,
-        process_index: int,
-        process_count: int,
-        bad_images: BadImages | None,
-        prefetch: int,
-    ) -> None:
-        workers, devices = cores() if num_workers is None else num_workers, local_device_count * process_count
-        if workers < 1 or prefetch < 1:
-            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {num_workers} and {prefetch}")
-        if batch_size < 1 or devices < 1 or batch_size % devices:
-            raise ConfigError(f"a batch size of {batch_size} cannot be divided equally over {devices} devices")
-        if not 0 <= process_index < process_count:
-            raise ConfigError(f"there is no process {process_index} among {process_count}, from 0")
-        self.bad_images = BadImages() if bad_images is None else bad_images
-        self._devices, self._any_readable, self._unreadable = local_device_count, False, Unreadable()
-        size = batch_size // process_count
-        shape = preprocessing.image_size, preprocessing.image_size, preprocessing.channels
-        # Each process takes a contiguous slice of the batch, so that it is the same one however many there are.
-        rows = range(process_index * size, (process_index + 1) * size)
-        count = processes_for(workers, processes, size * shape[0] * shape[1] * shape[2])
-        self._filler = Filler(images, rows, shape, threads=-(-workers // count), shared=count > 1)
+    Attributes:
+      batch_size: images per step, over all JAX processes. Each of these takes a contiguous slice of the batch, so that
+        it is the same one however many there are.
+      local_device_count: devices of this process.
+      preprocessing: gives the size and the channels, and what evaluation does.
+      num_workers: images that are decoded at a time, by a thread each; None takes one per CPU this process may use.
+      processes: worker processes that have these threads, 1 for this process itself; None as in `processes_for`.
+      strict: raise on an unreadable image instead of replacing it, or leaving its place empty.
+      process_index, process_count: which of how many JAX processes this is.
+      bad_images: where unreadable images are recorded; None makes a new record.
+      prefetch: batches prepared ahead by this process itself; worker processes prepare some each.
+
+    Raises:
+      ConfigError: the devices do not divide the batch, or a number is too small.
+    """
+
+    batch_size: int
+    local_device_count: int
+    preprocessing: Preprocessing
+    num_workers: int | None = None
+    processes: int | None = None
+    strict: bool = False
+    process_index: int = 0
+    process_count: int = 1
+    bad_images: BadImages | None = None
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        devices = self.local_device_count * self.process_count
+        if self.workers < 1 or self.prefetch < 1:
+            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {self.num_workers} and {self.prefetch}")
+        if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
+            raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
+        if not 0 <= self.process_index < self.process_count:
+            raise ConfigError(f"there is no process {self.process_index} among {self.process_count}, from 0")
+
+    @property
+    def workers(self) -> int:
+        """How many images are decoded at a time."""
+        return cores() if self.num_workers is None else self.num_workers
+
+    @property
+    def rows(self) -> range:
+        """Which rows of a batch this process provides."""
+        size = self.batch_size // self.process_count
+        return range(self.process_index * size, (self.process_index + 1) * size)
+
+
+class Batches(Closing[HostBatch]):
+    """Batches of `steps`, made ahead of time; an exception reaches the caller of `next` at the batch that it struck.
+
+    Raises:
+      ConfigError: there is no room for the worker processes that were asked for.
+    """
+
+    def __init__(self, images: Images, steps: range, options: Options) -> None:
+        self.bad_images = BadImages() if options.bad_images is None else options.bad_images
+        self._devices, self._any_readable, self._unreadable = options.local_device_count, False, Unreadable()
+        size, channels = options.preprocessing.image_size, options.preprocessing.channels
+        count = processes_for(options.workers, options.processes, len(options.rows) * size * size * channels)
+        threads = -(-options.workers // count)
+        self._filler = Filler(images, options.rows, (size, size, channels), threads, shared=count > 1)
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(self._filler)
-        if count > 1:
-            self._made: Any = Workers(dataset, count)
-        else:
-            self._made = iter(dataset.to_iter_dataset(grain.ReadOptions(prefetch, prefetch)))
+        ahead = grain.ReadOptions(num_threads=options.prefetch, prefetch_buffer_size=options.prefetch)
+        self._made: Any = Workers(dataset, count) if count > 1 else iter(dataset.to_iter_dataset(ahead))
         self._restore = contextlib.ExitStack()
         if opencv := sys.modules.get("cv2"):  # augmentations have it: no threads of its own while ours run
             self._restore.callback(opencv.setNumThreads, opencv.getNumThreads())
@@ -144,8 +183,7 @@ class Batches(Closing[HostBatch]):
         # np.asarray: of Grain's arrays in shared memory, plain views.
         return {name: np.asarray(array).reshape(self._devices, -1, *array.shape[1:]) for name, array in batch.items()}
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
         self._made.close()
         self._filler.close()
         self._restore.close()
@@ -162,112 +200,58 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def train_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    local_device_count: int,
-    transform: Transform,
-    preprocessing: Preprocessing,
-    seed: int,
-    start_step: int = 0,
-    num_workers: int | None = None,
-    processes: int | None = None,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    bad_images: BadImages | None = None,
-    prefetch: int = 3,
-) -> Batches:
+def train_batches(source: Source, *, transform: Transform, seed: int, start_step: int = 0, **options: Any) -> Batches:
     """Augmented, shuffled batches without end, starting with global step `start_step`.
 
     An unreadable image gives its place to the next readable one of the source.
 
     Args:
       source: the training images.
-      batch_size: images per step, over all processes.
-      local_device_count: devices of this process.
       transform: the augmentation, as from `make_transform` or `get_transform`.
-      preprocessing: gives the size and the channels.
       seed: determines every epoch's order and every augmentation; 0 or more.
       start_step: steps already trained; batch k is the same whether or not batches 0 to k-1 were produced.
-      num_workers: images that are decoded at a time, by a thread each; None takes one per CPU this process may use.
-      processes: worker processes that have these threads, 1 for this process itself; None as in `processes_for`.
-      strict: raise on an unreadable image instead of replacing it.
-      process_index, process_count: which of how many JAX processes this is.
-      bad_images: where unreadable images are recorded; None makes a new record.
-      prefetch: batches prepared ahead by this process itself; worker processes prepare one each.
+      options: as for `Options`.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device]}.
       Close it, or use it in a `with` statement, to stop its threads and processes.
 
     Raises:
-      ConfigError: the devices do not divide the batch, a number is negative, or there is no room for the processes.
+      ConfigError: a number is negative, or as from `Options` and `Batches`.
       DataError: fewer images than one batch. From the iterator: no image is readable, or, if strict, one is
         not; or a worker process was killed.
     """
     if not 0 <= seed < 2**63 or start_step < 0:
         raise ConfigError(f"seed and start_step must be 0 or more (seed < 2^63), got {seed} and {start_step}")
-    steps_per_epoch(len(source), batch_size)
-    return Batches(
-        TrainingImages(source, batch_size, transform, preprocessing, seed, strict),
-        range(start_step, sys.maxsize),
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        local_device_count=local_device_count,
-        num_workers=num_workers,
-        processes=processes,
-        process_index=process_index,
-        process_count=process_count,
-        bad_images=bad_images,
-        prefetch=prefetch,
-    )
+    chosen = Options(**options)
+    steps_per_epoch(len(source), chosen.batch_size)
+    images = TrainingImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict, transform, seed)
+    return Batches(images, range(start_step, sys.maxsize), chosen)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    local_device_count: int,
-    preprocessing: Preprocessing,
-    num_workers: int | None = None,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    bad_images: BadImages | None = None,
-    prefetch: int = 3,
-) -> Batches:
+def eval_batches(source: Source, **options: Any) -> Batches:
     """Every image of `source` exactly once, in order, through `eval_transform`.
 
-    Every process gets equally many batches, as collectives need. Places beyond the last image, and unreadable
-    images, are black with label 0 and mask 0. Threads of this process decode: an evaluation is over before worker
-    processes would have started.
+    Every JAX process gets equally many batches, as collectives need. Places beyond the last image, and unreadable
+    images, are black with label 0 and mask 0.
 
     Args:
-      source: the images. The other arguments are as for `train_batches`.
+      source: the images.
+      options: as for `Options`; threads of this process decode unless `processes` says otherwise, for an evaluation is
+        over before worker processes would have started.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device],
       "mask": float32 [devices, per_device], 1 where the image counts}.
 
     Raises:
-      ConfigError: the devices do not divide the batch.
+      ConfigError: as from `Options`.
       DataError: from the iterator: no image of this process is readable, or, if strict, one is not.
     """
-    return Batches(
-        EvaluationImages(source, batch_size, preprocessing, strict),
-        range(-(-len(source) // max(batch_size, 1))),
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        local_device_count=local_device_count,
-        num_workers=num_workers,
-        processes=1,
-        process_index=process_index,
-        process_count=process_count,
-        bad_images=bad_images,
-        prefetch=prefetch,
-    )
+    options.setdefault("processes", 1)
+    chosen = Options(**options)
+    images = EvaluationImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict)
+    return Batches(images, range(-(-len(source) // chosen.batch_size)), chosen)
 
 
 class Prefetch(Closing[T], Generic[Host, T]):
@@ -294,9 +278,9 @@ class Prefetch(Closing[T], Generic[Host, T]):
     def _take(self) -> T:
         return next(self._thread)
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
         self._thread.close()
+        del self._thread  # which would close itself once more, also when Python ends
 
 
 class _Put(Iterator[T], Generic[Host, T]):

@@ -157,15 +157,16 @@ class SyntheticSource:
 
 
 class UnopenedSource:
-    """Stands for a split of which only its numbers are needed: its length, and how many classes it has.
+    """Stands for a split of which only its numbers are needed, or for one without examples.
 
     Args:
       length: number of examples.
-      num_classes: named by their numbers.
+      class_names: of its classes; their number, to name them by numbers.
     """
 
-    def __init__(self, length: int, num_classes: int) -> None:
-        self._length, self._class_names = length, [f"class {label}" for label in range(num_classes)]
+    def __init__(self, length: int, class_names: Sequence[str] | int) -> None:
+        names = [f"class {label}" for label in range(class_names)] if isinstance(class_names, int) else class_names
+        self._length, self._class_names = length, list(names)
 
     @property
     def class_names(self) -> list[str]:
@@ -176,20 +177,3 @@ class UnopenedSource:
 
     def __getitem__(self, index: int, /) -> Example:
         raise IndexError(f"the data set is not open: no example {index}")
-
-
-class EmptySource:
-    """A source without examples: stands for the training split where only evaluation is asked for."""
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self._class_names = list(class_names)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int, /) -> Example:
-        raise IndexError(index)

@@ -99,6 +99,7 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         self._iterator.close()
+        del self._iterator  # which would close itself once more, also when Python ends
         gc.collect()  # JAX's arrays that lie in shared memory are in circles of references
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import namedtuple
 from itertools import islice
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,23 @@ TWO: dict[str, Any] = dict(processes=2, num_workers=2)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest) -> Any:
-    """Neither processes nor shared memory survive a test; what a killed process has filled goes with the command."""
-    before = set(Path("/dev/shm").iterdir())
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Neither processes nor shared memory that has come from them survive a test."""
+    names = []
+
+    class Recorded(shared_memory.SharedMemory):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            names.append(self.name)
+
+    monkeypatch.setattr(shared_memory, "SharedMemory", Recorded)
     yield
     assert not multiprocessing.active_children()
     gc.collect()
     deadline = time.monotonic() + 5
-    while (left := set(Path("/dev/shm").iterdir()) - before) and time.monotonic() < deadline:
+    while any(left := [name for name in names if Path("/dev/shm", name).exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left or "killed" in request.node.name
+    assert not left
 
 
 def test_batches_do_not_depend_on_worker_processes_nor_on_where_they_begin(tmp_path: Path) -> None:
