@@ -211,7 +211,8 @@ class Filler:
 
     def close(self) -> None:
         """Wait for the images being decoded right now, and end the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if "_pool" in self.__dict__:  # this process has filled batches
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _picklable(error: Exception) -> Exception:

@@ -125,6 +125,8 @@ class Options:
         devices = self.local_device_count * self.process_count
         if self.workers < 1 or self.prefetch < 1:
             raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {self.num_workers} and {self.prefetch}")
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"need at least 1 process, this one, got {self.processes}")
         if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
             raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
         if not 0 <= self.process_index < self.process_count:

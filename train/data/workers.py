@@ -1,4 +1,4 @@
-"""Worker processes that fill batches, where one process's lock would be the limit: `start_workers`."""
+"""Worker processes that fill batches, where one process's lock would be the limit: `Workers`."""
 
 import contextlib
 import gc
@@ -61,7 +61,7 @@ def processes_for(workers: int, processes: int | None, batch_bytes: int) -> int:
         logger.warning("%s; decoding in threads of one process", problem)
         return 1
     if wanted > cores():
-        logger.warning("%d worker processes share %d cores", wanted, cores())
+        logger.warning("%d worker processes share %d cores; fewer would do", wanted, cores())
     return wanted
 
 

@@ -78,6 +78,7 @@ def test_the_same_image_is_augmented_anew_in_every_epoch(photos: Path) -> None:
         (dict(batch_size=8, process_count=2, local_device_count=8), "over 16 devices"),
         (dict(process_count=2, process_index=2), "no process 2 among 2"),
         (dict(num_workers=0), "at least 1 worker"),
+        (dict(processes=0), "at least 1 process"),
         (dict(seed=-1), "seed and start_step must be 0 or more"),
     ],
 )
