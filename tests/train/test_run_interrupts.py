@@ -187,7 +187,7 @@ def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterru
     words = runs.command(workdir, ema_decay=0.99)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
     done = subprocess.run(
-        [words[0], str(script), *words[2:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+        [words[0], str(script), *words[3:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 130, (done.stdout, done.stderr)
     assert stopped_after(done.stdout, "SIGINT") == 44

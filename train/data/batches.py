@@ -34,6 +34,8 @@ Row = tuple[int, int, int]
 _ORDER, _AUGMENTATION = 0, 1
 # A batch is cut into so many tasks per thread: few enough to cost little, enough to even out slow images.
 _TASKS_PER_THREAD = 4
+# Batches at a time: prepared ahead, being put on the device, and being computed with.
+_ARRAYS_KEPT = 8
 
 _of_thread = threading.local()
 
@@ -156,6 +158,33 @@ class EvaluationImages(Images):
         return self._read(row[2], lambda image: eval_transform(to_pil(image), self.preprocessing), unreadable)
 
 
+class _Recycled:
+    """Arrays that are used again once nobody else holds them, because fresh memory costs a page fault for every page.
+
+    Whoever keeps a batch, a view of it or a JAX array that shares its memory, holds the array and keeps its contents.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape, self._lock = shape, threading.Lock()
+        self._arrays: list[np.ndarray] = []
+        self._unheld = _holders([np.empty(0)])[0]
+
+    def take(self) -> np.ndarray:
+        """An array, uint8, that only the caller holds, with any contents."""
+        with self._lock:
+            for array, holders in zip(self._arrays, _holders(self._arrays), strict=True):
+                if holders == self._unheld:
+                    return array
+            array = np.empty(self._shape, np.uint8)
+            if len(self._arrays) < _ARRAYS_KEPT:
+                self._arrays.append(array)
+            return array
+
+
+def _holders(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
 @dataclass(frozen=True)
 class Filler:
     """Step -> batch, filled by a pool of threads: decoding does not hold Python's lock.
@@ -180,13 +209,18 @@ class Filler:
             opencv.setNumThreads(0)
         return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
+    @functools.cached_property
+    def _memory(self) -> _Recycled:
+        return _Recycled((len(self.rows), *self.shape))
+
     def __call__(self, step: int) -> HostBatch:
         """The batch of a step: image [rows, …] and label [rows], mask [rows] if any, and the unreadable."""
         count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
         size = -(-count // (self.threads * _TASKS_PER_THREAD))
-        # NumPy asks for huge pages: fresh memory costs little.
-        empty = grain.multiprocessing.SharedMemoryArray if self.shared else np.empty
-        images: Any = empty((count, *self.shape), np.uint8)
+        if self.shared:
+            images: Any = grain.multiprocessing.SharedMemoryArray((count, *self.shape), np.uint8)
+        else:
+            images = self._memory.take()
         batch = {"image": images, "label": np.zeros(count, np.int32)}
         if self.images.masked:
             images.fill(0)

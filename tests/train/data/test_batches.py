@@ -186,6 +186,12 @@ def test_an_unforeseen_exception_in_a_worker_reaches_the_caller() -> None:
 # Memory
 
 
+def test_memory_of_batches_that_were_dropped_is_used_again() -> None:
+    with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:
+        addresses = {next(batches)["image"].ctypes.data for _ in range(40)}
+        assert len(addresses) <= 7
+
+
 @pytest.mark.parametrize("keep", [lambda batch: batch, lambda batch: batch["image"][1, :1, 2:], jax.device_put])
 def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
     with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:

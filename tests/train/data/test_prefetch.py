@@ -20,7 +20,9 @@ def identity(batch: Any) -> Any:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("grain-thread-prefetch", "decode"))]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith(("grain-thread-prefetch", "decode"))
+    ]
 
 
 def until(condition: Any) -> bool:
