@@ -4,6 +4,7 @@ EXTRAS = {
     "train": (
         "array_record",
         "cv2",
+        "grain",
         "matplotlib",
         "optax",
         "orbax",

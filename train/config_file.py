@@ -23,6 +23,7 @@ _FREE = {
     ("input", "test_image_size"),
     ("input", "crop_fraction"),
     ("input", "workers"),
+    ("input", "worker_processes"),
     ("input", "strict"),
     ("input", "prefetch"),
     *(("run", field.name) for field in dataclasses.fields(RunOptions) if field.name != "seed"),

@@ -22,7 +22,7 @@ from repvgg_jax.storage import BucketPath
 from . import cluster
 from .bucket_metrics import BucketMetricsLog
 from .checkpoint import Checkpoints
-from .data.prefetch import Prefetch
+from .data import Prefetch
 from .end import Result, finish
 from .evaluate import skipped_line
 from .loop import Watchers, run_steps

@@ -142,7 +142,10 @@ class InputOptions:
     """What brings a training image to its size: random_resized_crop_flip, pad_and_crop_flip, random_affine or as_is;
     the data set's own if not given."""
     workers: int | None = option(None, at_least(1))
-    """Threads that decode images; one for each core if not given. Results do not depend on it."""
+    """Images decoded at a time, by a thread each; one for each core if not given. Results do not depend on it."""
+    worker_processes: int | None = option(None, at_least(1))
+    """Processes that have these threads; 1: the run's own; if not given, one for every 8 workers, from 16 workers on.
+    Evaluation is left to threads. Results do not depend on it."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping and counting it."""
     prefetch: int = option(2, at_least(1))

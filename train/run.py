@@ -259,6 +259,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
         seed=recipe.run.seed,
         start_step=start_step,
         num_workers=recipe.input.workers,
+        processes=recipe.input.worker_processes,
         strict=recipe.input.strict,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

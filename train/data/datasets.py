@@ -13,10 +13,10 @@ from repvgg_jax.paths import Place, local_path, option_place
 from repvgg_jax.preprocess import Preprocessing, in_grey
 from repvgg_jax.weights.info import default_preprocessing
 
-from .batches import BadImages
 from .bucket import on_this_machine
 from .folders import open_folder
-from .sources import EmptySource, Source, SyntheticSource, UnopenedSource
+from .pipeline import BadImages
+from .sources import Source, SyntheticSource, UnopenedSource
 
 _SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
 
@@ -271,7 +271,7 @@ def _tfds_splits(directory: Path, request: Request) -> Opened:
     test_split = request.test_split or tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
     test = tfds_source.TfdsSource(directory, test_split)
     if request.evaluation_only:
-        return EmptySource(test.class_names), test, ()
+        return UnopenedSource(0, test.class_names), test, ()
     train_split = request.train_split or tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
     train = tfds_source.TfdsSource(directory, train_split)
     shared = tfds_source.shared_images(directory, train_split, test_split)
