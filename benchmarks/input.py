@@ -3,8 +3,10 @@
 The recipe is torchvision's ImageFolder, RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize in a
 DataLoader with as many workers as cores. (Ours normalises on the device.) The files are 500x375, quality 92, cut
 from photographs that scikit-learn and scikit-image ship; they live in a temporary folder. The contestants take
-turns; a figure is the median over the rounds. Run: `python -m benchmarks.input`; it needs torch, torchvision and
-scikit-image besides the `train` extra.
+turns; a figure is the median over the rounds. Then ours alone with 1, 2 and 4 worker processes, as it is and with
+decoding replaced by a constant: what is left is Python's part, which is the limit of a process with many cores.
+Run: `python -m benchmarks.input`; it needs torch, torchvision and scikit-image besides the `train` extra. (`--alone`
+leaves PyTorch and the augmentations out.)
 """
 
 import argparse
@@ -25,15 +27,19 @@ from PIL import Image
 from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, decode_image
 from train.data.augmentation import Augmentation, make_transform
-from train.data.pictures import open_picture, resized_crop
-from train.data.pipeline import RandomNumbers, train_batches
+from train.data.batches import random_numbers
+from train.data.pictures import Picture, open_picture, resized_crop
+from train.data.pipeline import train_batches
 from train.data.resize import resize
 from train.data.sources import FolderSource
-from train.data.transforms import random_crop_box
+from train.data.transforms import Transform, random_crop_box
 
 SIZE, BATCH = 224, 64
 # So many batches are in the making when the clock starts, so that none of them was made before for free.
 WARM_UP = 6
+# Of worker processes: Grain keeps four batches of each.
+WARM_UP_PER_PROCESS = 5
+PROCESSES = 1, 2, 4
 
 
 def write_photos(folder: Path, count: int) -> float:
@@ -67,7 +73,8 @@ class Speed(NamedTuple):
 
 def processor_seconds() -> float:
     """Used so far by this process and its children, as Linux counts it."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()
+    by_thread = [path.read_text(encoding="utf-8") for path in Path("/proc/self/task").glob("*/children")]
+    children = [process for text in by_thread for process in text.split()]
     ticks = 0
     for process in ("self", *children):
         ticks += sum(
@@ -76,10 +83,10 @@ def processor_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(batches: Iterable[Any], seconds: float) -> Speed:
+def measure(batches: Iterable[Any], seconds: float, warm_up: int = WARM_UP) -> Speed:
     """The speed over so many seconds, once the pipeline is full."""
     iterator, images = iter(batches), 0
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         next(iterator)
     start, used = time.perf_counter(), processor_seconds()
     while (passed := time.perf_counter() - start) < seconds:
@@ -114,9 +121,8 @@ def torchvision_speed(folder: Path, workers: int, seconds: float) -> Speed:
     return measure(loader, seconds)
 
 
-def our_speed(folder: Path, workers: int, seconds: float, augmentation: Augmentation) -> Speed:
+def our_speed(folder: Path, workers: int, seconds: float, transform: Transform, processes: int = 1) -> Speed:
     """Of `train_batches`."""
-    transform = make_transform("random_resized_crop_flip", augmentation, IMAGENET_MEAN)
     with train_batches(
         FolderSource(folder),
         batch_size=BATCH,
@@ -125,8 +131,39 @@ def our_speed(folder: Path, workers: int, seconds: float, augmentation: Augmenta
         preprocessing=Preprocessing(SIZE),
         seed=0,
         num_workers=workers,
+        processes=processes,
     ) as batches:
-        return measure(batches, seconds)
+        return measure(batches, seconds, WARM_UP if processes == 1 else WARM_UP_PER_PROCESS * processes)
+
+
+def our_transform(augmentation: Augmentation) -> Transform:
+    """Return what a run's images go through."""
+    return make_transform("random_resized_crop_flip", augmentation, IMAGENET_MEAN)
+
+
+_GREY = np.full((SIZE, SIZE, 3), 127, np.uint8)
+
+
+def constant(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
+    """All of a training transform but decoding and resizing: a crop box, and pixels that are there."""
+    random_crop_box(image.width, image.height, rng)
+    rng.random()
+    return _GREY
+
+
+def print_processes(folder: Path, workers: int, seconds: float, rounds: int) -> None:
+    """Measure and print images/s by the number of worker processes, in turns."""
+    transforms = {"as it is": our_transform(Augmentation()), "decoding replaced by a constant": constant}
+    speeds: dict[tuple[str, int], list[Speed]] = {(name, count): [] for name in transforms for count in PROCESSES}
+    for _ in range(rounds):
+        for name, count in speeds:
+            # One worker at least in each process, as a run has it.
+            speeds[name, count].append(our_speed(folder, max(workers, count), seconds, transforms[name], count))
+    print(f"\nours, {workers} workers in 1 process (threads of the run's own) or more; medians of {rounds} rounds")
+    print(f"{'':34}{'processes':>10}{'images/s':>10}{'CPU us/image':>14}")
+    for (name, count), values in speeds.items():
+        rate, cost = (statistics.median(column) for column in zip(*values, strict=True))
+        print(f"{name:34}{count:10}{rate:10.0f}{1000 * cost:14.0f}")
 
 
 CONTESTANTS: dict[str, Augmentation] = {
@@ -145,18 +182,17 @@ def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, f
     source, slots = FolderSource(folder), np.zeros((images, SIZE, SIZE, 3), np.uint8)
     files = [source[index].image for index in range(images)]
     data = [file for file in files if isinstance(file, bytes)]
-    numbers = RandomNumbers()
-    boxes = [random_crop_box(500, 375, numbers(0, 1, 0, index)) for index in range(images)]
+    boxes = [random_crop_box(500, 375, random_numbers(0, 1, 0, index)) for index in range(images)]
     opened = [jpeg.open_jpeg(file, "", 3) for file in data]
     whole = [np.asarray(decode_image(file, "")) for file in data]
     crops = [
         p[top : top + height, left : left + width] for p, (left, top, width, height) in zip(whole, boxes, strict=True)
     ]
-    transform = make_transform("random_resized_crop_flip", Augmentation(), IMAGENET_MEAN)
+    transform = our_transform(Augmentation())
 
     def all_of_it(index: int) -> None:
         picture = open_picture(_bytes(source[index].image), "", 3)
-        slots[index] = transform(picture, numbers(0, 1, 0, index), SIZE)
+        slots[index] = transform(picture, random_numbers(0, 1, 0, index), SIZE)
 
     def decode(index: int, reduction: int = 1) -> None:
         file = opened[index]
@@ -166,7 +202,7 @@ def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, f
     stages: dict[str, Callable[[int], Any]] = {
         "in all": all_of_it,
         "  read the file": lambda index: source[index],
-        "  random numbers, crop box": lambda index: random_crop_box(500, 375, numbers(0, 1, 0, index)),
+        "  random numbers, crop box": lambda index: random_crop_box(500, 375, random_numbers(0, 1, 0, index)),
         "  read the header": lambda index: jpeg.open_jpeg(data[index], "", 3),
         "  decode down to the crop's last row": decode,
         "    of it, entropy decoding (decoded at 1/8)": functools.partial(decode, reduction=8),
@@ -199,21 +235,32 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="of a measurement")
     parser.add_argument("--images", type=int, default=3072, help="files to make: more than torchvision reads")
     parser.add_argument("--workers", type=int, default=cores(), help="for both; default: cores")
+    parser.add_argument("--alone", action="store_true", help="measure ours alone, by worker processes")
     arguments = parser.parse_args()
-    speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
-    theirs = speeds["torchvision, DataLoader"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         size = write_photos(folder, arguments.images)
         print(f"{arguments.images} files of 500x375, {size / 1000:.0f} kB on average; {arguments.workers} workers each")
-        for number in range(arguments.rounds):
-            theirs.append(torchvision_speed(folder, arguments.workers, arguments.seconds))
-            for name, augmentation in CONTESTANTS.items():
-                speeds[name].append(our_speed(folder, arguments.workers, arguments.seconds, augmentation))
-            line = ", ".join(f"{values[-1].rate:.0f}" for values in speeds.values())
-            print(f"round {number + 1} of {arguments.rounds}: {line}", file=sys.stderr)
+        if not arguments.alone:
+            print_contest(folder, arguments.workers, arguments.seconds, arguments.rounds)
+        print_processes(folder, arguments.workers, arguments.seconds, arguments.rounds)
         stages = breakdown(folder)
-    print(f"\nmedians of {arguments.rounds} rounds taken in turn; in brackets the least and most of the rounds' ratios")
+    print("\nwhere the time goes, microseconds an image in one thread (least of several repeats)")
+    for name, microseconds in stages.items():
+        print(f"{name:46}{microseconds:6.0f}")
+
+
+def print_contest(folder: Path, workers: int, seconds: float, rounds: int) -> None:
+    """Measure and print ours beside PyTorch's official recipe."""
+    speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
+    theirs = speeds["torchvision, DataLoader"]
+    for number in range(rounds):
+        theirs.append(torchvision_speed(folder, workers, seconds))
+        for name, augmentation in CONTESTANTS.items():
+            speeds[name].append(our_speed(folder, workers, seconds, our_transform(augmentation)))
+        line = ", ".join(f"{values[-1].rate:.0f}" for values in speeds.values())
+        print(f"round {number + 1} of {rounds}: {line}", file=sys.stderr)
+    print(f"\nmedians of {rounds} rounds taken in turn; in brackets the least and most of the rounds' ratios")
     print(f"{'':34}{'images/s':>8}{'ratio':>23}{'CPU ms/image':>16}{'ratio':>8}")
     for name, values in speeds.items():
         ratios = [a.rate / b.rate for a, b in zip(values, theirs, strict=True)]
@@ -221,9 +268,6 @@ def main() -> None:
         rate, cost = (statistics.median(column) for column in zip(*values, strict=True))
         saved = statistics.median(b.cost / a.cost for a, b in zip(values, theirs, strict=True))
         print(f"{name:34}{rate:8.0f}{spread:>23}{cost:16.2f}{saved:8.2f}")
-    print("\nwhere the time goes, microseconds an image in one thread (least of several repeats)")
-    for name, microseconds in stages.items():
-        print(f"{name:46}{microseconds:6.0f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from repvgg_jax.export.onnx_file import check_onnx_installed
 from repvgg_jax.export.saved_model import check_tensorflow_installed
 from repvgg_jax.files import check_new_folder, check_target
 from repvgg_jax.image_files import some_image_files
-from repvgg_jax.paths import is_folder
+from repvgg_jax.paths import in_bucket, is_folder
 from repvgg_jax.preprocess import eval_transform, normalize, open_as_input
 
 from .compare import logits_of, relative_difference
@@ -55,7 +55,7 @@ class Format:
         self.check_installed()
         if not self.folder:
             check_target(path)
-        elif not (overwrite and os.path.lexists(path)):
+        elif in_bucket(path) or not (overwrite and os.path.lexists(path)):
             check_new_folder(path)
 
 

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from repvgg_jax.errors import ConfigError, RepVGGError
+from repvgg_jax.errors import ConfigError, RepVGGError, system_errors
+from repvgg_jax.paths import exists, in_bucket, place
 
 
 def check_output(source: str, output: str, *, overwrite: bool, folder: bool = False) -> None:
@@ -20,10 +21,12 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
       folder: a SavedModel is written, and only a SavedModel may be replaced by it.
 
     Raises:
-      ConfigError: `output` is `source`, by whatever name or link, or exists.
+      ConfigError: `output` is `source`, by whatever name or link, or exists; or as `place`.
+      RepVGGError: it is in a bucket that cannot be asked.
     """
-    if not os.path.lexists(output):
-        return
+    with system_errors(RepVGGError, f"cannot write {output}"):
+        if not exists(output):
+            return
     if _same_file(source, output):
         raise ConfigError(f"{output} is the input, {source}, itself: write to another file")
     if not overwrite:
@@ -61,6 +64,8 @@ def replacing_folder(output: str) -> Iterator[str]:
 
 
 def _same_file(source: str, output: str) -> bool:
+    if in_bucket(source) or in_bucket(output):
+        return in_bucket(source) and in_bucket(output) and place(source) == place(output)
     try:
         return Path(source).samefile(output)
     except (OSError, ValueError):  # an address, a broken link, or nothing at all: reported when it is read

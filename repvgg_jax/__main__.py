@@ -16,6 +16,7 @@ import tyro
 from .errors import UnknownModelError
 from .net.summary import summary_table
 from .net.variants import VARIANTS, get_variant
+from .paths import in_bucket
 from .predict import Predict, predict
 from .weights import inspect_weights
 from .weights.hub import is_hub_address
@@ -62,7 +63,8 @@ def _is_weight_file(name: str) -> bool:
     try:
         get_variant(name)
     except UnknownModelError:
-        return is_hub_address(name) or Path(name).suffix != "" or os.path.exists(name)  # noqa: PTH110 (any length)
+        is_address = is_hub_address(name) or in_bucket(name)
+        return is_address or Path(name).suffix != "" or os.path.exists(name)  # noqa: PTH110 (any length)
     return False
 
 

@@ -4,6 +4,7 @@ EXTRAS = {
     "train": (
         "array_record",
         "cv2",
+        "grain",
         "matplotlib",
         "optax",
         "orbax",
@@ -15,6 +16,8 @@ EXTRAS = {
     ),
     "torch": ("torch",),
     "hub": ("huggingface_hub",),
+    "gcs": ("gcsfs",),
+    "s3": ("s3fs",),
     "export": ("onnx", "onnxruntime"),
     "dev": ("skimage",),
 }

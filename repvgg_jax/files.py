@@ -10,14 +10,16 @@ from pathlib import Path
 
 from .errors import RepVGGError, system_errors
 from .interrupts import on_exit
-from .paths import expand_home
+from .paths import exists, expand_home, place
+from .storage import BucketPath
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
 
-    The temporary name keeps the suffix, since some writers choose their format by it.
+    The temporary name keeps the suffix, since some writers choose their format by it. For a path in a bucket it is of
+    this machine, and becomes one object when the block succeeds.
 
     Args:
       path: the file to write.
@@ -26,8 +28,12 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
     Raises:
       RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
     """
-    target = Path(expand_home(path))
+    target = place(path)
     check_target(target)
+    if isinstance(target, BucketPath):
+        with _uploaded(target) as temporary:
+            yield temporary
+        return
     temporary = None
     try:
         # The name's start only: with mkstemp's letters, a long one would be too long.
@@ -51,14 +57,40 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
 
 
 @contextlib.contextmanager
+def _uploaded(target: BucketPath) -> Iterator[Path]:
+    try:
+        with scratch_folder("repvgg-", tempfile.gettempdir()) as folder:
+            temporary = folder / f"object{target.suffix}"
+            yield temporary
+            target.upload(temporary)
+    except OSError as error:
+        raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def uploaded_folder(target: BucketPath) -> Iterator[Path]:
+    """Yield a folder of this machine, whose files become objects in `target`, one by one, when the block succeeds.
+
+    Raises:
+      RepVGGError: they cannot be written.
+    """
+    try:
+        with scratch_folder("repvgg-", tempfile.gettempdir()) as folder:
+            yield folder
+            target.upload_folder(folder)
+    except OSError as error:
+        raise RepVGGError(f"cannot write to {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
 
     Raises:
-      RepVGGError: `path` exists, or it cannot be made.
+      RepVGGError: `path` exists, it cannot be made, or it is in a bucket, which has no folders.
     """
+    check_new_folder(path)
     target = Path(expand_home(path))
-    check_new_folder(target)
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
@@ -84,9 +116,11 @@ def check_new_folder(path: str | os.PathLike) -> None:
     """Fail where `atomic_folder` would, as far as that shows beforehand.
 
     Raises:
-      RepVGGError: `path` exists, or its parent does not, or it cannot be written to.
+      RepVGGError: `path` exists, or its parent does not, or it cannot be written to, or is in a bucket.
     """
-    if os.path.lexists(expand_home(path)):
+    if isinstance(place(path), BucketPath):
+        raise RepVGGError(f"cannot write {path}: folders cannot appear whole in a bucket; write it here, and copy it")
+    if exists(path):
         raise RepVGGError(f"cannot write {path}: it exists already")
     check_target(path)
 
@@ -97,7 +131,10 @@ def check_target(path: str | os.PathLike) -> None:
     Raises:
       RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
     """
-    target = Path(expand_home(path))
+    target = place(path)
+    if isinstance(target, BucketPath):
+        _check_object(target)
+        return
     with system_errors(RepVGGError, f"cannot write {target}", ValueError), contextlib.suppress(FileNotFoundError):
         os.lstat(target)  # fails for a name too long, or with a NUL
     if target.is_dir():
@@ -106,6 +143,14 @@ def check_target(path: str | os.PathLike) -> None:
         raise RepVGGError(f"cannot write {target}: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise RepVGGError(f"cannot write {target}: no permission to write to {target.parent}")
+
+
+def _check_object(target: BucketPath) -> None:
+    """Fail if `target` is the bucket, a folder in it, or cannot be asked for. Whether it may be written shows later."""
+    with system_errors(RepVGGError, f"cannot write {target}"):
+        is_folder = not target.key or target.is_dir()
+    if is_folder:
+        raise RepVGGError(f"cannot write {target}: it is a folder")
 
 
 def _remove(folder: str | os.PathLike) -> None:

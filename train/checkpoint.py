@@ -1,23 +1,25 @@
-"""Checkpoints of a run, by orbax: written in the background, complete or not there at all, verified when read."""
+"""Checkpoints of a run, by orbax: written in the background, complete or not there at all, verified when read.
+
+`checkpoint_folder.py` and `checkpoint_bucket.py` know where they lie; this module, what is in them.
+"""
 
 import contextlib
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
-from repvgg_jax.errors import RepVGGError
-from repvgg_jax.weights.training_run import GRACE_SECONDS, METRIC, checksum, evaluations
+from repvgg_jax.errors import RepVGGError, system_errors
+from repvgg_jax.paths import Place
+from repvgg_jax.storage import BucketPath
+from repvgg_jax.weights.training_run import GRACE_SECONDS, checksum
 
-from . import cluster
-from .orbax_support import LiteralPath, orbax_messages
+from .checkpoint_bucket import BucketStore
+from .checkpoint_folder import FolderStore
+from .orbax_support import orbax_messages
 from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
 from .window import DivergedError
@@ -55,25 +57,22 @@ class Checkpoints:
     Every process must call every method. `note` receives what a user should read.
     """
 
-    def __init__(self, workdir: Path, keep: int, note: Callable[[str], None] = print):
-        self._keep, self._note = keep, note
-        self._directory = (workdir / "checkpoints").absolute()
+    def __init__(self, workdir: Place, keep: int, note: Callable[[str], None] = print):
+        self._note = note
+        self._directory = workdir / "checkpoints"
+        self._store: BucketStore | FolderStore
+        if isinstance(self._directory, BucketPath):
+            self._store = BucketStore(self._directory, keep)
+            self._saves_alone = True
+        else:
+            self._directory = self._directory.absolute()
+            self._store = FolderStore(self._directory, keep)
+            self._saves_alone = jax.process_count() == 1
         self._cleanup, self._orbax_failed = contextlib.ExitStack(), False
-
-    def _open(self) -> ocp.CheckpointManager:
-        """orbax's manager of what is in the folder now."""
-        best = _Best(evaluations(self._directory))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
-            best_fn=_top1,  # without it, orbax writes no metrics
-            lightweight_initialize=True,  # `evaluations` has read the metrics; orbax would not survive a damaged file
-            cleanup_tmp_directories=True,
-        )
-        return ocp.CheckpointManager(LiteralPath(self._directory), options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return self._store.steps()
 
     def save(self, state: TrainState, facts: RunFacts, top1: float | None = None) -> None:
         """Save a state as the parallel step has it (leading axis of devices); returns once a copy is taken.
@@ -90,11 +89,7 @@ class Checkpoints:
         step = int(tree["step"])
         described = {"facts": dataclasses.asdict(facts), "shapes": _shapes(tree), "crc32": checksum(_flat(tree))}
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(tree), facts=ocp.args.JsonSave(described)),
-                metrics=None if top1 is None else {METRIC: top1},
-            )
+            self._store.save(step, tree, described, top1)
         except Exception as error:  # tensorstore and orbax raise what they like for a full disk
             raise self._failed(step, error) from error
 
@@ -105,7 +100,7 @@ class Checkpoints:
           RepVGGError: it could not be written.
         """
         try:
-            self._manager.wait_until_finished()
+            self._store.wait()
         except Exception as error:
             raise self._failed(None, error) from error
 
@@ -113,7 +108,7 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax_messages(self._note))
             try:
-                self._manager = self._open()
+                self._store.open()
             except OSError as error:
                 raise RepVGGError(f"cannot use {self._directory}: {error.strerror or error}") from error
             self._cleanup = stack.pop_all()
@@ -122,15 +117,15 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Complete the save that is under way, also when something else has gone wrong, and release the folder.
 
-        Other processes take part in a save: it is waited for only if they are known to do the same.
+        Other processes may take part in a save: it is then waited for only if they are known to do the same.
         """
         with self._cleanup:
             if error is None:
                 self.wait()
-                self._manager.close()
-            elif jax.process_count() == 1 or isinstance(error, DivergedError):
+                self._store.close()
+            elif self._saves_alone or isinstance(error, DivergedError):
                 with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
-                    self._manager.close()
+                    self._store.close()
             if error is not None and self._orbax_failed:
                 time.sleep(GRACE_SECONDS)
 
@@ -143,12 +138,16 @@ class Checkpoints:
         Raises:
           RepVGGError: no checkpoint can be read, or they belong to another model or input.
         """
-        steps, problems = self.steps(), []
+        with system_errors(RepVGGError, f"cannot read {self._directory}"):
+            steps = self.steps()
+        problems = []
         for step in reversed(steps):
             try:
                 tree, saved = self._read(step, fresh)
             except _UnfittingError as error:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {error}") from error
+            except RepVGGError:  # it cannot be reached, which says nothing about it
+                raise
             except Exception as error:  # a damaged checkpoint fails anywhere in orbax, tensorstore or json
                 self._orbax_failed = True
                 problems.append(f"step {step}: {_line(error)}")
@@ -165,33 +164,23 @@ class Checkpoints:
         return _to_devices(_template(fresh, facts.devices), fresh)
 
     def _read(self, step: int, fresh: TrainState) -> tuple[dict[str, Any], RunFacts]:
-        described = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        described = self._store.facts(step)
         saved = RunFacts(**described["facts"])
         template = _template(fresh, saved.devices)
         expected, in_file = _shapes(template), described["shapes"]
         if in_file != expected:
             first, *more = sorted(p for p in expected.keys() | in_file.keys() if expected.get(p) != in_file.get(p))
             raise _UnfittingError(f"it is of another model or optimizer ({first} and {len(more)} more differ)")
-        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
-        tree = jax.tree.map(np.asarray, tree)
+        tree = jax.tree.map(np.asarray, self._store.state(step, template))
         if checksum(_flat(tree)) != described["crc32"]:
             raise ValueError("its numbers are not those that were saved")
         return tree, saved
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Rename checkpoints that could not be read: another program, or another day, may be able to."""
-        if not steps:
-            return
-        self._manager.close()
-        if cluster.is_leader():
-            for step in steps:
-                damaged = self._directory / str(step)
-                names = (f"{step}.damaged{number or ''}" for number in itertools.count())
-                target = next(self._directory / name for name in names if not (self._directory / name).exists())
-                damaged.rename(target)
-                self._note(f"{damaged} is now {target.name}")
-        cluster.barrier("damaged checkpoints set aside")
-        self._manager = self._open()
+        if steps:
+            for step, name in self._store.set_aside(steps).items():
+                self._note(f"{self._directory}/{step} is now {name}")
 
     def _compare(self, step: int, saved: RunFacts, facts: RunFacts) -> None:
         for name in ("seed", "batch_size", "train_images"):
@@ -211,41 +200,16 @@ class Checkpoints:
     def _failed(self, step: int | None, error: Exception) -> RepVGGError:
         self._orbax_failed = True
         what = "the last checkpoint" if step is None else f"the checkpoint of step {step} or the one before"
-        kept = self.steps()
-        remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier one"
+        try:
+            kept = self.steps()
+            remains = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier one"
+        except OSError:  # a bucket that cannot be reached
+            remains = "the one before is kept"
         return RepVGGError(f"cannot write {what} to {self._directory}: {_line(error)}; {remains}")
 
 
 class _UnfittingError(Exception):
     """A sound checkpoint of something else."""
-
-
-def _top1(metrics: Mapping[str, float]) -> float:
-    return metrics[METRIC]
-
-
-class _Best(policies.PreservationPolicy):
-    """Keep the checkpoint of the best evaluation, the newest of several as good ones.
-
-    Args:
-      earlier: top-1 by step of the checkpoints that another process has written, of which orbax's manager knows
-        nothing but the step.
-    """
-
-    def __init__(self, earlier: Mapping[int, float]):
-        self._earlier = earlier
-
-    def should_preserve(
-        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
-    ) -> Sequence[bool]:
-        """Return for each checkpoint whether it is the best."""
-        del context
-        evaluated = {
-            info.step: self._earlier.get(info.step) if info.metrics is None else _top1(info.metrics)
-            for info in checkpoints
-        }
-        best = max(((top1, step) for step, top1 in evaluated.items() if top1 is not None), default=(None, None))[1]
-        return [info.step == best for info in checkpoints]
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

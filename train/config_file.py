@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
+from repvgg_jax.paths import Place
 from repvgg_jax.weights.architecture import MAX_BLOCKS
 from repvgg_jax.weights.header import variant_from_json, variant_to_json
 
@@ -23,6 +23,7 @@ _FREE = {
     ("input", "test_image_size"),
     ("input", "crop_fraction"),
     ("input", "workers"),
+    ("input", "worker_processes"),
     ("input", "strict"),
     ("input", "prefetch"),
     *(("run", field.name) for field in dataclasses.fields(RunOptions) if field.name != "seed"),
@@ -41,26 +42,28 @@ _OF_THE_NET = [
 _NET = "architecture"
 
 
-def save_or_compare(recipe: Recipe, workdir: Path) -> None:
+def save_or_compare(recipe: Recipe, workdir: Place) -> None:
     """Write `workdir/config.json`, or hold `recipe` to the one a run there was started with.
 
     A run that has not come to its first checkpoint has nothing to resume, and gives way.
 
     Raises:
-      ConfigError: an option that moves the weights has changed, or the file is damaged.
+      ConfigError: an option that moves the weights has changed, or the file is damaged or cannot be read.
     """
     path = workdir / "config.json"
     current = _as_json(recipe)
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        try:
-            changes = _changes(json.loads(path.read_text(encoding="utf-8")), current)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
-        if changes:
-            raise ConfigError(
-                f"{workdir} holds a run with other options ({'; '.join(changes)}); choose another --workdir"
-                + _how_to_go_on(workdir, changes)
-            )
+    try:
+        begun = path.exists() and any(True for _ in (workdir / "checkpoints").glob("[0-9]*"))
+        changes = _changes(json.loads(path.read_text(encoding="utf-8")), current) if begun else []
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it or choose another --workdir") from error
+    if changes:
+        raise ConfigError(
+            f"{workdir} holds a run with other options ({'; '.join(changes)}); choose another --workdir"
+            + _how_to_go_on(workdir, changes)
+        )
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
 
@@ -93,7 +96,7 @@ def _net(options: Mapping[str, Any]) -> dict[str, Any]:
     return fields | fields.pop("branches")
 
 
-def _how_to_go_on(workdir: Path, changes: Sequence[str]) -> str:
+def _how_to_go_on(workdir: Place, changes: Sequence[str]) -> str:
     """What to do for more epochs: the schedule that the run has followed is of as many as it was started with."""
     if not any(change.startswith("epochs ") for change in changes):
         return ""

@@ -2,13 +2,13 @@
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import repvgg_jax as rv
+from repvgg_jax.paths import Place
 from repvgg_jax.quantization.qat import QATRepVGG, quantized_net, without_ranges
 from repvgg_jax.weights import save_weights
 
@@ -25,7 +25,7 @@ class Result:
     """A finished run: by the name of a form, its evaluation and where its weights are."""
 
     evaluations: dict[str, Evaluation]
-    weights: dict[str, Path]
+    weights: dict[str, Place]
 
     def summary(self) -> dict[str, float]:
         """Return the test accuracies by what they are of; under the names of version 0.1 too, until the next one."""
@@ -37,7 +37,7 @@ class Result:
 def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
     """Write the weights in all their forms and evaluate each: float nets in float32, as the files hold them."""
     evaluations: dict[str, Evaluation] = {}
-    weights: dict[str, Path] = {}
+    weights: dict[str, Place] = {}
     described: dict[str, Any] = dict(
         preprocessing=run.dataset.preprocessing, class_names=tuple(run.dataset.class_names)
     )
@@ -46,7 +46,7 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
     if run.model.dtype != np.float32:
         in_float32 = make_evaluator(run, run.model.clone(dtype=np.float32))
 
-    def file(name: str) -> Path:
+    def file(name: str) -> Place:
         weights[name] = run.workdir / f"{FORMS[name].file}.safetensors"
         return weights[name]
 

@@ -18,7 +18,7 @@ import tyro
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.inference.predictor import Predictor
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import option_place
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 from repvgg_jax.weights.architecture import expected_variant
@@ -136,7 +136,7 @@ class Arguments:
     form: tyro.conf.Positional[Literal["train", "deploy"]]
     """Form to evaluate; a training-form file is fused for `deploy`."""
     weights: tyro.conf.Positional[str]
-    """The weight file."""
+    """The weight file, here or in a bucket (gs://, s3://)."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Variant the file must hold: one of `rv.list_models()`, or NET.json or a weight file for its architecture."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
@@ -176,7 +176,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
             raise ConfigError(f"{option} must be at least 1, not {value}")
     if arguments.resolution is not None and arguments.resolution > MAX_IMAGE_SIZE:
         raise ConfigError(f"--resolution must be at most {MAX_IMAGE_SIZE}, not {arguments.resolution}")
-    report = None if arguments.report is None else local_path("--report", arguments.report)
+    report = None if arguments.report is None else option_place("--report", arguments.report)
     if report is not None:
         check_report_folder(report)
     arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))

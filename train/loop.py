@@ -1,13 +1,18 @@
 """The steps of a run, and what happens between them: rows, evaluations, checkpoints, a stop on request."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from repvgg_jax.files import uploaded_folder
+from repvgg_jax.paths import Place
+from repvgg_jax.storage import BucketPath
+
+from .bucket_metrics import BucketMetricsLog
 from .checkpoint import Checkpoints
 from .cluster import Preemption
 from .evaluate import Evaluation, Evaluator
@@ -30,9 +35,10 @@ class Watchers:
     """Who hears of a run's progress."""
 
     evaluator: Evaluator
-    log: MetricsLog | SilentLog
+    log: MetricsLog | BucketMetricsLog | SilentLog
     progress: RunProgress
     checkpoints: Checkpoints
+    check_workdir: Callable[[], None]
 
 
 def run_steps(
@@ -75,6 +81,8 @@ def run_steps(
         stop = preemption.asked(step)
         if top1 is not None or stop or is_last or step % options.checkpoint_every == 0:
             window.check()
+            watchers.check_workdir()
+            watchers.log.flush()  # before the checkpoint: what it leaves out is taken again from there
             watchers.checkpoints.save(state, run.facts, top1)
             window.restart()
         if stop:
@@ -138,15 +146,20 @@ def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, wa
 class Trace:
     """A JAX profiler trace of `PROFILED_STEPS` after the start."""
 
-    def __init__(self, folder: Path, start_step: int):
+    def __init__(self, folder: Place, start_step: int):
         self._folder, self._start_step = folder, start_step
+        self._written = contextlib.ExitStack()
 
     def after(self, step: int, metrics: Any) -> None:
         """Start before the first of them and stop after the last."""
         done = step - self._start_step
         if done == PROFILED_STEPS.start:
             jax.block_until_ready(metrics)
-            jax.profiler.start_trace(str(self._folder))
+            folder = self._folder
+            if isinstance(folder, BucketPath):
+                folder = self._written.enter_context(uploaded_folder(folder))
+            jax.profiler.start_trace(str(folder))
         elif done == PROFILED_STEPS.stop:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+            self._written.close()

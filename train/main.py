@@ -8,17 +8,21 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
 
     run_module("train.main", huge_pages=True)
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 
 import jax
 
 from repvgg_jax.errors import RepVGGError
+from repvgg_jax.storage import BucketPath
 
 from . import cluster
+from .bucket_metrics import BucketMetricsLog
 from .checkpoint import Checkpoints
-from .data.prefetch import Prefetch
+from .data import Prefetch
 from .end import Result, finish
 from .evaluate import skipped_line
 from .loop import Watchers, run_steps
@@ -70,9 +74,10 @@ def train(recipe: Recipe) -> Result | None:
     cluster.start(recipe.cluster)
     run = set_up(recipe)
     with (
-        claimed(recipe, run.workdir),
+        claimed(recipe, run.workdir) as check_workdir,
         RunProgress(run.total_steps, run.steps_per_epoch, shown=cluster.is_leader()) as progress,
         Checkpoints(run.workdir, recipe.run.keep_checkpoints, progress.note) as checkpoints,
+        contextlib.ExitStack() as stack,
     ):
         state = checkpoints.restore(fresh_state(run), run.facts)
         start_step = int(to_host(state.step))
@@ -80,11 +85,8 @@ def train(recipe: Recipe) -> Result | None:
         for line in (*run.dataset.notes, opening_line(run, start_step)):
             progress.note(line)
 
-        finished = start_step == run.total_steps
-        log: MetricsLog | SilentLog = SilentLog()
-        if cluster.is_leader():
-            log = MetricsLog(run.workdir, start_step, finished=finished, note=progress.note)
-        watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints)
+        log = stack.enter_context(open_log(run, start_step, progress.note))
+        watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints, check_workdir)
         with (
             training_batches(run, start_step) as batches,
             Prefetch(batches, put_batch, recipe.input.prefetch) as on_device,
@@ -97,10 +99,9 @@ def train(recipe: Recipe) -> Result | None:
                 f"{cluster.stop_signal().name}: stopped after step {reached}, state saved; "
                 "the same command again goes on from there"
             )
-            log.close()
             return None
         result = finish(run, state, watchers)
-        log.close()
+        log.flush()
         skipped = batches.skipped + result.evaluations["train"].skipped
         if skipped:
             progress.note(skipped_line(skipped))
@@ -108,6 +109,16 @@ def train(recipe: Recipe) -> Result | None:
             progress.note(f"curves: {plot_curves([run.workdir], run.workdir / 'curves.png')}")
     cluster.barrier("finished")
     return result
+
+
+def open_log(run: Run, start_step: int, note: Callable[[str], object]) -> MetricsLog | BucketMetricsLog | SilentLog:
+    """Return this process's log, a context manager: of several, the first one alone writes."""
+    if not cluster.is_leader():
+        return SilentLog()
+    finished = start_step == run.total_steps
+    if isinstance(run.workdir, BucketPath):
+        return BucketMetricsLog(run.workdir, start_step, finished=finished, note=note)
+    return MetricsLog(run.workdir, start_step, finished=finished, note=note)
 
 
 def opening_line(run: Run, start_step: int) -> str:

@@ -15,11 +15,12 @@ from tensorboardX.summary import scalar
 
 from repvgg_jax.errors import RepVGGError
 from repvgg_jax.files import atomic_path
+from repvgg_jax.paths import Place
 
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, note: Callable[[str], object] | None = None) -> list[Row]:
+def read_rows(path: Place, note: Callable[[str], object] | None = None) -> list[Row]:
     """Return the rows of a metrics.jsonl; a last line cut short by a crash is left out, and `note` hears of it.
 
     Raises:
@@ -98,11 +99,20 @@ class MetricsLog:
                     self._add_event(Event(step=row["step"], summary=scalar(f"{prefix}/{name}", value)))
             self._events.flush()
 
+    def flush(self) -> None:
+        """Do nothing: everything is written already."""
+
     def close(self) -> None:
         """Close both; everything is written already."""
         self._file.close()
         with suppress(OSError):  # what could not be written has been told of
             self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _add_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -122,8 +132,17 @@ class SilentLog:
     def write(self, row: Row, prefix: str) -> None:
         """Do as `MetricsLog.write`, without a trace."""
 
+    def flush(self) -> None:
+        """Copy nothing."""
+
     def close(self) -> None:
         """Close nothing."""
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def _rounded(value: Any) -> Any:

@@ -8,20 +8,19 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.errors import ConfigError, DataError, system_errors
 from repvgg_jax.files import atomic_path, check_target
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import Place, option_place
 
 from .metrics import Row, read_rows
 
 
-def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
+def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
     """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one picture.
 
     Args:
@@ -88,13 +87,14 @@ def plot_curves(workdirs: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def _read_runs(workdirs: Sequence[Path]) -> list[tuple[Path, list[Row]]]:
+def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
     """Folders and rows of those that are runs.
 
     Raises:
       DataError: none is, or a row lacks one of its numbers.
     """
-    is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
+    with system_errors(DataError, "cannot read a run"):
+        is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
     if not any(is_run.values()):
         names = " and ".join(str(workdir) for workdir in workdirs)
         holds = "holds" if len(is_run) == 1 else "hold"
@@ -138,5 +138,5 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m train.plot")
     if not arguments.runs:
         raise DataError("no run given; name the folder of a run of train.main")
-    runs = [local_path("RUN", run) for run in arguments.runs]
-    print(plot_curves(runs, local_path("--out", arguments.out)))
+    runs = [option_place("RUN", run) for run in arguments.runs]
+    print(plot_curves(runs, option_place("--out", arguments.out)))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
 from repvgg_jax.net.variants import Published, Variant, list_models
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import local_path, option_place
 from repvgg_jax.weights.architecture import find_variant
 from repvgg_jax.weights.hub import weights_path
 
@@ -120,7 +120,7 @@ class InputOptions:
 
     data: str = option("digits", local_path)
     """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
-    data_dir: str | None = option(None, local_path)
+    data_dir: str | None = option(None, option_place)
     """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
     train_split: str | None = None
     """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not given."""
@@ -142,7 +142,10 @@ class InputOptions:
     """What brings a training image to its size: random_resized_crop_flip, pad_and_crop_flip, random_affine or as_is;
     the data set's own if not given."""
     workers: int | None = option(None, at_least(1))
-    """Threads that decode images; one for each core if not given. Results do not depend on it."""
+    """Images decoded at a time, by a thread each; one for each core if not given. Results do not depend on it."""
+    worker_processes: int | None = option(None, at_least(1))
+    """Processes that have these threads; 1: the run's own; if not given, one for every 8 workers, from 16 workers on.
+    Evaluation is left to threads. Results do not depend on it."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping and counting it."""
     prefetch: int = option(2, at_least(1))
@@ -219,7 +222,7 @@ class ClusterOptions:
 class RunOptions:
     """Where it goes and how often it is looked at."""
 
-    workdir: str = option("", local_path)
+    workdir: str = option("", option_place)
     """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command
     again resumes it."""
     seed: int = option(0, at_least(0), below(2**63))

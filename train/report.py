@@ -15,7 +15,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,9 @@ from PIL import Image
 
 from repvgg_jax.errors import RepVGGError
 from repvgg_jax.files import atomic_path, check_target
+from repvgg_jax.paths import Place
 from repvgg_jax.preprocess import Preprocessing, decode_image, eval_transform, to_mode
+from repvgg_jax.storage import BucketPath
 
 from .data import Example, Source
 
@@ -106,7 +107,7 @@ def class_figures(confusion: np.ndarray, names: Sequence[str]) -> list[ClassFigu
     return [ClassFigures(i, name, *(int(column[i]) for column in columns)) for i, name in enumerate(names)]
 
 
-def check_report_folder(folder: Path) -> None:
+def check_report_folder(folder: Place) -> None:
     """Fail before a long evaluation where `write_report` would fail after it.
 
     Raises:
@@ -115,7 +116,9 @@ def check_report_folder(folder: Path) -> None:
     """
     import matplotlib  # noqa: F401
 
-    if not folder.is_dir():
+    if isinstance(folder, BucketPath):
+        check_target(folder / "report.json")
+    elif not folder.is_dir():
         check_target(folder)
         if folder.exists():
             raise RepVGGError(f"cannot write a report to {folder}: it is not a folder")
@@ -124,7 +127,7 @@ def check_report_folder(folder: Path) -> None:
 
 
 def write_report(
-    folder: Path,
+    folder: Place,
     evaluation: "Evaluation",
     source: NamedSource,
     preprocessing: Preprocessing,
@@ -206,7 +209,7 @@ def _confusions(confusion: np.ndarray, names: Sequence[str]) -> list[dict[str, A
     ]
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+def _write_csv(path: Place, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -228,7 +231,7 @@ def _pixels(example: Example, preprocessing: Preprocessing) -> np.ndarray:
     return eval_transform(image, preprocessing)
 
 
-def _draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str]) -> None:
+def _draw_confusion(path: Place, confusion: np.ndarray, names: Sequence[str]) -> None:
     """Colours are shares of each true class; few classes have their names and counts too."""
     classes = len(names)
     side = float(np.clip(2.5 + 0.35 * classes, 4, 14))
@@ -250,7 +253,7 @@ def _draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str]) -> 
     _save(figure, path)
 
 
-def _draw_mistakes(path: Path, images: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> None:
+def _draw_mistakes(path: Place, images: Sequence[np.ndarray], rows: Sequence[dict[str, Any]]) -> None:
     columns = min(8, max(1, len(images)))
     lines = max(1, -(-len(images) // columns))
     figure = _figure(1.9 * columns, 2.3 * lines)
@@ -273,6 +276,6 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: "Figure", path: Place) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)

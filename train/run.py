@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import optax
 import repvgg_jax as rv
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.net.variants import Variant
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import Place, option_place
 from repvgg_jax.quantization.qat import quantization_aware, with_ranges
 from repvgg_jax.weights import WeightsWarning
 from repvgg_jax.weights.header import TRAINING, Header
@@ -83,7 +82,7 @@ class Run:
       model: training form.
       optimizer, schedule: of the train step.
       transform: what a training image goes through.
-      workdir: folder of the run.
+      workdir: folder of the run, here or in a bucket.
       steps_per_epoch: of the training split, at the recipe's batch size.
       start: variables to start from; None for random ones.
     """
@@ -94,7 +93,7 @@ class Run:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     transform: Transform
-    workdir: Path
+    workdir: Place
     steps_per_epoch: int
     start: dict[str, Any] | None
 
@@ -164,7 +163,7 @@ def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
         optimizer=make_optimizer(options, schedule, head_learning_rate=tuning.head_learning_rate, frozen=frozen),
         schedule=schedule,
         transform=transform,
-        workdir=local_path("--workdir", recipe.run.workdir),
+        workdir=option_place("--workdir", recipe.run.workdir),
         steps_per_epoch=steps_per_epoch,
         start=start,
     )
@@ -271,6 +270,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
         seed=recipe.run.seed,
         start_step=start_step,
         num_workers=recipe.input.workers,
+        processes=recipe.input.worker_processes,
         strict=recipe.input.strict,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

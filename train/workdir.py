@@ -1,16 +1,19 @@
-"""The folder of a run: one process tree writes to it at a time."""
+"""The folder of a run, here or in a bucket: one process tree writes to it at a time."""
 
 import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from repvgg_jax.errors import ConfigError, RepVGGError
+from repvgg_jax.paths import Place
+from repvgg_jax.storage import BucketPath
 
 from . import cluster
+from .bucket_claim import BucketClaim
 from .config_file import save_or_compare
 from .orbax_support import check_folder_name
 from .recipe import Recipe
@@ -19,24 +22,36 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claimed(recipe: Recipe, workdir: Path) -> Iterator[None]:
+def claimed(recipe: Recipe, workdir: Place) -> Iterator[Callable[[], None]]:
     """Create the run's folder with its config.json, and keep other runs out of it.
+
+    Yields:
+      A function that raises RepVGGError if another run has taken the folder over, as it may in a bucket.
 
     Raises:
       RepVGGError: it cannot be created or written to.
       ConfigError: another process trains there, it holds a run with other options, or orbax cannot use its name.
     """
-    check_folder_name("--workdir", workdir)
+    if isinstance(workdir, Path):
+        check_folder_name("--workdir", workdir)
     with contextlib.ExitStack() as stack:
+        check = _nothing
         if cluster.is_leader():
             try:
-                workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(workdir))
+                if isinstance(workdir, BucketPath):
+                    check = stack.enter_context(BucketClaim(workdir, LOCK)).check
+                else:
+                    workdir.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_locked(workdir))
             except OSError as error:
                 raise RepVGGError(f"cannot create --workdir {workdir}: {error.strerror or error}") from error
             save_or_compare(recipe, workdir)
         cluster.barrier("workdir")
-        yield
+        yield check
+
+
+def _nothing() -> None:
+    """Do not check."""
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 
 from ..errors import ConfigError, shown
 from ..net.variants import Variant, get_variant, list_models
-from ..paths import local_path
+from ..paths import in_bucket, option_place
 from .header import variant_from_json
 from .loading import inspect_weights
 
@@ -40,7 +40,7 @@ def find_variant(option: str, text: str) -> Variant:
     """
     if not _is_file(text):
         return get_variant(text)
-    path = local_path(option, text)
+    path = option_place(option, text)
     if path.suffix != ".json":
         return inspect_weights(path).variant
     try:
@@ -60,4 +60,6 @@ def find_variant(option: str, text: str) -> Variant:
 
 
 def _is_file(text: str) -> bool:
-    return text not in list_models() and (text.endswith((".json", *_WEIGHT_FILES)) or os.path.exists(text))  # noqa: PTH110
+    if text in list_models():
+        return False
+    return text.endswith((".json", *_WEIGHT_FILES)) or in_bucket(text) or os.path.exists(text)  # noqa: PTH110

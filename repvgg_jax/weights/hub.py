@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import WeightsError, reason_of, shown
 from ..extras import install_hint
-from ..paths import local_path
+from ..paths import option_place
 from ..preprocess import Preprocessing
 from .header import refusing_damage
 from .info import WeightsInfo, preprocessing_from_file
@@ -31,16 +31,16 @@ def is_hub_address(path: object) -> bool:
 
 
 def weights_path(option: str, text: str) -> str:
-    """Return the place of a weight file: a hub address as it is, a path with `~` expanded.
+    """Return the place of a weight file: a hub address or a bucket's as it is, a path with `~` expanded.
 
     Args:
       option: what it is given by, for the message.
       text: what was given.
 
     Raises:
-      ConfigError: as `local_path`.
+      ConfigError: as `option_place`.
     """
-    return text if is_hub_address(text) else str(local_path(option, text))
+    return text if is_hub_address(text) else str(option_place(option, text))
 
 
 def fetch(address: str) -> tuple[Path, "HubConfig | None"]:

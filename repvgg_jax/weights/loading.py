@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from ..machine import cores
 from ..net.layout import check_finite, check_shapes, constants, head_layers
 from ..net.model import RepVGG, checked_count
 from ..net.variants import AUX_HEADS, Variant, checked_epsilon, get_variant
-from ..paths import expand_home, is_folder, is_url
+from ..paths import expand_home, in_bucket, is_folder, is_url
 from ..processes import check_not_forked
 from ..trees import unflatten
 from . import native, quantized_tensors
+from .bucket_files import copied
 from .containers import open_file, read_container
 from .hub import fetch, is_hub_address
 from .identify import Identification, identify, part_of, same_network, with_block, with_stated_epsilon
@@ -72,7 +73,8 @@ def load_weights(
 
     Args:
       path: a weight file, with the `PATH.json` that `save_weights` may have put beside it; a training run, for its
-        best checkpoint, or one of its checkpoints; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
+        best checkpoint, or one of its checkpoints; any of them also in a bucket (`gs://…`, `s3://…`), from where it is
+        copied to this machine first; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
         and output stride. (The epsilon that a native or side file states stays where the `Variant` has the usual one.)
@@ -186,17 +188,21 @@ def open_weights(
         epsilon = checked_epsilon(epsilon)
     expected = get_variant(name) if isinstance(name, str) else name
     exact = name if isinstance(name, Variant) else None
-    address, config, note = os.fspath(path), None, None
-    if is_hub_address(address):
-        local, config = fetch(address)
-    else:
-        if is_url(address):
-            raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
-        local = Path(expand_home(address))
-    is_run = is_folder(local)
-    if is_run:
-        local, note = find_checkpoint(local)
-    with open_file(local / FACTS if is_run else local, f"{path}") as handle:
+    address, config, note, copy = os.fspath(path), None, None, None
+    with ExitStack() as stack:
+        if is_hub_address(address):
+            local, config = fetch(address)
+        elif in_bucket(address):
+            copy = stack.enter_context(copied(address))
+            local, note = copy.path, copy.note
+        else:
+            if is_url(address):
+                raise WeightsError(f"{shown(address)} is not fetched: download it first, and give the file")
+            local = Path(expand_home(address))
+        is_run = is_folder(local)
+        if is_run and note is None:
+            local, note = find_checkpoint(local)
+        handle = stack.enter_context(open_file(local / FACTS if is_run else local, f"{path}"))
         file = read_checkpoint(handle, local, ema) if is_run else read_container(handle, local, ema, tensors_only)
         file.notes += [note] if note else []
         info = native.read_info(file, exact)
@@ -206,7 +212,7 @@ def open_weights(
             info = contents.info
             if not is_hub_address(address):
                 info, note = with_side_file(info, local, exact, len(file.tensors))
-                file.notes += [note] if note else []
+                file.notes += [copy.naming_original(note) if copy else note] if note else []
         else:
             if prefix:
                 raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")

@@ -50,7 +50,7 @@ def save_weights(
     says so.
 
     Args:
-      path: where to write.
+      path: where to write; in a bucket too (`gs://…`, `s3://…`), where it becomes one object.
       model: the model that `variables` belong to, training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
       family: whose names to use: `authors` (QARepVGG's or RepVGG's), `timm` or `mmpretrain`, in either format, or

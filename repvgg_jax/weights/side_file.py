@@ -19,6 +19,8 @@ from ..errors import WeightsError
 from ..files import atomic_path, check_target
 from ..net.kernel_algebra import BN_EPSILON
 from ..net.variants import VARIANTS, Variant
+from ..paths import Place, exists, place
+from ..storage import BucketPath
 from .header import IS_DEPLOY, TRAINING, Header, refusing_damage
 from .identify import same_network, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
@@ -28,9 +30,9 @@ MAX_BYTES = 16 << 20
 END_BYTES = 64 << 10
 
 
-def side_path(path: str | os.PathLike) -> Path:
+def side_path(path: str | os.PathLike) -> Place:
     """Return where the side file of `path` is."""
-    return Path(f"{os.fspath(path)}.json")
+    return place(f"{os.fspath(path)}.json")
 
 
 def lost(header: Header, in_channels: int) -> str:
@@ -56,7 +58,7 @@ def check_side_file(path: str | os.PathLike) -> None:
       RepVGGError: the side file cannot be written.
     """
     side = side_path(path)
-    if os.path.lexists(side) and not _read(side):
+    if exists(side) and not _read(side):
         raise WeightsError(
             f"cannot write {side}, which is to hold what {path} cannot: a file of that name exists and is not ours"
         )
@@ -130,12 +132,12 @@ def _fingerprint(path: Path) -> dict[str, int]:
         return {"size": size, "crc32_of_end": zlib.crc32(file.read(END_BYTES))}
 
 
-def _read(side: Path) -> Mapping[str, Any] | None:
+def _read(side: Place) -> Mapping[str, Any] | None:
     """Return the content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
     try:
         if not side.is_file():
             return None
-        if side.stat().st_size > MAX_BYTES:
+        if (side.size() if isinstance(side, BucketPath) else side.stat().st_size) > MAX_BYTES:
             return {}
         content = json.loads(side.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

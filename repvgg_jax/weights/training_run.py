@@ -15,18 +15,24 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import WeightsError, reason_of, shown
+from ..paths import Place
+from ..storage import BucketPath
 from ..trees import flatten
 from .header import refusing_damage
 from .native import HEADER
 from .tensor_file import Tensor, TensorFile, contiguous_strides
 
+Folder = TypeVar("Folder", Path, BucketPath)
+
 METRIC = "top1"
 STATE, FACTS = "state", "facts/metadata"
+MARKER = "commit_success.txt"
+"""What orbax writes into a checkpoint last. In a bucket, where nothing is renamed, one without it is not complete."""
 MAX_FACTS_BYTES = 64 << 20
 AVERAGED = "batch_stats"
 """What each device has of its own; its average over them is the net's."""
@@ -44,7 +50,7 @@ QAT_RANGE = "input_range"
 """What quantisation-aware training keeps beside BN statistics, and no float net has."""
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
+def find_checkpoint(folder: Folder) -> tuple[Folder, str | None]:
     """Return the checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
 
     Args:
@@ -53,10 +59,10 @@ def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
     Raises:
       WeightsError: there is none.
     """
-    if (folder / FACTS).is_file():
+    if _is_complete(folder):
         return folder, None
     inner = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    steps = sorted(int(path.name) for path in inner.iterdir() if path.name.isdecimal() and (path / FACTS).is_file())
+    steps = complete_steps(inner)
     if not steps:
         if (folder / "saved_model.pb").is_file():
             raise WeightsError(f"{folder} is a SavedModel, an export for TensorFlow, not weights")
@@ -69,22 +75,32 @@ def find_checkpoint(folder: Path) -> tuple[Path, str | None]:
     return inner / str(best), note
 
 
-def evaluations(checkpoints: Path) -> dict[int, float]:
+def complete_steps(checkpoints: Place) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, oldest first."""
+    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal() and _is_complete(path))
+
+
+def _is_complete(checkpoint: Place) -> bool:
+    return (checkpoint / (MARKER if isinstance(checkpoint, BucketPath) else FACTS)).is_file()
+
+
+def evaluations(checkpoints: Place) -> dict[int, float]:
     """Return top-1 by step of a run's checkpoints that have been evaluated, the better one of weights and average.
 
     It is in the checkpoint, as orbax's metrics; for those of earlier versions, or where that file is damaged, in the
     run's metrics.jsonl.
     """
     best_top1: dict[int, float] = {}
-    with contextlib.suppress(OSError):
+    absent = FileNotFoundError if isinstance(checkpoints, BucketPath) else OSError  # a bucket may answer later
+    with contextlib.suppress(absent):
         for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
                 row = json.loads(line)
                 if row.get("form") in ("train", "ema"):
                     best_top1[row["step"]] = max(float(row[METRIC]), best_top1.get(row["step"], 0.0))
     for path in checkpoints.glob("*/metrics/metrics"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            best_top1[int(path.parts[-3])] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
+        with contextlib.suppress(absent, ValueError, KeyError, TypeError):
+            best_top1[int(path.parent.parent.name)] = float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
     return best_top1
 
 

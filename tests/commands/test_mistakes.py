@@ -206,6 +206,7 @@ OUT_OF_RANGE = {
     "--epochs": (0, "must be at least 1, not 0"),
     "--batch-size": (0, "must be at least 1, not 0"),
     "--workers": (0, "must be at least 1, not 0"),
+    "--worker-processes": (0, "must be at least 1, not 0"),
     "--prefetch": (0, "must be at least 1, not 0"),
     "--learning-rate": ("inf", "must be finite, not inf"),
     "--weight-decay": (-0.1, "must be at least 0, not -0.1"),

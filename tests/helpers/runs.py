@@ -74,6 +74,22 @@ class Runs:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def worker_processes(process: subprocess.Popen) -> list[int]:
+    """The process ids of a run's worker processes."""
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    numbers = [int(number) for path in children for number in path.read_text(encoding="utf-8").split()]
+    return [number for number in numbers if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()]
+
+
+def is_alive(number: int) -> bool:
+    """Whether there is a process of this id that has not ended."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def weights(workdir: Path, name: str = "final") -> dict[str, bytes]:
     """A weight file's tensors as bytes, to compare bit for bit."""
     return {key: array.tobytes() for key, array in load_file(workdir / f"{name}.safetensors").items()}

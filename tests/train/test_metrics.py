@@ -50,7 +50,7 @@ def test_the_suffix_chooses_the_format(out, written, kind, workdir, tmp_path):
     [
         ("x.txt", "x.txt: no picture format is called .txt; choose one of "),
         ("none/x.png", "there is no folder"),
-        ("s3://bucket/x.png", "--out s3://bucket/x.png: only folders and files of this machine"),
+        ("ftp://bucket/x.png", "--out ftp://bucket/x.png: only folders and files of this machine"),
     ],
 )
 def test_a_picture_that_cannot_be_written_is_one_line(out, says, workdir, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_tildes_are_expanded(tmp_path, monkeypatch):
 
 
 def test_a_url_is_not_a_run():
-    assert "RUN gs://b/r: only" in command("train.plot", "gs://b/r").stderr
+    assert "RUN ftp://b/r: only" in command("train.plot", "ftp://b/r").stderr
 
 
 def test_what_is_left_out_is_said(workdir, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from repvgg_jax.weights.training_run import evaluations
 from tests.helpers.commands import command
-from tests.helpers.runs import rows, weights, without_times
+from tests.helpers.runs import is_alive, rows, weights, without_times, worker_processes
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,26 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(runs, tmp_p
     done = runs.finish(workdir, **options)
     assert done.returncode == 0, done.stderr
     same_result(workdir, tmp_path / "whole")
+
+
+def test_a_killed_run_leaves_no_worker_process_and_a_killed_worker_process_ends_the_run(runs, uninterrupted, tmp_path):
+    """The system may kill either where memory is short. The same command goes on, with processes or without."""
+    workdir = tmp_path / "run"
+    for victim in ("the run", "a worker"):
+        before = steps_in(workdir)
+        process = runs.start(workdir, ema_decay=0.99, worker_processes=2, checkpoint_every=1)
+        wait_for(functools.partial(has_moved_on, workdir, before, process), seconds=300)
+        workers = worker_processes(process)
+        assert len(workers) == 2, process.communicate()
+        os.kill(process.pid if victim == "the run" else workers[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        wait_for(lambda workers=workers: not any(is_alive(worker) for worker in workers))
+        if victim == "a worker":
+            assert process.returncode == 2
+            assert "error: a worker process was ended by SIGKILL" in err
+            assert len(err.splitlines()) == 1, err
+    runs.finish(workdir, ema_decay=0.99)
+    same_result(workdir, uninterrupted)
 
 
 def test_the_same_checkpoints_are_kept_however_often_the_run_is_killed(runs, tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.helpers.runs import ROOT, rows, weights
+from tests.helpers.runs import ROOT, is_alive, rows, weights, worker_processes
 from tests.helpers.xla_flags import xla_flags
 from tests.train.test_processes import start_two
 from tests.train.test_resume import same_result, steps_in, wait_for
@@ -49,6 +49,26 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(name, runs, uninter
     same_result(workdir, uninterrupted)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_worker_processes_hear_too_is_the_run_s_affair(name, runs, uninterrupted, tmp_path):
+    """Ctrl-C reaches every process of a terminal's group, and Slurm's signals every process of a job step."""
+    workdir = tmp_path / "run"
+    process = runs.start(workdir, ema_decay=0.99, worker_processes=2)
+    until_it_trains(process, workdir)
+    workers = worker_processes(process)
+    assert len(workers) == 2
+    for number in (process.pid, *workers):
+        os.kill(number, getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + getattr(signal, name), (out, err)
+    assert "Traceback" not in err
+    assert "Warning" not in err
+    stopped_after(out, name)
+    assert not any(is_alive(worker) for worker in workers)
+    runs.finish(workdir, ema_decay=0.99, worker_processes=2)
+    same_result(workdir, uninterrupted)
+
+
 def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
     """The first one would wait for a step that never comes."""
     script = tmp_path / "hanging.py"
@@ -59,13 +79,13 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
         "import sys, threading\n"
         "from train.main import main\n"
         "from train.data import batches\n"
-        "render = batches.SourceReader.__call__\n"
-        "def hang(self, index, transform):\n"
+        "read = batches.Images._read\n"
+        "def hang(*arguments):\n"
         "    hang.count = getattr(hang, 'count', 0) + 1\n"
         "    if hang.count > 2000:\n"
         "        threading.Event().wait()\n"
-        "    return render(self, index, transform)\n"
-        "batches.SourceReader.__call__ = hang\n",
+        "    return read(*arguments)\n"
+        "batches.Images._read = hang\n",
         encoding="utf-8",
     )
     workdir = tmp_path / "run"

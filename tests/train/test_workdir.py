@@ -142,11 +142,16 @@ def test_checkpoints_of_earlier_versions_know_nothing_of_the_images():
     assert (old.classes, old.images) == ("", "")
 
 
-URLS = ["gs://bucket/run", "s3://bucket/a", "https://host/x", "abfss://c@a/x"]
+URLS = ["https://host/x", "abfss://c@a/x"]
 
 
-@pytest.mark.parametrize("option", ["--workdir", "--data", "--data-dir", "--init"])
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    ("option", "url"),
+    [
+        *((option, url) for option in ("--workdir", "--data", "--data-dir", "--init") for url in URLS),
+        *(("--data", url) for url in ("gs://bucket/run", "s3://bucket/a")),
+    ],
+)
 def test_urls_are_refused_in_one_line(url, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(rv.ConfigError, match=rf"^{option} {url}: only folders and files of this machine"):

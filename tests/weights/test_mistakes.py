@@ -40,7 +40,7 @@ def test_an_export_is_said_to_be_one_whatever_its_name(exports, tmp_path):
     assert "a web page" in refused(tmp_path / "page.pth")
 
 
-@pytest.mark.parametrize("url", ["https://example.com/RepVGG-A0-train.pth", "http://x/y", "s3://bucket/w.pth"])
+@pytest.mark.parametrize("url", ["https://example.com/RepVGG-A0-train.pth", "http://x/y", "abfss://bucket/w.pth"])
 def test_addresses_are_not_fetched(url, tmp_path):
     assert f"{url} is not fetched: download it first" in refused(url)
     assert "is not fetched" in error_of(convert(url, tmp_path / "out.pth"))

@@ -7,10 +7,8 @@ its splits, `Prefetch` takes batches to the devices.
 from repvgg_jax.image_files import describe_left_out
 
 from .augmentation import Augmentation, make_transform
-from .batches import BadImages, Batches
 from .datasets import DataSet, open_dataset
-from .pipeline import eval_batches, steps_per_epoch, train_batches
-from .prefetch import Prefetch
+from .pipeline import BadImages, Batches, Prefetch, eval_batches, steps_per_epoch, train_batches
 from .sources import Example, Source
 from .transforms import TRANSFORMS, Transform, get_transform
 

@@ -1,310 +1,258 @@
-"""The machinery under `pipeline.py`: reading an image, filling batches in threads, shaping them for devices."""
+"""What a batch holds and how threads fill it. This is what worker processes run: all of it can be pickled.
 
-import contextlib
-import logging
+A batch is a function of its step: neither the number of threads, processes or devices, nor the step at which a run was
+resumed changes a pixel. Images are uint8 until the device normalises them.
+"""
+
+import functools
+import itertools
+import pickle
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from typing import Any, ClassVar
 
+import grain
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.errors import ConfigError, DataError
-from repvgg_jax.machine import cores
-from repvgg_jax.preprocess import Preprocessing, to_mode
+from repvgg_jax.errors import DataError
+from repvgg_jax.preprocess import Preprocessing, eval_transform, to_mode
 
-from .pictures import Picture, open_picture
-from .sources import Example, Source
+from .pictures import Picture, open_picture, to_pil
+from .sources import Source
+from .transforms import Transform
 
-logger = logging.getLogger(__name__)
-
-HostBatch = dict[str, np.ndarray]
+HostBatch = dict[str, Any]
 Rendered = tuple[np.ndarray, int]
+"""An image, uint8 [H, W, C], and its label."""
+Row = tuple[int, int, int]
+"""The epoch, the place in it, and the index into the source."""
 
-PADDING = -1
-# A batch is cut into so many tasks per worker: few enough to cost little, enough to even out slow images.
-_TASKS_PER_WORKER = 4
-# Batches that a training loop holds at a time: being put on the device, and being computed with.
-_BATCHES_OUT = 4
+_ORDER, _AUGMENTATION = 0, 1
+# A batch is cut into so many tasks per thread: few enough to cost little, enough to even out slow images.
+_TASKS_PER_THREAD = 4
+# Batches at a time: prepared ahead, being put on the device, and being computed with.
+_ARRAYS_KEPT = 8
+
+_of_thread = threading.local()
 
 
-class BadImages:
-    """The unreadable images met so far: each is named once in the log, and counted.
+def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
+    """Return a generator that depends on `seed` and up to three numbers alone, good until the thread's next call.
 
-    Pass one object to several calls (every epoch's evaluation, say) to have each image named once in all.
+    Philox is a counter-based generator: the numbers say where in its one long sequence to begin, 2^64 draws away from
+    every other place. Setting a generator's state takes a third of the time that making one takes.
     """
-
-    def __init__(self) -> None:
-        self._reasons: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def add(self, name: str, reason: str) -> None:
-        """Record an image; the first time, log it as a warning."""
-        with self._lock:
-            is_new = name not in self._reasons
-            self._reasons.setdefault(name, reason)
-        if is_new:
-            logger.warning("skipped an unreadable image: %s", reason)
-
-    def __len__(self) -> int:
-        return len(self._reasons)
+    if not hasattr(_of_thread, "philox"):
+        _of_thread.philox = np.random.Philox(0)
+        _of_thread.generator, _of_thread.state = np.random.Generator(_of_thread.philox), _of_thread.philox.state
+    state = _of_thread.state["state"]
+    state["key"][:] = seed, 0
+    state["counter"][:] = (0, *purpose, 0, 0, 0)[:4]
+    _of_thread.philox.state = _of_thread.state  # its buffer of numbers drawn ahead is empty
+    return _of_thread.generator
 
 
-class SourceReader:
-    """Reads images of one source for a transform to decode, and remembers which could not be."""
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The epoch's order of the source's images. (Grain has the same for seed 0's second epoch and seed 1's first.)"""
+    return random_numbers(seed, _ORDER, epoch).permutation(np.arange(length, dtype=np.int32))
 
-    def __init__(self, source: Source, channels: int, strict: bool, bad_images: BadImages | None) -> None:
-        self.bad_images = BadImages() if bad_images is None else bad_images
-        self.unreadable: dict[int, str] = {}
-        self._source, self._channels, self._strict = source, channels, strict
 
-    def __call__(self, index: int, transform: Callable[[Picture], np.ndarray]) -> Rendered | None:
-        """The transformed image `index` (uint8 [H, W, C]) and its label, or None if it is unreadable.
+class Unreadable(list[tuple[int, str, str]]):
+    """Images of a batch that could not be read: the index, what the image is called, and the reason."""
 
-        It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and
-        what a batch holds must not depend on what was tried earlier.
+    def none_left(self) -> DataError:
+        """Return the error of a source without any readable image."""
+        images = {index: reason for index, _, reason in self}
+        return DataError(f"none of the {len(images)} images can be read; the first: {images[min(images)]}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a source, of which every step has a batch."""
+
+    source: Source
+    batch_size: int
+    preprocessing: Preprocessing
+    strict: bool
+    masked: ClassVar[bool]
+    """Whether places in a batch may stay empty, and a mask says which are not."""
+
+    def rows(self, step: int, rows: range) -> list[Row]:
+        """What is to be at `rows` of the step's batch; fewer in an evaluation's last one."""
+        raise NotImplementedError
+
+    def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
+        """Make one of them; None leaves its place empty."""
+        raise NotImplementedError
+
+    def _read(self, index: int, transform: Callable[[Picture], np.ndarray], unreadable: Unreadable) -> Rendered | None:
+        """The transformed image and its label, or None, with a note of it, if it is unreadable.
+
+        It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and what
+        a batch holds must not depend on what was tried earlier.
 
         Raises:
-          DataError: it is unreadable, and the reader is strict.
+          DataError: it is unreadable, and `strict`.
         """
-        name = None
+        name, channels = None, self.preprocessing.channels
         try:
-            example = self._source[index]
+            example = self.source[index]
             name = example.name
-            return transform(_open(example, self._channels)), example.label
+            if isinstance(example.image, bytes):
+                return transform(open_picture(example.image, name, channels)), example.label
+            pixels = example.image[..., 0] if example.image.shape[2:] == (1,) else example.image
+            return transform(to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")), example.label
         except DataError as error:
             reason = str(error) if name is None or name in str(error) else f"{name}: {error}"
-            if self._strict:
+            if self.strict:
                 raise DataError(reason) from error
-            self.unreadable[index] = reason
-            self.bad_images.add(name or reason, reason)
+            unreadable.append((index, name or reason, reason))
             return None
 
 
-def _open(example: Example, channels: int) -> Picture:
-    if isinstance(example.image, bytes):
-        return open_picture(example.image, example.name, channels)
-    pixels = example.image[..., 0] if example.image.shape[2:] == (1,) else example.image
-    return to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")
+@dataclass(frozen=True)
+class TrainingImages(Images):
+    """Augmented images in a new order in every epoch; the next readable one in the place of one that is not."""
+
+    transform: Transform
+    seed: int
+    masked = False
+
+    def rows(self, step: int, rows: range) -> list[Row]:
+        epoch, step_in_epoch = divmod(step, len(self.source) // self.batch_size)
+        order = _order(self.seed, epoch, len(self.source))
+        first = step_in_epoch * self.batch_size
+        return [(epoch, first + row, int(order[first + row])) for row in rows]
+
+    def render(self, row: Row, unreadable: Unreadable) -> Rendered:
+        epoch, position, index = row
+
+        def augment(image: Picture) -> np.ndarray:
+            # By place, not by image: one that also stands in for another is not augmented alike twice.
+            numbers = random_numbers(self.seed, _AUGMENTATION, epoch, position)
+            return self.transform(image, numbers, self.preprocessing.image_size)
+
+        for candidate in itertools.chain(range(index, len(self.source)), range(index)):
+            rendered = self._read(candidate, augment, unreadable)
+            if rendered is not None:
+                return rendered
+        raise unreadable.none_left()
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a global batch is laid out over processes and their devices.
+class EvaluationImages(Images):
+    """Every image once, in order, through `eval_transform`; none in the place of one that is unreadable."""
 
-    Attributes:
-      batch_size: images in a batch, over all processes.
-      local_device_count: devices of each process.
-      process_index, process_count: which of how many processes this is. Every process takes a contiguous
-        slice of the global batch, so that it is the same batch however many there are.
+    masked = True
 
-    Raises:
-      ConfigError: the devices do not divide the batch.
-    """
+    def rows(self, step: int, rows: range) -> list[Row]:
+        first = step * self.batch_size
+        return [(0, index, index) for index in range(first + rows.start, min(first + rows.stop, len(self.source)))]
 
-    batch_size: int
-    local_device_count: int
-    process_index: int = 0
-    process_count: int = 1
-
-    def __post_init__(self) -> None:
-        devices = self.local_device_count * self.process_count
-        if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
-            raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
-        if not 0 <= self.process_index < self.process_count:
-            raise ConfigError(f"there is no process {self.process_index} among {self.process_count}, from 0")
-
-    @property
-    def local_size(self) -> int:
-        """Images of a batch that this process provides."""
-        return self.batch_size // self.process_count
-
-    def positions(self, step: int) -> np.ndarray:
-        """Places in the epoch, int64 [local_size], of this process's images at the epoch's step `step`."""
-        first = step * self.batch_size + self.process_index * self.local_size
-        return np.arange(first, first + self.local_size)
-
-    def to_devices(self, batch: HostBatch) -> HostBatch:
-        """[local_size, …] -> [local_device_count, per_device, …], without a copy."""
-        return {name: array.reshape(self.local_device_count, -1, *array.shape[1:]) for name, array in batch.items()}
-
-
-@dataclass(frozen=True)
-class BatchIndices:
-    """What a batch is to hold: for each place in the epoch, an index into the source or PADDING."""
-
-    epoch: int
-    positions: np.ndarray
-    indices: np.ndarray
+    def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
+        return self._read(row[2], lambda image: eval_transform(to_pil(image), self.preprocessing), unreadable)
 
 
 class _Recycled:
     """Arrays that are used again once nobody else holds them, because fresh memory costs a page fault for every page.
 
     Whoever keeps a batch, a view of it or a JAX array that shares its memory, holds the array and keeps its contents.
-
-    Args:
-      shape: of the arrays, uint8.
-      kept: so many are kept for use again.
     """
 
-    def __init__(self, shape: tuple[int, ...], kept: int) -> None:
-        self._shape, self._kept = shape, kept
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape, self._lock = shape, threading.Lock()
         self._arrays: list[np.ndarray] = []
         self._unheld = _holders([np.empty(0)])[0]
 
     def take(self) -> np.ndarray:
-        """An array that only the caller holds, with any contents."""
-        for array, holders in zip(self._arrays, _holders(self._arrays), strict=True):
-            if holders == self._unheld:
-                return array
-        array = np.empty(self._shape, np.uint8)
-        if len(self._arrays) < self._kept:
-            self._arrays.append(array)
-        return array
+        """An array, uint8, that only the caller holds, with any contents."""
+        with self._lock:
+            for array, holders in zip(self._arrays, _holders(self._arrays), strict=True):
+                if holders == self._unheld:
+                    return array
+            array = np.empty(self._shape, np.uint8)
+            if len(self._arrays) < _ARRAYS_KEPT:
+                self._arrays.append(array)
+            return array
 
 
 def _holders(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-# (epoch, position, index) -> image and label; None masks the image out.
-Render = Callable[[int, int, int], Rendered | None]
+@dataclass(frozen=True)
+class Filler:
+    """Step -> batch, filled by a pool of threads: decoding does not hold Python's lock.
 
-
-class Batches(Iterator[HostBatch]):
-    """Iterator of batches that a pool of threads fills ahead of time.
-
-    `close` it, or use it in a `with` statement, to stop the threads. An exception in a worker closes it too and
-    reaches the caller of `next` at the batch that it struck.
-
-    Args:
-      contents: what the batches hold, in order.
-      render: makes one image; called from the threads.
-      layout, preprocessing: the shape of a batch.
-      bad_images: where `render` records unreadable images.
-      num_workers: threads; None takes one per CPU that this process may use.
-      prefetch: batches in preparation at a time.
-      masked: whether batches carry a mask.
-
-    Raises:
-      ConfigError: no workers, or no prefetching.
+    Attributes:
+      images: what the batches hold.
+      rows: which rows of the global batch.
+      shape: of an image.
+      threads: in the pool of each process that fills batches.
+      shared: whether batches lie in memory that processes share.
     """
 
-    def __init__(
-        self,
-        contents: Iterator[BatchIndices],
-        render: Render,
-        *,
-        layout: Layout,
-        preprocessing: Preprocessing,
-        bad_images: BadImages,
-        num_workers: int | None,
-        prefetch: int,
-        masked: bool,
-    ) -> None:
-        self.bad_images = bad_images
-        self._workers = cores() if num_workers is None else num_workers
-        if self._workers < 1 or prefetch < 1:
-            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {num_workers} and {prefetch}")
-        self._contents, self._render, self._prefetch, self._masked = contents, render, prefetch, masked
-        self._layout, self._preprocessing = layout, preprocessing
-        self._pending: deque[tuple[HostBatch, list[Future[None]]]] = deque()
-        self._stop = threading.Event()
-        side = preprocessing.image_size
-        self._images = _Recycled((layout.local_size, side, side, preprocessing.channels), prefetch + _BATCHES_OUT)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        self._restore = contextlib.ExitStack()
-        self._restore.enter_context(_opencv_without_threads())
+    images: Images
+    rows: range
+    shape: tuple[int, int, int]
+    threads: int
+    shared: bool = False
 
-    @property
-    def skipped(self) -> int:
-        """How many unreadable images have been met so far."""
-        return len(self.bad_images)
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        if self.shared and (opencv := sys.modules.get("cv2")):  # as `Batches` does it in the run's own process
+            opencv.setNumThreads(0)
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
-    def __next__(self) -> HostBatch:
-        if self._stop.is_set():
-            raise StopIteration
-        try:
-            self._submit()
-            if not self._pending:
-                self.close()
-                raise StopIteration
-            batch, tasks = self._pending.popleft()
-            for task in tasks:
-                task.result()
-            # Refill the place of the finished batch now, not at the next call: so the workers are never idle.
-            self._submit()
-        # KeyboardInterrupt too: whoever waited here is not coming back for another batch.
-        except BaseException:
-            self.close()
-            raise
-        return self._layout.to_devices(batch)
+    @functools.cached_property
+    def _memory(self) -> _Recycled:
+        return _Recycled((len(self.rows), *self.shape))
 
-    def close(self) -> None:
-        """Drop what is pending and wait for the images being decoded right now. Idempotent."""
-        self._stop.set()
-        self._pending.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._restore.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _submit(self) -> None:
-        while len(self._pending) < self._prefetch:
-            wanted = next(self._contents, None)
-            if wanted is None:
-                return
-            batch, count = self._empty_batch(), len(wanted.indices)
-            size = -(-count // (self._workers * _TASKS_PER_WORKER))
-            starts = range(0, count, size)
-            tasks = [self._pool.submit(self._fill, batch, wanted, start, min(start + size, count)) for start in starts]
-            self._pending.append((batch, tasks))
-
-    def _empty_batch(self) -> HostBatch:
-        images, count = self._images.take(), self._layout.local_size
+    def __call__(self, step: int) -> HostBatch:
+        """The batch of a step: image [rows, …] and label [rows], mask [rows] if any, and the unreadable."""
+        count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
+        size = -(-count // (self.threads * _TASKS_PER_THREAD))
+        if self.shared:
+            images: Any = grain.multiprocessing.SharedMemoryArray((count, *self.shape), np.uint8)
+        else:
+            images = self._memory.take()
         batch = {"image": images, "label": np.zeros(count, np.int32)}
-        if self._masked:  # not every place will be filled
+        if self.images.masked:
             images.fill(0)
             batch["mask"] = np.zeros(count, np.float32)
-        return batch
 
-    def _fill(self, batch: HostBatch, wanted: BatchIndices, start: int, stop: int) -> None:
-        for row in range(start, stop):
-            if self._stop.is_set():
-                return
-            index = int(wanted.indices[row])
-            if index == PADDING:
-                continue
-            rendered = self._render(wanted.epoch, int(wanted.positions[row]), index)
-            if rendered is None:
-                continue
-            batch["image"][row], batch["label"][row] = rendered
-            if self._masked:
-                batch["mask"][row] = 1.0
+        def fill(start: int) -> None:
+            for place in range(start, min(start + size, len(rows))):
+                rendered = self.images.render(rows[place], unreadable)
+                if rendered is not None:
+                    images[place], batch["label"][place] = rendered
+                    if self.images.masked:
+                        batch["mask"][place] = 1.0
+
+        try:
+            list(self._pool.map(fill, range(0, len(rows), size)))
+        except Exception as error:
+            if not self.shared:
+                raise
+            images.unlink_on_del()
+            raise _picklable(error) from None
+        return batch | {"unreadable": sorted(unreadable)}
+
+    def close(self) -> None:
+        """Wait for the images being decoded right now, and end the threads."""
+        if "_pool" in self.__dict__:  # this process has filled batches
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _opencv_without_threads() -> Iterator[None]:
-    """OpenCV, where augmentations have imported it, without threads of its own: every core is busy with ours."""
-    opencv = sys.modules.get("cv2")
-    if opencv is None:
-        yield
-        return
-    before = opencv.getNumThreads()
-    opencv.setNumThreads(0)
+def _picklable(error: Exception) -> Exception:
+    """An exception that reaches the run's own process: one that cannot be pickled would be lost on the way."""
     try:
-        yield
-    finally:
-        opencv.setNumThreads(before)
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

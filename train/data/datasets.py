@@ -9,13 +9,14 @@ from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
 from repvgg_jax.extras import install_hint
 from repvgg_jax.net.variants import Variant, get_variant
-from repvgg_jax.paths import local_path
+from repvgg_jax.paths import Place, local_path, option_place
 from repvgg_jax.preprocess import Preprocessing, in_grey
 from repvgg_jax.weights.info import default_preprocessing
 
-from .batches import BadImages
+from .bucket import on_this_machine
 from .folders import open_folder
-from .sources import EmptySource, Source, SyntheticSource, UnopenedSource
+from .pipeline import BadImages
+from .sources import Source, SyntheticSource, UnopenedSource
 
 _SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as ImageNet
 
@@ -72,7 +73,7 @@ class Request:
     """
 
     spec: str
-    data_dir: Path
+    data_dir: Place
     train_split: str | None
     test_split: str | None
     evaluation_only: bool
@@ -180,7 +181,9 @@ def open_dataset(
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     preprocessing = dataclasses.replace(preprocessing, **chosen)
-    folder = local_path("--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    folder = option_place(
+        "--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    )
     source = _unopened if unopened and not _is_folder(spec, row) else row.source
     train, test, notes = source(Request(spec, folder, train_split, test_split, evaluation_only, preprocessing))
     return DataSet(
@@ -236,7 +239,7 @@ def _folder_or_tfds(request: Request) -> Opened:
         from . import tfds_source
     except ImportError as error:
         raise _missing_extra(spec, error) from error
-    return _tfds_splits(tfds_source.find_dataset(spec, request.data_dir), request)
+    return _tfds_splits(tfds_source.find_dataset(spec, on_this_machine(request.data_dir, spec)), request)
 
 
 def _digits(request: Request) -> Opened:
@@ -244,7 +247,9 @@ def _digits(request: Request) -> Opened:
         from . import digits_builder
     except ImportError as error:
         raise _missing_extra(request.spec, error) from error
-    return _tfds_splits(digits_builder.prepare(request.data_dir), request)
+    return _tfds_splits(
+        digits_builder.prepare(on_this_machine(request.data_dir, digits_builder.NAME, or_empty=True)), request
+    )
 
 
 def _synthetic(request: Request) -> Opened:
@@ -266,7 +271,7 @@ def _tfds_splits(directory: Path, request: Request) -> Opened:
     test_split = request.test_split or tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
     test = tfds_source.TfdsSource(directory, test_split)
     if request.evaluation_only:
-        return EmptySource(test.class_names), test, ()
+        return UnopenedSource(0, test.class_names), test, ()
     train_split = request.train_split or tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
     train = tfds_source.TfdsSource(directory, train_split)
     shared = tfds_source.shared_images(directory, train_split, test_split)

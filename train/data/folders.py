@@ -5,7 +5,7 @@ from pathlib import Path
 from repvgg_jax.errors import DataError
 from repvgg_jax.image_files import describe_left_out, image_files
 
-from .sources import EmptySource, FolderSource, Source, class_folders, no_images
+from .sources import FolderSource, Source, UnopenedSource, class_folders, no_images
 
 TEST_FOLDERS = ("val", "validation", "valid", "test")
 """What the evaluation split's folder may be called; the first that is there is taken."""
@@ -34,7 +34,7 @@ def open_folder(root: Path, evaluation_only: bool = False) -> tuple[Source, Sour
         notes.append(f"{root}: evaluation on {there[0]}/, not on {', '.join(f'{name}/' for name in there[1:])}")
     test = FolderSource(root / there[0], allow_empty=True)
     if evaluation_only:
-        train = EmptySource(test.class_names)
+        train = UnopenedSource(0, test.class_names)
         listed, notes = [test], [*notes, *(f"no image of class {name} in {test.root}" for name in test.empty)]
     else:
         train = FolderSource(root / "train", allow_empty=True)

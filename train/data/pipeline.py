@@ -1,24 +1,194 @@
-"""From a source to device-shaped batches: which images each holds, how augmented, in which order.
+"""From a source to device-shaped batches: `train_batches`, `eval_batches`, and `Prefetch`, which takes them to devices.
 
-That is a pure function of (seed, step): neither the number of worker threads, processes or devices, nor the
-step at which a run was resumed changes a pixel. Images are uint8 until the device normalises them.
+What a batch holds is in `batches.py`. Grain makes one after the other ahead of time, in threads or processes.
 """
 
-import itertools
+import contextlib
+import logging
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
+import grain
 import numpy as np
 
 from repvgg_jax.errors import ConfigError, DataError
-from repvgg_jax.preprocess import Preprocessing, eval_transform
+from repvgg_jax.machine import cores
+from repvgg_jax.preprocess import Preprocessing
 
-from .batches import PADDING, BadImages, Batches, BatchIndices, Layout, Rendered, SourceReader
-from .pictures import Picture, to_pil
+from .batches import EvaluationImages, Filler, HostBatch, Images, TrainingImages, Unreadable
 from .sources import Source
 from .transforms import Transform
+from .workers import Workers, processes_for
 
-_ORDER, _AUGMENTATION = 0, 1
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Host = TypeVar("Host")
+
+
+class BadImages:
+    """The unreadable images met so far: each is named once in the log, and counted.
+
+    Pass one object to several calls (every epoch's evaluation, say) to have each image named once in all.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Record an image; the first time, log it as a warning."""
+        with self._lock:
+            is_new = name not in self._names
+            self._names.add(name)
+        if is_new:
+            logger.warning("skipped an unreadable image: %s", reason)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Closing(Iterator[T]):
+    """An iterator that closes itself at its end, at an exception and at the end of a `with` statement."""
+
+    closed = False
+
+    def _take(self) -> T:
+        """The next one."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Give back what `_take` takes from; called once."""
+        raise NotImplementedError
+
+    def __next__(self) -> T:
+        if self.closed:
+            raise StopIteration
+        try:
+            return self._take()
+        # KeyboardInterrupt too: whoever waited here is not coming back for more.
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Drop what is ahead, and wait for what is being worked on right now. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `train_batches` and `eval_batches` have in common.
+
+    Attributes:
+      batch_size: images per step, over all JAX processes. Each of these takes a contiguous slice of the batch, so that
+        it is the same one however many there are.
+      local_device_count: devices of this process.
+      preprocessing: gives the size and the channels, and what evaluation does.
+      num_workers: images that are decoded at a time, by a thread each; None takes one per CPU this process may use.
+      processes: worker processes that have these threads, 1 for this process itself; None as in `processes_for`.
+      strict: raise on an unreadable image instead of replacing it, or leaving its place empty.
+      process_index, process_count: which of how many JAX processes this is.
+      bad_images: where unreadable images are recorded; None makes a new record.
+      prefetch: batches prepared ahead by this process itself; worker processes prepare some each.
+
+    Raises:
+      ConfigError: the devices do not divide the batch, or a number is too small.
+    """
+
+    batch_size: int
+    local_device_count: int
+    preprocessing: Preprocessing
+    num_workers: int | None = None
+    processes: int | None = None
+    strict: bool = False
+    process_index: int = 0
+    process_count: int = 1
+    bad_images: BadImages | None = None
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        devices = self.local_device_count * self.process_count
+        if self.workers < 1 or self.prefetch < 1:
+            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {self.num_workers} and {self.prefetch}")
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"need at least 1 process, this one, got {self.processes}")
+        if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
+            raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
+        if not 0 <= self.process_index < self.process_count:
+            raise ConfigError(f"there is no process {self.process_index} among {self.process_count}, from 0")
+
+    @property
+    def workers(self) -> int:
+        """How many images are decoded at a time."""
+        return cores() if self.num_workers is None else self.num_workers
+
+    @property
+    def rows(self) -> range:
+        """Which rows of a batch this process provides."""
+        size = self.batch_size // self.process_count
+        return range(self.process_index * size, (self.process_index + 1) * size)
+
+
+class Batches(Closing[HostBatch]):
+    """Batches of `steps`, made ahead of time; an exception reaches the caller of `next` at the batch that it struck.
+
+    Raises:
+      ConfigError: there is no room for the worker processes that were asked for.
+    """
+
+    def __init__(self, images: Images, steps: range, options: Options) -> None:
+        self.bad_images = BadImages() if options.bad_images is None else options.bad_images
+        self._devices, self._any_readable, self._unreadable = options.local_device_count, False, Unreadable()
+        size, channels = options.preprocessing.image_size, options.preprocessing.channels
+        count = processes_for(options.workers, options.processes, len(options.rows) * size * size * channels)
+        threads = -(-options.workers // count)
+        self._filler = Filler(images, options.rows, (size, size, channels), threads, shared=count > 1)
+        dataset = grain.MapDataset.range(steps.start, steps.stop).map(self._filler)
+        ahead = grain.ReadOptions(num_threads=options.prefetch, prefetch_buffer_size=options.prefetch)
+        self._made: Any = Workers(dataset, count) if count > 1 else iter(dataset.to_iter_dataset(ahead))
+        self._restore = contextlib.ExitStack()
+        if opencv := sys.modules.get("cv2"):  # augmentations have it: no threads of its own while ours run
+            self._restore.callback(opencv.setNumThreads, opencv.getNumThreads())
+            opencv.setNumThreads(0)
+
+    @property
+    def skipped(self) -> int:
+        """How many unreadable images have been met so far."""
+        return len(self.bad_images)
+
+    def _take(self) -> HostBatch:
+        batch = next(self._made, None)
+        if batch is None:
+            if self._unreadable:
+                raise self._unreadable.none_left()
+            raise StopIteration
+        unreadable = batch.pop("unreadable")
+        for _, name, reason in unreadable:
+            self.bad_images.add(name, reason)
+        self._any_readable = self._any_readable or "mask" not in batch or bool(batch["mask"].any())
+        self._unreadable = Unreadable() if self._any_readable else Unreadable(self._unreadable + unreadable)
+        # np.asarray: of Grain's arrays in shared memory, plain views.
+        return {name: np.asarray(array).reshape(self._devices, -1, *array.shape[1:]) for name, array in batch.items()}
+
+    def _release(self) -> None:
+        self._made.close()
+        self._filler.close()
+        self._restore.close()
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -32,171 +202,100 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def train_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    local_device_count: int,
-    transform: Transform,
-    preprocessing: Preprocessing,
-    seed: int,
-    start_step: int = 0,
-    num_workers: int | None = None,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    bad_images: BadImages | None = None,
-    prefetch: int = 3,
-) -> Batches:
+def train_batches(source: Source, *, transform: Transform, seed: int, start_step: int = 0, **options: Any) -> Batches:
     """Augmented, shuffled batches without end, starting with global step `start_step`.
 
     An unreadable image gives its place to the next readable one of the source.
 
     Args:
       source: the training images.
-      batch_size: images per step, over all processes.
-      local_device_count: devices of this process.
       transform: the augmentation, as from `make_transform` or `get_transform`.
-      preprocessing: gives the size and the channels.
       seed: determines every epoch's order and every augmentation; 0 or more.
       start_step: steps already trained; batch k is the same whether or not batches 0 to k-1 were produced.
-      num_workers: decoding threads; None takes one per CPU that this process may use.
-      strict: raise on an unreadable image instead of replacing it.
-      process_index, process_count: which of how many processes this is.
-      bad_images: where unreadable images are recorded; None makes a new record.
-      prefetch: batches prepared ahead.
+      options: as for `Options`.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device]}.
-      Close it, or use it in a `with` statement, to stop its threads.
+      Close it, or use it in a `with` statement, to stop its threads and processes.
 
     Raises:
-      ConfigError: the devices do not divide the batch, or a number is negative.
+      ConfigError: a number is negative, or as from `Options` and `Batches`.
       DataError: fewer images than one batch. From the iterator: no image is readable, or, if strict, one is
-        not.
+        not; or a worker process was killed.
     """
     if not 0 <= seed < 2**63 or start_step < 0:
         raise ConfigError(f"seed and start_step must be 0 or more (seed < 2^63), got {seed} and {start_step}")
-    layout = Layout(batch_size, local_device_count, process_index, process_count)
-    steps = steps_per_epoch(len(source), batch_size)
-    reader = SourceReader(source, preprocessing.channels, strict, bad_images)
-    numbers = RandomNumbers()
-
-    def contents() -> Iterator[BatchIndices]:
-        first_epoch, first_step = divmod(start_step, steps)
-        for epoch in itertools.count(first_epoch):
-            order = random_numbers(seed, _ORDER, epoch).permutation(len(source))
-            for step in range(first_step if epoch == first_epoch else 0, steps):
-                positions = layout.positions(step)
-                yield BatchIndices(epoch, positions, order[positions])
-
-    def render(epoch: int, position: int, index: int) -> Rendered:
-        def augment(image: Picture) -> np.ndarray:
-            # By place, not by image: one that also stands in for another is not augmented alike twice.
-            return transform(image, numbers(seed, _AUGMENTATION, epoch, position), preprocessing.image_size)
-
-        for candidate in itertools.chain(range(index, len(source)), range(index)):
-            rendered = reader(candidate, augment)
-            if rendered is not None:
-                return rendered
-        raise _none_readable(reader)
-
-    return Batches(
-        contents(),
-        render,
-        layout=layout,
-        preprocessing=preprocessing,
-        bad_images=reader.bad_images,
-        num_workers=num_workers,
-        prefetch=prefetch,
-        masked=False,
-    )
+    chosen = Options(**options)
+    steps_per_epoch(len(source), chosen.batch_size)
+    images = TrainingImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict, transform, seed)
+    return Batches(images, range(start_step, sys.maxsize), chosen)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    local_device_count: int,
-    preprocessing: Preprocessing,
-    num_workers: int | None = None,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    bad_images: BadImages | None = None,
-    prefetch: int = 3,
-) -> Batches:
+def eval_batches(source: Source, **options: Any) -> Batches:
     """Every image of `source` exactly once, in order, through `eval_transform`.
 
-    Every process gets equally many batches, as collectives need. Places beyond the last image, and unreadable
+    Every JAX process gets equally many batches, as collectives need. Places beyond the last image, and unreadable
     images, are black with label 0 and mask 0.
 
     Args:
-      source: the images. The other arguments are as for `train_batches`.
+      source: the images.
+      options: as for `Options`; threads of this process decode unless `processes` says otherwise, for an evaluation is
+        over before worker processes would have started.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device],
       "mask": float32 [devices, per_device], 1 where the image counts}.
 
     Raises:
-      ConfigError: the devices do not divide the batch.
+      ConfigError: as from `Options`.
       DataError: from the iterator: no image of this process is readable, or, if strict, one is not.
     """
-    layout = Layout(batch_size, local_device_count, process_index, process_count)
-    reader = SourceReader(source, preprocessing.channels, strict, bad_images)
-    places = [layout.positions(step) for step in range(-(-len(source) // batch_size))]
-    images_here = sum(int(np.count_nonzero(positions < len(source))) for positions in places)
-
-    def contents() -> Iterator[BatchIndices]:
-        for positions in places:
-            yield BatchIndices(0, positions, np.where(positions < len(source), positions, PADDING))
-
-    def render(epoch: int, position: int, index: int) -> Rendered | None:
-        rendered = reader(index, lambda image: eval_transform(to_pil(image), preprocessing))
-        if len(reader.unreadable) == images_here:
-            raise _none_readable(reader)
-        return rendered
-
-    return Batches(
-        contents(),
-        render,
-        layout=layout,
-        preprocessing=preprocessing,
-        bad_images=reader.bad_images,
-        num_workers=num_workers,
-        prefetch=prefetch,
-        masked=True,
-    )
+    options.setdefault("processes", 1)
+    chosen = Options(**options)
+    images = EvaluationImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict)
+    return Batches(images, range(-(-len(source) // chosen.batch_size)), chosen)
 
 
-def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
-    """A generator that depends on `seed` and up to three numbers, and on nothing that ran before.
+class Prefetch(Closing[T], Generic[Host, T]):
+    """Takes batches and puts them on the device in a thread, ahead of time.
 
-    Philox is a counter-based generator: the numbers say where in its one long sequence to begin, 2^64 draws
-    away from every other place, which costs less than hashing them into a new seed.
-    """
-    return RandomNumbers()(seed, *purpose)
+    `close` it before what it takes from, or use both in one `with` statement, the batches first.
 
+    Args:
+      batches: what to take from; only the thread does.
+      put: starts the transfer of a batch and returns it as it is on the device, such as
+        `functools.partial(jax.device_put, device=sharding)`; called in the thread.
+      ahead: batches on the device, or on their way, that nobody has asked for yet; 1 is taken for 2.
 
-class RandomNumbers(threading.local):
-    """`random_numbers` from one generator for each thread, good until the thread's next call.
-
-    Setting a generator's state takes a third of the time that making one takes, and asks the system for nothing.
+    Raises:
+      ConfigError: `ahead` is less than 1.
     """
 
-    def __init__(self) -> None:
-        self._philox = np.random.Philox(0)
-        self._generator = np.random.Generator(self._philox)
-        self._state = self._philox.state
+    def __init__(self, batches: Iterator[Host], put: Callable[[Host], T], ahead: int = 2) -> None:
+        if ahead < 1:
+            raise ConfigError(f"need at least 1 batch ahead, got {ahead}")
+        self._thread = grain.experimental.ThreadPrefetchDatasetIterator(_Put(batches, put), max(1, ahead - 1))
+        self._thread.start_prefetch()
 
-    def __call__(self, seed: int, *purpose: int) -> np.random.Generator:
-        state = self._state["state"]
-        state["key"][:] = seed, 0
-        state["counter"][:] = (0, *purpose, 0, 0, 0)[:4]
-        self._philox.state = self._state  # its buffer of numbers drawn ahead is empty
-        return self._generator
+    def _take(self) -> T:
+        return next(self._thread)
+
+    def _release(self) -> None:
+        self._thread.close()
+        del self._thread  # which would close itself once more, also when Python ends
 
 
-def _none_readable(reader: SourceReader) -> DataError:
-    first = reader.unreadable[min(list(reader.unreadable))]  # list: other threads may be adding
-    return DataError(f"none of the {len(reader.unreadable)} images can be read; the first: {first}")
+class _Put(Iterator[T], Generic[Host, T]):
+    """What Grain takes for an iterator of its own: one whose state needs no saving, for it is the step."""
+
+    def __init__(self, batches: Iterator[Host], put: Callable[[Host], T]) -> None:
+        self._batches, self._put = batches, put
+
+    def __next__(self) -> T:
+        return self._put(next(self._batches))
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        del state

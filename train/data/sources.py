@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,6 +76,13 @@ class FolderSource:
         if self.empty and not (allow_empty and self._paths):
             raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As one text, in a third of the time: each worker process gets them.
+        return self.__dict__ | {"_paths": "\0".join(self._paths)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_paths": state["_paths"].split("\0")}
 
     @property
     def class_names(self) -> list[str]:
@@ -150,15 +157,16 @@ class SyntheticSource:
 
 
 class UnopenedSource:
-    """Stands for a split of which only its numbers are needed: its length, and how many classes it has.
+    """Stands for a split of which only its numbers are needed, or for one without examples.
 
     Args:
       length: number of examples.
-      num_classes: named by their numbers.
+      class_names: of its classes; their number, to name them by numbers.
     """
 
-    def __init__(self, length: int, num_classes: int) -> None:
-        self._length, self._class_names = length, [f"class {label}" for label in range(num_classes)]
+    def __init__(self, length: int, class_names: Sequence[str] | int) -> None:
+        names = [f"class {label}" for label in range(class_names)] if isinstance(class_names, int) else class_names
+        self._length, self._class_names = length, list(names)
 
     @property
     def class_names(self) -> list[str]:
@@ -169,20 +177,3 @@ class UnopenedSource:
 
     def __getitem__(self, index: int, /) -> Example:
         raise IndexError(f"the data set is not open: no example {index}")
-
-
-class EmptySource:
-    """A source without examples: stands for the training split where only evaluation is asked for."""
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self._class_names = list(class_names)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int, /) -> Example:
-        raise IndexError(index)

@@ -1,0 +1,76 @@
+"""TFDS data sets in a bucket: read from a copy on this machine, since their record files are read at random."""
+
+import hashlib
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from repvgg_jax.errors import DataError
+from repvgg_jax.files import scratch_folder
+from repvgg_jax.machine import cache_folder
+from repvgg_jax.paths import Place
+from repvgg_jax.storage import BucketPath
+
+THREADS = 16
+
+
+def on_this_machine(data_dir: Place, name: str, *, or_empty: bool = False) -> Path:
+    """Return a folder of this machine that holds what `data_dir` does of the data set called `name`.
+
+    A folder is returned as it is. What a bucket holds is copied to `~/.cache/repvgg_jax/data` (under `$XDG_CACHE_HOME`
+    if that is set), but for files that are there already with the same size.
+
+    Args:
+      data_dir: where TFDS data sets are.
+      name: `NAME`, or `NAME/CONFIG:VERSION`, of which the first part counts.
+      or_empty: return the place of the copy, too, where the bucket holds nothing of that name.
+
+    Raises:
+      DataError: the bucket holds nothing of that name or cannot be read, or the disk is too small.
+    """
+    if not isinstance(data_dir, BucketPath):
+        return data_dir
+    source = data_dir / name.split(":")[0].split("/")[0]
+    try:
+        copy = cache_folder("data") / hashlib.sha256(str(data_dir).encode()).hexdigest()[:16]
+        files = source.files()
+        if not files and not or_empty:
+            raise DataError(f"--data-dir {data_dir} holds no data set called {source.name}")
+        missing = {
+            file: copy / file.key.removeprefix(data_dir.key).lstrip("/")
+            for file, size in files.items()
+            if not _has_size(copy / file.key.removeprefix(data_dir.key).lstrip("/"), size)
+        }
+        if missing:
+            copy.mkdir(parents=True, exist_ok=True)
+            _copy(missing, sum(files[file] for file in missing), source, copy)
+    except OSError as error:
+        raise DataError(f"cannot copy {source} to this machine: {error.strerror or error}") from error
+    return copy
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _copy(files: dict[BucketPath, Path], size: int, source: BucketPath, copy: Path) -> None:
+    """Download files, each of which appears whole: another process may do the same."""
+    gigabytes, free = size / 1e9, shutil.disk_usage(copy).free
+    if size > free:
+        raise DataError(
+            f"{source} takes {gigabytes:.1f} GB and {copy} has {free / 1e9:.1f} GB left: set XDG_CACHE_HOME to a "
+            "larger disk, or mount the bucket and give the mounted folder"
+        )
+    print(f"copying {len(files)} files, {gigabytes:.3g} GB, from {source} to {copy}", file=sys.stderr)
+    with scratch_folder(".copying-", copy) as scratch, ThreadPoolExecutor(THREADS) as threads:
+
+        def download(number: int, file: BucketPath, target: Path) -> None:
+            part = scratch / str(number)
+            file.download(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(target)
+
+        jobs = [threads.submit(download, number, *pair) for number, pair in enumerate(files.items())]
+        for job in jobs:
+            job.result()
