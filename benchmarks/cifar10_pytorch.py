@@ -30,7 +30,7 @@ from tests.helpers import torch_oracle
 from train import data
 from train.loop import make_parallel_step
 from train.parallel import put_batch, replicate, to_host
-from train.recipe import parse
+from train.presets import parse
 from train.run import Run, fresh_state, make_evaluator, set_up, trained_forms, training_batches
 
 BLOCKS, STRIDES, WIDTHS = (2, 3, 6, 1), (1, 2, 2, 2, 1), (16, 16, 32, 64, 160)

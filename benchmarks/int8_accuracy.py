@@ -39,7 +39,8 @@ from train.cluster import stop_signal
 from train.data.sources import Source
 from train.data.transforms import random_affine
 from train.main import train
-from train.recipe import PRESETS, Recipe
+from train.presets import PRESETS
+from train.recipe import Recipe
 
 SIZE = 32
 QUIET_SHARE, QUIET = 0.1, 0.1

@@ -33,7 +33,7 @@ def main() -> None:
     from repvgg_jax.preprocess import Preprocessing
     from train.optimizer import learning_rate_schedule, make_optimizer
     from train.parallel import AXIS, parallel, replicate
-    from train.recipe import PRESETS
+    from train.presets import PRESETS
     from train.state import create_state
     from train.step import make_train_step
 

@@ -49,7 +49,7 @@ def make_ours(model_name: str, batch_size: int, size: int) -> tuple[Callable[[],
     from repvgg_jax.preprocess import Preprocessing
     from train.optimizer import learning_rate_schedule, make_optimizer
     from train.parallel import AXIS, parallel, put_batch, replicate
-    from train.recipe import PRESETS
+    from train.presets import PRESETS
     from train.state import create_state
     from train.step import make_train_step
 

@@ -28,7 +28,8 @@ from repvgg_jax.net.summary import summarize
 from train.cluster import stop_signal
 from train.main import train
 from train.metrics import read_rows
-from train.recipe import Recipe, parse
+from train.presets import parse
+from train.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

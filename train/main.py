@@ -30,8 +30,9 @@ from .metrics import MetricsLog, SilentLog
 from .parallel import put_batch, to_host
 from .plot import plot_curves
 from .preflight import preflight
+from .presets import parse
 from .progress import RunProgress
-from .recipe import Recipe, parse
+from .recipe import Recipe
 from .run import Run, fresh_state, make_evaluator, set_up, training_batches
 from .workdir import claimed
 

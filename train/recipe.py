@@ -1,26 +1,21 @@
-"""Everything that a training run can be asked for, as one frozen tree; presets are values of it.
+"""Everything that a training run can be asked for, as one frozen tree; `presets.py` has values of it.
 
-An option is one field: its value, its limits, and its help in the string that follows. Recipes: paper section 4.1 and
-the authors' repository (`imagenet_120`, `imagenet_200`, `plus_300`).
+An option is one field: its value, its limits, and its help in the string that follows.
 """
 
 import dataclasses
 import functools
 import math
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
-from repvgg_jax.net.variants import Published, Variant, list_models
+from repvgg_jax.net.variants import Published, Variant
 from repvgg_jax.paths import local_path, option_place
 from repvgg_jax.weights.architecture import find_variant
 from repvgg_jax.weights.hub import weights_path
 
 from .data.augmentation import Augmentation
-from .data.datasets import DATA_SETS
 from .data.transforms import TRANSFORMS
 from .options import Limit, at_least, at_most, below, between, check_options, must, one_of, option
 
@@ -254,154 +249,6 @@ class Recipe:
     fine_tune: FineTuneOptions = FineTuneOptions()
     run: RunOptions = RunOptions()
     cluster: ClusterOptions = ClusterOptions()
-
-
-_IMAGENET = InputOptions(data="imagenet2012")
-
-
-def _prepared_as(name: str) -> InputOptions:
-    """Options for a data set of the table whose images may lie in a folder too, which has no row of its own."""
-    row = DATA_SETS[name]
-    return InputOptions(
-        data=name,
-        image_size=row.train_size,
-        test_image_size=row.test_size,
-        crop_fraction=row.crop_fraction,
-        mean=row.mean,
-        std=row.std,
-        train_transform=row.train_transform,
-    )
-
-
-PRESETS: dict[str, Recipe] = {
-    # Real 8x8 scans, minutes on a laptop: the demo.
-    "digits": Recipe(
-        model=ModelOptions("RepVGG-A0"),
-        input=InputOptions(data="digits", image_size=32, test_image_size=32),
-        optimizer=OptimizerOptions(
-            epochs=30, batch_size=64, learning_rate=0.1, weight_decay=1e-4, warmup_epochs=2, label_smoothing=0.1
-        ),
-        run=RunOptions(log_every=22, evaluate_every=5, checkpoint_every=110),
-    ),
-    # Photographs of 32 pixels, on a net of 1.6 M parameters in deploy form.
-    "cifar10": Recipe(
-        model=ModelOptions(
-            "RepVGG-A0", num_blocks=(1, 2, 3, 1), widths=(24, 48, 96, 192, 384), strides=(1, 1, 2, 2, 2)
-        ),
-        input=_prepared_as("cifar10"),
-        optimizer=OptimizerOptions(
-            epochs=30,
-            batch_size=128,
-            learning_rate=0.2,
-            nesterov=True,
-            weight_decay=5e-4,
-            warmup_epochs=2,
-            label_smoothing=0.1,
-        ),
-        run=RunOptions(log_every=100),
-    ),
-    # Paper, section 4.1: A0 to B2.
-    "imagenet_120": Recipe(model=ModelOptions("RepVGG-A0"), input=_IMAGENET),
-    # Paper, section 4.1: B2g4, B3g4, B3.
-    "imagenet_200": Recipe(
-        model=ModelOptions("RepVGG-B3"),
-        input=_IMAGENET,
-        augment=Augmentation(auto_augment="autoaugment"),
-        optimizer=OptimizerOptions(epochs=200, label_smoothing=0.1, mixup=0.2),
-    ),
-    # The authors' RepVGGplus recipe.
-    "plus_300": Recipe(
-        model=ModelOptions("RepVGGplus-L2pse", dtype="bfloat16"),
-        input=dataclasses.replace(_IMAGENET, image_size=256),
-        augment=Augmentation(auto_augment="randaugment_plus", randaugment_magnitude=15),
-        optimizer=OptimizerOptions(
-            epochs=300, nesterov=True, weight_decay=4e-5, warmup_epochs=5, label_smoothing=0.1, mixup=0.2
-        ),
-    ),
-}
-
-
-def parse(arguments: Sequence[str] | None = None) -> Recipe:
-    """Return the recipe that command-line `arguments` (`sys.argv[1:]` if None) ask for.
-
-    Exits with status 2 and a message on stderr when they cannot be understood.
-
-    Raises:
-      ConfigError: no preset is named, or they are understood but make no sense.
-      UnknownModelError: no such variant.
-    """
-    import tyro  # here, so that recipes can be read where only JAX is installed
-
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    names = ", ".join(PRESETS)
-    preset = _value_of("--preset", arguments)
-    if preset is None and not _has(arguments, "--help", "-h"):
-        raise ConfigError(f"--preset is missing: name the recipe to start from, one of {names}")
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"--preset must be one of {names}, not {preset}")
-
-    @dataclasses.dataclass(frozen=True)
-    class CommandLine:
-        preset: Annotated[str, tyro.conf.arg(metavar=f"{{{names.replace(' ', '')}}}", help=_PRESET_HELP)]
-        recipe: Recipe
-
-    base = PRESETS[preset or "digits"]  # the preset decides every other option's default
-    if _has(arguments, "--model"):  # another net than the preset's, whose depth and widths are not this one's
-        base = dataclasses.replace(base, model=dataclasses.replace(base.model, num_blocks=None, widths=None))
-    chosen = tyro.cli(
-        CommandLine,
-        prog="python -m train.main",
-        description="Train a RepVGG, evaluate it in both forms, write final.safetensors and deploy.safetensors.",
-        default=CommandLine(preset or tyro.MISSING, base),
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    recipe = chosen.recipe
-    if not recipe.run.workdir:
-        workdir = str(Path("runs") / f"{preset}{_suffix(recipe.model, base.model)}")
-        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workdir=workdir))
-    if not _has(arguments, "--warmup-epochs"):
-        recipe = dataclasses.replace(recipe, optimizer=_fitting_warmup(recipe.optimizer, base.optimizer))
-    check_recipe(recipe)
-    return recipe
-
-
-_PRESET_HELP = "Recipe to start from; every option below changes one number of it."
-
-
-def _has(arguments: Sequence[str], *options: str) -> bool:
-    """Whether one of these options is among the arguments; tyro takes underscores for hyphens."""
-    return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option; None if it is missing."""
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            return value if equals else next(iter(arguments[position + 1 :]), "")
-    return None
-
-
-def _suffix(options: ModelOptions, preset: ModelOptions) -> str:
-    """What a run's folder is called besides the preset: the variant, or the file that describes it."""
-    numbers = (options.num_blocks, options.widths)
-    if numbers != (None, None):
-        return "" if numbers == (preset.num_blocks, preset.widths) else "-custom"
-    return f"-{options.model if options.model in list_models() else Path(options.model).stem}"
-
-
-def _fitting_warmup(options: OptimizerOptions, preset: OptimizerOptions) -> OptimizerOptions:
-    """`options` with the preset's warm-up, shortened to its share of the preset's epochs where it does not fit."""
-    if not 1 <= options.epochs <= options.warmup_epochs:
-        return options
-    warmup = round(preset.warmup_epochs / preset.epochs * options.epochs, 4)
-    print(
-        f"note: the preset's {preset.warmup_epochs:g} epochs of warm-up do not fit into {options.epochs}; "
-        f"shortened to {warmup:g}",
-        file=sys.stderr,
-    )
-    return dataclasses.replace(options, warmup_epochs=warmup)
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from tests.compilers.programs import deploy_net
 from tests.helpers.random_weights import random_variables
 from train.fitting import shapes_on, state_shapes
 from train.loop import make_step
-from train.recipe import parse
+from train.presets import parse
 from train.run import batch_shapes, make_run, open_data
 from train.step import make_eval_step
 

@@ -8,7 +8,7 @@ import pytest
 
 from train.compiled import Array, entry_arrays, program_cost
 from train.fitting import compiled_program, state_shapes, tree_bytes
-from train.recipe import parse
+from train.presets import parse
 from train.run import Run, make_run, open_data
 from train.targets import Target
 

@@ -57,7 +57,7 @@ for name in ("tensorflow", "tensorflow_datasets", "tyro", "simplejpeg", "array_r
     sys.modules[name] = None
 import benchmarks.gpu, benchmarks.gpu_workers, benchmarks.train_step, benchmarks.resnet
 import tests.helpers.random_weights, tests.helpers.torch_oracle
-import train.recipe, train.optimizer, train.parallel, train.state, train.step, train.utilization
+import train.presets, train.recipe, train.optimizer, train.parallel, train.state, train.step, train.utilization
 import repvgg_jax
 repvgg_jax.make_predictor
 """

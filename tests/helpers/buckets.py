@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+import fsspec
 import pytest
 
 from repvgg_jax.paths import place
@@ -120,10 +121,10 @@ class Bucket:
 
 
 def _gcs(stack: ExitStack) -> tuple[int, Callable[[str], dict[str, str]]]:
-    server_module = pytest.importorskip("gcp_storage_emulator.server")
-    pytest.importorskip("gcsfs")
+    from gcp_storage_emulator.server import create_server
+
     port = free_port()
-    server = server_module.create_server("127.0.0.1", port, in_memory=True, default_bucket=NAME)
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=NAME)
     server.start()
     stack.callback(server.stop)
 
@@ -134,10 +135,10 @@ def _gcs(stack: ExitStack) -> tuple[int, Callable[[str], dict[str, str]]]:
 
 
 def _s3(stack: ExitStack) -> tuple[int, Callable[[str], dict[str, str]]]:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    from moto.server import ThreadedMotoServer
+
     port = free_port()
-    server = moto.ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
     stack.callback(server.stop)
 
@@ -165,7 +166,7 @@ def service(request) -> Iterator[tuple[str, Proxy]]:
         for name, value in variables(f"http://127.0.0.1:{server.server_port}").items():
             patch.setenv(name, value)
         if scheme == "s3":
-            pytest.importorskip("s3fs").S3FileSystem().mkdir(NAME)
+            fsspec.filesystem("s3").mkdir(NAME)
         yield scheme, proxy
 
 

@@ -22,7 +22,8 @@ from tests.helpers.commands import command
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 from train import main as train_main
-from train import recipe as train_recipe
+from train.presets import parse
+from train.recipe import Recipe
 
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 PAGES += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/**/*.md"))
@@ -93,7 +94,7 @@ def _library(words: list[str]) -> Any:
 
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "train.main": train_recipe.parse,
+    "train.main": parse,
     "train.evaluate": _tyro("train.evaluate"),
     "train.plot": _tyro("train.plot"),
     "convert": _tyro("convert.__main__"),
@@ -180,7 +181,7 @@ class Sandbox:
         module, arguments = call
         arguments = [expanded for word in arguments for expanded in self._expand(word)]
         if module == "train.main":
-            config = train_recipe.parse(arguments)
+            config = parse(arguments)
             if self.trains:
                 train_main.train(shortened(config))
             else:
@@ -210,7 +211,7 @@ def check_tool(words: list[str], place: str) -> None:
     raise AssertionError(f"{place}: neither run nor marked '<!-- not run: REASON -->': {' '.join(words)}")
 
 
-def shortened(config: train_recipe.Recipe) -> train_recipe.Recipe:
+def shortened(config: Recipe) -> Recipe:
     """The same run on few small images for one epoch: all options that decide what happens stay."""
     return dataclasses.replace(
         config,
@@ -219,7 +220,7 @@ def shortened(config: train_recipe.Recipe) -> train_recipe.Recipe:
     )
 
 
-def leave_finished_run(config: train_recipe.Recipe) -> None:
+def leave_finished_run(config: Recipe) -> None:
     """What later commands of a page look for in the run's folder."""
     model, workdir = rv.create_model(config.model.model, num_classes=2), Path(config.run.workdir)
     variables = random_variables(model)

@@ -27,7 +27,7 @@ from tests.helpers.parity import fuse, initial_variables, run
 from tests.helpers.random_weights import random_variables
 from tests.helpers.torch_block import TorchBlock, random_block, torch_state
 from tests.helpers.weight_files import assert_same_bits
-from train.recipe import parse
+from train.presets import parse
 
 ALL = rv.Branches(dense_copies=3, dbb_1x1_3x3=True, dbb_1x1_avg=True, strips=True)
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from tests.helpers.parity import cast, leaves_of, make_oracle, nchw, numpy_logit
 from tests.helpers.random_weights import random_variables
 from tests.helpers.torch_block import TorchBlock, random_block, torch_state
 from tests.helpers.weight_files import assert_same_bits, safetensors_bytes
-from train.recipe import parse
+from train.presets import parse
 
 EPSILON = 1e-3
 IMAGES = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(np.float32)

@@ -11,7 +11,7 @@ from tests.helpers.architecture import write_variant
 from tests.helpers.commands import command
 from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
-from train.recipe import parse
+from train.presets import parse
 
 SMALL = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), groups=2, activation="gelu", name="small", image_size=32)
 NUMBERS = ("--num-blocks", "1", "1", "2", "1", "--widths", "8", "8", "8", "16", "16")

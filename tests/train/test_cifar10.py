@@ -15,7 +15,7 @@ from tests.helpers.commands import command
 from tests.helpers.photos import write_photos
 from tests.helpers.repository import ROOT, shared_data
 from train import data
-from train.recipe import PRESETS, parse
+from train.presets import PRESETS, parse
 from train.run import open_data
 
 USUAL = Preprocessing(32, 1.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))

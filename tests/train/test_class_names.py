@@ -14,7 +14,7 @@ from tests.helpers.commands import command
 from tests.helpers.photos import write_photos
 from tests.helpers.random_weights import random_variables
 from train.class_names import class_order
-from train.recipe import parse
+from train.presets import parse
 from train.run import fresh_state, set_up
 
 SMALL = Variant((1, 1, 2, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)

@@ -8,7 +8,8 @@ import pytest
 import repvgg_jax as rv
 from tests.helpers.architecture import write_variant
 from train.config_file import save_or_compare
-from train.recipe import Recipe, RunOptions, parse
+from train.presets import parse
+from train.recipe import Recipe, RunOptions
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from tests.helpers.random_weights import random_variables
 from tests.helpers.torchvision_reference import torchvision
 from train import data
 from train.config_file import save_or_compare
-from train.recipe import PRESETS, Recipe, parse
+from train.presets import PRESETS, parse
+from train.recipe import Recipe
 from train.run import set_up
 
 # Wants 48 pixels and no cropping, as D2se wants 320.

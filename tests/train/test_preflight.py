@@ -21,7 +21,7 @@ from train.compiled import Array, Cost, program_cost
 from train.config_file import save_or_compare
 from train.fitting import MAX_COMPILATIONS, Compiled, Memory, find_largest, needed_bytes
 from train.loop import make_parallel_step
-from train.recipe import parse
+from train.presets import parse
 from train.roofline import roofline
 from train.run import batch_shapes, fresh_state, make_run, open_data, set_up
 from train.targets import FAMILIES, Family, Target, description, find_target

@@ -37,7 +37,8 @@ from tests.helpers.parity import (
 )
 from train.mixing import blend_with_partner
 from train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from train.recipe import PRESETS, OptimizerOptions
+from train.presets import PRESETS
+from train.recipe import OptimizerOptions
 from train.state import TrainState
 from train.step import Batch, Mixing, make_train_step
 

@@ -8,7 +8,7 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing, normalize
 from train.data import Example
-from train.recipe import parse
+from train.presets import parse
 from train.run import fresh_state, make_run, open_data
 from train.whitening import whitening_of
 

@@ -17,7 +17,8 @@ from train.checkpoint import RunFacts
 from train.config_file import save_or_compare
 from train.data.fingerprint import data_fingerprint
 from train.data.sources import FolderSource
-from train.recipe import PRESETS, InputOptions, Recipe, RunOptions, parse
+from train.presets import PRESETS, parse
+from train.recipe import InputOptions, Recipe, RunOptions
 from train.run import check_augmentation, make_evaluator, set_up
 from train.workdir import LOCK, claimed
 

@@ -13,7 +13,7 @@ from tests.helpers.photos import PHOTO, write_photos
 from train.data import datasets, make_transform, open_dataset
 from train.data.augmentation import Augmentation
 from train.data.transforms import as_is, pad_and_crop_flip
-from train.recipe import parse
+from train.presets import parse
 from train.run import check_augmentation, open_data
 
 OWN: dict[str, Any] = dict(
