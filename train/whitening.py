@@ -70,7 +70,7 @@ def whitening_of(source: data.Source, preprocessing: Preprocessing, features: in
     if features % 2 or features > 2 * components:
         raise ConfigError(
             f"--whiten-stem needs an even number of channels in stage 0, at most {2 * components}, not {features}: "
-            "set --widths"
+            "set --widths, or --no-whiten-stem"
         )
     mean, covariance = _patch_moments(source, preprocessing)
     variance, directions = (part[..., ::-1] for part in np.linalg.eigh(covariance))  # the largest first

@@ -78,6 +78,7 @@ def test_another_model_has_its_own_depth_and_widths() -> None:
     assert other.model.variant.widths == rv.create_model("RepVGG-A1").variant.widths
     assert other.model.variant.strides == (1, 1, 2, 2, 2)
     assert other.run.workdir == "runs/cifar10-RepVGG-A1"
+    assert (own.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
     assert parse(["--preset", "cifar10", *map(str, TINY)]).run.workdir == "runs/cifar10-custom"
 
 

@@ -87,7 +87,7 @@ def test_it_begins_alike_in_every_process_and_whatever_the_seed():
 def test_a_width_that_it_cannot_have_is_named():
     with pytest.raises(rv.ConfigError, match="even number of channels in stage 0, at most 18, not 20: set --widths"):
         whitening_of(Clouds(40, channels=1), GREY, 20)
-    with pytest.raises(rv.ConfigError, match="not 7: set --widths"):
+    with pytest.raises(rv.ConfigError, match="not 7: set --widths, or --no-whiten-stem"):
         whitening_of(Clouds(40, channels=1), GREY, 7)
 
 
