@@ -108,7 +108,7 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax_messages(self._note))
             try:
-                self._store.open()
+                self._store.begin()
             except OSError as error:
                 raise RepVGGError(f"cannot use {self._directory}: {error.strerror or error}") from error
             self._cleanup = stack.pop_all()

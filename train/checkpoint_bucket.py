@@ -38,7 +38,7 @@ class BucketStore:
         self._cleanup = ExitStack()
         self._saving: Future[None] | None = None
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Take up what is in the bucket now, and remove what a process that was killed has left."""
         if cluster.is_leader():
             complete = complete_steps(self._directory)

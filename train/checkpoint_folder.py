@@ -23,7 +23,7 @@ class FolderStore:
     def __init__(self, directory: Path, keep: int):
         self._directory, self._keep = directory, keep
 
-    def open(self) -> None:
+    def begin(self) -> None:
         """Take up what is in the folder now, and remove what a process that was killed has left.
 
         Raises:
@@ -75,7 +75,7 @@ class FolderStore:
                 names[step] = free_name(step, self._directory)
                 (self._directory / str(step)).rename(self._directory / names[step])
         cluster.barrier("damaged checkpoints set aside")
-        self.open()
+        self.begin()
         return names
 
 

@@ -53,7 +53,7 @@ def test_a_worker_that_dies_by_itself_is_an_error():
 
 IMPORTS = """
 import sys
-for name in ("tensorflow", "tensorflow_datasets", "tyro", "simplejpeg", "array_record", "sklearn", "onnx"):
+for name in ("tensorflow", "tensorflow_datasets", "tyro", "simplejpeg", "grain", "array_record", "sklearn", "onnx"):
     sys.modules[name] = None
 import benchmarks.gpu, benchmarks.gpu_workers, benchmarks.train_step, benchmarks.resnet
 import tests.helpers.random_weights, tests.helpers.torch_oracle

@@ -55,7 +55,7 @@ def test_what_is_there(bucket):
     assert not (bucket / "run").is_file()
     assert not (bucket / "ru").exists()
     assert [path.name for path in (bucket / "run").iterdir()] == ["a", "a.txt"]
-    assert (bucket / "run/a.txt").read_text() == "zwölf"
+    assert (bucket / "run/a.txt").read_text(encoding="utf-8") == "zwölf"
     assert (file.read_bytes(), file.size()) == (b"one", 3)
     assert {str(path): size for path, size in (bucket / "run").files().items()} == {
         f"{bucket.url}/run/a.txt": 6,

@@ -38,7 +38,7 @@ def quick(monkeypatch):
 
 
 def claim_of(workdir):
-    return json.loads((workdir / LOCK).read_text())
+    return json.loads((workdir / LOCK).read_text(encoding="utf-8"))
 
 
 def test_a_second_run_is_told_whose_the_folder_is_until_that_one_is_killed(bucket):

@@ -22,7 +22,7 @@ def weights(bucket, workdir, name="final"):
 
 
 def rows(bucket, workdir):
-    return [json.loads(line) for line in (bucket / f"{workdir}/metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (bucket / f"{workdir}/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def local_rows(workdir):

@@ -114,7 +114,7 @@ def test_evaluation_takes_weights_data_and_the_report_s_place_there(bucket, tmp_
     assert f"from {bucket.url}/tfds/sklearn_digits to {tmp_path}/cache" in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["images"] == 360
-    report = json.loads((bucket / "report/report.json").read_text())
+    report = json.loads((bucket / "report/report.json").read_text(encoding="utf-8"))
     assert report["top1"] == result["top1"]
     assert {path.name for path in (bucket / "report").iterdir()} == {
         *("report.json", "per_class.csv", "confusion.csv", "confusion.png", "predictions.csv", "mistakes.png")

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import grain
 import numpy as np
 from PIL import Image
 
@@ -218,6 +217,8 @@ class Filler:
         count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
         size = -(-count // (self.threads * _TASKS_PER_THREAD))
         if self.shared:
+            import grain
+
             images: Any = grain.multiprocessing.SharedMemoryArray((count, *self.shape), np.uint8)
         else:
             images = self._memory.take()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-import grain
 import numpy as np
 
 from repvgg_jax.errors import ConfigError, DataError
@@ -152,6 +151,8 @@ class Batches(Closing[HostBatch]):
     """
 
     def __init__(self, images: Images, steps: range, options: Options) -> None:
+        import grain  # here, so that recipes can be read where only JAX is installed
+
         self.bad_images = BadImages() if options.bad_images is None else options.bad_images
         self._devices, self._any_readable, self._unreadable = options.local_device_count, False, Unreadable()
         size, channels = options.preprocessing.image_size, options.preprocessing.channels
@@ -274,6 +275,8 @@ class Prefetch(Closing[T], Generic[Host, T]):
     def __init__(self, batches: Iterator[Host], put: Callable[[Host], T], ahead: int = 2) -> None:
         if ahead < 1:
             raise ConfigError(f"need at least 1 batch ahead, got {ahead}")
+        import grain
+
         self._thread = grain.experimental.ThreadPrefetchDatasetIterator(_Put(batches, put), max(1, ahead - 1))
         self._thread.start_prefetch()
 

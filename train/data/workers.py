@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
-
-import grain
-from absl import flags
+from typing import TYPE_CHECKING, Any
 
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.interrupts import SIGNALS
 from repvgg_jax.machine import cores
+
+if TYPE_CHECKING:
+    import grain
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,10 @@ class Workers:
     affair. However it ends, they end too.
     """
 
-    def __init__(self, dataset: grain.MapDataset, count: int) -> None:
+    def __init__(self, dataset: "grain.MapDataset", count: int) -> None:
+        import grain
+        from absl import flags
+
         if not flags.FLAGS.is_parsed():  # Grain has some, and the command line is not absl's
             flags.FLAGS.mark_as_parsed()
         inline = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
