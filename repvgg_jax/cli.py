@@ -85,6 +85,8 @@ def _run(main: Callable[[], object]) -> None:
 
 
 def _fail(line: str, status: int) -> NoReturn:
+    # What orbax and tensorstore had begun may go on failing, and asyncio tells of it when the tasks are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     if _stdout_error() is not None:
         _discard(sys.stdout)
     try:

@@ -8,6 +8,7 @@ thread hears of the signals through `signal.set_wakeup_fd`; it ends the process,
 Only commands call `watch`. Who uses the library keeps the handlers that are in place.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -55,6 +56,7 @@ def watch() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _do_nothing)
     os.register_at_fork(after_in_child=_forget)
+    atexit.register(_ignore_from_now_on)  # before all others, and so called after them
     _watch.active = True
 
 
@@ -169,6 +171,13 @@ def _is_terminal(stream: int) -> bool:
 def _do_nothing(number: int, frame: FrameType | None) -> None:
     """Stand in the place of Python's own handler: the thread hears of the signal by the pipe."""
     del number, frame
+
+
+def _ignore_from_now_on() -> None:
+    """Let no signal change the status of finished work: Python's end gives handled ones their first meaning back."""
+    for number in SIGNALS:
+        if signal.getsignal(number) == _do_nothing:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _forget() -> None:

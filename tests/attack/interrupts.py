@@ -84,7 +84,7 @@ def interrupt(runs: Runs, workdir: Path, after: float) -> Interrupted:
         out, err = process.communicate()
         fault = f"still running after {SECONDS_TO_STOP} s"
     seconds = time.monotonic() - sent
-    finished = '{"train_top1"' in out
+    finished = '"deploy_top1"' in out
     expected = (0, 130) if finished else (130,)
     if process.returncode not in expected:
         fault = fault or f"status {process.returncode}"

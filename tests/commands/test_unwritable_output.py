@@ -170,3 +170,36 @@ def test_real_commands_say_it_too(words, tmp_path):
             check=False,
         )
     assert (done.returncode, done.stderr) == (2, FULL)
+
+
+def test_ctrl_c_at_the_interpreter_s_very_end_changes_nothing(tmp_path):
+    """Python gives signals their first meaning back before it takes its modules down, which takes JAX a while."""
+    body = """
+        class Late:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.write(1, b"after it\\n")
+        import signal
+        sys.modules["late"] = Late()
+        print("result", flush=True)
+    """
+    process = run(tmp_path, body.replace("os.", "posix.").replace("import signal", "import posix, signal"))
+    assert process.communicate(timeout=60) == ("result\nafter it\n", "")
+    assert process.returncode == 0
+
+
+def test_what_fails_later_for_the_same_reason_is_not_told_after_the_error_s_line(tmp_path):
+    body = """
+        import asyncio
+        async def write():
+            raise OSError("File too large")
+        async def begin():
+            global task
+            task = asyncio.create_task(write())
+            await asyncio.sleep(0)
+        asyncio.run(begin())
+        raise errors.RepVGGError("cannot write the checkpoint: File too large")
+    """
+    process = run(tmp_path, body)
+    assert process.communicate(timeout=60) == ("", "error: cannot write the checkpoint: File too large\n")
+    assert process.returncode == 2
