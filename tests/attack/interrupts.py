@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.helpers.runs import Runs, environment, weights
@@ -61,17 +62,28 @@ def start(runs: Runs, workdir: Path) -> subprocess.Popen:
     )
 
 
-def wait_for_first_line(process: subprocess.Popen) -> None:
+def wait_for_first_line(process: subprocess.Popen, workdir: Path) -> None:
     """Until the command watches for signals: a second thread is there. Before, the interpreter itself is starting."""
+    del workdir
     tasks = Path(f"/proc/{process.pid}/task")
     while process.poll() is None and tasks.is_dir() and len(list(tasks.iterdir())) < 2:
         time.sleep(0.0005)
 
 
-def interrupt(runs: Runs, workdir: Path, after: float) -> Interrupted:
+def wait_for_training(process: subprocess.Popen, workdir: Path) -> None:
+    """Until there is something to save and resume, however long it takes on this machine today."""
+    log = workdir / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.005)
+
+
+Wait = Callable[[subprocess.Popen, Path], None]
+
+
+def interrupt(runs: Runs, workdir: Path, wait: Wait, after: float) -> Interrupted:
     """Send one SIGINT `after` seconds, and look at how the run ends."""
     process = start(runs, workdir)
-    wait_for_first_line(process)
+    wait(process, workdir)
     time.sleep(after)
     over = process.poll() is not None
     os.killpg(process.pid, signal.SIGINT) if not over else None
@@ -144,8 +156,12 @@ def main() -> int:
         to_resume = options.count // 10 if options.resumed is None else options.resumed
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             # One in each part of a run's time, so that a few attempts meet every phase.
-            moments = [seconds * (part + chance.random()) / options.count for part in range(options.count)]
-            done = pool.map(lambda item: interrupt(runs, root / f"{item[0]}", item[1]), enumerate(moments))
+            moments: list[tuple[Wait, float]] = [
+                (wait_for_first_line, seconds * (part + chance.random()) / options.count)
+                for part in range(options.count)
+            ]
+            moments += [(wait_for_training, chance.random()) for _ in range(to_resume)]
+            done = pool.map(lambda item: interrupt(runs, root / f"{item[0]}", *item[1]), enumerate(moments))
             for end in done:
                 phases[end.phase] += 1
                 print(f"{phases.total()}: {end.phase}, ended in {end.seconds:.1f} s", file=sys.stderr, flush=True)
