@@ -75,6 +75,7 @@ def test_without_a_checkout_they_say_what_they_need(monkeypatch, tmp_path, capsy
     from repvgg_jax import console, interrupts
 
     monkeypatch.setattr(interrupts, "watch", lambda: None)  # it lasts to the process's end
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # or the command would take this process's place
     monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "repvgg_jax" / "console.py"))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/repvgg-train"])
     for command in (console.train, console.evaluate, console.convert):
