@@ -252,6 +252,7 @@ def cifar10(settings: Settings, clock: Clock) -> list[str]:
             )
         except subprocess.TimeoutExpired:
             clock.left_out.append("cifar10")
+            print("cifar10: stopped, the minutes are over", flush=True)
             return []
     if run.returncode:
         raise SystemExit("the training on CIFAR-10 failed")

@@ -43,7 +43,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         run=RunOptions(log_every=22, evaluate_every=5, checkpoint_every=110),
     ),
-    # Photographs of 32 pixels, on a net of 1.25 M parameters in deploy form: an hour on two cores.
+    # Photographs of 32 pixels, on a net of 1.25 M parameters in deploy form.
     "cifar10": Recipe(
         model=ModelOptions(
             "RepVGG-A0", num_blocks=(1, 3, 4, 2), widths=(32, 32, 64, 128, 208), strides=(1, 1, 2, 2, 2)
