@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from repvgg_jax.errors import ConfigError, RepVGGError, system_errors
+from repvgg_jax.files import hidden_prefix, scratch_folder
+from repvgg_jax.interrupts import signals_wait
 from repvgg_jax.paths import exists, in_bucket, place
 
 
@@ -46,21 +46,18 @@ def replacing_folder(output: str) -> Iterator[str]:
     if not os.path.lexists(target):
         yield output
         return
-    aside = None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
-        yield str(aside / "new")
-        target.rename(aside / "old")
-        try:
-            (aside / "new").rename(target)
-        except OSError:
-            (aside / "old").rename(target)
-            raise
+        with scratch_folder(hidden_prefix(target), target.parent) as aside:
+            yield str(aside / "new")
+            with signals_wait():
+                target.rename(aside / "old")
+                try:
+                    (aside / "new").rename(target)
+                except OSError:
+                    (aside / "old").rename(target)
+                    raise
     except OSError as error:
         raise RepVGGError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _same_file(source: str, output: str) -> bool:

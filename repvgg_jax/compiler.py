@@ -24,7 +24,7 @@ from pathlib import Path
 import jaxlib.version
 
 from .errors import RepVGGError
-from .files import atomic_path
+from .files import atomic_path, scratch_folder
 from .machine import cache_folder, cpu_model
 from .ownership import check_own_file, find_private_folder, make_private_folder
 
@@ -125,8 +125,8 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
         yield folder
         return
     # A loaded library needs its file no longer.
-    with tempfile.TemporaryDirectory(prefix="repvgg_jax-") as temporary:
-        yield find_private_folder(Path(temporary))
+    with scratch_folder("repvgg_jax-", tempfile.gettempdir()) as temporary:
+        yield find_private_folder(temporary)
 
 
 def _is_own(library: Path) -> bool:

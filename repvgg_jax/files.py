@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import RepVGGError, system_errors
-from .interrupts import on_exit
+from .interrupts import on_exit, signals_wait
 from .paths import exists, expand_home, place
 from .storage import BucketPath
 
@@ -18,8 +19,8 @@ from .storage import BucketPath
 def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
 
-    The temporary name keeps the suffix, since some writers choose their format by it. For a path in a bucket it is of
-    this machine, and becomes one object when the block succeeds.
+    The temporary file has the same name, in a hidden folder of its own, since some writers choose their format by the
+    suffix. For a path in a bucket it is on this machine, and becomes one object when the block succeeds.
 
     Args:
       path: the file to write.
@@ -34,26 +35,19 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
         with _uploaded(target) as temporary:
             yield temporary
         return
-    temporary = None
     try:
-        # The name's start only: with mkstemp's letters, a long one would be too long.
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:50]}-", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        with on_exit(temporary.unlink):
+        with scratch_folder(hidden_prefix(target), target.parent) as folder:
+            temporary = folder / target.name
             yield temporary
-            if mode is None:
-                _adopt_mode(temporary, target)
-            else:
+            if mode is None and target.exists():
+                mode = target.stat().st_mode & 0o777
+            if mode is not None:
                 temporary.chmod(mode)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -91,25 +85,35 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     check_new_folder(path)
     target = Path(expand_home(path))
-    temporary = None
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.stem[:50]}-", dir=target.parent))
-        with on_exit(functools.partial(_remove, temporary)):
+        with scratch_folder(hidden_prefix(target), target.parent) as temporary:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            temporary.rename(target)
+            with signals_wait():  # who is told to remove the folder would go on inside it under its new name
+                temporary.rename(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder in `parent`, removed after the block, also when a signal ends the process in it."""
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, on_exit(functools.partial(_remove, name)):
-        yield Path(name)
+    """Yield a temporary folder in `parent`, removed after the block, also when a signal ends the process in it.
+
+    The block may still be running then: what it opens after that fails, for want of the folder.
+    """
+    folder = Path(parent, f"{prefix}{secrets.token_hex(4)}")
+    with on_exit(functools.partial(_remove, folder)):
+        with signals_wait():
+            folder.mkdir(0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def hidden_prefix(target: Path) -> str:
+    """Return how the name of a temporary folder beside `target` begins; all of a long name would be too long."""
+    return f".{target.stem[:50]}-"
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
@@ -153,15 +157,10 @@ def _check_object(target: BucketPath) -> None:
         raise RepVGGError(f"cannot write {target}: it is a folder")
 
 
-def _remove(folder: str | os.PathLike) -> None:
+def _remove(folder: Path) -> None:
     """Remove a folder that another thread may still be writing into."""
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _adopt_mode(temporary: Path, target: Path) -> None:
-    """Give the permissions that an ordinary `open` would: mkstemp's 0600 would shut colleagues out."""
-    temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
 
 
 def _umask() -> int:

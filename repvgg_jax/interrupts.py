@@ -101,6 +101,16 @@ def on_exit(action: Callable[[], object]) -> Iterator[None]:
             _watch.actions.remove(action)
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let a signal that comes inside the block wait for its end: for what must not be torn apart, and is over at once.
+
+    One that is already ending the process lets the block wait instead, for ever.
+    """
+    with _watch.lock:
+        yield
+
+
 def say(line: str) -> None:
     """Print a line on stderr without Python's streams, whose locks the main thread may hold."""
 

@@ -149,6 +149,46 @@ def test_what_was_printed_is_not_lost_and_nothing_half_written_is_left(command):
     assert {path.name for path in command.folder.iterdir()} <= {"command.py", "__pycache__"}
 
 
+@pytest.mark.parametrize("attempt", range(5))
+def test_who_goes_on_writing_leaves_nothing_either(attempt, command):
+    """The main thread does not hear of the signal: it may open its file again after that was removed."""
+    command.write("""
+        def main():
+            with files.atomic_path("curves.png") as file, files.scratch_folder(".scratch-", ".") as scratch:
+                ready()
+                while True:
+                    file.write_bytes(b"half a picture")
+                    (scratch / "part").write_bytes(b"half")
+    """)
+    process = command.start()
+    time.sleep(0.05 * attempt)
+    process.send_signal(signal.SIGINT)
+    assert ends(process, 130) == ("", "interrupted\n")
+    assert {path.name for path in command.folder.iterdir()} <= {"command.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_files_and_folders_are_whole_or_not_there(attempt, command):
+    """A signal may come while one is put in its place."""
+    command.write("""
+        def main():
+            ready()
+            for number in range(1_000_000):
+                with files.atomic_folder(f"folder{number}") as folder, files.atomic_path(f"file{number}") as file:
+                    file.write_bytes(bytes(100))
+                    for part in range(10):
+                        (folder / str(part)).write_bytes(bytes(100))
+    """)
+    process = command.start()
+    time.sleep(0.2 + 0.05 * attempt)
+    process.send_signal(signal.SIGINT)
+    assert ends(process, 130) == ("", "interrupted\n")
+    assert not [path.name for path in command.folder.iterdir() if path.name.startswith(".")]
+    folders, written = list(command.folder.glob("folder*")), list(command.folder.glob("file*"))
+    assert len(folders) > 10 and all(len(list(path.iterdir())) == 10 for path in folders)
+    assert {path.stat().st_size for path in written} == {100}
+
+
 SAVING = """
     def main():
         interrupts.defer(lambda number: interrupts.say(f"heard {number.name}"))
