@@ -218,7 +218,7 @@ def correctness(settings: Settings, clock: Clock) -> list[str]:
 
 
 def profile(settings: Settings, clock: Clock) -> list[str]:
-    """The five largest kernels of the first training case."""
+    """How long a train step of the first case takes, and on which kernels."""
     model, batch_size = settings.training[0]
     if not clock.allows("profile", 60 if settings.torch_mode else 0):
         return []
@@ -227,11 +227,13 @@ def profile(settings: Settings, clock: Clock) -> list[str]:
     run = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True)
     if run.returncode:
         raise SystemExit("the profile did not finish")
-    kernels = json.loads(run.stdout.splitlines()[-1])
-    print(f"\nkernels of a train step of {model}, batch {batch_size}")
+    report = json.loads(run.stdout.splitlines()[-1])
+    kernels, rate = report["kernels"], batch_size / report["seconds"]
+    step = f"train step of {model}, batch {batch_size}: {1e3 * report['seconds']:.2f} ms, {rate:.0f} images/s"
+    print(f"\n{step}; its kernels:")
     for name, share in kernels:
         print(f"{100 * share:5.1f} %  {name[:100]}", flush=True)
-    return [f"largest kernels of {model}: " + ", ".join(f"{name[:60]} {share:.0%}" for name, share in kernels[:5])]
+    return [f"{step}; largest kernels: " + ", ".join(f"{name[:60]} {share:.0%}" for name, share in kernels[:5])]
 
 
 def cifar10(settings: Settings, clock: Clock) -> list[str]:
