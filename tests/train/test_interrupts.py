@@ -185,7 +185,8 @@ def test_files_and_folders_are_whole_or_not_there(attempt, command):
     assert ends(process, 130) == ("", "interrupted\n")
     assert not [path.name for path in command.folder.iterdir() if path.name.startswith(".")]
     folders, written = list(command.folder.glob("folder*")), list(command.folder.glob("file*"))
-    assert len(folders) > 10 and all(len(list(path.iterdir())) == 10 for path in folders)
+    assert len(folders) > 10
+    assert all(len(list(path.iterdir())) == 10 for path in folders)
     assert {path.stat().st_size for path in written} == {100}
 
 
