@@ -5,7 +5,7 @@ import re
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.inference.planned_net import accelerated
+from repvgg_jax.inference.planned_net import GRAPH_OPTIONS, accelerated
 from tests.compilers.programs import deploy_net
 from train.targets import Target
 
@@ -28,6 +28,21 @@ def test_every_block_is_one_fused_convolution(name: str, target: Target, devices
         assert len(re.findall(r" convolution\(.*window=\{size=3x3", text)) == len(blocks)
         passes = 2 if model.variant.squeeze_excite else 1  # a gate multiplies what it has looked at as a whole
         assert len(written_activations(text)) <= passes * len(blocks) + 1  # the images' conversion
+    assert moved_kernels(text) == []
+
+
+@pytest.mark.slow
+def test_for_few_images_every_block_is_a_graph_of_cudnns(target: Target, devices: list):
+    """Bias and ReLU are part of it, and XLA can record it in a CUDA graph, unlike a call of a fused convolution."""
+    if target.family.platform != "cuda":
+        pytest.skip("only GPUs have it")
+    model, forward, params, images = deploy_net("RepVGG-A0", 1, SIZE)
+    lowered = accelerated(forward, devices[0]).lower(params, images)
+    text = lowered.compile(compiler_options=GRAPH_OPTIONS).as_text() or ""
+    graphs = re.findall(r"fusion\(.*kind=kCustom, calls=%conv_fprop\S*, .*op_name=\"jit\(forward\)/(\w+)", text)
+    assert len(graphs) == len(model.variant.blocks())
+    assert set(graphs) == {"max", "convert_element_type"}  # the last one's output is the pooling's
+    assert 'custom_call_target="__cudnn$conv' not in text
     assert moved_kernels(text) == []
 
 

@@ -14,7 +14,7 @@ from repvgg_jax.conv import native
 from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
-from repvgg_jax.inference.planned_net import compile_net
+from repvgg_jax.inference.planned_net import compile_net, fastest
 from repvgg_jax.inference.predictor import Predictor, planned_net
 from repvgg_jax.machine import cache_folder
 from repvgg_jax.preprocess import normalize
@@ -164,3 +164,23 @@ def test_an_accelerators_compiler_chooses_how_parameters_lie_in_memory():
     )
     expected = jax.jit(deploy.apply)(variables, images)
     np.testing.assert_allclose(compiled(params, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_gpu_a_net_in_bfloat16_is_compiled_in_two_ways_and_the_faster_is_kept():
+    """Its path, on the CPU's compiler, and the choice between two programs of which one is plainly slower."""
+    model, variables, images = case(GROUPED, 2)
+    deploy, variables = rv.to_deploy(model, variables)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    batch = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    compiled, params = compile_net("gpu", deploy.apply, half, batch)
+    np.testing.assert_allclose(compiled(params, images), jax.jit(deploy.apply)(half, images), rtol=1e-2, atol=1e-2)
+
+    def slow(matrix, images):
+        return jax.lax.fori_loop(0, 1000, lambda _, x: jnp.tanh(x @ matrix), images)
+
+    matrix, rows = jnp.eye(64), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    programs = [
+        (jax.jit(run).lower(matrix, rows).compile(), matrix) for run in (slow, lambda matrix, images: images @ matrix)
+    ]
+    assert fastest(programs, jnp.ones((64, 64))) is programs[1]
+    assert fastest(programs[::-1], jnp.ones((64, 64))) is programs[1]
