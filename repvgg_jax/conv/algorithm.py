@@ -11,6 +11,7 @@ memory besides input, kernel and output:
 | winograd4 | 2.25 `P` `C_in` `C_out` / groups | about 4 `P` (`C_in` + `C_out`) |
 | native | as direct | input, once in the cache |
 | native_winograd2, native_winograd4 | as winograd2, winograd4 | none: tiles stay in the cache |
+| native_bf16 | as direct, in bfloat16 | as native, half as many bytes |
 
 The native ones are C++ for CPUs, where a compiler is found (`native`); the others are XLA's operations. Which is
 fastest depends on layer, batch and machine: `inference.plan` chooses.
@@ -54,7 +55,9 @@ class Algorithm:
       dilated: whether there can be pixels between the kernel's taps.
       dtypes: the only ones that it computes in; None for any.
       tile: Winograd's m, or 0.
-      is_native: in C++, which has its gradients too (`native.training`).
+      is_native: in C++.
+      trains: its gradients are in C++ too (`native.training`).
+      takes: whether this machine has it, for that layer.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Algorithm:
     dtypes: tuple[str, ...] | None = ("float32", "float64")
     tile: int = 0
     is_native: bool = False
+    trains: bool = False
+    takes: Callable[[LayerShape], bool] = lambda shape: True
 
     def refusal(self, dtype: str, stride: int, dilation: int = 1) -> str | None:
         """Say why a convolution of that dtype, stride and dilation cannot be computed so; None if it can."""
@@ -83,8 +88,7 @@ def candidates(shape: LayerShape, dtype: str) -> list[Algorithm]:
     return [
         algorithm
         for algorithm in ALGORITHMS.values()
-        if algorithm.refusal(dtype, shape.stride, shape.dilation) is None
-        and (not algorithm.is_native or native.available())
+        if algorithm.refusal(dtype, shape.stride, shape.dilation) is None and algorithm.takes(shape)
     ]
 
 
@@ -144,6 +148,22 @@ def _native(tile: int) -> Algorithm:
         dtypes=("float32",),
         tile=tile,
         is_native=True,
+        trains=True,
+        takes=lambda shape: native.available(),
+    )
+
+
+def _native_bf16() -> Algorithm:
+    return Algorithm(
+        name="native_bf16",
+        prepare=lambda kernel, groups: native.pack_bf16_kernel(kernel, groups),
+        compute=lambda x, packed, bias, options: native.convolve_bf16(
+            x, packed, bias, stride=options.stride, groups=options.groups, relu=options.relu
+        ),
+        seconds=lambda shape, portion: native_seconds(shape, 0, portion),
+        dtypes=("bfloat16",),
+        is_native=True,
+        takes=lambda shape: native.bf16_available() and native.supports_bf16(shape.in_channels, shape.groups),
     )
 
 
@@ -160,6 +180,9 @@ def _finished(y: Array, bias: Array, options: Options) -> Array:
 
 ALGORITHMS = {
     algorithm.name: algorithm
-    for algorithm in (_direct(), _im2col(), _winograd(2), _winograd(4), _native(0), _native(2), _native(4))
+    for algorithm in (
+        *(_direct(), _im2col(), _winograd(2), _winograd(4)),
+        *(_native(0), _native(2), _native(4), _native_bf16()),
+    )
 }
 """By name. Where two are estimated alike, the first is taken."""

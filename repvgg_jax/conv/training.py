@@ -154,7 +154,7 @@ def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: in
 
 def training_tile(shape: LayerShape, images: int, dtype: str) -> int | None:
     """Return the tile of the native algorithm that trains this layer fastest by estimate; None where none can."""
-    tiles = [algorithm.tile for algorithm in candidates(shape, dtype) if algorithm.is_native]
+    tiles = [algorithm.tile for algorithm in candidates(shape, dtype) if algorithm.trains]
     return min(tiles, key=lambda tile: native_training_seconds(shape, tile, images), default=None)
 
 

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from jax.experimental.layout import Format, Layout
 
 from ..broadcasting import channelwise
+from ..conv.algorithm import ALGORITHMS
 from ..conv.deploy import convolve, prepare_kernel
 from ..net.activations import activation_function
 from ..net.blocks import SqueezeExcite
@@ -52,8 +53,9 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
             if layer.algorithm != "direct":
                 kernel = prepare_kernel(np.asarray(kernel), layer.algorithm, groups=layer.shape.groups)
             gate = {name: leaf for name, leaf in block.items() if name != "rbr_reparam"}
-            cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), {"kernel": kernel, "bias": bias})
-            ready[layer.name] = cast | jax.tree.map(jnp.asarray, gate)
+            # The native convolutions add the bias to float32 sums.
+            bias = jnp.asarray(bias, jnp.float32 if ALGORITHMS[layer.algorithm].is_native else dtype)
+            ready[layer.name] = {"kernel": jnp.asarray(kernel, dtype), "bias": bias} | jax.tree.map(jnp.asarray, gate)
     return ready
 
 

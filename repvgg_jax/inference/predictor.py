@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..conv import native
 from ..net.fusion import check_deploy_params, to_deploy
 from ..net.layout import in_channels_of
 from ..net.model import RepVGG, channel_hint, checked_dtype
@@ -184,7 +185,8 @@ def make_predictor(
       batch_size: the compiled batch; smaller ones are padded, larger ones run in pieces.
       image_size: pixels, one number or (height, width); if None, the variant's published size, or what a quantised
         net's preprocessing says.
-      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's own if None.
+      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's own if None. A CPU that has no products
+        of bfloat16 computes in float32 on weights rounded to it, which is faster there.
       tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of asking the cost model.
         The result is kept in the user's cache folder and used again without measuring.
       preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
@@ -211,6 +213,8 @@ def make_predictor(
         assert variables is not None
         image_size = _checked_size(batch_size, net.variant.image_size if image_size is None else image_size)
         model, params = _deployed(net if dtype is None else net.clone(dtype=checked_dtype("dtype", dtype)), variables)
+        if model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not native.bf16_available():
+            model, params = widened(model, params)
         channels = in_channels_of(flatten({"params": params}))
         _check_channels(channels, preprocessing)
         plan = choose_plan(model, batch_size, image_size, channels, tune=tune)
@@ -238,6 +242,16 @@ def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Ou
         output,
         plan,
     )
+
+
+def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:
+    """Return a deploy-form net that computes in float32 on weights rounded to its own dtype."""
+    body = {
+        name: jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(model.dtype).astype(jnp.float32), block)
+        for name, block in params.items()
+        if name != "linear"
+    }
+    return model.clone(dtype=jnp.float32), {**params, **body}
 
 
 def _deployed(model: RepVGG, variables: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:

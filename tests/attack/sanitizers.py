@@ -1,6 +1,6 @@
 """`python -m tests.attack.sanitizers`: the C++ on random shapes under sanitizers and between guard pages.
 
-Each program in `native/` calls the handlers of `conv3x3.cc` (float32, INT8, Winograd, training, both gradients) or
+Each program in `native/` calls the handlers of `conv3x3.cc` (float32, bfloat16, INT8, Winograd, training, gradients) or
 `resize.cc` itself, without Python or XLA, and compares each result with the definition. It is built several times: with
 AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end (or
 beginning) at a page that may not be touched, for every instruction set that the sources have code for.
@@ -50,6 +50,7 @@ class Build:
 def builds() -> list[Build]:
     """Return what can be built and run on this machine."""
     here, others = "-mcpu=native", {}
+    flags: list[str] = []
     if platform.machine() == "x86_64":
         here, others = "-march=native", {"SSE2": "-march=x86-64"}
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
@@ -69,6 +70,12 @@ def builds() -> list[Build]:
         Build("resizing", "resizing, AddressSanitizer and UBSan", (*MEMORY, here), 10_000),
         Build("resizing", "resizing, guard pages", (*GUARDED, here), 20_000),
     ]
+    if "amx_tile" in flags:
+        untiled = (here, "-mno-amx-tile")
+        found += [
+            Build("convolutions", "convolutions, AVX-512, AddressSanitizer and UBSan", (*MEMORY, *untiled), 2000),
+            Build("convolutions", "convolutions, AVX-512, guard pages", (*GUARDED, *untiled), 5000),
+        ]
     for name, option in others.items():
         if name != "SSE4.2":  # for the convolutions, the same as SSE2
             found += [

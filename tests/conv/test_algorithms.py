@@ -17,8 +17,8 @@ from repvgg_jax.conv.deploy import convolve, prepare_kernel
 from tests.helpers.comparison import relative_difference
 
 XLA = [name for name, algorithm in ALGORITHMS.items() if not algorithm.is_native]
-NATIVE = [name for name, algorithm in ALGORITHMS.items() if algorithm.is_native]
-HERE = list(ALGORITHMS) if native.available() else XLA
+NATIVE = [name for name, algorithm in ALGORITHMS.items() if algorithm.trains]
+HERE = XLA + NATIVE if native.available() else XLA
 """Those that this machine has: the native ones need a C++ compiler."""
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 

@@ -86,7 +86,7 @@ def test_direct_sums_and_gradients_have_xlas_nans_and_infinities(stride, groups)
                 np.testing.assert_array_equal(left, right, err_msg=f"{name} of case {case}")
 
 
-@pytest.mark.parametrize("algorithm", [name for name, algorithm in ALGORITHMS.items() if algorithm.is_native])
+@pytest.mark.parametrize("algorithm", [name for name, algorithm in ALGORITHMS.items() if algorithm.trains])
 @pytest.mark.parametrize("relu", [False, True])
 def test_deploy_convolutions_lose_nothing_that_is_not_finite(algorithm, relu):
     for case in range(30):

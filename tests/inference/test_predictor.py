@@ -12,6 +12,7 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax.conv import native
 from repvgg_jax.conv.algorithm import ALGORITHMS
+from repvgg_jax.conv.cost import LayerShape
 from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
 from repvgg_jax.inference.planned_net import compile_net, fastest
@@ -54,19 +55,22 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
-    if ALGORITHMS[algorithm].is_native and not native.available():
-        pytest.skip("no C++ compiler")
+    if not ALGORITHMS[algorithm].takes(LayerShape(8, 8, 16, 16)):
+        pytest.skip("this machine does not have it")
     model, variables, images = case(GROUPED, 4)
     model, variables = rv.to_deploy(model, variables)
     start = default_plan(model.variant, 4, (40, 40))
 
+    dtype = "float32" if ALGORITHMS[algorithm].refusal("float32", 1) is None else "bfloat16"
+
     def chosen(layer):
-        refusal = ALGORITHMS[algorithm].refusal("float32", layer.shape.stride)
+        refusal = ALGORITHMS[algorithm].refusal(dtype, layer.shape.stride)
         return dataclasses.replace(layer, algorithm="direct" if refusal else algorithm)
 
     stages = tuple(StagePlan(2, tuple(map(chosen, stage.layers))) for stage in start.stages)
-    predict = Predictor(planned_net(model, variables["params"], Plan(4, 4, stages, "test")))
-    assert relative_difference(jax.jit(model.apply)(variables, images), predict(images)) <= 1e-5
+    net = planned_net(model.clone(dtype=jnp.dtype(dtype)), variables["params"], Plan(4, 4, stages, "test"))
+    difference = relative_difference(jax.jit(model.apply)(variables, images), Predictor(net)(images))
+    assert difference <= {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
 
 
 @pytest.mark.slow
@@ -102,6 +106,23 @@ def test_bfloat16_is_close_and_logits_stay_float32():
     assert found.dtype == np.float32
     difference = relative_difference(model.apply(variables, images), found)
     assert 1e-5 < difference < 0.05
+
+
+def test_where_no_products_of_bfloat16_are_it_is_float32_on_rounded_weights(monkeypatch):
+    model, variables, images = case(SMALL, 2)
+    model, variables = rv.to_deploy(model, variables)
+    monkeypatch.setattr(native, "bf16_available", lambda: False)
+    predict = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)
+
+    def rounded(leaf):
+        return jnp.asarray(leaf, jnp.bfloat16).astype(jnp.float32)
+
+    params = {
+        name: block if name == "linear" else jax.tree.map(rounded, block) for name, block in variables["params"].items()
+    }
+    expected = rv.make_predictor(model, {"params": params}, 2, 40)
+    assert str(predict.plan) == str(expected.plan)
+    np.testing.assert_array_equal(predict(images), expected(images))
 
 
 def test_threads_share_a_predictor():

@@ -7,7 +7,7 @@ XLA's own operations. Training has its own, in `training.py`.
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from ...compiler import load_library, switched_on
 from ...errors import RepVGGError
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
-TARGET, INT8_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8"
+TARGET, INT8_TARGET, BF16_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8", "repvgg_conv3x3_bf16"
 TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT = (
     "repvgg_training_conv3x3",
     "repvgg_input_gradient",
@@ -32,11 +32,13 @@ def available() -> bool:
 
 
 def int8_available() -> bool:
-    """Whether there are integer convolutions too: the processor needs AVX-512 VNNI."""
-    if not available():
-        return False
-    library = _library()
-    return library is not None and bool(library.repvgg_has_int8())
+    """Whether there are integer convolutions too: the processor needs AVX-512 VNNI; AMX makes them faster."""
+    return _run("int8") > 0
+
+
+def bf16_available() -> bool:
+    """Whether there are convolutions in bfloat16 too: the processor needs AVX-512 BF16; AMX makes them faster."""
+    return _run("bf16") > 0
 
 
 def lanes() -> int:
@@ -86,20 +88,38 @@ def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, gr
 
 
 def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
-    """An integer kernel with its output channels in panels of `lanes()`, four input channels side by side.
+    """Return an integer kernel as `convolve_int8` wants it, see `_pack_runs`: four input channels side by side.
 
     Args:
       kernel: int8 `[3, 3, C_in // groups, C_out]`.
-      groups: of the convolution.
+      groups: groups of the convolution.
+    """
+    return _pack_runs(kernel, groups, 4, _run("int8"))
 
-    Returns:
-      int8 `[groups, panels, 9, ceil(C_in // groups / 4), lanes, 4]`, zeros in what has too many.
+
+def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
+    """Return a kernel as `convolve_bf16` wants it, in its own dtype, see `_pack_runs`: two channels side by side.
+
+    Args:
+      kernel: `[3, 3, C_in // groups, C_out]`.
+      groups: groups of the convolution.
+    """
+    return _pack_runs(kernel, groups, 2, _run("bf16"))
+
+
+def _pack_runs(kernel: np.ndarray, groups: int, together: int, run: int) -> np.ndarray:
+    """`[groups, panels, runs, length // together, lanes, together]`, zeros in what has too many.
+
+    A run are the weights of the pixels that lie beside each other: of a row's three, or of one where there are groups.
+    Its length is a multiple of `run`, each pixel's of `together`.
     """
     width = lanes()
     _, _, inner, outputs = kernel.shape
     parts = kernel.reshape(9, inner, groups, outputs // groups).transpose(2, 0, 1, 3)
-    padded = np.pad(parts, ((0, 0), (0, 0), (0, -inner % 4), (0, -parts.shape[3] % width)))
-    split = padded.reshape(groups, 9, padded.shape[2] // 4, 4, -1, width)
+    parts = np.pad(parts, ((0, 0), (0, 0), (0, -inner % together), (0, -parts.shape[3] % width)))
+    parts = parts.reshape(groups, 3 if groups == 1 else 9, -1, parts.shape[3])
+    parts = np.pad(parts, ((0, 0), (0, 0), (0, -parts.shape[2] % run), (0, 0)))
+    split = parts.reshape(groups, parts.shape[1], parts.shape[2] // together, together, -1, width)
     return np.ascontiguousarray(split.transpose(0, 4, 1, 2, 5, 3))
 
 
@@ -113,6 +133,34 @@ def pad_channels(values: Any, groups: int) -> Any:
 def supports_int8(in_channels: int, groups: int) -> bool:
     """Whether the integer convolution takes that many input channels: groups must be whole fours of them."""
     return groups == 1 or in_channels // groups % 4 == 0
+
+
+def supports_bf16(in_channels: int, groups: int) -> bool:
+    """Whether the convolution in bfloat16 takes that many input channels: groups must be whole pairs of them."""
+    return groups == 1 or in_channels // groups % 2 == 0
+
+
+def convolve_bf16(x: Array, packed: Array, bias: Array, *, stride: int, groups: int, relu: bool) -> Array:
+    """3x3 convolution of bfloat16 with float32 sums, padding 1, bias and, where asked for, ReLU.
+
+    A pixel that is infinite or not a number makes those beside it in its row not numbers, where there are tiles (AMX).
+
+    Args:
+      x: `[N, H, W, C_in]`.
+      packed: from `pack_bf16_kernel`.
+      bias: `[C_out]`.
+      stride: 1 or 2.
+      groups: groups of the convolution.
+      relu: apply it.
+
+    Returns:
+      bfloat16 `[N, ceil(H / stride), ceil(W / stride), C_out]`.
+    """
+    n, height, width, _ = x.shape
+    shape = (n, -(-height // stride), -(-width // stride), bias.size)
+    call = jax.ffi.ffi_call(BF16_TARGET, jax.ShapeDtypeStruct(shape, jnp.bfloat16), vmap_method="sequential")
+    padded = pad_channels(bias.astype(jnp.float32), groups)
+    return call(x, packed.astype(jnp.bfloat16), padded, stride=np.int64(stride), groups=np.int64(groups), relu=relu)
 
 
 def convolve_int8(
@@ -149,12 +197,19 @@ def convolve_int8(
     return call(x, packed, bias, factor, stride=np.int64(stride), groups=np.int64(groups), zero=np.int64(zero))
 
 
+def _run(kind: Literal["int8", "bf16"]) -> int:
+    """To a multiple of how many elements a run of packed weights is filled up; 0 where there is no such function."""
+    library = _library() if available() else None
+    return 0 if library is None else getattr(library, f"repvgg_{kind}_run")()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, its functions made known to XLA; None where it cannot be."""
     library = load_library(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
     if library is not None:
-        targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT] + [INT8_TARGET] * library.repvgg_has_int8()
+        targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT]
+        targets += [INT8_TARGET] * (library.repvgg_int8_run() > 0) + [BF16_TARGET] * (library.repvgg_bf16_run() > 0)
         for target in targets:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library

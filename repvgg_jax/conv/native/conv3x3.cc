@@ -3,7 +3,8 @@
 // Two algorithms on NHWC images, padding 1, each with bias and, if asked for, ReLU:
 //
 // - direct: rows of output pixels times panels of output channels, straight from a zero-padded copy of a few input
-//   rows; stride 1 and 2; in float32, or of uint8 images and int8 kernels with int32 sums (AVX-512 VNNI).
+//   rows; stride 1 and 2; in float32, in bfloat16 with float32 sums (AVX-512 BF16, AMX), or of uint8 images and int8
+//   kernels with int32 sums (AVX-512 VNNI, AMX).
 // - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), float32, stride 1: a block of tiles is
 //   transformed, multiplied and transformed back before the next one is begun, so that nothing leaves the core's cache
 //   but the result. m = 4 takes 2.25, m = 2 takes 4 multiplications for the direct sum's 9.
@@ -78,28 +79,59 @@ ffi::Error convolve_packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   return ffi::Error::Success();
 }
 
+#if defined(__AVX512BF16__)
+template <typename Kind>
+ffi::Error convolve_halves(const Shape& s, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> packed,
+                           const FloatEnds& ends, ffi::ResultBuffer<ffi::BF16> y, ffi::ThreadPool& pool) {
+  if (int64_t(packed.element_count()) != Runs<Kind>(s).packed(s)) return bad_packing();
+  const auto* in = reinterpret_cast<const Half*>(x.typed_data());
+  const auto* weights = reinterpret_cast<const Half*>(packed.typed_data());
+  if (!s.empty()) direct<Kind>(s, in, weights, ends, Half(0), reinterpret_cast<Half*>(y->typed_data()), pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error convolve_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> packed,
+                         ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::BF16> y, int64_t stride, int64_t groups,
+                         bool relu) {
+  const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!s || (groups > 1 && s->group_inputs() % 2)) return bad_shapes();
+  if (int64_t(bias.element_count()) != groups * s->panels() * LANES) return bad_packing();
+  const FloatEnds ends{bias.typed_data(), relu};
+#if defined(REPVGG_TILES)
+  if (tiles_allowed()) return convolve_halves<TiledHalves>(*s, x, packed, ends, y, pool);
+#endif
+  return convolve_halves<Halves>(*s, x, packed, ends, y, pool);
+}
+#endif
+
 #if defined(__AVX512VNNI__)
-// `zero` is the integer that lies around the image: 128 for an int8 image that was shifted to be unsigned.
-ffi::Error convolve_bytes(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> packed,
-                          ffi::Buffer<ffi::S32> bias, ffi::Buffer<ffi::F32> factor, ffi::Result<ffi::AnyBuffer> y,
-                          int64_t stride, int64_t groups, int64_t zero) {
-  const std::optional<Shape> found = shape_of(x.dimensions(), y->dimensions(), stride, groups);
-  if (!found) return bad_shapes();
-  const Shape& s = *found;
-  const int64_t inner = (s.group_inputs() + 3) / 4 * 4, lanes = groups * s.panels() * LANES;
-  if (groups > 1 && s.group_inputs() % 4) return bad_shapes();
-  const bool fits = int64_t(packed.element_count()) == 9 * inner * lanes;
-  if (!fits || int64_t(bias.element_count()) != lanes || int64_t(factor.element_count()) != lanes) return bad_packing();
+template <template <typename> typename Kind>
+ffi::Error convolve_bytes(const Shape& s, const uint8_t* x, ffi::Buffer<ffi::S8> packed, const IntegerEnds& ends,
+                          uint8_t zero, ffi::Result<ffi::AnyBuffer> y, ffi::ThreadPool& pool) {
+  if (int64_t(packed.element_count()) != Runs<Kind<uint8_t>>(s).packed(s)) return bad_packing();
   if (s.empty()) return ffi::Error::Success();
-  const IntegerEnds ends{bias.typed_data(), factor.typed_data()};
-  const uint8_t* in = x.typed_data();
   if (y->element_type() == ffi::U8)
-    direct<Bytes<uint8_t>>(s, in, packed.typed_data(), ends, uint8_t(zero), y->typed_data<uint8_t>(), pool);
+    direct<Kind<uint8_t>>(s, x, packed.typed_data(), ends, zero, y->typed_data<uint8_t>(), pool);
   else if (y->element_type() == ffi::S32)
-    direct<Bytes<int32_t>>(s, in, packed.typed_data(), ends, uint8_t(zero), y->typed_data<int32_t>(), pool);
+    direct<Kind<int32_t>>(s, x, packed.typed_data(), ends, zero, y->typed_data<int32_t>(), pool);
   else
     return ffi::Error::InvalidArgument("the result is uint8 or int32");
   return ffi::Error::Success();
+}
+
+// `zero` is the integer that lies around the image: 128 for an int8 image that was shifted to be unsigned.
+ffi::Error convolve_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> packed,
+                         ffi::Buffer<ffi::S32> bias, ffi::Buffer<ffi::F32> factor, ffi::Result<ffi::AnyBuffer> y,
+                         int64_t stride, int64_t groups, int64_t zero) {
+  const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
+  if (!s || (groups > 1 && s->group_inputs() % 4)) return bad_shapes();
+  const int64_t lanes = groups * s->panels() * LANES;
+  if (int64_t(bias.element_count()) != lanes || int64_t(factor.element_count()) != lanes) return bad_packing();
+  const IntegerEnds ends{bias.typed_data(), factor.typed_data()};
+#if defined(REPVGG_TILES)
+  if (tiles_allowed()) return convolve_bytes<TiledBytes>(*s, x.typed_data(), packed, ends, uint8_t(zero), y, pool);
+#endif
+  return convolve_bytes<Bytes>(*s, x.typed_data(), packed, ends, uint8_t(zero), y, pool);
 }
 #endif
 
@@ -153,17 +185,31 @@ ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
 
 extern "C" int repvgg_lanes() { return repvgg::LANES; }
 
-// Whether there is `repvgg_conv3x3_int8`.
-extern "C" int repvgg_has_int8() {
+// To a multiple of how many elements a run of packed weights is filled up with zeros; 0 where there is no such function.
+extern "C" int repvgg_bf16_run() {
+#if defined(REPVGG_TILES)
+  if (repvgg::tiles_allowed()) return repvgg::TiledHalves::RUN;
+#endif
+#if defined(__AVX512BF16__)
+  return repvgg::Halves::RUN;
+#else
+  return 0;
+#endif
+}
+
+extern "C" int repvgg_int8_run() {
+#if defined(REPVGG_TILES)
+  if (repvgg::tiles_allowed()) return repvgg::TiledBytes<uint8_t>::RUN;
+#endif
 #if defined(__AVX512VNNI__)
-  return 1;
+  return repvgg::Bytes<uint8_t>::RUN;
 #else
   return 0;
 #endif
 }
 
 #if defined(__AVX512VNNI__)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_int8, repvgg::convolve_bytes,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_int8, repvgg::convolve_int8,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
@@ -174,6 +220,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_int8, repvgg::convolve_bytes,
                                   .Attr<int64_t>("stride")
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("zero"));
+#endif
+
+#if defined(__AVX512BF16__)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_bf16, repvgg::convolve_bf16,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("groups")
+                                  .Attr<bool>("relu"));
 #endif
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve_packed,

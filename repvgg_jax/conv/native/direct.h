@@ -4,6 +4,7 @@
 
 #include "products.h"
 #include "tasks.h"
+#include "tiles.h"
 
 namespace repvgg {
 
@@ -33,22 +34,43 @@ void copy_padded(const Shape& s, const Element* image, int64_t first, int64_t co
   }
 }
 
+constexpr int64_t up_to(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// How a row of three pixels lies in a padded copy, and its weights in a panel.
+template <typename Kind>
+struct Runs {
+  int64_t inner, pixel, count, length;
+
+  explicit Runs(const Shape& s) {
+    inner = up_to(s.group_inputs(), Kind::STEP);
+    pixel = s.groups * inner;
+    count = s.groups == 1 ? 1 : 3;  // with one group, the three are one run
+    length = 3 / count * inner;
+  }
+  int64_t panel() const { return 3 * count * up_to(length, Kind::RUN) * LANES; }
+  int64_t packed(const Shape& s) const { return s.groups * s.panels() * panel(); }
+};
+
 template <typename Kind>
 void direct(const Shape& s, const typename Kind::Element* x, const typename Kind::Weight* packed,
             const typename Kind::Ends& ends, typename Kind::Element zero, typename Kind::Out* y,
             ffi::ThreadPool& pool) {
   using Element = typename Kind::Element;
-  constexpr int64_t STEP = Kind::STEP, BUDGET = CACHE / sizeof(Element);
-  const int64_t inner = (s.group_inputs() + STEP - 1) / STEP * STEP, pixel = s.groups * inner;
+  constexpr int64_t BUDGET = CACHE / sizeof(Element);
+  const Runs<Kind> runs(s);
+  const int64_t inner = runs.inner, pixel = runs.pixel;
   const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
-  const int64_t panels = s.panels(), panel = 9 * inner * LANES, threads = thread_count(pool);
+  const int64_t panels = s.panels(), panel = runs.panel(), threads = thread_count(pool);
   const Blocks blocks(s.images, s.rows(), line, s.stride, 3, BUDGET, threads);
   const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, threads), patch = blocks.patch;
-  const bool whole = s.groups == 1;  // then the three pixels of a row are one run
-  const Left left{s.stride * pixel, 3, line, whole ? 1 : 3, pixel, whole ? 3 * inner : inner};
+  const Left left{s.stride * pixel, 3, line, runs.count, pixel, runs.length};
   in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
     const auto [image, images, first, count] = blocks[task / cuts];
-    Element* patches = scratch<Element>(images * patch);
+    [[maybe_unused]] const typename Kind::Session session{};
+    Element* patches = scratch<Element>(images * patch + Kind::RUN);
+    std::fill_n(patches + images * patch, Kind::RUN, Element(0));  // which the last run may read
     for (int64_t n = 0; n < images; n++)
       copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
     const Range range = panel_range(panels, task % cuts, cuts);
@@ -58,15 +80,24 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
         const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
         const auto* weights = packed + (group * panels + p) * panel;
         const auto own = ends.from((group * panels + p) * LANES);
-        for (int64_t n = 0; n < images; n++)
-          for (int64_t r = 0; r < count; r++) {
-            const Element* a = patches + n * patch + r * s.stride * line + group * inner;
-            auto* out = y + (((image + n) * s.rows() + first + r) * s.columns()) * s.outputs + channel;
+        // Rows of all images of the block, one after the other.
+        const auto from = [&](int64_t row) {
+          return patches + row / count * patch + row % count * s.stride * line + group * inner;
+        };
+        const auto to = [&](int64_t row) {
+          return y + ((image + row / count) * s.rows() + first + row % count) * s.columns() * s.outputs + channel;
+        };
+        if constexpr (Kind::TILED) {
+          const auto at = [&](int64_t row, int64_t column) {
+            return Chunk<Kind>{from(row) + column * left.row, to(row) + column * s.outputs};
+          };
+          in_tiles<Kind>(images * count, s.columns(), at, used, left, weights, panel, own, s.outputs, stored);
+        } else
+          for (int64_t row = 0; row < images * count; row++)
             in_rows(s.columns(), [&](int64_t c, int64_t height) {
-              TABLE<Kind>.of[height][used](left, a + c * left.row, weights, panel, own, out + c * s.outputs, s.outputs,
-                                           stored);
+              TABLE<Kind>.of[height][used](left, from(row) + c * left.row, weights, panel, own,
+                                           to(row) + c * s.outputs, s.outputs, stored);
             });
-          }
       }
     }
   });

@@ -112,13 +112,18 @@ void multiply(const Left& left, const float* a, const float* b, int64_t panel, c
     }
 }
 
+// A kind of product, by which the functions that use it are instantiated: `STEP` elements are multiplied together, a run
+// of weights ends in zeros up to a multiple of `RUN`. A `Session` lives as long as a task.
+//
 // Float32: one number at a time.
 struct Floats {
   using Element = float;
   using Weight = float;
   using Out = float;
   using Ends = FloatEnds;
-  static constexpr int STEP = 1;
+  struct Session {};
+  static constexpr bool TILED = false;
+  static constexpr int STEP = 1, RUN = 1;
   template <int ROWS, int COUNT>
   static constexpr auto product = multiply<ROWS, COUNT>;
 };
@@ -133,6 +138,10 @@ struct IntegerEnds {
   const float* factor;
   IntegerEnds from(int64_t channel) const { return {bias + channel, factor + channel}; }
 };
+
+inline __mmask16 first_lanes(int64_t count) {
+  return (1u << std::min<int64_t>(std::max<int64_t>(count, 0), LANES)) - 1;
+}
 
 inline void finish(__m512i sum, const float*, int32_t* out, __mmask16 mask) {
   _mm512_mask_storeu_epi32(out, mask, sum);
@@ -179,8 +188,7 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++) {
-      const int64_t stored = std::min<int64_t>(std::max<int64_t>(width - v * LANES, 0), LANES);
-      const __mmask16 mask = (1u << stored) - 1;
+      const __mmask16 mask = first_lanes(width - v * LANES);
       finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, mask);
     }
 }
@@ -192,7 +200,9 @@ struct Bytes {
   using Weight = int8_t;
   using Out = Result;
   using Ends = IntegerEnds;
-  static constexpr int STEP = 4;
+  struct Session {};
+  static constexpr bool TILED = false;
+  static constexpr int STEP = 4, RUN = 4;
   template <int ROWS, int COUNT>
   static constexpr auto product = multiply_bytes<Result, ROWS, COUNT>;
 };

@@ -257,18 +257,94 @@ void attack_arguments(Case& c, ffi::ThreadPool& pool) {
     if (!one) c.failed("arguments that do not fit are taken");
 }
 
+// Where a weight lies that is packed in runs which are filled up to a multiple of `run`, `together` input channels side
+// by side; and how many elements a panel has.
+struct Packing {
+  const Shape& s;
+  int64_t together, run;
+  int64_t inner() const { return (s.group_inputs() + together - 1) / together * together; }
+  int64_t runs() const { return s.groups == 1 ? 3 : 9; }
+  int64_t length() const { return (9 / runs() * inner() + run - 1) / run * run; }
+  int64_t size() const { return s.groups * s.panels() * runs() * length() * LANES; }
+  int64_t at(int64_t lane, int64_t tap, int64_t k) const {
+    const int64_t of_run = 9 / runs(), place = tap % of_run * inner() + k;
+    const int64_t vector = ((lane / LANES * runs() + tap / of_run) * length() + place) / together;
+    return (vector * LANES + lane % LANES) * together + place % together;
+  }
+};
+
+#if defined(__AVX512BF16__)
+uint16_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+float number(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void attack_halves(Case& c, const std::vector<Threads>& ways) {
+  Random& r = c.random;
+  const Shape& s = c.shape;
+  const Packing packing{s, 2, repvgg_bf16_run()};
+  const int64_t lanes = s.groups * s.panels() * LANES;
+  const std::vector<int64_t> in{s.images, s.height, s.width, s.inputs},
+      out{s.images, rows_of(s), columns_of(s), s.outputs};
+  const int64_t in_size = in[0] * in[1] * in[2] * in[3], out_size = out[0] * out[1] * out[2] * out[3];
+  const bool first = r.one_in(2), relu = r.one_in(2);
+  Guarded<uint16_t> x(in_size, first), kernel(9 * s.group_inputs() * s.outputs), packed(packing.size(), first, 0);
+  Guarded<float> bias(lanes, first, 0);
+  for (int64_t i = 0; i < x.size(); i++) x[i] = rounded(r.number());
+  for (int64_t i = 0; i < kernel.size(); i++) kernel[i] = rounded(r.number());
+  const auto lane = [&](int64_t o) { return o / s.group_outputs() * s.panels() * LANES + o % s.group_outputs(); };
+  Sums sums(out_size);
+  for (int64_t o = 0; o < s.outputs; o++) {
+    bias[lane(o)] = r.number();
+    for (int64_t tap = 0; tap < 9; tap++)
+      for (int64_t k = 0; k < s.group_inputs(); k++)
+        packed[packing.at(lane(o), tap, k)] = kernel[(tap * s.group_inputs() + k) * s.outputs + o];
+  }
+  for (int64_t i = 0; i < out_size; i++) sums.add(i, bias[lane(i % s.outputs)]);
+  each_product(s, [&](int64_t o, int64_t i, int64_t k) { sums.add(o, double(number(x[i])) * number(kernel[k])); });
+  for (const Threads& way : ways) {
+    Guarded<uint16_t> y(out_size, first);
+    way([&](ffi::ThreadPool& pool) {
+      using Halves = ffi::Buffer<ffi::BF16>;
+      const ffi::Error error = repvgg::convolve_bf16(pool, Halves(x.data(), in), Halves(packed.data(), {packed.size()}),
+                                                     ffi::Buffer<ffi::F32>(bias.data(), {lanes}),
+                                                     Halves(y.data(), out), s.stride, s.groups, relu);
+      if (s.groups > 1 && s.group_inputs() % 2) {
+        if (error.success()) c.failed("groups that are no pairs are taken");
+        return;
+      }
+      succeeded(c, "halves", error);
+      for (int64_t i = 0; i < out_size; i++) {
+        const double expected = relu ? std::max(sums.value[i], 0.0) : sums.value[i];
+        if (!(std::abs(expected - number(y[i])) <= std::abs(expected) / 250 + 2e-5 * sums.size[i]))
+          return c.failed("halves are wrong at " + std::to_string(i));
+      }
+    });
+  }
+}
+#endif
+
 #if defined(__AVX512VNNI__)
 template <typename Out, ffi::DataType TYPE>
 void attack_bytes(Case& c, const std::vector<Threads>& ways) {
   Random& r = c.random;
   const Shape& s = c.shape;
-  const int64_t inner = (s.group_inputs() + 3) / 4 * 4, lanes = s.groups * s.panels() * LANES;
+  const Packing packing{s, 4, repvgg_int8_run()};
+  const int64_t lanes = s.groups * s.panels() * LANES;
   const std::vector<int64_t> in{s.images, s.height, s.width, s.inputs},
       out{s.images, rows_of(s), columns_of(s), s.outputs};
   const int64_t in_size = in[0] * in[1] * in[2] * in[3], out_size = out[0] * out[1] * out[2] * out[3];
   const bool first = r.one_in(2);
   Guarded<uint8_t> x(in_size, first);
-  Guarded<int8_t> kernel(9 * s.group_inputs() * s.outputs), packed(9 * inner * lanes, first, 0);
+  Guarded<int8_t> kernel(9 * s.group_inputs() * s.outputs), packed(packing.size(), first, 0);
   Guarded<int32_t> bias(lanes, first, 0);
   Guarded<float> factor(lanes, first, 0);
   const uint8_t zero = r.one_in(2) ? 0 : 128;
@@ -279,10 +355,8 @@ void attack_bytes(Case& c, const std::vector<Threads>& ways) {
     bias[lane(o)] = r.below(100001) - 50000;
     factor[lane(o)] = std::exp(r.number() - 6);
     for (int64_t tap = 0; tap < 9; tap++)
-      for (int64_t k = 0; k < s.group_inputs(); k++) {
-        const int64_t vector = (lane(o) / LANES * 9 + tap) * inner / 4 + k / 4;  // four inputs of LANES outputs
-        packed[(vector * LANES + lane(o) % LANES) * 4 + k % 4] = kernel[(tap * s.group_inputs() + k) * s.outputs + o];
-      }
+      for (int64_t k = 0; k < s.group_inputs(); k++)
+        packed[packing.at(lane(o), tap, k)] = kernel[(tap * s.group_inputs() + k) * s.outputs + o];
   }
   std::vector<int32_t> sums(out_size);
   for (int64_t i = 0; i < out_size; i++) {
@@ -296,7 +370,7 @@ void attack_bytes(Case& c, const std::vector<Threads>& ways) {
     results.push_back(std::make_unique<Guarded<Out>>(out_size, first));
     Guarded<Out>& y = *results.back();
     way([&](ffi::ThreadPool& pool) {
-      const ffi::Error error = repvgg::convolve_bytes(
+      const ffi::Error error = repvgg::convolve_int8(
           pool, ffi::Buffer<ffi::U8>(x.data(), in), ffi::Buffer<ffi::S8>(packed.data(), {packed.size()}),
           ffi::Buffer<ffi::S32>(bias.data(), {lanes}), ffi::Buffer<ffi::F32>(factor.data(), {lanes}),
           ffi::Result<ffi::AnyBuffer>(ffi::AnyBuffer(TYPE, y.data(), out)), s.stride, s.groups, zero);
@@ -336,6 +410,12 @@ void attack(int64_t seed, int64_t most_work, ffi::ThreadPool* shared) {
       break;
     case 2:
       attack_bytes<int32_t, ffi::S32>(c, ways);
+      break;
+#endif
+#if defined(__AVX512BF16__)
+    case 3:
+    case 4:
+      attack_halves(c, ways);
       break;
 #endif
     default:

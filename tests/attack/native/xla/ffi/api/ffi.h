@@ -16,13 +16,17 @@
 
 namespace xla::ffi {
 
-enum DataType { F32, U8, S8, S32 };
+enum DataType { F32, BF16, U8, S8, S32 };
 
 template <DataType>
 struct NativeTypeOf;
 template <>
 struct NativeTypeOf<F32> {
   using type = float;
+};
+template <>
+struct NativeTypeOf<BF16> {
+  using type = uint16_t;
 };
 template <>
 struct NativeTypeOf<U8> {
