@@ -188,11 +188,13 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
 def _check_int8_arguments(arguments: Arguments, output: str) -> None:
     """Raise ConfigError for options that a quantised net's file does not take."""
     if arguments.keep_training_form or arguments.to:
-        raise ConfigError("--int8 writes a fused net under our own names: leave --keep-training-form and --to away")
+        raise ConfigError("--int8 writes a fused net under our own names: remove --keep-training-form and --to")
     if Path(output).suffix != ".onnx":
         _check_no_export_options(arguments)
     if arguments.check_images:
-        raise ConfigError("--check-images compares with JAX to float32's rounding, which --int8 is not: leave it away")
+        raise ConfigError(
+            "--check-images compares with JAX to float32's rounding, which --int8 does not reach: remove it"
+        )
 
 
 def _check_no_export_options(arguments: Arguments) -> None:
@@ -205,7 +207,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m convert")
     if arguments.inspect is not None:
         if arguments.input is not None:
-            raise ConfigError("--inspect FILE converts nothing: leave IN and OUT away")
+            raise ConfigError("--inspect FILE does not convert: remove IN and OUT")
         info = inspect_weights(
             arguments.inspect, expected_variant("--arch", arguments.arch), **arguments.weights.reading
         )

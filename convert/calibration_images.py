@@ -72,7 +72,5 @@ def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[in
 
 def _image_files(folder: Path) -> list[str]:
     if not is_folder(folder):
-        raise DataError(
-            f"calibration images: {folder} is no folder, and no data set of that name is built in but digits"
-        )
+        raise DataError(f"calibration images: {folder} is not a folder, and the only built-in data set is digits")
     return some_image_files(folder / "train" if (folder / "train").is_dir() else folder)

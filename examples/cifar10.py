@@ -188,7 +188,7 @@ def run(arguments: Arguments) -> list[Outcome]:
     trials = {trial.name: trial for trial in EXPERIMENTS[arguments.experiment]}
     for name in arguments.only:
         if name not in trials:
-            raise ConfigError(f"--only {name} is none of {', '.join(trials)}")
+            raise ConfigError(f"--only {name} is not one of {', '.join(trials)}")
     seeds = arguments.seeds if arguments.seeds is not None else {"nets": 1, "blocks": 3}[arguments.experiment]
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, not {seeds}")

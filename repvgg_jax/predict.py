@@ -63,7 +63,7 @@ def predict(arguments: Predict) -> int:
     if arguments.embeddings is not None:
         check_embedding_file(arguments.embeddings)
         if arguments.format != "text":
-            raise ConfigError("--embeddings writes no predictions: leave --format away")
+            raise ConfigError("--embeddings writes no predictions: remove --format")
     info = arguments.options.apply(inspect_weights(arguments.weights, **arguments.options.reading))
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")

@@ -227,7 +227,7 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
     if pixels > 2 * limit:
         raise DataError(f"{name}: refused as a decompression bomb ({size[0]}x{size[1]} pixels)")
     warnings.warn(
-        f"{name}: {size[0]}x{size[1]} pixels, more than the {limit} that PIL takes for harmless",
+        f"{name}: {size[0]}x{size[1]} pixels, more than PIL's safety limit of {limit}",
         Image.DecompressionBombWarning,
         stacklevel=4,
     )

@@ -170,10 +170,10 @@ class Checkpoints:
         expected, in_file = _shapes(template), described["shapes"]
         if in_file != expected:
             first, *more = sorted(p for p in expected.keys() | in_file.keys() if expected.get(p) != in_file.get(p))
-            raise _UnfittingError(f"it is of another model or optimizer ({first} and {len(more)} more differ)")
+            raise _UnfittingError(f"it belongs to another model or optimizer ({first} and {len(more)} more differ)")
         tree = jax.tree.map(np.asarray, self._store.state(step, template))
         if checksum(_flat(tree)) != described["crc32"]:
-            raise ValueError("its numbers are not those that were saved")
+            raise ValueError("its contents are not what was saved")
         return tree, saved
 
     def _set_aside(self, steps: Sequence[int]) -> None:
@@ -188,7 +188,7 @@ class Checkpoints:
             if before != now:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {name} was {before} and is {now}")
         if saved.classes and saved.classes != facts.classes:
-            raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set's classes are other ones")
+            raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set has different classes")
         if saved.images and saved.images != facts.images:
             self._note("the training images are not those that the run began with, so it is no longer bit-exact")
         if saved.devices != facts.devices:

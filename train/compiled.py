@@ -161,7 +161,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             instruction = _instruction(found)
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY")
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return computations, entry
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and jax.process_count() == 1:
             raise RepVGGError(
-                f"out of memory ({short(error)}); take a smaller --batch-size, more --accumulate, or --remat"
+                f"out of memory ({short(error)}); use a smaller --batch-size, a larger --accumulate, or --remat"
             ) from error
         if jax.process_count() > 1:  # a collective failed: nobody is left to agree with on an orderly end
             cluster.abandon(error)

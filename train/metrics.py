@@ -44,7 +44,7 @@ def read_rows(path: Place, note: Callable[[str], object] | None = None) -> list[
                 if note is not None:
                     note(f"{path}: the last line was cut short and is left out")
                 break
-            raise RepVGGError(f"{path}, line {number} is damaged ({error}); mend that line or take it out") from error
+            raise RepVGGError(f"{path}, line {number} is damaged ({error}); fix or remove that line") from error
     return rows
 
 

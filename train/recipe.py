@@ -106,7 +106,7 @@ class ModelOptions:
         try:
             return dataclasses.replace(named, **changes)
         except ValueError as error:
-            raise ConfigError(f"--model {self.model} cannot be changed so: {error}") from error
+            raise ConfigError(f"--model {self.model} cannot be changed like this: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

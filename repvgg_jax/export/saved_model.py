@@ -73,4 +73,6 @@ def check_tensorflow_installed() -> None:
     if importlib.util.find_spec("tensorflow") is None:
         raise ExportError("writing a SavedModel needs TensorFlow: pip install tensorflow")
     if importlib.util.find_spec("jax.experimental.jax2tf") is None:
-        raise ExportError(f"writing a SavedModel needs jax.experimental.jax2tf, which jax {jax.__version__} has not")
+        raise ExportError(
+            f"writing a SavedModel needs jax.experimental.jax2tf, which jax {jax.__version__} does not have"
+        )

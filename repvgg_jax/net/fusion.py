@@ -66,7 +66,7 @@ def _branches_in(params: Tree, stats: Tree) -> dict[str, Branch]:
     kinds = {name: branch_in_tree(name, params.get(name, {})) for name in sorted(names)}
     for name, kind in kinds.items():
         if kind is None:
-            raise FusionError(f"{name} is a branch of no known kind: it holds {', '.join(params.get(name, {}))}")
+            raise FusionError(f"{name} is not a known kind of branch: it holds {', '.join(params.get(name, {}))}")
     known = {name: kind for name, kind in kinds.items() if kind is not None}
     return dict(sorted(known.items(), key=lambda pair: KINDS.index(pair[1])))
 

@@ -123,7 +123,7 @@ def choose_method(
     """
     if isinstance(method, str):
         if method not in METHODS:
-            raise QuantizationError(f"unknown quantisation method {method!r}; there are {', '.join(METHODS)}")
+            raise QuantizationError(f"unknown quantisation method {method!r}; choose from {', '.join(METHODS)}")
         method = METHODS[method]
     changes = {"per_channel": per_channel, "calibration": calibration}
     return dataclasses.replace(method, **{name: value for name, value in changes.items() if value is not None})
@@ -142,7 +142,9 @@ def check_images(images: Any, channels: int, preprocessing: Preprocessing | None
         raise QuantizationError(f"calibration images must have shape [N, {size}, {channels}], not {list(images.shape)}")
     if len(images) < MIN_IMAGES:
         count = "one image is" if len(images) == 1 else f"{len(images)} images are"
-        raise QuantizationError(f"{count} too few to calibrate with: give at least {MIN_IMAGES}, better some hundreds")
+        raise QuantizationError(
+            f"{count} too few to calibrate with: give at least {MIN_IMAGES}, preferably a few hundred"
+        )
     if images.dtype == np.uint8:
         if preprocessing is None:
             raise QuantizationError("calibration images are uint8: normalise them, or give the preprocessing")

@@ -56,7 +56,7 @@ def find_variant(option: str, text: str) -> Variant:
         raise ConfigError(f"{option} {text}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"there is no field {error}" if isinstance(error, KeyError) else f"{error}"
-        raise ConfigError(f"{option} {text} describes no network: {shown(reason)}") from error
+        raise ConfigError(f"{option} {text} does not describe a network: {shown(reason)}") from error
 
 
 def _is_file(text: str) -> bool:

@@ -172,5 +172,5 @@ def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
       ValueError: it is not.
     """
     if type(value) is not int or not least <= value <= largest:
-        raise ValueError("a number that is no sensible integer")
+        raise ValueError("a number that is not a valid integer")
     return value

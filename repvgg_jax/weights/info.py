@@ -68,7 +68,7 @@ def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
     """
     found = Preprocessing.from_dict(fields)
     if type(found.image_size) is not int or found.image_size > MAX_IMAGE_SIZE:
-        raise ValueError(f"image_size is no integer up to {MAX_IMAGE_SIZE}")
+        raise ValueError(f"image_size is not an integer up to {MAX_IMAGE_SIZE}")
     if not all(math.isfinite(number) for number in (*found.mean, *found.std)):
         raise ValueError("mean and std must be finite")
     return found

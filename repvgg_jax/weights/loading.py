@@ -249,7 +249,7 @@ def _foreign_contents(
     variant = expected or identity.variant
     if variant is None:
         raise WeightsError(
-            f"{where} has {identity.family.name} keys, but not those of a whole RepVGG"
+            f"{where} has {identity.family.name} keys, but not all of a RepVGG's"
             + (f": {identity.gaps}" if identity.gaps else "; with a variant's name, what is wrong with them is listed")
         )
     if exact is None:
@@ -296,7 +296,7 @@ def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: V
         kinds, what = ("iu", "integers") if item.leaf is None else ("fV", "floats")  # V: bfloat16, to numpy
         tensor = file.tensors.get(item.key)
         if tensor is not None and tensor.dtype.kind not in kinds:
-            raise WeightsError(f"{where}: {shown(item.key)} has {tensor.dtype} numbers, not {what}")
+            raise WeightsError(f"{where}: {shown(item.key)} has {tensor.dtype} values, not {what}")
 
 
 def _info_of(file: TensorFile, entries: list[Item], identity: Identification, variant: Variant) -> WeightsInfo:

@@ -99,7 +99,7 @@ def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(line.strip() for line in text.splitlines() if line.strip())
         names = json.loads(text)
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("its list has other things than names")
+            raise ValueError("its list holds something other than names")
         return tuple(names)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read --class-names {path}: {error}") from error

@@ -45,7 +45,7 @@ def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
     check_shapes(shapes, {name: shape for name, (shape, _) in expected.items()}, where, f"an INT8 {info.variant.name}")
     for name, (_, dtype) in expected.items():
         if file.tensors[name].dtype != dtype:
-            raise WeightsError(f"{where}: {shown(name)} has {file.tensors[name].dtype} numbers, not {dtype}")
+            raise WeightsError(f"{where}: {shown(name)} has {file.tensors[name].dtype} values, not {dtype}")
 
 
 def read_tensors(file: TensorFile, where: str) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class Reader:
     def _stack_global(self, _: Any) -> None:
         module, name = self._take(2)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleError("damaged pickle (a name that is no text)")
+            raise PickleError("damaged pickle (a name that is not text)")
         self._push_global(module, name)
 
     def _push_global(self, module: str, name: str) -> None:
@@ -225,7 +225,7 @@ class Reader:
             raise PickleError("damaged pickle (call without arguments)")
         self._count_steps(len(arguments))
         if not isinstance(function, Global) and not (isinstance(function, Opaque) and self.tensors_only):
-            raise PickleError("damaged pickle (a call of no function)")
+            raise PickleError("damaged pickle (a call of something that is not a function)")
         rebuild = REBUILDERS.get(function.name) if isinstance(function, Global) else None
         if rebuild is None:  # harmless: a name that is not was refused when it came up, or is to be passed over
             self.stack.append(Opaque())
@@ -278,10 +278,10 @@ class Reader:
             self.stack.append(identity[1])
             return
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
-            raise PickleError("a storage that is none of PyTorch's")
+            raise PickleError("a storage that is not PyTorch's")
         storage_type, key, _location, count = identity[1:5]
         if not isinstance(storage_type, Global) or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise PickleError("a storage that is none of PyTorch's")
+            raise PickleError("a storage that is not PyTorch's")
         dtype = STORAGE_DTYPES.get(storage_type.name)
         if dtype is None and self.tensors_only:
             self.stack.append(Opaque())

@@ -54,9 +54,9 @@ def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _locate(entry, 8 + count, length) for name, entry in header.items()}
     except (SafetensorError, struct.error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WeightsError(f"cannot read {path}: not a sound safetensors file ({shown(reason_of(error))})") from error
+        raise WeightsError(f"cannot read {path}: not a valid safetensors file ({shown(reason_of(error))})") from error
     except RecursionError as error:
-        raise WeightsError(f"cannot read {path}: not a sound safetensors file (nested header)") from error
+        raise WeightsError(f"cannot read {path}: not a valid safetensors file (nested header)") from error
     check_disjoint(tensors, path)
     return TensorFile(path, handle, tensors, metadata)
 
@@ -87,7 +87,7 @@ def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:
     shape, dtype = sizes(entry["shape"]), DTYPES.get(entry["dtype"])
     begin, end = sizes(entry["data_offsets"])
     if dtype is None:
-        raise ValueError(f"tensors of type {shown(entry['dtype'])} are no weights")
+        raise ValueError(f"tensors of type {shown(entry['dtype'])} are not weights")
     tensor = Tensor(shape, dtype, start + begin, contiguous_strides(shape))
     if end - begin != tensor.size * dtype.itemsize or start + end > length:
         raise ValueError("a tensor's shape and place do not agree")

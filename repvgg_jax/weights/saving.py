@@ -100,7 +100,7 @@ def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
     arrays = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in flatten(variables).items()}
     for name, array in arrays.items():
         if np.dtype(array.dtype).kind not in "fV":  # V: bfloat16, to numpy
-            raise WeightsError(f"variables: {shown(name)} has {array.dtype} numbers, not floats")
+            raise WeightsError(f"variables: {shown(name)} has {array.dtype} values, not floats")
     return arrays
 
 

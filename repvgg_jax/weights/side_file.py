@@ -114,7 +114,7 @@ def with_side_file(
     passed_over = f"{side} is passed over: it was written for another file than {local} is now"
     if content.get(FILE) != _fingerprint(local):
         return info, passed_over
-    with refusing_damage(f"cannot read {side}, which belongs to {local}; mend or remove it: damaged"):
+    with refusing_damage(f"cannot read {side}, which belongs to {local}; fix or remove it: damaged"):
         header = Header.from_json(content[KEY], f"{side}", num_tensors, expected)
     same = (header.num_classes, IS_DEPLOY.get(header.form)) == (info.num_classes, info.deploy)
     if not same or not same_network(header.variant, info.variant):

@@ -147,7 +147,7 @@ def sizes(value: Any) -> Shape:
       ValueError: it is none, or longer than any weight's.
     """
     if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
-        raise ValueError("a tensor's shape is no list of sizes")
+        raise ValueError("a tensor's shape is not a list of sizes")
     if not all(type(n) is int and 0 <= n < 2**40 for n in value):
         raise ValueError("a tensor has absurd sizes")
     return tuple(value)

@@ -42,7 +42,7 @@ def find_state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[str, Tens
     state = next(iter((averages if ema or not models else models).values()))
     strangers = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, TensorRecord)]
     if strangers:
-        raise WeightsError(f"cannot read {path}: entries that are no dense tensors: {first_ten(strangers)}")
+        raise WeightsError(f"cannot read {path}: entries that are not dense tensors: {first_ten(strangers)}")
     return state, notes
 
 

@@ -67,7 +67,7 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
             "or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
-        raise WeightsError(f"cannot read {path}: not a sound PyTorch file ({shown(reason_of(error))})") from error
+        raise WeightsError(f"cannot read {path}: not a valid PyTorch file ({shown(reason_of(error))})") from error
     state, notes = find_state_dict(root, path, ema)
     tensors = {key: _locate(record, places, key, path) for key, record in state.items()}
     check_disjoint(tensors, path)
@@ -166,7 +166,7 @@ def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     item_sizes = {storage.key: _numpy_dtype(storage.dtype).itemsize for storage in reader.storages}
     keys = reader.load(head)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise PickleError("its list of storages is none")
+        raise PickleError("its list of storages is not a list")
     if sorted(keys) != sorted(storage.key for storage in reader.storages):  # one entry for each, of one type
         raise PickleError("its list of storages does not match its tensors")
     places, position = {}, head.tell()
@@ -191,7 +191,7 @@ def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tenso
     try:
         shape, strides = sizes(record.size), sizes(record.stride)
         if type(record.offset) is not int or record.offset < 0 or len(shape) != len(strides):
-            raise ValueError("it has no sound place")
+            raise ValueError("its place in the file is invalid")
         if record.storage.key not in places:
             raise ValueError("its numbers are missing")
         place = places[record.storage.key]
@@ -205,7 +205,7 @@ def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tenso
         if overlaps_itself(tensor):
             raise ValueError("its elements share storage")
     except ValueError as error:
-        raise WeightsError(f"cannot read {path}: {shown(key)} is unsound: {error}") from error
+        raise WeightsError(f"cannot read {path}: {shown(key)} is invalid: {error}") from error
     if tensor.size == 1 or strides == contiguous_strides(shape):
         return dataclasses.replace(tensor, strides=contiguous_strides(shape))
     return tensor

@@ -209,7 +209,7 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
             raise WeightsError(f"cannot read {folder}: damaged checkpoint ({shown(reason_of(error))})") from error
     same_shapes = {name: leaf.shape for name, leaf in leaves.items()} == dict(shapes)
     if not same_shapes or checksum({_key(name): leaf for name, leaf in leaves.items()}) != crc32:
-        raise WeightsError(f"cannot read {folder}: damaged checkpoint (its numbers are not those that were saved)")
+        raise WeightsError(f"cannot read {folder}: damaged checkpoint (its contents are not what was saved)")
     return leaves
 
 

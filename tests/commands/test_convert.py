@@ -145,7 +145,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
     for arguments, words in (
         ((), "expected IN and OUT, or --inspect FILE"),
         ((path,), "expected IN and OUT"),
-        (("--inspect", path, out), "leave IN and OUT away"),
+        (("--inspect", path, out), "remove IN and OUT"),
         ((path, out, "-a", "RepVGG-B0"), "holds RepVGG-A0, not RepVGG-B0"),
         ((path, out, "-a", "RepVGG-Q7"), "unknown model"),
         ((path, out, "--ema"), "no moving average"),

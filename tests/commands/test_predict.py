@@ -323,7 +323,7 @@ def test_a_file_of_embeddings_is_whole_or_not_there(fake, weights, photos, tmp_p
     before = sorted(tmp_path.rglob("*"))
     assert "the name must end in .npy or .csv" in refused("--embeddings", tmp_path / "a.txt")
     assert "there is no folder" in refused("--embeddings", tmp_path / "none" / "a.npy")
-    assert "leave --format away" in refused("--embeddings", tmp_path / "a.npy", "--format", "csv")
+    assert "remove --format" in refused("--embeddings", tmp_path / "a.npy", "--format", "csv")
     done = predict(weights, tmp_path / "none.png", "--embeddings", tmp_path / "a.npy")
     assert done.returncode == 2
     assert "none.png: No such file" in done.stderr

@@ -185,7 +185,7 @@ def test_fusing_what_cannot_be_fused_is_a_clear_error():
         rv.FusionError, match="stage1_1 has the branches rbr_dense, rbr_identity; RepVGG-A0's are rbr_de"
     ):
         rv.to_deploy(model, cut)
-    with pytest.raises(rv.FusionError, match="rbr_5x5 is a branch of no known kind: it holds conv"):
+    with pytest.raises(rv.FusionError, match="rbr_5x5 is not a known kind of branch: it holds conv"):
         rv.equivalent_kernel_bias(block | {"rbr_5x5": {"conv": block["rbr_dense"]["conv"]}}, stats)
     with pytest.raises(rv.FusionError, match="nothing to fuse"):
         fuse_variables({"params": {"head": {"kernel": np.zeros(3)}}})

@@ -146,7 +146,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
         ((source, out, "--float-last"), "--float-last needs --int8"),
         ((source, folder / "out.pth", *quantize), "quantised nets are .safetensors or .onnx files, not '.pth'"),
         ((source, out, *quantize, "--method", "best"), "unknown quantisation method 'best'"),
-        ((source, out, *quantize, "--to", "timm"), "leave --keep-training-form and --to away"),
+        ((source, out, *quantize, "--to", "timm"), "remove --keep-training-form and --to"),
         ((source, out, *quantize, "--calibration-images", "0"), "--calibration-images must be at least 1"),
         ((source, out, "--int8", "--calibration", folder / "one"), "one image is too few to calibrate with"),
         ((source, out, "--int8", "--calibration", folder / "empty"), "empty holds no images"),

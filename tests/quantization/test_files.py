@@ -68,7 +68,7 @@ def test_neither_is_taken_for_the_other(files):
         (lambda a: a.pop("params/stage1_0/bias"), "missing: params/stage1_0/bias"),
         (lambda a: a.update({"params/extra": np.zeros(3, np.float32)}), "unexpected: params/extra"),
         (lambda a: a.update({"params/pool/input_scale": np.ones(2, np.float32)}), r"params/pool/input_scale is \[2\]"),
-        (lambda a: a.update({"params/linear/bias": np.zeros(10, np.int8)}), "has int8 numbers, not int32"),
+        (lambda a: a.update({"params/linear/bias": np.zeros(10, np.int8)}), "has int8 values, not int32"),
         (lambda a: a.update({"params/stage0/kernel_scale": -np.ones(16, np.float32)}), "scales that are not positive"),
         (lambda a: a.update({"params/stage0/input_scale": np.float32(np.nan)}), "NaN or infinite"),
     ],

@@ -196,5 +196,7 @@ def test_the_preprocessing_tells_the_size_and_normalises():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(rv.QuantizationError, match="unknown quantisation method 'best'; there are naive, per-channel"):
+    with pytest.raises(
+        rv.QuantizationError, match="unknown quantisation method 'best'; choose from naive, per-channel"
+    ):
         rv.quantize(*deploy_net(), images(), "best")

@@ -54,7 +54,7 @@ def test_a_quantised_net_comes_back(bucket, quantized_net):
 def test_messages_name_the_object_and_not_its_copy(bucket):
     for name, content, message in (
         ("empty.pth", b"", "cannot read {}: the file is empty"),
-        ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{}", "cannot read {}: not a sound safetensors file"),
+        ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{}", "cannot read {}: not a valid safetensors file"),
         ("folder/x", b"", "{} is a folder, not a weight file, and holds no checkpoints"),
     ):
         (bucket / name).write_bytes(content)

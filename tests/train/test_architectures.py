@@ -60,10 +60,10 @@ def test_the_folder_of_a_run_is_called_after_its_net(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "describes no network: "),
-        ("[1, 2]", "describes no network: "),
-        ("{}", "describes no network: there is no field 'num_blocks'"),
-        ('{"num_blocks": [1, 1, 2, 1]}', "describes no network: .*'widths'"),
+        ("{", "does not describe a network: "),
+        ("[1, 2]", "does not describe a network: "),
+        ("{}", "does not describe a network: there is no field 'num_blocks'"),
+        ('{"num_blocks": [1, 1, 2, 1]}', "does not describe a network: .*'widths'"),
         ('{"num_blocks": [1, 1, 2], "widths": [8, 8, 8, 16, 16]}', "num_blocks must be four positive numbers"),
         ('{"num_blocks": [1, 1, 999999, 1], "widths": [8, 8, 8, 16, 16]}', "more than 9999 blocks"),
         ('{"num_blocks": [1, 1, 2, 1], "widths": [8, 8, 8, 16, 16], "depth": 3}', "does not know: depth"),
@@ -84,7 +84,10 @@ def test_a_json_file_that_describes_no_net_is_one_line(tmp_path: Path, text: str
         (("--num-blocks", 1, 2, 3, 0), "--num-blocks must lie between 1 and 999, not 1 2 3 0"),
         (("--widths", 8, 8), "--widths must be 5 numbers, not 8 8"),
         (("--strides", 1, 2, 3, 2, 2), "--strides must lie between 1 and 2, not 1 2 3 2 2"),
-        (("--model", "RepVGG-B1g4", "--widths", 6, 6, 6, 6, 6), "--model RepVGG-B1g4 cannot be changed so: stage"),
+        (
+            ("--model", "RepVGG-B1g4", "--widths", 6, 6, 6, 6, 6),
+            "--model RepVGG-B1g4 cannot be changed like this: stage",
+        ),
         (("--model", "none.json"), "--model none.json: No such file or directory"),
         (("--model", "none.safetensors"), "none.safetensors does not exist"),
     ],

@@ -121,7 +121,7 @@ def test_a_damaged_line_is_one_clear_error(line, says, workdir, tmp_path):
 def test_a_run_with_a_damaged_line_does_not_overwrite_it(workdir):
     write(workdir, ROWS[:1], end='{"step\n' + json.dumps(ROWS[1]) + "\n")
     before = (workdir / "metrics.jsonl").read_bytes()
-    with pytest.raises(rv.RepVGGError, match=r"line 2 is damaged .*; mend that line or take it out"):
+    with pytest.raises(rv.RepVGGError, match=r"line 2 is damaged .*; fix or remove that line"):
         MetricsLog(workdir, 33)
     assert (workdir / "metrics.jsonl").read_bytes() == before
 

@@ -411,11 +411,14 @@ def test_a_run_s_config_does_not_know_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--preflight", "v9:2x2"), "--preflight v9:2x2 is no target; give a TPU slice or GPUs: v4:2x2x4, v5e:16x16"),
-        (("--preflight", "v5e"), "--preflight v5e is no target"),
-        (("--preflight", "v5e:16"), "--preflight v5e:16 is no target"),
-        (("--preflight", "h100:2x4"), "--preflight h100:2x4 is no target"),
-        (("--preflight", "h100:0"), "--preflight h100:0 is no target"),
+        (
+            ("--preflight", "v9:2x2"),
+            "--preflight v9:2x2 is not a target; give a TPU slice or GPUs: v4:2x2x4, v5e:16x16",
+        ),
+        (("--preflight", "v5e"), "--preflight v5e is not a target"),
+        (("--preflight", "v5e:16"), "--preflight v5e:16 is not a target"),
+        (("--preflight", "h100:2x4"), "--preflight h100:2x4 is not a target"),
+        (("--preflight", "h100:0"), "--preflight h100:0 is not a target"),
         (("--preflight", "h100:12"), "--preflight h100:12: nodes have 8 GPUs; give a multiple of 8"),
         (("--preflight", "v5e:4x4"), "--preflight v5e:4x4 needs the compiler for it: pip install 'jax[tpu]'"),
         (("--preflight", "h100:8"), "--preflight h100:8 needs the compiler for it: pip install 'jax[cuda13]'"),

@@ -86,7 +86,7 @@ def test_variables_of_something_else_are_named(tmp_path):
             (np.zeros(3), "not a ndarray"),
             ({"params": 3}, "must be a dict"),
             ({"params": {}}, "missing: params/stage0"),
-            (text, "params/linear/bias has <U4 numbers, not floats"),
+            (text, "params/linear/bias has <U4 values, not floats"),
             (flat, "params/stage0/rbr_dense/conv/kernel is [3], not [3, 3, 3, 8]"),
         ):
             with pytest.raises(rv.WeightsError) as caught:

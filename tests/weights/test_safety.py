@@ -275,11 +275,11 @@ def test_weights_that_are_no_numbers_are_refused(suffix, value, tmp_path):
 
 def test_tensors_of_the_wrong_type_are_refused(tmp_path):
     for key, value, words in (
-        ("linear.bias", torch.zeros(5, dtype=torch.int64), "int64 numbers, not floats"),
-        ("linear.bias", torch.zeros(5, dtype=torch.complex64), "complex64 numbers, not floats"),
-        ("linear.bias", torch.zeros(5).to_sparse(), "entries that are no dense tensors: linear.bias"),
-        ("linear.bias", "text", "entries that are no dense tensors: linear.bias"),
-        ("stage0.rbr_dense.bn.num_batches_tracked", torch.tensor(1.0), "float32 numbers, not integers"),
+        ("linear.bias", torch.zeros(5, dtype=torch.int64), "int64 values, not floats"),
+        ("linear.bias", torch.zeros(5, dtype=torch.complex64), "complex64 values, not floats"),
+        ("linear.bias", torch.zeros(5).to_sparse(), "entries that are not dense tensors: linear.bias"),
+        ("linear.bias", "text", "entries that are not dense tensors: linear.bias"),
+        ("stage0.rbr_dense.bn.num_batches_tracked", torch.tensor(1.0), "float32 values, not integers"),
     ):
         torch.save({**torch_state(TINY), key: value}, tmp_path / "w.pth")
         assert words in refused(tmp_path / "w.pth")
@@ -331,13 +331,13 @@ LIES = (
     ("variant", "RepVGG-Z9", "unknown model"),
     ("variant", "RepVGG-A0", "does not fit RepVGG-A0; missing"),
     ("num_classes", 7, "does not fit a custom RepVGG; wrong shape: params/linear/kernel is [20, 5], not [20, 7]"),
-    ("num_classes", "many", "sensible integer"),
+    ("num_classes", "many", "valid integer"),
     ("version", 99, "format version 99"),
     ("class_names", ["one"], "1 class names for 5 classes"),
     ("form", "liquid", "KeyError"),
-    ("num_batches_tracked", "many", "sensible integer"),
-    ("num_batches_tracked", 2**63, "sensible integer"),
-    ("preprocessing", {"image_size": 10**9}, "image_size is no integer up to 16384"),
+    ("num_batches_tracked", "many", "valid integer"),
+    ("num_batches_tracked", 2**63, "valid integer"),
+    ("preprocessing", {"image_size": 10**9}, "image_size is not an integer up to 16384"),
     ("preprocessing", {"mean": [float("nan")] * 3}, "mean and std must be finite"),
 )
 

@@ -221,7 +221,7 @@ def _unopened(request: Request) -> Opened:
     except DataError as error:
         known = ", ".join(name for name, row in DATA_SETS.items() if row.counts is not None)
         raise DataError(
-            f"how many classes {request.spec} has is not known, and it cannot be opened here; give --data a folder "
+            f"the number of classes in {request.spec} is unknown, and it cannot be opened here; give --data a folder "
             f"with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of {known}"
         ) from error
 

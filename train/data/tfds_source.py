@@ -71,7 +71,7 @@ class TfdsSource:
         position = f"{self._name}[{index}]"
         image, label, name = self._parse(self._read(index, position), position)
         if not 0 <= label < len(self._class_names):
-            raise DataError(f"{position}: label {label} is none of the {len(self._class_names)} classes")
+            raise DataError(f"{position}: label {label} is not one of the {len(self._class_names)} classes")
         return Example(image, label, f"{position} {name}" if name else position)
 
     def _check_labels(self) -> None:

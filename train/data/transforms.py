@@ -194,5 +194,5 @@ def get_transform(name: str) -> Transform:
       ConfigError: there is none.
     """
     if name not in TRANSFORMS:
-        raise ConfigError(f"unknown augmentation {name!r}; there are {', '.join(TRANSFORMS)}")
+        raise ConfigError(f"unknown augmentation {name!r}; choose from {', '.join(TRANSFORMS)}")
     return TRANSFORMS[name]

@@ -57,11 +57,11 @@ def processes_for(workers: int, processes: int | None, batch_bytes: int) -> int:
             f"{free / 2**20:.0f}; give the container more (docker run --shm-size)"
         )
         if processes is not None:
-            raise ConfigError(f"{problem}, or take --worker-processes 1")
+            raise ConfigError(f"{problem}, or use --worker-processes 1")
         logger.warning("%s; decoding in threads of one process", problem)
         return 1
     if wanted > cores():
-        logger.warning("%d worker processes share %d cores; fewer would do", wanted, cores())
+        logger.warning("%d worker processes share %d cores; fewer would be enough", wanted, cores())
     return wanted
 
 
@@ -110,7 +110,7 @@ def _ended(exit_code: int) -> DataError:
     how = f"with status {exit_code}" if exit_code > 0 else f"by {signal.Signals(-exit_code).name}"
     why = {-signal.SIGKILL: " (is the memory full?)", -signal.SIGBUS: f" (is {_SHARED_MEMORY} full?)"}
     return DataError(
-        f"a worker process was ended {how}{why.get(exit_code, '')}; take fewer --worker-processes, 1 for threads alone"
+        f"a worker process was ended {how}{why.get(exit_code, '')}; use fewer --worker-processes (1 uses threads only)"
     )
 
 

@@ -120,7 +120,7 @@ def find_target(name: str) -> Target:
     family = FAMILIES.get(kind)
     pattern = r"[1-9]\d{0,4}" if family and family.platform == "cuda" else r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}"
     if family is None or not re.fullmatch(pattern, size):
-        raise ConfigError(f"--preflight {name} is no target; give a TPU slice or GPUs: {_EXAMPLES}")
+        raise ConfigError(f"--preflight {name} is not a target; give a TPU slice or GPUs: {_EXAMPLES}")
     if family.platform == "tpu":
         return Target(name, family, tuple(map(int, size.split("x"))))
     count = int(size)

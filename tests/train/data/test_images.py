@@ -205,5 +205,5 @@ def test_random_affine_moves_but_never_mirrors() -> None:
 
 
 def test_an_unknown_augmentation_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="unknown augmentation 'mixup'; there are random_resized_crop_flip"):
+    with pytest.raises(ConfigError, match="unknown augmentation 'mixup'; choose from random_resized_crop_flip"):
         get_transform("mixup")
