@@ -72,6 +72,7 @@ def collect(request: Request, reader: ImageReader | None) -> Facts:
     info = request.info
     size = info.preprocessing.image_size
     names: list[str] = []
+    listed = 0
     if reader is None:
         images = pseudo_random_images(PSEUDO_RANDOM_IMAGES, size, info.in_channels)
         pixels = np.zeros((0, size, size, info.in_channels), np.uint8)
@@ -80,6 +81,7 @@ def collect(request: Request, reader: ImageReader | None) -> Facts:
         names = [name for batch, _ in batches for name in batch]
         pixels = np.concatenate([batch for _, batch in batches])
         images = normalize(pixels, info.preprocessing)
+        listed = reader.listed if reader.listed > len(names) + reader.failures else 0
     computed = _compute(request, images)
     if reader is not None:
         for index in np.flatnonzero(~np.isfinite(computed.outputs).all(1)).tolist():
@@ -91,7 +93,7 @@ def collect(request: Request, reader: ImageReader | None) -> Facts:
         photos=_photos(request, names, pixels, computed.outputs),
         images=len(images),
         pseudo_random=reader is None,
-        listed=reader.listed if reader else 0,
+        listed=listed,
         unusable=reader.failures if reader else 0,
         differences=_differences(computed),
         weights=weight_ranges(info.variant, computed.layers),

@@ -231,7 +231,7 @@ class Facts:
       photos: the images, if any were given.
       images: how many images all measurements are of.
       pseudo_random: whether those are noise, because no images were given.
-      listed: how many images there were to choose from.
+      listed: how many images there were to choose from; 0 if all were taken.
       unusable: how many images (or folders) could not be read or computed.
       differences: between computations of the outputs.
       weights, inputs: of each layer, from image to classifier.

@@ -22,7 +22,7 @@ def weights(facts: Facts) -> Markup:
         Column(("Range of each output channel", axis.ticks()), "chart"),
         Column("Largest /\u00a0median"),
         Column("Outliers", hint=f"channels with more than {OUTLIER:g} times the median range"),
-        Column("Lost to one scale", hint="channels whose weights all become 0 in 8 bits with one scale for the layer"),
+        Column("Lost to\u00a0one scale", hint="channels that become 0 in 8 bits with one scale for the layer"),
         Column("Lowest"),
         Column("Highest"),
         Column("Kernel", ""),

@@ -70,11 +70,11 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Return a large number with three digits and k, M or G: 8.31 M."""
+    """Return a count with three digits and k, M or G where it is large: 8.31 M."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * factor:
             return f"{significant(value / factor)}\u00a0{letter}{unit}"
-    return f"{significant(value)}\u00a0{unit}".rstrip("\u00a0")
+    return f"{round(value)}\u00a0{unit}".rstrip("\u00a0")
 
 
 def percent(share: float) -> str:

@@ -102,7 +102,7 @@ def basis(facts: Facts) -> Markup:
             "that is always the same. Ranges of activations on photographs are others.",
         )
     said = f"Computed on {counted(facts.images, 'image')}"
-    if facts.listed > facts.images + facts.unusable:
+    if facts.listed:
         said += f", spread evenly over the {facts.listed:,} that were given"
     unusable = f" {facts.unusable:,} could not be read or computed." if facts.unusable else ""
     return paragraph(f"{said}.{unusable}")
@@ -138,7 +138,8 @@ def _figure(photo: Photo) -> Markup:
 
 
 def stages(facts: Facts) -> Markup:
-    """Return the table of stages."""
+    """Return the table of stages; what a deploy form was trained with, it does not say."""
+    both = not facts.info.deploy
     columns = [
         Column("Stage", ""),
         Column("Blocks"),
@@ -149,8 +150,7 @@ def stages(facts: Facts) -> Markup:
         Column("Share of them", "chart"),
         Column("Share"),
         Column("Winograd", hint="multiplications left with F(2x2, 3x3) where the stride is 1"),
-        Column("Training: parameters"),
-        Column("Training: multiply-adds"),
+        *([Column("Training: parameters"), Column("Training: multiply-adds")] if both else []),
     ]
     whole = total(facts.stages, "flops")
 
@@ -167,19 +167,17 @@ def stages(facts: Facts) -> Markup:
             bar_chart(stage.flops / whole, percent(stage.flops / whole)),
             percent(stage.flops / whole),
             scaled(stage.winograd_muls),
-            scaled(stage.train_params),
-            scaled(stage.train_flops),
+            *((scaled(stage.train_params), scaled(stage.train_flops)) if both else ()),
         )
 
     blocks = sum(len(stage.blocks) for stage in facts.stages)
     sums = [scaled(total(facts.stages, field)) for field in ("params", "flops", "winograd_muls")]
-    training = [scaled(total(facts.stages, field)) for field in ("train_params", "train_flops")]
+    training = [scaled(total(facts.stages, field)) for field in ("train_params", "train_flops") if both]
     last: Row = ("whole\u00a0net", str(blocks), "", "", *sums[:2], "", "", sums[2], *training)
     bodies = [(None, [row(stage) for stage in facts.stages]), (None, [last])]
     note = (
-        "For one image. The deploy form is a plain stack of 3\u00d73 convolutions, one a block; the training form's "
-        "blocks sum several branches. Multiply-adds are counted as in the paper; Winograd: the multiplications "
-        "left with F(2\u00d72, 3\u00d73) where the stride is 1."
+        "For one image, in the deploy form, a plain stack of 3\u00d73 convolutions, one a block. Multiply-adds are "
+        "counted as in the paper; Winograd: the multiplications left with F(2\u00d72, 3\u00d73) where the stride is 1."
     )
     return section("stages", paragraph(note), table("Cost of each stage", columns, bodies))
 
@@ -236,5 +234,5 @@ def _differences(facts: Facts) -> Markup:
         f"{outputs}, \u2016difference\u2016 / \u2016{outputs}\u2016. "
     )
     exact = facts.differences[0].expected == TRAINING
-    why = "Fusion is exact; what is left is rounding in float32." if exact else None
+    why = "Fusion is exact; what is left is rounding." if exact else None
     return joined(paragraph(note, why), table(f"Difference of {outputs}", columns, [(None, rows)]))
