@@ -1,4 +1,4 @@
-"""What an installed package offers on the command line: `python -m repvgg_jax {summary,predict} …`."""
+"""What an installed package offers on the command line: `python -m repvgg_jax {summary,predict,show} …`."""
 
 if __name__ == "__main__":  # before the imports that take long: see `run_module`
     from .cli import run_module
@@ -18,6 +18,7 @@ from .net.summary import summary_table
 from .net.variants import VARIANTS, get_variant
 from .paths import in_bucket
 from .predict import Predict, predict
+from .show.command import Show, show
 from .weights import inspect_weights
 from .weights.hub import is_hub_address
 from .weights.info import describe
@@ -71,12 +72,12 @@ def _is_weight_file(name: str) -> bool:
 def main() -> None:
     """The command. Exit status: 0, 1 if there was an image that could not be read, 2 for any other error."""
     arguments = tyro.extras.subcommand_cli_from_dict(
-        {"summary": Summary, "predict": Predict},
+        {"summary": Summary, "predict": Predict, "show": Show},
         prog="python -m repvgg_jax",
         description="RepVGG for JAX. --version, alone, prints the version.",
         args=sys.argv[1:],
     )
     if isinstance(arguments, Summary):
         summary(arguments)
-    elif predict(arguments):
+    elif show(arguments) if isinstance(arguments, Show) else predict(arguments):
         sys.exit(1)

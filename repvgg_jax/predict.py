@@ -111,14 +111,16 @@ class ImageReader:
     Args:
       paths: image files, or folders with images at any depth.
       preprocessing: how images are prepared.
+      at_most: read no more than so many, spread evenly over all; None for all.
 
     Attributes:
       failures: how many files or folders could not be read so far.
+      listed: how many image files there are, once `at_most` of them have been chosen.
     """
 
-    def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing):
-        self.failures = 0
-        self._paths, self._preprocessing = paths, preprocessing
+    def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing, at_most: int | None = None):
+        self.failures = self.listed = 0
+        self._paths, self._preprocessing, self._at_most = paths, preprocessing, at_most
         self._alone = len(paths) == 1 and not is_folder(paths[0])
 
     def batches(self, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -151,6 +153,13 @@ class ImageReader:
             raise DataError(f"none of {self.failures} images and folders can be read")
 
     def _files(self) -> Iterator[str]:
+        if self._at_most is None:
+            return self._all_files()
+        files = list(self._all_files())
+        self.listed, count = len(files), min(self._at_most, len(files))
+        return (files[index * len(files) // count] for index in range(count))
+
+    def _all_files(self) -> Iterator[str]:
         for path in self._paths:
             if not is_folder(path):
                 yield path

@@ -9,8 +9,8 @@ import math
 
 from ..errors import ConfigError
 from ..text_table import text_table
-from .layout import expected_shapes
-from .variants import VARIANTS, Variant
+from .layout import block_layers, expected_shapes
+from .variants import VARIANTS, BlockSpec, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,61 @@ class Summary:
     peak_activation_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """What one block costs for one image.
+
+    Attributes:
+      block: which one.
+      in_size, out_size: pixels a side.
+      params, train_params: weights and biases of its deploy form, parameters of its training form.
+      flops, train_flops: multiply-adds of both forms, gate included.
+      winograd_muls: multiplications left with Winograd's F(2x2, 3x3) where the stride is 1; not rounded.
+      activation_bytes: input plus output in float32.
+    """
+
+    block: BlockSpec
+    in_size: int
+    out_size: int
+    params: int
+    train_params: int
+    flops: int
+    train_flops: int
+    winograd_muls: float
+    activation_bytes: int
+
+
+def block_costs(variant: Variant, image_size: int, in_channels: int = 3) -> list[BlockCost]:
+    """Return the cost of every block of `variant` on one square image, from image to head."""
+    costs = []
+    size = image_size
+    for block in variant.blocks(in_channels):
+        in_size, size = size, math.ceil(size / block.stride)
+        in_pixels, pixels = in_size * in_size, size * size
+        multiplies = 9 * block.in_channels // block.groups * block.out_channels * pixels
+        gate = 2 * variant.squeeze_width(block.out_channels) * block.out_channels if variant.squeeze_excite else 0
+        branches = variant.training_branches(block)
+        costs.append(
+            BlockCost(
+                block=block,
+                in_size=in_size,
+                out_size=size,
+                params=_block_params(variant, block, deploy=True),
+                train_params=_block_params(variant, block, deploy=False),
+                flops=multiplies + gate,
+                train_flops=sum(branch.multiply_adds(block, in_pixels, pixels) for branch in branches) + gate,
+                winograd_muls=multiplies * (4 / 9 if block.stride == 1 else 1) + gate,
+                activation_bytes=4 * (in_pixels * block.in_channels + pixels * block.out_channels),
+            )
+        )
+    return costs
+
+
+def _block_params(variant: Variant, block: BlockSpec, *, deploy: bool) -> int:
+    leaves = (leaf for layer in block_layers(variant, block, deploy) for leaf in layer.leaves())
+    return sum(math.prod(shape) for name, shape in leaves if name.startswith("params/"))
+
+
 def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
     """Return the cost of `variant` on one square image of `image_size` pixels a side.
 
@@ -43,24 +98,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
     for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise ConfigError(f"{option} must be at least 1, not {value}")
-    flops = train_flops = peak = 0
-    winograd = 0.0
-    size = image_size
-    for block in variant.blocks(in_channels):
-        in_pixels, size = size * size, math.ceil(size / block.stride)
-        pixels = size * size
-        train_flops += sum(
-            branch.multiply_adds(block, in_pixels, pixels) for branch in variant.training_branches(block)
-        )
-        multiplies = 9 * block.in_channels // block.groups * block.out_channels * pixels
-        flops += multiplies
-        winograd += multiplies * (4 / 9 if block.stride == 1 else 1)
-        peak = max(peak, 4 * (in_pixels * block.in_channels + pixels * block.out_channels))
-        if variant.squeeze_excite:
-            gate = 2 * variant.squeeze_width(block.out_channels) * block.out_channels
-            flops += gate
-            train_flops += gate
-            winograd += gate
+    costs = block_costs(variant, image_size, in_channels)
     head = variant.widths[-1] * num_classes
     shapes = (expected_shapes(variant, deploy, num_classes, in_channels) for deploy in (True, False))
     params, train_params = (
@@ -69,10 +107,10 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
     return Summary(
         params=params,
         train_params=train_params,
-        flops=flops + head,
-        train_flops=train_flops + head,
-        winograd_muls=round(winograd) + head,
-        peak_activation_bytes=peak,
+        flops=sum(cost.flops for cost in costs) + head,
+        train_flops=sum(cost.train_flops for cost in costs) + head,
+        winograd_muls=round(sum(cost.winograd_muls for cost in costs)) + head,
+        peak_activation_bytes=max(cost.activation_bytes for cost in costs),
     )
 
 

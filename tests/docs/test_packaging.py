@@ -68,7 +68,7 @@ def test_the_wheel_holds_the_library_alone(built):
     assert {name.split("/")[0] for name in names} == {"repvgg_jax", f"repvgg_jax-{rv.__version__}.dist-info"}
     assert "repvgg_jax/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    for suffix in ("py", "cc", "h", "txt"):
+    for suffix in ("py", "cc", "h", "txt", "css"):
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / "repvgg_jax").rglob(f"*.{suffix}")}
         assert sources
         assert sources <= set(names)

@@ -90,7 +90,8 @@ def _tyro(module: str, name: str = "Arguments") -> Callable[[list[str]], Any]:
 
 def _library(words: list[str]) -> Any:
     main = importlib.import_module("repvgg_jax.__main__")
-    return tyro.extras.subcommand_cli_from_dict({"summary": main.Summary, "predict": main.Predict}, args=words)
+    commands = {"summary": main.Summary, "predict": main.Predict, "show": main.Show}
+    return tyro.extras.subcommand_cli_from_dict(commands, args=words)
 
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
