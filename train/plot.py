@@ -110,7 +110,7 @@ def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
             needed = ("epoch", "loss", "top1")
             missing = [name for name in needed if not isinstance(row.get(name), (int, float))]
             if missing:
-                raise DataError(f"{path}: the row of step {row['step']} has no {missing[0]!r}; remove it")
+                raise DataError(f"{path}: the row of step {row['step']} has no number {missing[0]!r}; remove it")
         runs.append((workdir, rows))
     return runs
 
