@@ -38,6 +38,7 @@ def reason(error: BaseException, repository: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RevisionNotFoundError,
@@ -70,8 +71,9 @@ def reason(error: BaseException, repository: str) -> str:
         return f"{what}; HF_HUB_CACHE names another folder" if error.errno == errno.ENOSPC else what
     if isinstance(error, OSError) and "Consistency check" in str(error):
         return "the download broke off, and nothing of it is kept; try again"
-    known = isinstance(error, OSError | ValueError)  # whichever HTTP library the hub's uses has errors of its own
-    return shown(reason_of(error)) if known else f"the connection failed ({shown(reason_of(error))}); try again"
+    if isinstance(error, HfHubHTTPError.__bases__[0]):  # the base of the errors of whichever HTTP library it uses
+        return f"the connection to {endpoint} failed ({shown(reason_of(error))}); try again"
+    return shown(f"{type(error).__name__}: {reason_of(error)}")
 
 
 def _http_error(error: BaseException) -> BaseException | None:

@@ -58,8 +58,7 @@ def model_card(
         license=license,
         pipeline_tag="image-classification",
         tags=["image-classification", "repvgg", "jax", "flax"] + (["timm"] if timm else []),
-        model_name=name,
-        eval_results=results or None,
+        **({"model_name": name, "eval_results": results} if results else {}),
     )
     sections = [f"---\n{card.to_yaml().strip()}\n---", MARK, f"# {name}", _description(info), _loading(repository)]
     if metrics:

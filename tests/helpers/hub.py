@@ -127,7 +127,8 @@ class FakeHub:
     def _create(self, asked: dict[str, Any]) -> Answer:
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
-            return _refusal(409, "", "You already created this model repo")
+            status, headers, _ = _refusal(409, "", "You already created this model repo")
+            return status, headers, json.dumps({"url": f"{self.url}/{name}"}).encode()
         self.repositories[name] = Repository(private=asked.get("visibility") == "private")
         self.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return _json({"url": f"{self.url}/{name}"})
@@ -182,8 +183,8 @@ def serve(hub: FakeHub) -> ThreadingHTTPServer:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
-            if len(content) != int(headers.get("Content-Length", len(content))):
-                self.close_connection = True  # as where a download breaks off
+                if len(content) != int(headers.get("Content-Length", len(content))):
+                    self.close_connection = True  # as where a download breaks off
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 
@@ -202,13 +203,13 @@ def serve(hub: FakeHub) -> ThreadingHTTPServer:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     return server
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
-    """Have huggingface_hub, in this process, ask `url` and keep files in `cache`; it has read its environment before."""
+    """Have huggingface_hub in this process, which has read its environment already, ask `url` and keep in `cache`."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)

@@ -1,4 +1,4 @@
-"""Claim: published weights come by a variant's name from the hub, whole or not at all, and every failure is one line."""
+"""Claim: published weights come by a variant's name from the hub, whole or not at all; every failure is one line."""
 
 import dataclasses
 import errno
@@ -81,9 +81,7 @@ def test_another_class_count_gets_a_fresh_classifier(fake_hub, small, tmp_path):
     assert caught[0].filename == __file__
     assert model.num_classes == 7
     assert loaded["params"]["linear"]["kernel"].shape == (20, 7)
-    assert_same_bits(
-        {"stage0": variables["params"]["stage0"]}, {"stage0": loaded["params"]["stage0"]}
-    )
+    assert_same_bits({"stage0": variables["params"]["stage0"]}, {"stage0": loaded["params"]["stage0"]})
     with pytest.raises(ValueError, match="num_classes"):
         rv.load_pretrained(NAME, num_classes=0)
 
@@ -148,7 +146,9 @@ def test_the_hub_s_refusals_are_told_apart(fake_hub, small, tmp_path, monkeypatc
     fake_hub.fault = refusal(403, "GatedRepo", "Access to this model is restricted")
     assert f"whom its owner admits: ask at {where}/{REPOSITORY}" in refused()
     fake_hub.fault = refusal(403, "", "Forbidden")
-    assert f"{where} refuses it (403): the token of HF_TOKEN or `hf auth login` is missing, wrong or may not" in refused()
+    assert (
+        f"{where} refuses it (403): the token of HF_TOKEN or `hf auth login` is missing, wrong or may not" in refused()
+    )
     fake_hub.fault = refusal(401, "", "Invalid credentials in Authorization header")
     assert f"{where} refuses it (401)" in refused()
     fake_hub.fault = refusal(418, "", "I am a teapot")
