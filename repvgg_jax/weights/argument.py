@@ -2,9 +2,9 @@
 
 import os
 
-from ..errors import UnknownModelError, WeightsError
+from ..errors import ConfigError, UnknownModelError, WeightsError
 from ..net.variants import VARIANTS, get_variant
-from ..paths import expand_home, is_url, option_place
+from ..paths import expand_home, in_bucket, is_url, option_place
 from .hub import SCHEME, is_hub_address
 from .pretrained import find_pretrained
 
@@ -25,10 +25,15 @@ def weights_path(option: str, text: str) -> str:
     Raises:
       WeightsError: neither a file nor a variant's name, though it looks like one, or a variant without weights on the
         hub.
-      ConfigError: as `option_place`.
+      ConfigError: any other URL, or as `option_place`.
     """
     if is_hub_address(text):
         return text
+    if is_url(text) and not in_bucket(text):
+        raise ConfigError(
+            f"{option} {text}: only folders and files of this machine, of a bucket or of the hub can be used, and it "
+            "is not fetched: download it first, and give the file"
+        )
     if not is_url(text) and not _exists(text):
         name = _variant_name(text)
         if name is not None:

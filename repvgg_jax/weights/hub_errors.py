@@ -9,9 +9,9 @@ LOGIN = "the token of HF_TOKEN or `hf auth login`"
 
 def is_no_network(error: BaseException) -> bool:
     """Whether a download failed for want of the hub, which another attempt would wait for in vain."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    return isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, HfHubHTTPError)
+    return isinstance(error, LocalEntryNotFoundError) and _http_error(error) is None
 
 
 def is_absence(error: BaseException) -> bool:
@@ -80,7 +80,8 @@ def _http_error(error: BaseException) -> BaseException | None:
     """Return the hub's answer, if one is what an error, or the one behind it, is about."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
+    errors = (e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError))
+    return next((e for e in errors if e.response is not None), None)
 
 
 def _status(error: BaseException) -> int:

@@ -259,3 +259,14 @@ def test_timm_has_these_repositories_under_this_licence():
     configs = {name: timm.get_pretrained_cfg(name) for name in timm.list_pretrained("repvgg_*")}
     theirs = {config.hf_hub_id: config.license for config in configs.values()}
     assert {row.repository: row.licence for row in PRETRAINED.values()} == theirs
+
+
+def test_the_page_shows_the_table():
+    rows = []
+    for name, row in PRETRAINED.items():
+        published = rv.create_model(name).variant.published
+        repository = f"[{row.repository}](https://huggingface.co/{row.repository})"
+        authors = published.top1 if published is not None else ""
+        figures = f"{row.megabytes:g} | {row.top1 or ''} | {authors}"
+        rows.append(f"| {name} | {repository} | {figures} | {row.licence} | {row.revision[:7]} |")
+    assert "\n".join(rows) in (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
