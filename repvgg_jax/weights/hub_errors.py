@@ -50,7 +50,7 @@ def reason(error: BaseException, repository: str) -> str:
         if isinstance(cause, GatedRepoError):
             return f"{repository} is open to those alone whom its owner admits: ask at {endpoint}/{repository}"
         if _is_missing_repository(cause):
-            return f"{endpoint} has no repository {repository}, or it is a private one that {LOGIN} may not see"
+            return f"{endpoint} has no repository {repository}, or {LOGIN} is missing or may not see it"
         if isinstance(cause, RevisionNotFoundError):
             return f"{repository} has no such revision"
         if status == 404:

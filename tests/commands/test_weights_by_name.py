@@ -69,6 +69,7 @@ def test_conversion_and_inspection(published, tmp_path):
     assert output("convert.__main__", "--inspect", NAME).startswith("hf://RepVGG-A0: RepVGG-A0, training form, timm")
 
 
+@pytest.mark.slow
 def test_the_start_of_a_training(published, photos, tmp_path):
     sizes = ("--image-size", 32, "--test-image-size", 32, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0)
     run = ("--preset", "digits", "--model", NAME, "--data", photos, *sizes, "--learning-rate", 0)

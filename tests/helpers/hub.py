@@ -79,6 +79,8 @@ class FakeHub:
         if method == "PUT" and parts[0] == "lfs":
             self.objects[parts[1]] = body
             return 200, {}, b""
+        if method != "POST" and parts[0] == "api":
+            return self._about("/".join(parts[2:4]), token)
         if method != "POST":
             return self._file(method, "/".join(parts[:2]), parts[3], "/".join(parts[4:]), token)
         if path == "/api/validate-yaml":
@@ -104,6 +106,12 @@ class FakeHub:
             ]
             return _json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
         return self._commit(name, revision, asked)
+
+    def _about(self, name: str, token: str | None) -> Answer:
+        repository = self.repositories.get(name)
+        if repository is None or (repository.private and token != TOKEN):
+            return _refusal(404 if token else 401, "RepoNotFound", "Repository not found")
+        return _json({"id": name, "sha": repository.branches["main"], "private": repository.private, "tags": []})
 
     def _file(self, method: str, name: str, revision: str, path: str, token: str | None) -> Answer:
         repository, revision = self.repositories.get(name), unquote(revision)
@@ -216,7 +224,7 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the protocol of files of many gigabytes
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the protocol of files of many gigabytes
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -139,7 +139,8 @@ def test_a_variant_without_weights_on_the_hub_says_where_the_authors_are(fake_hu
 
 def test_the_hub_s_refusals_are_told_apart(fake_hub, small, tmp_path, monkeypatch):
     where = fake_hub.url
-    assert f"{where} has no repository {REPOSITORY}, or it is a private one that the token of HF_TOKEN" in refused()
+    assert refused().endswith(" is missing or may not see it")
+    assert f"{where} has no repository {REPOSITORY}, or the token of HF_TOKEN or `hf auth login`" in refused()
     content, _, variables = timm_file(tmp_path)
     repository = fake_hub.add(REPOSITORY, {"other.safetensors": content})
     assert refused().endswith(f"(model.safetensors): {REPOSITORY} has no such file")
