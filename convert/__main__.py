@@ -29,6 +29,7 @@ from repvgg_jax.paths import expand_home
 from repvgg_jax.trees import flatten
 from repvgg_jax.weights import WeightsWarning, inspect_weights, save_weights
 from repvgg_jax.weights.architecture import expected_variant
+from repvgg_jax.weights.argument import weights_path
 from repvgg_jax.weights.info import describe
 from repvgg_jax.weights.key_maps import FAMILIES
 from repvgg_jax.weights.options import WeightsOptions
@@ -51,7 +52,8 @@ class Arguments:
     """Convert a weight file: any known format in, any writable out, fused into the deploy form on the way."""
 
     input: tyro.conf.Positional[str | None] = None
-    """Weight file to read, or hf://OWNER/REPOSITORY."""
+    """Weight file to read, or hf://OWNER/REPOSITORY. Or the name of a variant, for its ImageNet weights, unless a file
+    has that name."""
     output: tyro.conf.Positional[str | None] = None
     """Weight file to write: .safetensors (native), or .pth, .pt, .tar (PyTorch, the authors' names). Or, fused for
     another runtime: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a final slash (TensorFlow)."""
@@ -154,10 +156,10 @@ def convert(arguments: Arguments) -> str:
 
 
 def _expanded(arguments: Arguments) -> Arguments:
-    """Return the arguments with `~` expanded in every path, as the shell does but for `--option=~/x`."""
+    """Return the arguments with the input found, and `~` expanded as the shell does but for `--option=~/x`."""
     return dataclasses.replace(
         arguments,
-        input=arguments.input and expand_home(arguments.input),
+        input=arguments.input and weights_path("IN", arguments.input),
         output=arguments.output and expand_home(arguments.output),
         check_images=tuple(map(expand_home, arguments.check_images)),
     )
@@ -208,10 +210,9 @@ def main() -> None:
     if arguments.inspect is not None:
         if arguments.input is not None:
             raise ConfigError("--inspect FILE does not convert: remove IN and OUT")
-        info = inspect_weights(
-            arguments.inspect, expected_variant("--arch", arguments.arch), **arguments.weights.reading
-        )
-        print(describe(arguments.inspect, arguments.weights.apply(info)))
+        path = weights_path("--inspect", arguments.inspect)
+        info = inspect_weights(path, expected_variant("--arch", arguments.arch), **arguments.weights.reading)
+        print(describe(path, arguments.weights.apply(info)))
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", WeightsWarning)

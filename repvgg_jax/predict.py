@@ -18,6 +18,7 @@ from .prediction_files import Format, Guess, check_embedding_file, embedding_wri
 from .preprocess import Preprocessing, normalize, open_as_input
 from .quantization import load_quantized
 from .weights import WeightsInfo, WeightsWarning, inspect_weights, load_weights
+from .weights.argument import weights_path
 from .weights.imagenet_classes import class_names_to_show
 from .weights.options import WeightsOptions
 
@@ -31,7 +32,8 @@ class Predict:
     """
 
     weights: tyro.conf.Positional[str]
-    """Weight file: training form, deploy form or INT8."""
+    """Weight file: training form, deploy form or INT8. Or the name of a variant, for its ImageNet weights, unless a
+    file has that name."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, or folders: all images below them."""
     top: int = 5
@@ -63,7 +65,12 @@ def predict(arguments: Predict) -> int:
     if arguments.embeddings is not None:
         check_embedding_file(arguments.embeddings)
         if arguments.format != "text":
+<<<<<<< HEAD
             raise ConfigError("--embeddings writes no predictions: remove --format")
+=======
+            raise ConfigError("--embeddings writes no predictions: leave --format away")
+    arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
+>>>>>>> hub
     info = arguments.options.apply(inspect_weights(arguments.weights, **arguments.options.reading))
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")

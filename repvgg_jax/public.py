@@ -19,7 +19,15 @@ from .net.variants import Variant, list_models
 from .preprocess import Preprocessing
 from .quantization import QuantizedNet, load_quantized, quantize, report_table, save_quantized
 from .version import __version__
-from .weights import WeightsInfo, inspect_weights, load_weights, save_weights
+from .weights import (
+    WeightsInfo,
+    from_hub,
+    inspect_weights,
+    load_pretrained,
+    load_weights,
+    push_to_hub,
+    save_weights,
+)
 
 __all__ = [
     "Branches",
@@ -43,12 +51,15 @@ __all__ = [
     "export_quantized_onnx",
     "export_saved_model",
     "export_stablehlo",
+    "from_hub",
     "fuse_variables",
     "inspect_weights",
     "list_models",
+    "load_pretrained",
     "load_quantized",
     "load_weights",
     "make_predictor",
+    "push_to_hub",
     "quantize",
     "report_table",
     "save_quantized",

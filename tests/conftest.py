@@ -13,7 +13,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-pytest_plugins = ["tests.helpers.buckets", "tests.helpers.runs"]
+pytest_plugins = ["tests.helpers.buckets", "tests.helpers.hub", "tests.helpers.runs"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -22,7 +22,7 @@ from repvgg_jax.paths import option_place
 from repvgg_jax.preprocess import Preprocessing
 from repvgg_jax.weights import inspect_weights
 from repvgg_jax.weights.architecture import expected_variant
-from repvgg_jax.weights.hub import weights_path
+from repvgg_jax.weights.argument import weights_path
 from repvgg_jax.weights.info import MAX_IMAGE_SIZE
 from repvgg_jax.weights.options import WeightsOptions
 
@@ -136,7 +136,8 @@ class Arguments:
     form: tyro.conf.Positional[Literal["train", "deploy"]]
     """Form to evaluate; a training-form file is fused for `deploy`."""
     weights: tyro.conf.Positional[str]
-    """The weight file, here or in a bucket (gs://, s3://)."""
+    """The weight file, here, in a bucket (gs://, s3://) or on the hub (hf://). Or the name of a variant, for its
+    ImageNet weights, unless a file has that name."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Variant the file must hold: one of `rv.list_models()`, or NET.json or a weight file for its architecture."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100

@@ -13,7 +13,7 @@ from repvgg_jax.net.branches import MAX_DENSE_COPIES, BlockKind, Branches
 from repvgg_jax.net.variants import Published, Variant
 from repvgg_jax.paths import local_path, option_place
 from repvgg_jax.weights.architecture import find_variant
-from repvgg_jax.weights.hub import weights_path
+from repvgg_jax.weights.argument import weights_path
 
 from .data.augmentation import Augmentation
 from .data.transforms import TRANSFORMS
@@ -183,8 +183,8 @@ class FineTuneOptions:
     """Where it starts, and what of it trains."""
 
     init: str | None = option(None, weights_path)
-    """Weight file to start from, anything that `rv.load_weights` reads, in training form; classes other than the
-    data's, in number or by name, give a fresh classifier."""
+    """Weights to start from: a file in training form, anything that `rv.load_weights` reads, or the name of a variant,
+    for its ImageNet weights; classes other than the data's, in number or by name, give a fresh classifier."""
     keep_classifier: bool = False
     """Keep the classifier of --init though the file names other classes than the data, as many of them."""
     freeze_stages: int = option(0, at_least(0), at_most(5))

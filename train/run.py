@@ -19,8 +19,8 @@ from repvgg_jax.net.variants import Variant
 from repvgg_jax.paths import Place, option_place
 from repvgg_jax.quantization.qat import quantization_aware, with_ranges
 from repvgg_jax.weights import WeightsWarning
+from repvgg_jax.weights.argument import weights_path
 from repvgg_jax.weights.header import TRAINING, Header
-from repvgg_jax.weights.hub import weights_path
 from repvgg_jax.weights.loading import load_with_info
 
 from . import data

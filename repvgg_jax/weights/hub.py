@@ -1,28 +1,38 @@
-"""Weights on the Hugging Face hub: `hf://OWNER/REPOSITORY[@REVISION][/FILE]`.
+"""Weights on the Hugging Face hub: `hf://OWNER/REPOSITORY[@REVISION][/FILE]`, or `hf://VARIANT` for published ones.
 
-Download, cache (`HF_HOME`, `HF_HUB_CACHE`) and offline mode (`HF_HUB_OFFLINE=1`) are huggingface_hub's own.
+Download, cache (`HF_HOME`, `HF_HUB_CACHE`), offline mode (`HF_HUB_OFFLINE=1`), mirrors (`HF_ENDPOINT`) and tokens
+(`HF_TOKEN`) are huggingface_hub's own.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import importlib
+import itertools
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import WeightsError, reason_of, shown
+from ..errors import UnknownModelError, WeightsError, shown
 from ..extras import install_hint
-from ..paths import option_place
 from ..preprocess import Preprocessing
+from . import hub_errors
 from .header import refusing_damage
 from .info import WeightsInfo, preprocessing_from_file
+from .pretrained import MAIN, find_pretrained
 
 SCHEME = "hf://"
 FILES = ("model.safetensors", "pytorch_model.bin")
-"""What timm's repositories hold, the first preferred."""
+"""What timm's repositories hold, and ours the first of them, which is preferred."""
 
 MAX_CONFIG_BYTES = 16 << 20
 
-_ADDRESS = re.compile(r"(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+))?")
+_REVISION = r"(?P<revision>refs/[^/@]+/[^/@]+|[^/@]+)"
+_ADDRESS = re.compile(rf"(?P<repository>[^/@]+/[^/@]+)(@{_REVISION})?(/(?P<file>[^@]+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_address(path: object) -> bool:
@@ -30,61 +40,147 @@ def is_hub_address(path: object) -> bool:
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
-def weights_path(option: str, text: str) -> str:
-    """Return the place of a weight file: a hub address or a bucket's as it is, a path with `~` expanded.
+def require_hub(what: str) -> None:
+    """Raise WeightsError if huggingface_hub, which `what` needs, is not installed."""
+    try:
+        importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise WeightsError(f"{what} needs huggingface_hub: {install_hint('hub')}") from error
 
-    Args:
-      option: what it is given by, for the message.
-      text: what was given.
 
-    Raises:
-      ConfigError: as `option_place`.
+@dataclasses.dataclass(frozen=True)
+class HubPlace:
+    """What an address names: the first of `files` that `repository` has in the first of `revisions` that it has."""
+
+    repository: str
+    revisions: tuple[str, ...]
+    files: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, address: str) -> "HubPlace":
+        """Raise WeightsError if it is no address, or names a variant without weights on the hub."""
+        name = address.removeprefix(SCHEME)
+        with contextlib.suppress(UnknownModelError):
+            row = find_pretrained(name)
+            return cls(row.repository, row.revisions, (row.file,))
+        parts = _ADDRESS.fullmatch(name)
+        if parts is None:
+            expected = "hf://OWNER/REPOSITORY[@REVISION][/FILE], or hf://VARIANT"
+            raise WeightsError(f"{shown(address)} is no hub address; expected {expected}")
+        return cls(parts["repository"], (parts["revision"] or MAIN,), (parts["file"],) if parts["file"] else FILES)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """A weight file of the hub.
+
+    Attributes:
+      path: of the local copy, in the cache.
+      config: what its repository says of it.
+      note: what a user should hear about it, if anything.
     """
-    return text if is_hub_address(text) else str(option_place(option, text))
+
+    path: Path
+    config: "HubConfig | None"
+    note: str | None = None
 
 
-def fetch(address: str) -> tuple[Path, "HubConfig | None"]:
+def fetch(address: str) -> HubFile:
     """Return the local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
 
     Raises:
-      WeightsError: huggingface_hub is not installed, no such file, or neither network nor cached copy.
+      WeightsError: huggingface_hub is not installed, no such file, neither network nor cached copy, or the download is
+        damaged.
     """
-    parts = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
-    if parts is None:
-        raise WeightsError(f"{shown(address)} is no hub address; expected hf://OWNER/REPOSITORY[@REVISION][/FILE]")
+    place = HubPlace.parse(address)
+    require_hub(address)
+    download = _Download(place.repository)
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise WeightsError(f"{address} needs huggingface_hub: {install_hint('hub')}") from error
-
-    no_network = False
-
-    def download(name: str) -> Path:
-        repository, revision = parts["repository"], parts["revision"]
-        return Path(hf_hub_download(repository, name, revision=revision, local_files_only=no_network))
-
-    names = (parts["file"],) if parts["file"] else FILES
-    first_error: Exception | None = None
-    for name in names:
-        try:
-            weights = download(name)
-            break
-        except EntryNotFoundError as error:  # also: neither network nor a cached copy
-            first_error = first_error or error
-            no_network = isinstance(error, LocalEntryNotFoundError)  # do not wait for it a second time
-        except Exception as error:  # whichever HTTP library the hub's uses has errors of its own
-            raise WeightsError(f"cannot fetch {address}: {shown(reason_of(error))}") from error
-    else:
-        assert first_error is not None
-        raise WeightsError(
-            f"cannot fetch {address} ({' or '.join(names)}): {shown(reason_of(first_error))}"
-        ) from first_error
+        weights, revision = _first_there(place, download)
+    except WeightsError:
+        raise
+    except Exception as error:  # whichever HTTP library the hub's uses has errors of its own
+        names, why = " or ".join(place.files), hub_errors.reason(error, place.repository)
+        raise WeightsError(f"cannot fetch {address} ({names}): {why}") from error
+    wanted, note = place.revisions[0], None
+    if revision != wanted:
+        note = f"{address}: revision {wanted[:7]} of {place.repository} is not to be had; {revision} was taken instead"
     try:
-        config = download("config.json")
+        config = download("config.json", revision)
     except Exception:  # there is none, or no network any more; the weights do without
-        return weights, None
-    return weights, HubConfig.read(config, address)
+        return HubFile(weights, None, note)
+    return HubFile(weights, HubConfig.read(config, address), note)
+
+
+class _Download:
+    """Downloads from one repository; from the cache alone once the hub has turned out not to be reached."""
+
+    def __init__(self, repository: str):
+        self._repository = repository
+        self._cache_only = False
+
+    def __call__(self, name: str, revision: str) -> Path:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        before = try_to_load_from_cache(self._repository, name, revision=revision)
+        try:
+            path = hf_hub_download(self._repository, name, revision=revision, local_files_only=self._cache_only)
+        except Exception as error:
+            self._cache_only = self._cache_only or hub_errors.is_no_network(error)
+            raise
+        is_new = not isinstance(before, str) or os.path.realpath(before) != os.path.realpath(path)
+        blob = _blob(Path(path))
+        if is_new and blob is not None and not _is_whole(blob):
+            for broken in (Path(path), blob):
+                broken.unlink(missing_ok=True)
+            raise WeightsError(
+                f"cannot fetch {name} of {self._repository}: the download is damaged (its SHA-256 is not the one that "
+                "the hub says), and nothing of it is kept; try again"
+            )
+        return Path(path)
+
+
+def _first_there(place: HubPlace, download: _Download) -> tuple[Path, str]:
+    """Return the first file that is there, and its revision."""
+    first_error = None
+    for revision, name in itertools.product(place.revisions, place.files):
+        try:
+            return download(name, revision), revision
+        except WeightsError:
+            raise
+        except Exception as error:
+            if not hub_errors.is_absence(error):
+                raise
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
+
+
+@contextlib.contextmanager
+def explaining_damage(path: Path) -> Iterator[None]:
+    """Say so in a WeightsError that the block raises, if what it reads is a cached file that has been damaged since."""
+    try:
+        yield
+    except WeightsError as error:
+        blob = _blob(path)
+        if blob is None or _is_whole(blob):
+            raise
+        raise WeightsError(f"{error}; the cached copy is damaged: remove {blob}, and it is fetched again") from error
+
+
+def _blob(path: Path) -> Path | None:
+    """Return the file in the hub's cache that the link `path` leads to, if it is called by its SHA-256, as all large
+    files there are."""
+    try:
+        blob = Path(os.path.normpath(path.parent / path.readlink()))
+    except OSError:  # no link: a cache on a file system without them
+        return None
+    return blob if _SHA256.fullmatch(blob.name) else None
+
+
+def _is_whole(blob: Path) -> bool:
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..trees import unflatten
 from . import native, quantized_tensors
 from .bucket_files import copied
 from .containers import open_file, read_container
-from .hub import fetch, is_hub_address
+from .hub import explaining_damage, fetch, is_hub_address
 from .identify import Identification, identify, part_of, same_network, with_block, with_stated_epsilon
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .key_maps import QAREPVGG
@@ -74,7 +74,8 @@ def load_weights(
     Args:
       path: a weight file, with the `PATH.json` that `save_weights` may have put beside it; a training run, for its
         best checkpoint, or one of its checkpoints; any of them also in a bucket (`gs://…`, `s3://…`), from where it is
-        copied to this machine first; or `hf://OWNER/REPOSITORY` on the Hugging Face hub.
+        copied to this machine first; or on the Hugging Face hub, `hf://OWNER/REPOSITORY`, or `hf://RepVGG-A0` for a
+        variant's ImageNet weights.
       name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
         is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
         and output stride. (The epsilon that a native or side file states stays where the `Variant` has the usual one.)
@@ -191,7 +192,9 @@ def open_weights(
     address, config, note, copy = os.fspath(path), None, None, None
     with ExitStack() as stack:
         if is_hub_address(address):
-            local, config = fetch(address)
+            hub_file = fetch(address)
+            local, config, note = hub_file.path, hub_file.config, hub_file.note
+            stack.enter_context(explaining_damage(local))
         elif in_bucket(address):
             copy = stack.enter_context(copied(address))
             local, note = copy.path, copy.note
@@ -220,7 +223,7 @@ def open_weights(
             if exact is not None:
                 info = dataclasses.replace(info, variant=with_stated_epsilon(exact, info.variant))
             contents = _native_contents(file, info, f"{path}")
-        if config is not None:
+        if config is not None and info.family != native.FAMILY:
             info = config.apply(info)
         if epsilon is not None:
             info = dataclasses.replace(info, variant=dataclasses.replace(info.variant, epsilon=epsilon))

@@ -23,6 +23,7 @@ from .info import WeightsInfo
 from .safetensors_file import write_safetensors
 from .tensor_file import Record, Tensor, TensorFile
 
+FAMILY = "native"
 HEADER = "repvgg_jax"
 HEADER_CRC32 = "repvgg_jax_crc32"
 
@@ -72,7 +73,7 @@ def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo 
         if "crc32" in fields:
             file.tensors = _with_checksums(file.tensors, fields["crc32"])
         return WeightsInfo(
-            family="native",
+            family=FAMILY,
             variant=header.variant,
             deploy=IS_DEPLOY[header.form],
             quantized=quantized,

@@ -25,7 +25,7 @@ from .safetensors_file import save_arrays
 from .state_dict import items, state_dict
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
-NATIVE = "native"
+NATIVE = native.FAMILY
 WRITABLE = (".safetensors", *TORCH_SUFFIXES)
 
 

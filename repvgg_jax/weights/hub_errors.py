@@ -1,0 +1,94 @@
+"""What went wrong between here and the Hugging Face hub, in one clause that says what to do."""
+
+import errno
+
+from ..errors import reason_of, shown
+
+LOGIN = "the token of HF_TOKEN or `hf auth login`"
+
+
+def is_no_network(error: BaseException) -> bool:
+    """Whether a download failed for want of the hub, which another attempt would wait for in vain."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return isinstance(error, LocalEntryNotFoundError) and _http_error(error) is None
+
+
+def is_absence(error: BaseException) -> bool:
+    """Whether a download failed for this name or this revision alone: another may be there, or in the cache."""
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    if is_no_network(error):
+        return True
+    cause = _http_error(error)
+    if cause is not None:  # a mirror's 404 need not say what it has not found
+        return isinstance(cause, EntryNotFoundError | RevisionNotFoundError) or (
+            _status(cause) == 404 and not _is_missing_repository(cause)
+        )
+    return isinstance(error, EntryNotFoundError)
+
+
+def reason(error: BaseException, repository: str) -> str:
+    """Return why a request to the hub about a repository failed.
+
+    Args:
+      error: what huggingface_hub, its HTTP library or the system raised.
+      repository: owner and name.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    endpoint, cause = constants.ENDPOINT, _http_error(error)
+    if cause is not None:
+        status = _status(cause)
+        if isinstance(cause, GatedRepoError):
+            return f"{repository} is open to those alone whom its owner admits: ask at {endpoint}/{repository}"
+        if _is_missing_repository(cause):
+            return f"{endpoint} has no repository {repository}, or {LOGIN} is missing or may not see it"
+        if isinstance(cause, RevisionNotFoundError):
+            return f"{repository} has no such revision"
+        if status == 404:
+            return f"{repository} has no such file"
+        if status in (401, 403):
+            return f"{endpoint} refuses it ({status}): {LOGIN} is missing, wrong or may not do this"
+        said = getattr(cause, "server_message", None)
+        return shown(f"{endpoint} answered {status}" + (f": {' '.join(said.split())}" if said else ""))
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, LocalEntryNotFoundError):
+        if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+            return f"HF_HUB_OFFLINE is set, and the cache ({constants.HF_HUB_CACHE}) does not have it"
+        why = shown(reason_of(error.__cause__))
+        return f"{endpoint} cannot be reached ({why}), and the cache ({constants.HF_HUB_CACHE}) does not have it"
+    if isinstance(error, OSError) and error.errno is not None:
+        what = f"the cache ({constants.HF_HUB_CACHE}) cannot be written: {reason_of(error)}"
+        return f"{what}; HF_HUB_CACHE names another folder" if error.errno == errno.ENOSPC else what
+    if isinstance(error, OSError) and "Consistency check" in str(error):
+        return "the download broke off, and nothing of it is kept; try again"
+    if isinstance(error, HfHubHTTPError.__bases__[0]):  # the base of the errors of whichever HTTP library it uses
+        return f"the connection to {endpoint} failed ({shown(reason_of(error))}); try again"
+    return shown(f"{type(error).__name__}: {reason_of(error)}")
+
+
+def _http_error(error: BaseException) -> BaseException | None:
+    """Return the hub's answer, if one is what an error, or the one behind it, is about."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    errors = (e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError))
+    return next((e for e in errors if e.response is not None), None)
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
+
+
+def _is_missing_repository(error: BaseException) -> bool:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
