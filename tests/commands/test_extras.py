@@ -68,6 +68,7 @@ def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
         ("train.evaluate", "digits", "train", weights): "train",
         ("train.plot", str(tmp_path)): "train",
         ("examples.digits", str(tmp_path)): "train",
+        ("examples.nnx_backbone",): "train",
         ("examples.segmentation",): "train",
         ("examples.use_in_your_code",): "train",
         ("repvgg_jax.__main__", "summary", "RepVGG-A0"): "",
