@@ -98,6 +98,14 @@ def test_one_missing_library_is_named_by_whichever_command_needs_it(tmp_path):
         assert err == f"error: this needs {module}, which is not installed: {install_hint('train')}\n"
 
 
+def test_a_missing_tracker_is_named_before_anything_begins(tmp_path):
+    run = ("train.main", "--preset", "digits", "--workdir", str(tmp_path / "run"), "--tracker", "wandb")
+    (status, out, err), *_ = without(("wandb",), run)
+    assert (status, out) == (2, "")
+    assert err == f"error: --tracker wandb: this needs wandb, which is not installed: {install_hint('wandb')}\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_module_of_nobody_s_is_a_fault_of_ours():
     assert (
         missing_library(ModuleNotFoundError("No module named 'repvgg_jax.nothing'", name="repvgg_jax.nothing")) is None
