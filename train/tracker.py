@@ -28,13 +28,15 @@ class Tracker:
     Args:
       workdir: folder of the run.
       start_step: where the run starts, under a new id, or resumes.
-      note: hears the warning.
+      note: hears where the run is to be seen, and the warning.
     """
 
     def __init__(self, workdir: Place, start_step: int, note: Callable[[str], object]):
         self._note, self._run = note, None
         with self._attempt():
             self._run = _start(workdir, start_step)
+            if self._run.url:  # none offline
+                note(f"Weights & Biases: {self._run.url}")
 
     def write(self, row: Row, prefix: str) -> None:
         """Hand over a row's numbers as `PREFIX/NAME`, TensorBoard's names."""

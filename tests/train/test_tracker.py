@@ -5,6 +5,7 @@ whatever fails there costs the run nothing but one warning.
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +26,8 @@ ROW = {"step": 11, "epoch": 0.5, "loss": 2.0, "form": "train"}
 class FakeWandb:
     """Stands for the package: keeps what it is told, and fails where `broken` says so."""
 
+    url: str | None = None
+
     def __init__(self, broken: str = ""):
         self.broken, self.started, self.logged, self.exit_codes, self.torn_down = broken, [], [], [], 0
 
@@ -35,7 +38,7 @@ class FakeWandb:
     def init(self, **options: Any) -> Any:
         self._fail_in("init")
         self.started.append(options)
-        self.run = SimpleNamespace(step=0, log=self._log, finish=self._finish)
+        self.run = SimpleNamespace(step=0, url=self.url, log=self._log, finish=self._finish)
         return self.run
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
@@ -76,6 +79,13 @@ def test_rows_have_tensorboards_names_and_the_runs_options_go_along(workdir, fak
     assert (wandb.exit_codes, notes) == ([0], [])
     assert wandb.started[0]["config"] == {"run": {"seed": 3}}
     assert (wandb.started[0]["name"], wandb.started[0]["resume"]) == ("run", "allow")
+
+
+def test_the_runs_address_is_told(workdir, fake):
+    wandb, notes = fake(), []
+    wandb.url = "https://wandb.test/run"
+    Tracker(workdir, 0, notes.append)
+    assert notes == ["Weights & Biases: https://wandb.test/run"]
 
 
 def test_a_resumption_keeps_the_id_and_a_new_start_in_the_folder_does_not(workdir, fake):
@@ -217,3 +227,17 @@ def test_a_run_whose_wandb_process_is_killed_warns_once_and_ends_well(runs, tmp_
     assert out.count("warning: Weights & Biases gets no more of this run") == 1
     assert "Traceback" not in err
     assert max(row["step"] for row in rows(workdir)) == 30 * 22
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_of_two_processes_the_first_alone_reports(runs, tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    options = dict(tracker="wandb", coordinator_address=address, num_processes=2)
+    processes = [runs.start(tmp_path / "run", 2, process_id=number, **options) for number in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert sorted(history(path)) == sorted({row["step"] for row in rows(tmp_path / "run")})
