@@ -19,6 +19,7 @@ EXTRAS = {
     "gcs": ("gcsfs",),
     "s3": ("s3fs",),
     "export": ("onnx", "onnxruntime"),
+    "wandb": ("wandb",),
     "dev": ("skimage",),
 }
 """The modules that each extra of pyproject.toml brings and we import."""

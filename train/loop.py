@@ -16,13 +16,14 @@ from .bucket_metrics import BucketMetricsLog
 from .checkpoint import Checkpoints
 from .cluster import Preemption
 from .evaluate import Evaluation, Evaluator
-from .metrics import MetricsLog, SilentLog
+from .metrics import MetricsLog, Row, SilentLog
 from .mixing import mix
 from .parallel import AXIS, parallel
 from .progress import RunProgress
 from .run import FORMS, Run, trained_forms
 from .state import TrainState
 from .step import make_train_step
+from .tracker import Tracker
 from .utilization import peak_flops, training_flops
 from .window import Window
 
@@ -39,6 +40,13 @@ class Watchers:
     progress: RunProgress
     checkpoints: Checkpoints
     check_workdir: Callable[[], None]
+    tracker: Tracker | None = None
+
+    def write(self, row: Row, prefix: str) -> None:
+        """One row, to everybody who keeps rows; TensorBoard and the tracker call its numbers `PREFIX/NAME`."""
+        self.log.write(row, prefix)
+        if self.tracker is not None:
+            self.tracker.write(row, prefix)
 
 
 def run_steps(
@@ -70,7 +78,7 @@ def run_steps(
 
         if step % options.log_every == 0 or is_last:
             row = {"step": step, "epoch": round(epoch, 4), **window.close()}
-            watchers.log.write(row, "train")
+            watchers.write(row, "train")
             watchers.progress.show(row)
 
         top1 = None
@@ -136,7 +144,7 @@ def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, wa
     """One evaluation row in the log, one line on the screen."""
     row = {"step": step, "epoch": epoch, "form": form}
     row |= {name: getattr(result, name) for name in ("top1", "top5", "loss", "images")}
-    watchers.log.write(row, f"test_{form}")
+    watchers.write(row, f"test_{form}")
     watchers.progress.note(
         f"epoch {epoch:g}: {FORMS[form].title}, top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} %, "
         f"loss {result.loss:.4f}, {result.images} test images"

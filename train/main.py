@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before the imports that take long: see `run_module
     run_module("train.main", huge_pages=True)
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ import jax
 from repvgg_jax.errors import RepVGGError
 from repvgg_jax.storage import BucketPath
 
-from . import cluster
+from . import cluster, tracker
 from .bucket_metrics import BucketMetricsLog
 from .checkpoint import Checkpoints
 from .data import Prefetch
@@ -73,6 +74,9 @@ def train(recipe: Recipe) -> Result | None:
       RepVGGError: bad options, unreadable data, a workdir that cannot be used, or a loss that is not finite.
     """
     cluster.start(recipe.cluster)
+    tracked = recipe.run.tracker != "none" and cluster.is_leader()
+    if tracked:
+        tracker.check_installed()
     run = set_up(recipe)
     with (
         claimed(recipe, run.workdir) as check_workdir,
@@ -88,6 +92,9 @@ def train(recipe: Recipe) -> Result | None:
 
         log = stack.enter_context(open_log(run, start_step, progress.note))
         watchers = Watchers(make_evaluator(run, run.model), log, progress, checkpoints, check_workdir)
+        if tracked:
+            begun = stack.enter_context(tracker.Tracker(run.workdir, start_step, progress.note))
+            watchers = dataclasses.replace(watchers, tracker=begun)
         with (
             training_batches(run, start_step) as batches,
             Prefetch(batches, put_batch, recipe.input.prefetch) as on_device,

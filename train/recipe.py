@@ -231,6 +231,9 @@ class RunOptions:
     """Newest checkpoints to keep; the best one is kept besides."""
     profile: bool = False
     """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
+    tracker: Literal["none", "wandb"] = "none"
+    """Who gets the rows of metrics.jsonl besides TensorBoard: wandb, Weights & Biases; the environment says where
+    (WANDB_MODE, WANDB_PROJECT, WANDB_NAME)."""
     preflight: str | None = None
     """Instead of training, compile this run for machines that are not here, and say whether it fits them: a TPU slice,
     such as v5e:16x16, or so many GPUs, such as h100:8. Needs no data and writes nothing."""

@@ -68,6 +68,7 @@ def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
         ("train.evaluate", "digits", "train", weights): "train",
         ("train.plot", str(tmp_path)): "train",
         ("examples.digits", str(tmp_path)): "train",
+        ("examples.nnx_backbone",): "train",
         ("examples.segmentation",): "train",
         ("examples.use_in_your_code",): "train",
         ("repvgg_jax.__main__", "summary", "RepVGG-A0"): "",
@@ -95,6 +96,14 @@ def test_one_missing_library_is_named_by_whichever_command_needs_it(tmp_path):
     for (status, _, err), module in zip(done, ("matplotlib", "optax"), strict=True):
         assert status == 2
         assert err == f"error: this needs {module}, which is not installed: {install_hint('train')}\n"
+
+
+def test_a_missing_tracker_is_named_before_anything_begins(tmp_path):
+    run = ("train.main", "--preset", "digits", "--workdir", str(tmp_path / "run"), "--tracker", "wandb")
+    (status, out, err), *_ = without(("wandb",), run)
+    assert (status, out) == (2, "")
+    assert err == f"error: --tracker wandb: this needs wandb, which is not installed: {install_hint('wandb')}\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_module_of_nobody_s_is_a_fault_of_ours():

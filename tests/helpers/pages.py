@@ -102,6 +102,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "repvgg_jax": _library,
     "examples.digits": _tyro("examples.digits"),
     "examples.finetune.split": _tyro("examples.finetune.split"),
+    "examples.nnx_backbone": _tyro("examples.nnx_backbone"),
 }
 """The real parser of every command that a page may name."""
 
