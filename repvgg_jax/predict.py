@@ -65,12 +65,8 @@ def predict(arguments: Predict) -> int:
     if arguments.embeddings is not None:
         check_embedding_file(arguments.embeddings)
         if arguments.format != "text":
-<<<<<<< HEAD
             raise ConfigError("--embeddings writes no predictions: remove --format")
-=======
-            raise ConfigError("--embeddings writes no predictions: leave --format away")
     arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
->>>>>>> hub
     info = arguments.options.apply(inspect_weights(arguments.weights, **arguments.options.reading))
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")

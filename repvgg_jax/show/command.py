@@ -11,6 +11,7 @@ from ..files import atomic_path, check_target
 from ..paths import exists, place
 from ..predict import ImageReader
 from ..weights import inspect_weights
+from ..weights.argument import weights_path
 from ..weights.options import WeightsOptions
 from .collect import Request, collect
 from .page import GENERATOR, page
@@ -61,6 +62,7 @@ def show(arguments: Show) -> int:
             raise ConfigError(f"{option} must be at least 1, not {getattr(arguments, field)}")
     output = arguments.output or f"{Path(arguments.weights).stem or 'weights'}.html"
     check_page(output)
+    arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
     info = arguments.options.apply(inspect_weights(arguments.weights, **arguments.options.reading))
     reader = None
     if arguments.images:
