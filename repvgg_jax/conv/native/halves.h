@@ -11,14 +11,11 @@ namespace repvgg {
 
 typedef uint16_t Half;  // the bits of a bfloat16
 
-// Bias and ReLU, rounded to the nearest; the first `count` numbers.
-inline void finish(__m512 sum, const FloatEnds& ends, int64_t channel, Half* out, int64_t count) {
-  Vec v;
-  if (ends.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(ends.bias + channel));
-  std::memcpy(&v, &sum, sizeof v);
-  if (ends.relu) v = positive(v);
-  std::memcpy(&sum, &v, sizeof v);
-  _mm256_mask_storeu_epi16(out, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(sum));
+// ReLU if asked for, rounded to the nearest; those of the mask are stored.
+inline void finish(__m512 sum, bool relu, Half* out, __mmask16 stored) {
+  // Unlike a maximum, this keeps what is not a number.
+  if (relu) sum = _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
+  _mm256_mask_storeu_epi16(out, stored, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
 // `multiply` of bfloat16, two channels at a time.
@@ -29,7 +26,7 @@ void multiply_halves(const Left& left, const Half* a, const Half* b, int64_t pan
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
-    for (int v = 0; v < COUNT; v++) sums[m][v] = Vec{};
+    for (int v = 0; v < COUNT; v++) sums[m][v] = load(ends.bias + v * LANES);
   for (int64_t i = 0; i < left.outer; i++)
     for (int64_t j = 0; j < left.inner; j++) {
       const Half* x = a + i * left.outer_step + j * left.inner_step;
@@ -55,7 +52,7 @@ void multiply_halves(const Left& left, const Half* a, const Half* b, int64_t pan
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++)
-      finish(__m512(sums[m][v]), ends, v * LANES, out + m * out_row + v * LANES, width - v * LANES);
+      finish(__m512(sums[m][v]), ends.relu, out + m * out_row + v * LANES, first_lanes(width - v * LANES));
 }
 
 struct Halves {

@@ -143,13 +143,13 @@ inline __mmask16 first_lanes(int64_t count) {
   return (1u << std::min<int64_t>(std::max<int64_t>(count, 0), LANES)) - 1;
 }
 
-inline void finish(__m512i sum, const float*, int32_t* out, __mmask16 mask) {
+inline void finish(__m512i sum, __m512, int32_t* out, __mmask16 mask) {
   _mm512_mask_storeu_epi32(out, mask, sum);
 }
 
 // To the nearest, ties to even, saturated: as `QuantizedNet` rounds.
-inline void finish(__m512i sum, const float* factor, uint8_t* out, __mmask16 mask) {
-  const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(factor));
+inline void finish(__m512i sum, __m512 factor, uint8_t* out, __mmask16 mask) {
+  const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor);
   const __m512 inside = _mm512_min_ps(_mm512_max_ps(real, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
   _mm512_mask_cvtepi32_storeu_epi8(out, mask, _mm512_cvtps_epi32(inside));
 }
@@ -189,7 +189,7 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
 #pragma GCC unroll 2
     for (int v = 0; v < COUNT; v++) {
       const __mmask16 mask = first_lanes(width - v * LANES);
-      finish(__m512i(sums[m][v]), ends.factor + v * LANES, out + m * out_row + v * LANES, mask);
+      finish(__m512i(sums[m][v]), _mm512_loadu_ps(ends.factor + v * LANES), out + m * out_row + v * LANES, mask);
     }
 }
 

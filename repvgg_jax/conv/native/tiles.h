@@ -129,11 +129,11 @@ void multiply_tiles(int64_t rows, const Chunk<Kind>* chunks, int64_t count, int6
   if (count > 1) _tile_stored(2, sums[2], TILE_BYTES);
   if (count > 1 && second) _tile_stored(3, sums[3], TILE_BYTES);
   settle();
-  for (int64_t chunk = 0; chunk < count; chunk++)
-    for (int64_t m = 0; m < rows; m++)
-      for (int64_t v = 0; v < panels; v++)
-        Kind::finish(sums[2 * chunk + v][m], ends, v * LANES, chunks[chunk].to + m * out_row + v * LANES,
-                     width - v * LANES);
+  for (int64_t v = 0; v < panels; v++) {
+    const typename Kind::End end(ends, v * LANES, width - v * LANES);
+    for (int64_t chunk = 0; chunk < count; chunk++)
+      for (int64_t m = 0; m < rows; m++) end(sums[2 * chunk + v][m], chunks[chunk].to + m * out_row + v * LANES);
+  }
 }
 
 template <typename Kind, typename At>
@@ -158,9 +158,17 @@ struct TiledHalves {
   using Session = TileShape;
   static constexpr bool TILED = true;
   static constexpr int STEP = 2, RUN = 32;
-  static void finish(const int32_t* sums, const Ends& ends, int64_t channel, Half* out, int64_t count) {
-    repvgg::finish(_mm512_load_ps(sums), ends, channel, out, count);
-  }
+  // What a panel's sums end with, kept in registers.
+  struct End {
+    __m512 bias;
+    bool relu;
+    __mmask16 stored;
+    End(const Ends& ends, int64_t channel, int64_t count)
+        : bias(_mm512_loadu_ps(ends.bias + channel)), relu(ends.relu), stored(first_lanes(count)) {}
+    void operator()(const int32_t* sums, Half* out) const {
+      finish(_mm512_add_ps(_mm512_load_ps(sums), bias), relu, out, stored);
+    }
+  };
 };
 
 template <typename Result>
@@ -172,10 +180,18 @@ struct TiledBytes {
   using Session = TileShape;
   static constexpr bool TILED = true;
   static constexpr int STEP = 4, RUN = 64;
-  static void finish(const int32_t* sums, const Ends& ends, int64_t channel, Result* out, int64_t count) {
-    const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums), _mm512_loadu_si512(ends.bias + channel));
-    repvgg::finish(sum, ends.factor + channel, out, first_lanes(count));
-  }
+  struct End {
+    __m512i bias;
+    __m512 factor;
+    __mmask16 stored;
+    End(const Ends& ends, int64_t channel, int64_t count)
+        : bias(_mm512_loadu_si512(ends.bias + channel)),
+          factor(_mm512_loadu_ps(ends.factor + channel)),
+          stored(first_lanes(count)) {}
+    void operator()(const int32_t* sums, Result* out) const {
+      finish(_mm512_add_epi32(_mm512_load_si512(sums), bias), factor, out, stored);
+    }
+  };
 };
 
 }  // namespace repvgg
