@@ -158,9 +158,10 @@ def _check_object(target: BucketPath) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that another thread may still be writing into."""
-    for _ in range(3):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder that another thread may still be writing into: under a name by which that cannot find it."""
+    with contextlib.suppress(OSError):
+        folder = folder.rename(folder.with_name(f"{folder.name}-removed"))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

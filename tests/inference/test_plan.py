@@ -20,12 +20,14 @@ def stages(plan) -> list[str]:
         (16, "float32", ["native", *["native, native_winograd4"] * 3, "native"]),
         (1, "float64", ["direct", "direct", "direct, winograd2", "direct", "direct"]),
         (16, "float64", ["direct", *["direct, winograd4"] * 2, "im2col, winograd2", "im2col"]),
-        (16, "bfloat16", ["direct"] * 5),
+        (16, "bfloat16", ["native_bf16"] * 5),
     ],
 )
 def test_the_cost_models_choices(batch_size, dtype, expected):
     if dtype == "float32" and not native.available():
         pytest.skip("no C++ compiler")
+    if dtype == "bfloat16" and not native.bf16_available():
+        expected = ["direct"] * 5
     plan = default_plan(get_variant("RepVGG-A0"), batch_size, (224, 224), dtype=dtype)
     assert stages(plan) == expected
     assert {stage.portion for stage in plan.stages} == {batch_size}

@@ -150,7 +150,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
         ((source, out, *quantize, "--calibration-images", "0"), "--calibration-images must be at least 1"),
         ((source, out, "--int8", "--calibration", folder / "one"), "one image is too few to calibrate with"),
         ((source, out, "--int8", "--calibration", folder / "empty"), "empty holds no images"),
-        ((source, out, "--int8", "--calibration", folder / "nowhere"), "is no folder"),
+        ((source, out, "--int8", "--calibration", folder / "nowhere"), "is not a folder"),
         ((source, out, "--int8", "--calibration", folder / "broken"), "a.png: cannot be read as an image"),
         ((int8, out, *quantize), "holds a quantised net (INT8), and float weights are needed here"),
         ((int8, folder / "out.pth"), "holds a quantised net (INT8), and float weights are needed here"),

@@ -75,6 +75,7 @@ def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
     assert equalized > max(20, by_channel + 10)
 
 
+@pytest.mark.slow
 def test_learned_rounding_helps_where_it_is_the_weights_that_lose():
     # With a scale for each channel of equalised weights what is lost is lost in the activations.
     model, variables = deploy_net()

@@ -40,7 +40,7 @@ def test_a_folder_is_prepared_as_the_data_set_is(photos: Path) -> None:
     by_name = data.open_dataset("cifar10", unopened=True)
     assert by_name.preprocessing == USUAL
     assert (by_name.train_size, by_name.train_transform) == (32, "pad_and_crop_flip")
-    assert recipe.model.variant.strides == (1, 1, 2, 2, 2)
+    assert recipe.model.variant.strides == (1, 2, 2, 2, 1)
 
 
 def test_every_number_has_an_option(photos: Path) -> None:
@@ -76,7 +76,7 @@ def test_another_model_has_its_own_depth_and_widths() -> None:
     assert own.model.variant.widths == PRESETS["cifar10"].model.widths
     assert own.run.workdir == "runs/cifar10"
     assert other.model.variant.widths == rv.create_model("RepVGG-A1").variant.widths
-    assert other.model.variant.strides == (1, 1, 2, 2, 2)
+    assert other.model.variant.strides == (1, 2, 2, 2, 1)
     assert other.run.workdir == "runs/cifar10-RepVGG-A1"
     assert (own.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
     assert parse(["--preset", "cifar10", *map(str, TINY)]).run.workdir == "runs/cifar10-custom"
@@ -95,6 +95,7 @@ def cifar10(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_minute_of_training_learns_real_photographs(cifar10: Path, tmp_path: Path) -> None:
     """2000 photographs are enough for the preset to be right four times as often as chance."""
     words = ["--preset", "cifar10", "--data", str(cifar10), "--batch-size", "64", "--epochs", "5"]

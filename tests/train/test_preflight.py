@@ -107,7 +107,7 @@ def test_tiles_are_stored_whole(shape, layout, stored):
 
 
 def test_other_text_is_refused():
-    with pytest.raises(ValueError, match="no text of a compiled program"):
+    with pytest.raises(ValueError, match="not the text of a compiled program"):
         program_cost("HloModule empty\n", on_chip=False)
 
 
@@ -423,7 +423,7 @@ def test_a_run_s_config_does_not_know_of_it(tmp_path):
         (("--preflight", "v5e:4x4"), "--preflight v5e:4x4 needs the compiler for it: pip install 'jax[tpu]'"),
         (("--preflight", "h100:8"), "--preflight h100:8 needs the compiler for it: pip install 'jax[cuda13]'"),
         (("--preflight-largest",), "--preflight-largest needs --preflight TARGET"),
-        (("--preflight", "h100:8", "--data", "nobody_knows_it"), "how many classes nobody_knows_it has is not known"),
+        (("--preflight", "h100:8", "--data", "nobody_knows_it"), "the number of classes in nobody_knows_it is unknown"),
         (("--preflight", "h100:8", "--data", "./nowhere"), "./nowhere does not exist"),
     ],
 )
