@@ -39,10 +39,9 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
         with scratch_folder(hidden_prefix(target), target.parent) as folder:
             temporary = folder / target.name
             yield temporary
-            if mode is None and target.exists():
-                mode = target.stat().st_mode & 0o777
-            if mode is not None:
-                temporary.chmod(mode)
+            if mode is None:  # some writers make files that only their owner can read
+                mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+            temporary.chmod(mode)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(target)
