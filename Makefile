@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 # Memory in huge pages for the examples and the tests too; train.main asks for it by itself.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow attack lint docs gpu check-gpu check-tpu clean
+.PHONY: demo test test-slow attack lint wheel docs gpu check-gpu check-tpu clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -28,6 +28,13 @@ lint: $(VENV)/dev.installed  ## Style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+
+wheel: $(VENV)/dev.installed  ## A wheel with the convolutions compiled for all x86-64 processors, in dist/
+	rm -rf build dist
+	REPVGG_JAX_COMPILE_WHEEL=$${MACHINE:-x86_64} $(RUN) -m build --outdir dist/here
+	PATH="$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair dist/here/*.whl --wheel-dir dist
+	mv dist/here/*.tar.gz dist
+	rm -r dist/here
 
 docs: $(VENV)/docs.installed  ## The documentation as a site in build/site; broken links are errors
 	$(RUN) -m mkdocs build

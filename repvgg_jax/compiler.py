@@ -27,6 +27,7 @@ from .errors import RepVGGError
 from .files import atomic_path, scratch_folder
 from .machine import cache_folder, cpu_model
 from .ownership import check_own_file, find_private_folder, make_private_folder
+from .processors import COMPILE, compiled_file, this_processor
 
 SWITCH = "REPVGG_JAX_NATIVE"
 COMPILERS = ("c++", "g++", "clang++")
@@ -49,6 +50,19 @@ _log = logging.getLogger(__name__)
 def switched_on() -> bool:
     """Whether the environment allows native code."""
     return os.environ.get(SWITCH, "1") != "0"
+
+
+def load_compiled(source: Path) -> ctypes.CDLL | None:
+    """Return the library that a wheel brought for this processor; None if it brought none that can be loaded."""
+    processor = this_processor()
+    library = compiled_file(source, processor) if processor else None
+    if library is None or not library.exists():
+        return None
+    try:
+        return ctypes.CDLL(os.fspath(library))
+    except OSError as error:  # such as a C library that is too old
+        _log.warning("the compiled library of the wheel is not used: %s", error)
+        return None
 
 
 def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | None:
@@ -95,7 +109,7 @@ def _command(options: tuple[str, ...]) -> list[str] | None:
     compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
     if flag is None or compiler is None or sys.platform == "win32":
         return None
-    return [compiler, "-std=c++17", "-O3", flag, "-fPIC", "-shared", *options]
+    return [compiler, *COMPILE, flag, *options]
 
 
 def _digest(source: Path, command: list[str]) -> str:

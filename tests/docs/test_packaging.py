@@ -1,6 +1,9 @@
 """Claim: the wheel is the library alone, and all that an installed user needs: load, fuse, predict, summarise."""
 
 import json
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,16 +41,47 @@ print(json.dumps([rv.__file__, sorted({name.split(".")[0] for name in sys.module
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A folder with wheel and source distribution, built from a copy of the files that git knows or would know."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory) -> Path:
+    """A copy of the files that git knows or would know."""
+    source = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory) -> Path:
+    """A folder with wheel and source distribution."""
+    out = tmp_path_factory.mktemp("dist")
     subprocess.run([sys.executable, "-m", "build", "--outdir", out, source], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def compiled(source, tmp_path_factory) -> Path:
+    """A folder with a wheel that has compiled convolutions, as `make wheel` builds it."""
+    if platform.machine() != "x86_64" or shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler for x86-64")
+    out, plain = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("plain")
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--skip-dependency-check",
+        "--outdir",
+        plain,
+        source,
+    ]
+    subprocess.run(build, check=True, capture_output=True, env=os.environ | {"REPVGG_JAX_COMPILE_WHEEL": "x86_64"})
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    repair = [sys.executable, "-m", "auditwheel", "repair", only(plain, "*.whl"), "--wheel-dir", out]
+    subprocess.run(repair, check=True, capture_output=True, env=os.environ | {"PATH": tools})
     return out
 
 
@@ -102,6 +136,39 @@ def test_an_environment_with_the_wheel_alone_loads_fuses_and_predicts(built, tmp
     assert relative_difference(expected, np.load(tmp_path / "logits.npy")) <= 1e-5
     summary = subprocess.run([python, "-m", "repvgg_jax", "summary", "RepVGG-A0"], capture_output=True, text=True)
     assert "RepVGG-A0" in summary.stdout, summary.stderr
+
+
+def test_the_compiled_wheel_is_for_any_python_on_many_linuxes(compiled):
+    wheel = only(compiled, "*.whl")
+    assert "-py3-none-manylinux_2_" in wheel.name
+    assert wheel.name.endswith("_x86_64.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert len(libraries) == 4
+    for check in (["twine", "check", "--strict", wheel], ["auditwheel", "show", wheel]):
+        done = subprocess.run([sys.executable, "-m", *check], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+PLAN = """
+import repvgg_jax as rv
+
+print(rv.make_predictor(*rv.load_weights("w.safetensors"), batch_size=1, image_size=64).plan)
+print(rv.__file__)
+"""
+
+
+def test_it_runs_native_convolutions_where_there_is_no_compiler(compiled, tmp_path):
+    """The wheel alone is installed; its dependencies are this environment's."""
+    model = rv.create_model("RepVGG-A0", num_classes=5, deploy=True)
+    rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "installed"]
+    subprocess.run([*pip, only(compiled, "*.whl")], check=True, capture_output=True)
+    nowhere = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", PLAN], cwd=tmp_path, capture_output=True, text=True, env=nowhere)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "installed") in done.stdout.splitlines()[-1]
+    assert "native" in done.stdout
+    assert not list((tmp_path / ".cache").rglob("*.so"))
 
 
 def test_importing_the_library_loads_no_optional_one():

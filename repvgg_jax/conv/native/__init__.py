@@ -6,6 +6,7 @@ XLA's own operations. Training has its own, in `training.py`.
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from ...compiler import load_library, switched_on
+from ...compiler import load_compiled, load_library, switched_on
 from ...errors import RepVGGError
+from ...processors import CONVOLUTIONS
 
 SOURCE = Path(__file__).parent / "conv3x3.cc"
 TARGET, INT8_TARGET, BF16_TARGET = "repvgg_conv3x3", "repvgg_conv3x3_int8", "repvgg_conv3x3_bf16"
@@ -24,6 +26,8 @@ TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT = (
     "repvgg_input_gradient",
     "repvgg_kernel_gradient",
 )
+
+_log = logging.getLogger(__name__)
 
 
 def available() -> bool:
@@ -205,11 +209,23 @@ def _run(kind: Literal["int8", "bf16"]) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library, its functions made known to XLA; None where it cannot be."""
-    library = load_library(SOURCE, "convolutions", "-ffp-contract=fast", "-pthread", "-isystem", jax.ffi.include_dir())
+    """Return the library, its functions registered with XLA; None where there is none."""
+    library = load_compiled(SOURCE)
     if library is not None:
-        targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT]
-        targets += [INT8_TARGET] * (library.repvgg_int8_run() > 0) + [BF16_TARGET] * (library.repvgg_bf16_run() > 0)
-        for target in targets:
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        try:
+            _register(library)
+            return library
+        except Exception as error:  # jaxlib's own, for an interface that it does not support
+            _log.warning("the convolutions of the wheel are not used, XLA refuses them: %s", error)
+    library = load_library(SOURCE, "convolutions", *CONVOLUTIONS, jax.ffi.include_dir())
+    if library is not None:
+        _register(library)
     return library
+
+
+def _register(library: ctypes.CDLL) -> None:
+    """Register the library's functions with XLA."""
+    targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT]
+    targets += [INT8_TARGET] * (library.repvgg_int8_run() > 0) + [BF16_TARGET] * (library.repvgg_bf16_run() > 0)
+    for target in targets:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
