@@ -213,6 +213,7 @@ def _library() -> ctypes.CDLL | None:
     library = load_compiled(SOURCE)
     if library is not None:
         try:
+            jax.local_devices(backend="cpu")  # before it is there, XLA only notes what it may refuse later
             _register(library)
             return library
         except Exception as error:  # jaxlib's own, for an interface that it does not support
