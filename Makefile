@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL := 2
 # Memory in huge pages for the examples and the tests too; train.main asks for it by itself.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow attack lint wheel docs gpu check-gpu check-tpu clean
+.PHONY: demo test test-slow test-native attack lint wheel docs gpu check-gpu check-tpu clean
 
 demo: $(VENV)/train.installed  ## Train on real digits, fuse, compare, predict: a few minutes on two cores
 	$(RUN) -m train.main --preset digits --data-dir runs/data --workdir runs/demo
@@ -20,6 +20,9 @@ test: $(VENV)/dev.installed  ## The tests, without the slow ones
 
 test-slow: $(VENV)/dev.installed  ## The slow ones: every variant at full size, runs killed and resumed, several processes
 	$(RUN) -m pytest -n $${TEST_WORKERS:-2} -m slow $(ARGS)
+
+test-native: $(VENV)/dev.installed  ## The C++ on random shapes: sanitizers, guard pages, each instruction set; ARGS="guard" for some
+	ATTACK_SCALE=$${ATTACK_SCALE:-0.05} $(RUN) -m tests.attack.sanitizers $(ARGS)
 
 attack: $(VENV)/dev.installed  ## What docs/reliability.md reports, done again: hours on two cores (ATTACK_SCALE=0.01 for minutes)
 	nice -n 10 $(RUN) -m tests.attack $(ARGS)

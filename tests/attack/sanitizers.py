@@ -24,17 +24,20 @@ WORK = 3_000_000
 MEMORY = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-O1", "-g", "-fsanitize=thread")
 GUARDED = ("-O3", "-DGUARD_PAGES")
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A program built one way, and how often it tries."""
+    """A program built one way, and how often it tries; for another processor, with the emulator that runs it."""
 
     program: str
     name: str
     options: tuple[str, ...]
     cases: int
     mode: str = "alone"
+    compiler: str | None = None
+    emulator: tuple[str, ...] = ()
 
     def command(self, compiler: str, to: Path) -> list[str]:
         """The compiler's command line."""
@@ -86,12 +89,22 @@ def builds() -> list[Build]:
             Build("resizing", f"resizing, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 3000),
             Build("resizing", f"resizing, {name}, guard pages", (*GUARDED, option), 5000),
         ]
+    if shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR):
+        options = (*GUARDED, "-march=armv8-a", "-static")
+        found += [
+            Build(
+                program, f"{program}, Arm (emulated), guard pages", options, 500, "alone", ARM_COMPILER, (ARM_EMULATOR,)
+            )
+            for program in ("convolutions", "resizing")
+        ]
     return found
 
 
 def compiled(build: Build, folder: Path) -> Path:
     """Return the program, built unless another build had the same options."""
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    compiler = (
+        build.compiler or shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    )
     if compiler is None:
         sys.exit("error: there is no C++ compiler here: set CXX")
     path = folder / "_".join((build.program, *build.options)).replace("/", "_")
@@ -109,7 +122,7 @@ def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
     fixed = ["setarch", "-R"] if "-fsanitize=thread" in build.options and shutil.which("setarch") else []
     options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     while first < end:
-        command = [*fixed, str(program), str(first), str(end - first), build.mode, str(WORK)]
+        command = [*fixed, *build.emulator, str(program), str(first), str(end - first), build.mode, str(WORK)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | options)
         lines = done.stdout.splitlines()
         begun = {int(line.split()[1]) for line in lines if line.startswith("case ")}
@@ -126,9 +139,14 @@ def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
 
 
 def main() -> int:
-    """Build and run all."""
+    """Build and run all, or those whose names contain the first argument."""
+    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [build for build in builds() if part in build.name]
+    if not chosen:
+        names = ", ".join(f"'{build.name}'" for build in builds())
+        sys.exit(f"error: no build's name contains {part!r}; there are {names}")
     with tempfile.TemporaryDirectory() as folder:
-        return max(finish(attack(build, compiled(build, Path(folder)), attempts(build.cases))) for build in builds())
+        return max(finish(attack(build, compiled(build, Path(folder)), attempts(build.cases))) for build in chosen)
 
 
 if __name__ == "__main__":
