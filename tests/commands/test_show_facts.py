@@ -47,7 +47,13 @@ def photos(tmp_path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "gates after ReLU, auxiliary heads", "QARepVGG"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "gates before ReLU", "GELU")),
+    ],
+)
 def test_every_kind_of_net_is_shown_layer_by_layer_with_its_own_ranges(name, photos, tmp_path):
     """Weights are compared with `to_deploy`'s, activations with the training form's features."""
     weights = write_net(tmp_path / "net.safetensors", VARIANTS[name])

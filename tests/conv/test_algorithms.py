@@ -47,7 +47,7 @@ def compute(algorithm, x, kernel, bias, stride, groups, relu, dilation=1):
     return jax.jit(lambda x, k, b: convolve(x, k, b, **options))(x, prepared, bias)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     algorithm=st.sampled_from(XLA),
     height=st.integers(1, 13),
@@ -73,7 +73,7 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilat
 
 
 @NEEDS_COMPILER
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     algorithm=st.sampled_from(NATIVE),
     images=st.integers(1, 3),

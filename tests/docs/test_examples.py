@@ -17,6 +17,7 @@ from tests.helpers.random_weights import random_variables
 from train.data.sources import FolderSource
 
 
+@pytest.mark.slow
 def test_fine_tuning_ends_in_a_fused_net_of_the_new_classes(sandbox):
     sandbox.trains = True
     run_page("examples/finetune/README.md", sandbox)

@@ -1,6 +1,7 @@
 """Claim: the notebook runs from top to bottom, and is kept without anything that a run leaves in it."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from tests.helpers.repository import ROOT
@@ -8,6 +9,7 @@ from tests.helpers.repository import ROOT
 PATH = ROOT / "examples" / "repvgg_tour.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_draws(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this checkout's library, whichever is installed
     notebook = nbformat.read(PATH, as_version=4)

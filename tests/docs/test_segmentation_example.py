@@ -11,6 +11,7 @@ from PIL import Image
 from examples import segmentation
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_the_whole_example(tmp_path, capsys):
     before, after = segmentation.run(segmentation.Arguments(steps=3, batch_size=2, out=str(tmp_path)))
     printed = capsys.readouterr().out

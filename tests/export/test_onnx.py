@@ -56,7 +56,11 @@ def check_same_logits(variant: str | rv.Variant, size: int, path: Path) -> None:
         assert relative_difference(expected, run(path, nchw(images))) <= 1e-5
 
 
-@pytest.mark.parametrize("variant", ["RepVGG-A0", GROUPED, D2SE, PLUS], ids=["A0", "grouped", "D2se", "plus"])
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param("RepVGG-A0", marks=pytest.mark.slow), GROUPED, pytest.param(D2SE, marks=pytest.mark.slow), PLUS],
+    ids=["A0", "grouped", "D2se", "plus"],
+)
 def test_other_runtimes_give_the_same_logits(variant, tmp_path):
     check_same_logits(variant, 64, tmp_path / "net.onnx")
 

@@ -92,7 +92,11 @@ def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilatio
                 np.testing.assert_allclose(moved[key], value, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(np.float32, 1e-5, marks=pytest.mark.slow), (np.float64, 1e-12)],
+    ids=["float32", "float64"],
+)
 @pytest.mark.parametrize("option", EACH)
 def test_whole_nets_fuse_to_the_same_logits(option, dtype, tolerance):
     with jax.enable_x64(True):

@@ -82,8 +82,15 @@ def test_activations_are_pytorchs_and_the_same_in_every_form(name):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", [None, "before_relu", "after_relu"])
-@pytest.mark.parametrize("activation", ["gelu", squash])
+@pytest.mark.parametrize(
+    ("activation", "place"),
+    [
+        ("gelu", "before_relu"),
+        (squash, "after_relu"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gelu", None), ("gelu", "after_relu"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((squash, None), (squash, "before_relu"))),
+    ],
+)
 def test_forms_and_predictor_agree_with_another_activation(activation, place):
     variant = dataclasses.replace(VARIANT, squeeze_excite=place, squeeze_excite_ratio=4)
     model = rv.create_model(variant, 5, activation=activation)

@@ -151,8 +151,8 @@ def test_every_published_variant(name, dtype, tmp_path):
     ("name", "shape", "classes"),
     [
         ("grouped", (3, 33, 47, 1), 1),
-        ("SE before ReLU", (2, 65, 34, 4), 7),
-        ("grouped", (8, 1, 32, 3), 7),
+        pytest.param("SE before ReLU", (2, 65, 34, 4), 7, marks=pytest.mark.slow),
+        pytest.param("grouped", (8, 1, 32, 3), 7, marks=pytest.mark.slow),
     ],
     ids=["grey, odd sizes, 1 class", "4 channels, 7 classes", "one pixel high"],
 )
@@ -210,6 +210,7 @@ def test_bfloat16_keeps_float32_where_it_counts():
     assert 1e-4 < difference < 0.05
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_not_numbers():
     variant = rv.Variant((1, 2, 1, 1), (4, 4, 4, 4, 4), 2)
     images = noise((2, 48, 48, 3))

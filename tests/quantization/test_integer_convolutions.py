@@ -19,7 +19,7 @@ from tests.helpers.random_weights import random_variables
 pytestmark = pytest.mark.skipif(not native.int8_available(), reason="needs a C++ compiler and AVX-512 VNNI")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     signed=st.booleans(),
     images=st.integers(1, 3),

@@ -62,7 +62,9 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
     assert equal / total > 0.999
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "grouped")]
+)
 def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
     model, variables = deploy_net(name)
     test = images(32, seed=1)

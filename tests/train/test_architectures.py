@@ -98,6 +98,7 @@ def test_numbers_that_make_no_net_are_one_line(options: tuple[object, ...], says
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_net_of_ones_own_is_trained_and_evaluated(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4, offset=20)

@@ -1,6 +1,7 @@
 """Claim: accumulation, moving averages, clipping and freezing do what PyTorch's recipes with them do."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,12 @@ def stepper(
     return jax.jit(make_train_step(model, optimizer, schedule, Preprocessing(32), **more)), start
 
 
+@functools.cache
+def plain_stepper():
+    """`stepper()`, compiled once."""
+    return stepper()
+
+
 @jax.jit
 def loss_and_gradient(params: Any, stats: Any, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """The loss, its gradient and the new BN statistics, without a train step."""
@@ -86,7 +93,7 @@ def test_accumulated_gradients_are_the_mean_over_the_portions_and_bn_sees_each_p
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), expected, after.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stats, after.batch_stats)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
-    plain, _ = stepper()
+    plain, _ = plain_stepper()
     whole, _ = plain(start, batch)
     assert changed(whole.batch_stats, after.batch_stats), "portions and whole see different batch statistics"
 
@@ -109,7 +116,7 @@ def test_the_moving_averages_decay_grows_to_its_value():
 
 
 def test_clipping_limits_the_step_and_the_log_shows_the_norm_before_it():
-    free, start = stepper(dataclasses.replace(OPTIONS, weight_decay=0.0))
+    free, start = plain_stepper()
     clipped, _ = stepper(dataclasses.replace(OPTIONS, weight_decay=0.0, clip_norm=0.01))
     after_free, metrics = free(start, batch_of(6))
     clipped_start = start.replace(opt_state=stepper(dataclasses.replace(OPTIONS, clip_norm=0.01))[1].opt_state)
@@ -147,7 +154,7 @@ def test_frozen_bn_keeps_statistics_and_trains_the_rest():
     assert moved == {name for name in flatten(start.variables) if name.startswith("params")}
 
 
-@pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
+@pytest.mark.parametrize("block", [pytest.param("repvgg", marks=pytest.mark.slow), "qarepvgg"])
 def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays(block):
     built = dict(block=block, branches=rv.Branches(2, True, True), activation="silu", dropout=0.5)
     step, start = stepper(built=built, accumulate=2)
@@ -168,7 +175,7 @@ def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays(bl
 
 
 def test_the_heads_learning_rate_is_multiplied():
-    plain, start = stepper()
+    plain, start = plain_stepper()
     faster, faster_start = stepper(fine_tune=FineTuneOptions(head_learning_rate=10))
     one, ten = plain(start, batch_of(6))[0], faster(faster_start, batch_of(6))[0]
     ratio = jax.tree.map(

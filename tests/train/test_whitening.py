@@ -63,7 +63,11 @@ def run_of(*words):
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("--block", "qarepvgg"), ("--dense-copies", "2", "--strips"), ("--ema-decay", "0.9"), ("--no-point",)],
+    [
+        *(pytest.param(words, marks=pytest.mark.slow) for words in ((), ("--block", "qarepvgg"), ("--no-point",))),
+        ("--dense-copies", "2", "--strips"),
+        ("--ema-decay", "0.9"),
+    ],
 )
 def test_stage_0_is_the_whitening_convolution_whatever_its_branches(words):
     run = run_of(*words)

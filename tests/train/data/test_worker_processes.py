@@ -92,12 +92,13 @@ class NotPicklableError(Exception):
         self.lock = threading.Lock()
 
 
+@pytest.mark.slow
 def test_an_error_that_cannot_be_pickled_does_too() -> None:
     with pytest.raises(RuntimeError, match="NotPicklableError: number 6 cannot be read"):
         training(Numbers(20, unreadable=(6,), error=NotPicklableError), 5, **SMALL, **TWO)
 
 
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGBUS])
+@pytest.mark.parametrize("killer", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)])
 def test_a_killed_worker_process_is_an_error_and_never_a_hang(killer: signal.Signals) -> None:
     with train_batches(Numbers(20), batch_size=8, local_device_count=1, seed=3, **SMALL, **TWO) as batches:
         next(batches)
@@ -133,7 +134,14 @@ def test_an_interrupt_in_the_middle_of_a_batch_ends_the_processes() -> None:
         interrupted()
 
 
-@pytest.mark.parametrize("keep", [lambda batch: batch, lambda batch: batch["image"][0, :1, 2:], jax.device_put])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        pytest.param(lambda batch: batch, marks=pytest.mark.slow),
+        lambda batch: batch["image"][0, :1, 2:],
+        jax.device_put,
+    ],
+)
 def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
     with train_batches(Numbers(40), batch_size=8, local_device_count=1, seed=0, **SMALL, **TWO) as batches:
         kept = [keep(next(batches)) for _ in range(3)]
