@@ -1,9 +1,9 @@
-"""`python -m tests.attack.sanitizers`: the C++ on random shapes under sanitizers and between guard pages.
+"""`python -m tests.attack.sanitizers`: run the C++ on random shapes, under sanitizers and between guard pages.
 
 Each program in `native/` calls the handlers of `conv3x3.cc` (float32, bfloat16, INT8, Winograd, training, gradients) or
-`resize.cc` itself, without Python or XLA, and compares each result with the definition. It is built several times: with
-AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end (or
-beginning) at a page that may not be touched, for every instruction set that the sources have code for.
+`resize.cc` directly, without Python or XLA, and compares each result with the definition. It is built several times:
+with AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end
+(or beginning) at an inaccessible page, for every instruction set that the sources have code for.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ GUARDED = ("-O3", "-DGUARD_PAGES")
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A program built one way, and how often it tries."""
+    """One way to build a program, and the number of cases to try."""
 
     program: str
     name: str
@@ -37,7 +37,7 @@ class Build:
     mode: str = "alone"
 
     def command(self, compiler: str, to: Path) -> list[str]:
-        """The compiler's command line."""
+        """Return the compiler's command line."""
         sources, contract = {
             "convolutions": (ROOT / "repvgg_jax" / "conv" / "native", "fast"),
             "resizing": (ROOT / "train" / "data", "off"),
@@ -48,7 +48,7 @@ class Build:
 
 
 def builds() -> list[Build]:
-    """Return what can be built and run on this machine."""
+    """Return the builds that this machine can compile and run."""
     here, others = "-mcpu=native", {}
     flags: list[str] = []
     if platform.machine() == "x86_64":
@@ -90,7 +90,7 @@ def builds() -> list[Build]:
 
 
 def compiled(build: Build, folder: Path) -> Path:
-    """Return the program, built unless another build had the same options."""
+    """Return the program, compiled unless another build had the same options."""
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         sys.exit("error: there is no C++ compiler here: set CXX")
@@ -103,9 +103,9 @@ def compiled(build: Build, folder: Path) -> Path:
 
 
 def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
-    """Run the cases; those after one that crashes are run by another process."""
+    """Run the cases; after a crash, another process runs the remaining ones."""
     result, end = Attack(build.name), first + cases
-    # ThreadSanitizer knows only some layouts of an address space.
+    # ThreadSanitizer knows only some address-space layouts.
     fixed = ["setarch", "-R"] if "-fsanitize=thread" in build.options and shutil.which("setarch") else []
     options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     while first < end:
@@ -126,7 +126,7 @@ def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
 
 
 def main() -> int:
-    """Build and run all."""
+    """Compile and run everything."""
     with tempfile.TemporaryDirectory() as folder:
         return max(finish(attack(build, compiled(build, Path(folder)), attempts(build.cases))) for build in builds())
 

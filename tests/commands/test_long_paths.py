@@ -1,4 +1,4 @@
-"""Claim: a path that no file system takes is one line from every command, not a traceback."""
+"""Claim: every command answers a path too long for any file system with one line, not a traceback."""
 
 import pytest
 

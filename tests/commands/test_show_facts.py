@@ -1,4 +1,4 @@
-"""Claim: what the page of `show` says of a net is true of it."""
+"""Claim: what the page of `show` says about a net is true."""
 
 import json
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_a_channel_that_one_scale_would_round_to_zero_is_counted():
     assert [round(float(r / scale)) for r in ranges].count(0) == spread.dead + spread.vanishing
 
 
-def test_the_forms_differ_by_rounding_and_no_more(weights, photos):
+def test_the_forms_differ_only_by_rounding(weights, photos):
     direct, planned = facts_of(weights, *photos).differences
     for one in (direct, planned):
         assert one.expected == "training form"
@@ -122,7 +122,7 @@ def test_a_difference_is_measured_as_the_page_says():
     assert difference(("a", "b"), expected, actual, "embedding").same_class is None
 
 
-def test_predictions_are_predicts(weights, photos, tmp_path):
+def test_predictions_equal_those_of_predict(weights, photos, tmp_path):
     odd = tmp_path / "odd"
     odd.mkdir()
     for name in ODD:
@@ -137,7 +137,7 @@ def test_predictions_are_predicts(weights, photos, tmp_path):
     assert shown == answers
 
 
-def test_an_int8_file_is_shown_with_what_it_saturates(photos, tmp_path):
+def test_an_int8_file_is_shown_with_its_saturation_limits(photos, tmp_path):
     model, variables = deploy_net("plain")
     preprocessing = rv.Preprocessing(SIZE, 1.0)
     net = rv.quantize(model, variables, images(), method="per-channel", preprocessing=preprocessing)
@@ -167,7 +167,7 @@ def test_an_int8_file_is_shown_with_what_it_saturates(photos, tmp_path):
 
 
 @pytest.mark.parametrize("name", rv.list_models())
-def test_the_stages_add_up_to_the_summary(name):
+def test_the_stages_costs_add_up_to_the_summary(name):
     from repvgg_jax.net.variants import get_variant
 
     variant = get_variant(name)

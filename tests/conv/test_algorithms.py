@@ -19,7 +19,7 @@ from tests.helpers.comparison import relative_difference
 XLA = [name for name, algorithm in ALGORITHMS.items() if not algorithm.is_native]
 NATIVE = [name for name, algorithm in ALGORITHMS.items() if algorithm.trains]
 HERE = XLA + NATIVE if native.available() else XLA
-"""Those that this machine has: the native ones need a C++ compiler."""
+"""Algorithms available on this machine: the native ones need a C++ compiler."""
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
@@ -59,7 +59,7 @@ def compute(algorithm, x, kernel, bias, stride, groups, relu, dilation=1):
     outer=st.integers(1, 5),
     relu=st.booleans(),
 )
-def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilation, groups, inner, outer, relu):
+def test_every_algorithm_equals_the_direct_sum(algorithm, height, width, stride, dilation, groups, inner, outer, relu):
     stride = stride if stride in ALGORITHMS[algorithm].strides else 1
     dilation = dilation if ALGORITHMS[algorithm].dilated else 1
     rng = np.random.default_rng(height + 20 * width)
@@ -85,21 +85,23 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilat
     outer=st.integers(1, 70),
     relu=st.booleans(),
 )
-def test_any_native_algorithm_is_the_direct_sum(algorithm, images, height, width, stride, groups, inner, outer, relu):
+def test_every_native_algorithm_equals_the_direct_sum(
+    algorithm, images, height, width, stride, groups, inner, outer, relu
+):
     stride = stride if stride in ALGORITHMS[algorithm].strides else 1
     rng = np.random.default_rng(height + 40 * width)
     x = rng.normal(size=(images, height, width, groups * inner)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, inner, groups * outer)) / np.sqrt(9 * inner)).astype(np.float32)
     bias = rng.normal(size=groups * outer).astype(np.float32)
     found = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
-    # Far above what rounding does to sums of this size, far below what a missing tap would.
+    # Far above the rounding error of sums this large, far below the effect of a missing tap.
     np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
 def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
-    # More tasks than threads, several images in one task, and products of uneven height.
+    # More tasks than threads, several images in one task, and products whose heights differ.
     rng = np.random.default_rng(0)
     x = rng.normal(size=(37, 9, 11, 48)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 48, 80)) / np.sqrt(9 * 48)).astype(np.float32)
@@ -121,7 +123,7 @@ def test_float32_error_of_one_layer(algorithm):
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
-def test_what_is_not_a_number_does_not_become_one(algorithm):
+def test_nan_stays_nan(algorithm):
     x = np.ones((1, 8, 8, 16), np.float32)
     x[0, 4, 4, 3] = np.nan
     kernel = np.ones((3, 3, 16, 16), np.float32)
@@ -136,7 +138,7 @@ def test_native_convolutions_can_be_switched_off(monkeypatch):
     assert not any(algorithm.is_native for algorithm in candidates(LayerShape(14, 14, 16, 16), "float32"))
 
 
-def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monkeypatch, tmp_path, caplog):
+def test_a_missing_compiler_is_not_an_error_and_a_failing_one_runs_once(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -153,7 +155,7 @@ def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monke
     assert "no such thing" in kept.read_text(encoding="utf-8")
 
 
-def test_native_convolutions_are_float32s_alone():
+def test_native_convolutions_are_for_float32_only():
     with pytest.raises(ValueError, match="native computes in float32, not bfloat16"):
         convolve(jnp.zeros((1, 4, 4, 2), jnp.bfloat16), jnp.zeros(9), jnp.zeros(2), algorithm="native")
 

@@ -1,4 +1,4 @@
-"""Claim: the training convolution and its CPU gradients are PyTorch's, whatever the shape, stride, groups, dilation."""
+"""Claim: the training convolution and its CPU gradients equal PyTorch's, for any shape, stride, groups and dilation."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def in_float64(x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray) -> tupl
 
 
 def our_results(function, x, kernel, cotangent, stride, groups, dilation=1):
-    """Output, gradient to the input, gradient to the kernel."""
+    """Return the output, the input gradient and the kernel gradient."""
 
     def all_three(x, kernel, cotangent):
         y, pull = jax.vjp(lambda x, k: function(x, k, stride, groups, dilation), x, kernel)
@@ -48,7 +48,7 @@ def our_results(function, x, kernel, cotangent, stride, groups, dilation=1):
 
 
 def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
-    """Output, gradient to the input, gradient to the kernel, in this library's layouts."""
+    """Return the output, the input gradient and the kernel gradient, in this library's layouts."""
     image = torch.from_numpy(x.transpose(0, 3, 1, 2)).contiguous().requires_grad_()
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).contiguous().requires_grad_()
     y = torch.nn.functional.conv2d(image, weight, None, stride, dilation * (kernel.shape[0] // 2), dilation, groups)
@@ -71,7 +71,7 @@ def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
     outer=st.integers(1, 3),
     function=st.sampled_from([training_conv, deploy_conv]),
 )
-def test_values_and_gradients_are_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
+def test_values_and_gradients_equal_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(height + width, height, width, size, stride, groups, inner, outer)
         geometry = (stride, groups, dilation)
@@ -119,7 +119,7 @@ def test_half_precision_stays_half_precision():
     inner=st.integers(1, 40),
     outer=st.integers(1, 40),
 )
-def test_native_values_and_gradients_are_pytorchs(tile, images, height, width, stride, groups, inner, outer):
+def test_native_values_and_gradients_equal_pytorchs(tile, images, height, width, stride, groups, inner, outer):
     if stride == 2:
         tile = 0
     case = random_case(height + width, height, width, 3, stride, groups, inner, outer, images)
@@ -136,8 +136,8 @@ def test_native_values_and_gradients_are_pytorchs(tile, images, height, width, s
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize(("images", "side", "channels"), [(40, 8, 48), (3, 56, 20), (130, 4, 16)])
-def test_native_sums_are_right_where_they_are_cut(images, side, channels):
-    """Several blocks, and chunks that are added up afterwards."""
+def test_native_sums_are_right_when_split(images, side, channels):
+    """With several blocks, and with chunks that are added up afterwards."""
     for stride, tile in ((1, 0), (1, 2), (1, 4), (2, 0)):
         case = random_case(0, side, side, 3, stride, 1, channels, channels + 5, images)
         x, kernel, cotangent = (a.astype(np.float32) for a in case)

@@ -1,4 +1,4 @@
-"""Claim: the wheel is the library alone, and all that an installed user needs: load, fuse, predict, summarise."""
+"""Claim: the wheel is the library alone, and enough for an installed user to load, fuse, predict and summarise."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ print(json.dumps([rv.__file__, sorted({name.split(".")[0] for name in sys.module
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with wheel and source distribution, built from a copy of the files that git knows or would know."""
+    """A folder with wheel and source distribution, built from a copy of the files that git tracks or would track."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -56,7 +56,7 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-def test_twine_finds_no_fault(built):
+def test_twine_accepts_the_distributions(built):
     check = [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,8 +104,8 @@ def test_an_environment_with_the_wheel_alone_loads_fuses_and_predicts(built, tmp
     assert "RepVGG-A0" in summary.stdout, summary.stderr
 
 
-def test_importing_the_library_loads_no_optional_one():
-    """Here, where all of them are installed."""
+def test_importing_the_library_imports_no_optional_library():
+    """In this environment, where all optional libraries are installed."""
     script = "import sys, repvgg_jax; print({name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("torch", "tensorflow", "onnx", "onnxruntime", "openvino", "sklearn", "huggingface_hub"):

@@ -1,4 +1,4 @@
-"""Claim: type checkers and editors know every public name, though `repvgg_jax` loads them when first used."""
+"""Claim: type checkers and editors see every public name, though `repvgg_jax` loads each one on first use."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import repvgg_jax as rv
 from tests.helpers.repository import ROOT
 
 
-def test_pyright_knows_every_public_name_and_no_other(tmp_path):
+def test_pyright_sees_every_public_name_and_no_other(tmp_path):
     lines = ["import repvgg_jax as rv", *(f"reveal_type(rv.{name})" for name in rv.__all__), "rv.crate_model"]
     program = tmp_path / "program.py"
     program.write_text("\n".join(lines), encoding="utf-8")
