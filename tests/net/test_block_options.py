@@ -61,7 +61,7 @@ def small_model(option: str, dtype: Any = jnp.float32, **more: Any) -> rv.RepVGG
     branches=st.builds(rv.Branches, st.sampled_from([1, 3]), *5 * [st.booleans()]),
     size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
 )
-def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
+def test_every_block_equals_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
     inputs = groups * data.draw(st.integers(1, 3))
     outputs = data.draw(st.sampled_from([inputs, 2 * groups]))
     options = dict(stride=stride, groups=groups, dilation=dilation)
@@ -119,7 +119,7 @@ def test_published_variants_fuse_with_every_option(option):
     assert relative_difference(expected, found) <= 1e-5
 
 
-def test_a_fresh_qarepvgg_has_an_identity_branch_of_weight_one():
+def test_a_new_qarepvgg_has_an_identity_branch_of_weight_one():
     model = small_model("qarepvgg")
     (variables,) = initial_variables(model)
     constants = {name: leaf for name, leaf in flatten(variables["batch_stats"]).items() if leaf.ndim == 0}
@@ -156,7 +156,7 @@ def test_missing_statistics_are_an_error_that_names_the_branch(option):
 
 
 @pytest.mark.parametrize("option", EACH)
-def test_predictors_and_native_files_take_every_option(option, tmp_path):
+def test_predictors_and_native_files_support_every_option(option, tmp_path):
     model = small_model(option)
     variables = random_variables(model)
     images = np.random.default_rng(0).normal(size=(3, 40, 40, 3)).astype(np.float32)
@@ -172,7 +172,7 @@ def test_predictors_and_native_files_take_every_option(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_layout_and_summary_count_the_tree(option):
+def test_layout_and_summary_match_the_tree(option):
     model = small_model(option)
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32))
     shapes = {name: leaf.shape for name, leaf in flatten(tree).items()}
@@ -184,7 +184,7 @@ def test_layout_and_summary_count_the_tree(option):
     assert (cost.params, cost.flops, cost.winograd_muls) == (plain.params, plain.flops, plain.winograd_muls)
 
 
-def test_pytorch_families_have_no_names_for_them(tmp_path):
+def test_pytorch_families_cannot_store_the_options(tmp_path):
     model = small_model("all")
     for option in OPTIONS:
         model = small_model(option)
@@ -196,14 +196,14 @@ def test_pytorch_families_have_no_names_for_them(tmp_path):
     assert_same_bits(deployed[1], rv.load_weights(tmp_path / "deploy.pth", deployed[0].variant)[1])
 
 
-def test_a_file_of_other_blocks_is_refused(tmp_path):
+def test_a_file_with_other_blocks_is_refused(tmp_path):
     plain = rv.create_model(VARIANT, 5)
     rv.save_weights(tmp_path / "w.safetensors", plain, random_variables(plain))
     with pytest.raises(rv.WeightsError, match="missing: params/stage0/rbr_1x1/kernel"):
         rv.load_weights(tmp_path / "w.safetensors", dataclasses.replace(VARIANT, block="qarepvgg"))
 
 
-def test_training_takes_the_options():
+def test_training_accepts_the_options():
     options = ["--block", "qarepvgg", "--dense-copies", "3", "--dbb-1x1-avg", "--no-point", "--activation", "silu"]
     config = parse(["--preset", "digits", *options, "--stem-stride", "1", "--dropout", "0.2"]).model
     assert config.branches == rv.Branches(dense_copies=3, dbb_1x1_avg=True, point=False)
@@ -211,7 +211,7 @@ def test_training_takes_the_options():
 
 
 @pytest.mark.slow
-def test_a_run_with_options_ends_in_files_that_know_them(tmp_path, runs):
+def test_a_run_with_options_writes_them_to_its_files(tmp_path, runs):
     done = runs.finish(
         tmp_path / "run", epochs=1, warmup_epochs=0, block="qarepvgg", dense_copies=2, dbb_1x1_3x3=True, dropout=0.1
     )

@@ -1,4 +1,4 @@
-"""Claim: both forms compute the same on every kind of mesh, and lower for accelerators that are not here."""
+"""Claim: both forms compute the same on every kind of mesh, and lower for accelerators that this machine lacks."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ IMAGES = np.random.default_rng(0).normal(size=(8, 20, 24, 3)).astype(np.float32)
 
 
 def everything(model: rv.RepVGG, variables: Any, images: Any) -> dict[str, Any]:
-    """Logits of both forms; the loss's gradient, and the running statistics afterwards."""
+    """Return the logits of both forms, the loss's gradient, and the running statistics afterwards."""
 
     def loss(params: Any) -> Any:
         logits, changed = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
@@ -39,7 +39,7 @@ def everything(model: rv.RepVGG, variables: Any, images: Any) -> dict[str, Any]:
 
 @functools.cache
 def reference(start: int = 0, stop: int = len(IMAGES)) -> dict[str, Any]:
-    """On one device, without a mesh."""
+    """Return `everything` on one device, without a mesh."""
     images = IMAGES[start:stop]
     return jax.tree.map(
         np.asarray, compiled(functools.partial(everything, MODEL), VARIABLES, images)(VARIABLES, images)
@@ -63,7 +63,7 @@ def check(expected: Any, found: Any) -> None:
     ],
     ids=str,
 )
-def test_jit_on_a_mesh_is_jit_without(kind, count):
+def test_jit_on_a_mesh_equals_jit_without(kind, count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         images = jax.device_put(IMAGES, NamedSharding(mesh, P("data")))
@@ -75,9 +75,9 @@ def test_jit_on_a_mesh_is_jit_without(kind, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
-def test_gradients_in_shard_map_that_checks_what_varies(count):
+def test_gradients_in_shard_map_with_varying_axes_checked(count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
-    # A parameter that all devices share gets the sum of their gradients; each keeps its own statistics.
+    # A parameter that all devices share gets the sum of their gradients; each device keeps its own statistics.
     specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
     def each(variables: Any, images: Any) -> dict[str, Any]:
@@ -121,16 +121,16 @@ def test_every_branch_can_be_lowered(dtype, kind):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowering_for_accelerators(platform):
+def test_both_forms_lower_for_accelerators(platform):
     exported = jax.export.export(jax.jit(functools.partial(everything, MODEL)), platforms=(platform,))(
         VARIABLES, IMAGES
     )
     text = exported.mlir_module()
     assert "stablehlo.convolution" in text
-    assert "@repvgg_" not in text  # a call of native code
+    assert "@repvgg_" not in text  # no call of native code
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype, sharding=NamedSharding(mesh, P("data")))
-        variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))  # a plain Flax convolution asks for it, too
+        variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))  # a plain Flax convolution needs this, too
         function = jax.jit(functools.partial(everything, MODEL))
         assert jax.export.export(function, platforms=(platform,))(variables, images).nr_devices == 4
