@@ -114,9 +114,7 @@ class Pair:
             assert relative_difference(logits, found[head]) <= allowed, head
         assert set(flatten(changed)) == {name for name in statistics if name.startswith("batch_stats/")}
         assert largest_difference(statistics, changed, "batch_stats/") <= allowed
-        assert largest_difference(flatten(self.variables), changed, "batch_stats/") > 0.01, (
-            "the statistics have not changed"
-        )
+        assert largest_difference(flatten(self.variables), changed, "batch_stats/") > 0.01, "they have not moved"
 
 
 @pytest.mark.parametrize(
@@ -301,11 +299,8 @@ def test_initialisation_matches_pytorchs():
     assert all(np.ravel(ours[leaf])[0] != np.ravel(other[leaf])[0] for leaf in drawn)
 
 
-"""Return 1 / sqrt(fan in) of the layer's kernel: the bound of torch.nn.Conv2d and torch.nn.Linear."""
-
-
 def bound_of(leaf: str, leaves: dict[str, Any]) -> float:
-    """Return 1 / sqrt(fan in) of the layer's kernel, the bound of torch.nn.Conv2d and torch.nn.Linear for both leaves."""
+    """Return 1 / sqrt(fan in) of the layer's kernel: the bound of torch.nn.Conv2d and torch.nn.Linear."""
     kernel = leaves[leaf.rpartition("/")[0] + "/kernel"]
     return float(np.prod(kernel.shape[:-1])) ** -0.5
 
