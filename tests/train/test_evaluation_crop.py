@@ -1,4 +1,4 @@
-"""Claim: a net is evaluated at its own published size and crop, unless told otherwise, and its files say which."""
+"""Claim: a net is evaluated at its own published size and crop unless told otherwise, and its files record which."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from train.presets import PRESETS, parse
 from train.recipe import Recipe
 from train.run import set_up
 
-# Wants 48 pixels and no cropping, as D2se wants 320.
+# Published for 48 pixels without cropping, as D2se is for 320.
 WHOLE = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Whole", image_size=48, crop_fraction=1.0)
 
 
@@ -34,7 +34,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def preprocessing_of(photos: Path, *options: object) -> Preprocessing:
-    """What a run with these options evaluates with, and labels its files with."""
+    """Return the preprocessing that a run with these options evaluates with and stores in its files."""
     words = ["--data", photos, "--workdir", photos.parent / "run", "--batch-size", 4, *options]
     return set_up(parse([str(word) for word in words])).dataset.preprocessing
 
@@ -64,7 +64,7 @@ def test_options_override_the_size_and_the_crop(photos: Path) -> None:
         return found.image_size, found.crop_fraction
 
     d2se = ("--model", "RepVGG-D2se")
-    assert size_and_crop(*d2se, "--test-image-size", 224) == (224, 0.875)  # where its 81.82 % were measured
+    assert size_and_crop(*d2se, "--test-image-size", 224) == (224, 0.875)  # at which its 81.82 % were measured
     assert size_and_crop(*d2se, "--crop-fraction", 0.9) == (320, 0.9)
     assert size_and_crop("--test-image-size", 320) == (320, 1.0)
     assert size_and_crop("--test-image-size", 192, "--crop-fraction", 1) == (192, 1.0)
@@ -95,12 +95,12 @@ def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Pa
         ((224, 0.95), 256, 269),
     ],
 )
-def test_another_size_is_cropped_by_the_authors_rule(own: tuple[int, float], size: int, resized: int) -> None:
+def test_other_sizes_are_cropped_by_the_authors_rule(own: tuple[int, float], size: int, resized: int) -> None:
     assert Preprocessing(*own).at_size(size).resize_size == resized
     assert Preprocessing(*own).at_size(size).image_size == size
 
 
-def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(photos: Path) -> None:
+def test_a_runs_files_record_its_evaluation_preprocessing(photos: Path) -> None:
     workdir = photos.parent / "run"
     net = write_variant(photos.parent, WHOLE)
     options = ("--preset", "imagenet_120", "--model", net, "--data", photos, "--workdir", workdir)
@@ -115,7 +115,7 @@ def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(photos: Path)
     assert "evaluating at" not in done.stderr
 
 
-def test_evaluation_at_another_size_says_what_it_does(photos: Path) -> None:
+def test_evaluation_at_another_size_reports_it(photos: Path) -> None:
     model, path = rv.create_model(WHOLE, 2), photos.parent / "w.safetensors"
     rv.save_weights(path, model, random_variables(model), class_names=("garden", "pagoda"))
     done = command("train.evaluate", photos, "train", path, "-r", 64, "--crop-fraction", 0.5)
@@ -126,7 +126,7 @@ def test_evaluation_at_another_size_says_what_it_does(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["digits", "imagenet_120", "plus_300"])
-def test_a_run_from_before_the_crop_was_an_option_resumes(tmp_path: Path, preset: str) -> None:
+def test_a_run_older_than_the_crop_option_resumes(tmp_path: Path, preset: str) -> None:
     config = dataclasses.replace(PRESETS[preset], run=dataclasses.replace(Recipe().run, workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
