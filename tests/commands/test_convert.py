@@ -91,7 +91,7 @@ def test_the_training_form_can_be_kept_without_any_loss(trained, tmp_path):
     assert all(torch.equal(again[key], original[key]) for key in original)
 
 
-def test_inspect_says_what_a_file_is(untrained, trained):
+def test_inspect_describes_a_file(untrained, trained):
     done = convert("--inspect", untrained)
     for words in ("RepVGG-A0,", "training form", "authors", "5 classes", "float32", "7,834,373 parameters"):
         assert words in done.stdout

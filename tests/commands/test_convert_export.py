@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     return path, images, np.asarray(jax.jit(model.apply)(variables, images))
 
 
-def test_onnx(trained, tmp_path):
+def test_onnx_is_exported(trained, tmp_path):
     path, images, expected = trained
     done = convert(path, tmp_path / "net.onnx")
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_onnx(trained, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".stablehlo", ".bin"])
-def test_stablehlo(suffix, trained, tmp_path):
+def test_stablehlo_is_exported(suffix, trained, tmp_path):
     path, images, expected = trained
     done = convert(path, tmp_path / f"net{suffix}", "--input-layout", "NCHW")
     assert "NCHW, relative difference from JAX" in done.stdout, done.stderr
@@ -64,7 +64,7 @@ def test_stablehlo(suffix, trained, tmp_path):
     assert relative_difference(expected, program.call(images.transpose(0, 3, 1, 2))) <= 1e-5
 
 
-def test_a_bin_file_with_class_names_is_pytorchs_and_any_bin_file_is_read(trained, tmp_path):
+def test_a_bin_file_is_written_for_pytorch_names_and_read_back(trained, tmp_path):
     assert convert(trained[0], tmp_path / "net.bin", "--to", "authors").returncode == 0
     assert rv.inspect_weights(tmp_path / "net.bin").family == "authors"
     done = convert(tmp_path / "net.bin", tmp_path / "net.onnx", "--image-size", 48)
@@ -96,7 +96,7 @@ def test_int8_onnx_accepts_the_export_options(trained, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["net.savedmodel", "net/"])
-def test_saved_model(output, trained, tmp_path):
+def test_a_saved_model_is_exported(output, trained, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
     path, images, expected = trained
     done = convert(path, f"{tmp_path}/{output}")

@@ -66,13 +66,13 @@ def locpath(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_predictors_and_native_code(locpath, tmp_path):
+def test_predictors_and_native_code_work(locpath, tmp_path):
     walk("short", "zh_CN.GBK", locpath, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOCALES, "C"])
-def test_training_evaluation_conversion_and_prediction(name, locpath, tmp_path):
+def test_training_evaluation_conversion_and_prediction_work(name, locpath, tmp_path):
     walk("whole", name, locpath, tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_csv_and_json_agree_with_the_text(weights, photos, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_classes_without_names(photos, tmp_path):
+def test_classes_without_names_are_numbered(photos, tmp_path):
     model = rv.create_model(SMALL, 3)
     path = tmp_path / "nameless.safetensors"
     rv.save_weights(path, model, random_variables(model))

@@ -252,7 +252,7 @@ def contrast(one: str, other: str) -> float:
     return (brighter + 0.05) / (darker + 0.05)
 
 
-def test_numbers_are_written_as_people_write_them():
+def test_numbers_are_formatted_for_readers():
     values = (0, 0.25, 0.012345, 4.5, 999.6, 1234.5, 9_999_999, 1.2e-7, -3.14159, float("inf"), float("nan"))
     written = "0|0.250|0.0123|4.50|1,000|1,230|10,000,000|1.20e\u221207|\u22123.14|not finite|not finite"
     assert [significant(value) for value in values] == written.split("|")

@@ -111,7 +111,7 @@ def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", HERE)
-def test_float32_error_of_one_layer(algorithm):
+def test_float32_error_of_one_layer_is_small(algorithm):
     limit = 3e-6 if algorithm.endswith("winograd4") else 1e-6
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 14, 14, 96)).astype(np.float32)

@@ -82,7 +82,7 @@ def test_values_and_gradients_equal_pytorchs(function, height, width, size, stri
 
 @pytest.mark.parametrize("side", [2, 3, 8, 9, 14, 15])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_both_sides_of_every_threshold(side, stride):
+def test_both_sides_of_every_threshold_equal_pytorchs(side, stride):
     sides = {bound for table in (SMALL_FORWARD, SMALL_BACKWARD) for bound in table.values()}
     assert {9, 64, 196} <= sides, "the sides above straddle these"
     with jax.enable_x64(True):

@@ -93,7 +93,7 @@ def test_pages_made_from_repository_files_contain_their_text(site, page, source)
         assert re.sub(r"\W+", " ", line).strip() in shown, line
 
 
-def test_fine_tuning_has_headings(site):
+def test_the_fine_tuning_page_has_headings(site):
     headings = re.findall(r"<h2 id=[^>]*>(.*?)<a", (site / "finetuning.html").read_text(encoding="utf-8"))
     assert [text_of(h) for h in headings] == ["1. Split", "2. Fine-tune", "3. Look", "4. Take it elsewhere"]
 

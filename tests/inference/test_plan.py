@@ -23,7 +23,7 @@ def stages(plan) -> list[str]:
         (16, "bfloat16", ["native_bf16"] * 5),
     ],
 )
-def test_the_cost_models_choices(batch_size, dtype, expected):
+def test_the_cost_model_chooses_these_plans(batch_size, dtype, expected):
     if dtype == "float32" and not native.available():
         pytest.skip("no C++ compiler")
     if dtype == "bfloat16" and not native.bf16_available():

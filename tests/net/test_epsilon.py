@@ -132,7 +132,7 @@ def test_every_branch_of_a_block_uses_the_epsilon(block):
         assert relative_difference(kernel, rv.equivalent_kernel_bias(*tree)[0]) > 1e-2
 
 
-def test_native_files_store_it_and_others_have_it_in_a_side_file(tmp_path):
+def test_native_files_store_the_epsilon_and_others_have_a_side_file(tmp_path):
     model = rv.create_model(SMALLEST, 5, epsilon=EPSILON)
     variables = with_small_variances(random_variables(model))
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
@@ -222,7 +222,7 @@ def test_quantised_nets_use_the_epsilon():
         assert relative_difference(expected, quantized(x)) < 0.1
 
 
-def test_training_takes_it_from_the_option_or_the_initial_weights(tmp_path):
+def test_training_takes_the_epsilon_from_the_option_or_the_initial_weights(tmp_path):
     from train.run import set_up
 
     net = write_variant(tmp_path, dataclasses.replace(SMALLEST, name="Small"))

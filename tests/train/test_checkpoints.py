@@ -56,7 +56,7 @@ def test_the_best_is_kept_however_often_the_run_is_resumed(tmp_path):
     assert steps(tmp_path) == [150, 160, 170], "a better one replaces it"
 
 
-def test_of_equally_good_ones_the_newest_is_kept_however_often_the_run_is_interrupted(tmp_path):
+def test_the_newest_of_equally_good_checkpoints_is_kept_across_interruptions(tmp_path):
     evaluated = {3: 0.2, 6: 0.9, 9: 0.9, 12: 0.1, 15: 0.89, 18: None}
     save(tmp_path / "whole", evaluated)
     for step, top1 in evaluated.items():

@@ -43,7 +43,7 @@ def test_a_folder_is_preprocessed_like_the_data_set(photos: Path) -> None:
     assert recipe.model.variant.strides == (1, 2, 2, 2, 1)
 
 
-def test_every_number_has_an_option(photos: Path) -> None:
+def test_every_preprocessing_value_has_an_option(photos: Path) -> None:
     """CIFAR-100, Tiny-ImageNet, SVHN or custom images need no code."""
     words = "--image-size 64 --test-image-size 56 --crop-fraction 0.9 --train-transform as_is --mean 0.1 0.2 0.3"
     recipe = parse(["--preset", "cifar10", "--data", str(photos), *words.split(), "--std", "0.5", "0.6", "0.7"])

@@ -366,7 +366,7 @@ def test_the_step_is_exactly_the_runs_own(tmp_path):
     assert fitting.make_parallel_step is make_parallel_step
 
 
-def test_shapes_are_those_of_the_batches(tmp_path):
+def test_shapes_match_the_batches(tmp_path):
     from train.run import training_batches
 
     run = set_up(parse(["--preset", "digits", "--data-dir", str(tmp_path)]))

@@ -154,7 +154,7 @@ def test_on_a_terminal_the_bar_disappears_and_the_cursor_is_restored(runs, tmp_p
     assert b"Traceback" not in shown
 
 
-def test_interrupts_at_random_moments(tmp_path):
+def test_interrupts_at_random_moments_end_cleanly(tmp_path):
     """A few of the hundreds that `python -m tests.attack.interrupts` sends."""
     words = [sys.executable, "-m", "tests.attack.interrupts", "--count", "8", "--resumed", "2", "--seed", "7"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)

@@ -178,7 +178,7 @@ def test_a_page_is_rewritten_unless_the_user_wrote_it(account):
     assert_same_bits(small_net(2)[1], rv.from_hub(REPO)[1])
 
 
-def test_branches_commits_and_private_repositories(account, monkeypatch, tmp_path):
+def test_branches_commits_and_private_repositories_work(account, monkeypatch, tmp_path):
     rv.push_to_hub(REPO, *small_net(), private=True)
     first = account.repositories[REPO].branches["main"]
     rv.push_to_hub(REPO, *small_net(1), revision="longer")

@@ -57,7 +57,7 @@ def test_devices_and_processes_only_split_the_same_batch(photos: Path) -> None:
         assert np.array_equal(flat([{name: batch} for batch in joined], name), flat(whole, name))
 
 
-def test_every_epoch_shows_each_image_at_most_once_in_a_new_order() -> None:
+def test_every_epoch_uses_each_image_at_most_once_in_a_new_order() -> None:
     shown = numbers(training(Numbers(20), 4, **SMALL))
     first, second = shown[:16], shown[16:]
     assert len(set(first)) == len(set(second)) == 16
@@ -99,7 +99,7 @@ def test_fewer_images_than_a_batch_is_an_error() -> None:
     ("images", "batch_size", "devices"), [(1, 1, 1), (1, 8, 4), (7, 8, 2), (8, 8, 8), (13, 6, 3), (33, 8, 4)]
 )
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_shows_every_image_exactly_once(images: int, batch_size: int, devices: int, processes: int) -> None:
+def test_evaluation_uses_every_image_exactly_once(images: int, batch_size: int, devices: int, processes: int) -> None:
     shown, steps = [], set()
     for index in range(processes):
         options: dict[str, Any] = dict(process_count=processes, process_index=index)
@@ -150,7 +150,7 @@ def test_a_corrupt_file_is_named_once_and_counted(photos: Path, caplog: pytest.L
     assert [str(corrupt) in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_a_corrupt_file_is_masked_out_of_evaluation_and_named_once_over_the_epochs(
+def test_a_corrupt_file_is_masked_in_evaluation_and_named_only_once(
     photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (photos / "val" / "pagoda" / "003.jpg").write_bytes(b"not an image")
