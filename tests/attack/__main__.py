@@ -31,8 +31,8 @@ def run(name: str) -> list[dict[str, Any]]:
         out, status = (error.stdout or b"").decode(), None
     rows = [json.loads(line) for line in out.splitlines() if line.startswith('{"attack": ')]
     if status is None or status != int(any(row["failed"] for row in rows)) or not rows:
-        said = f"longer than {HOURS} h" if status is None else f"exit status {status}"
-        rows.append({"attack": f"{name}: {said}", "attempts": 1, "survived": 0, "failed": 1})
+        problem = f"longer than {HOURS} h" if status is None else f"exit status {status}"
+        rows.append({"attack": f"{name}: {problem}", "attempts": 1, "survived": 0, "failed": 1})
     for row in rows:
         row |= {"module": name, "seconds": round(time.monotonic() - start)}
     return rows

@@ -55,7 +55,7 @@ def builds() -> list[Build]:
         here, others = "-march=native", {"SSE2": "-march=x86-64"}
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
         others |= {"SSE4.2": "-march=x86-64-v2"} | ({"AVX2": "-march=x86-64-v3"} if "avx2" in flags else {})
-    found = [
+    all_builds = [
         Build("convolutions", "convolutions, AddressSanitizer and UBSan", (*MEMORY, here), 4000),
         Build(
             "convolutions",
@@ -72,21 +72,21 @@ def builds() -> list[Build]:
     ]
     if "amx_tile" in flags:
         untiled = (here, "-mno-amx-tile")
-        found += [
+        all_builds += [
             Build("convolutions", "convolutions, AVX-512, AddressSanitizer and UBSan", (*MEMORY, *untiled), 2000),
             Build("convolutions", "convolutions, AVX-512, guard pages", (*GUARDED, *untiled), 5000),
         ]
     for name, option in others.items():
         if name != "SSE4.2":  # for the convolutions, the same as SSE2
-            found += [
+            all_builds += [
                 Build("convolutions", f"convolutions, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 1000),
                 Build("convolutions", f"convolutions, {name}, guard pages", (*GUARDED, option), 5000),
             ]
-        found += [
+        all_builds += [
             Build("resizing", f"resizing, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 3000),
             Build("resizing", f"resizing, {name}, guard pages", (*GUARDED, option), 5000),
         ]
-    return found
+    return all_builds
 
 
 def compiled(build: Build, folder: Path) -> Path:
@@ -118,8 +118,8 @@ def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
             result.count(False, line)
         crashed = done.returncode not in (0, 1) or len(begun) < end - first
         if crashed:
-            said = "\n".join(done.stderr.splitlines()[:30])
-            result.count(False, f"case {max(begun, default=first)} ended the process ({done.returncode}): {said}")
+            stderr = "\n".join(done.stderr.splitlines()[:30])
+            result.count(False, f"case {max(begun, default=first)} ended the process ({done.returncode}): {stderr}")
         result.survived += len(begun) - len({line.split()[2] for line in wrong}) - crashed
         first = max(begun, default=first) + 1
     return result

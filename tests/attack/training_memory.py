@@ -28,8 +28,8 @@ def resident_kb(process: int) -> int | None:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    found = re.search(r"VmRSS:\s+(\d+)", status)
-    return None if found is None else int(found[1])
+    match = re.search(r"VmRSS:\s+(\d+)", status)
+    return None if match is None else int(match[1])
 
 
 def measure(workdir: Path, process: subprocess.Popen) -> list[tuple[int, int]]:

@@ -59,8 +59,8 @@ def test_the_training_form_is_converted_to_the_deploy_form(output, options, fami
     assert rv.inspect_weights(tmp_path / output).family == family
     deployed, fused = rv.load_weights(tmp_path / output)
     assert deployed.deploy
-    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_it_runs_as_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.startswith(f"{tmp_path / 'deploy.pth'}: RepVGG-A0, 5 classes, fused, relative difference")
     deployed, fused = rv.load_weights(tmp_path / "deploy.pth", "RepVGG-A0")
-    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
 def test_the_training_form_can_be_kept_without_any_loss(trained, tmp_path):
@@ -212,8 +212,8 @@ def test_logits_that_are_not_finite_are_reported(trained, tmp_path):
 
 def test_relative_differences_are_computed_in_float64():
     expected = np.array([3e38, -2e38], np.float32)
-    found = expected * np.float32(1.001)
-    assert compare.relative_difference(expected, found) == pytest.approx(1e-3, rel=1e-3)
+    actual = expected * np.float32(1.001)
+    assert compare.relative_difference(expected, actual) == pytest.approx(1e-3, rel=1e-3)
     assert np.isnan(compare.relative_difference(expected, np.array([np.inf, 0], np.float32)))
     assert compare.relative_difference(np.zeros(3), np.zeros(3)) == 0
     assert compare.relative_difference(np.zeros(3), np.ones(3)) > 1

@@ -49,10 +49,10 @@ def test_onnx_is_exported(trained, tmp_path):
     assert "on 2 random images" in done.stdout
     assert "on 2 photographs" in done.stdout
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    found = session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
-    assert relative_difference(expected, found) <= 1e-5
-    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
-    assert told["class_names"] == '["a", "b", "c", "d", "e"]'
+    actual = session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
+    assert relative_difference(expected, actual) <= 1e-5
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert metadata["class_names"] == '["a", "b", "c", "d", "e"]'
 
 
 @pytest.mark.parametrize("suffix", [".stablehlo", ".bin"])
@@ -86,9 +86,9 @@ def test_int8_onnx_accepts_the_export_options(trained, tmp_path):
     done = convert(trained[0], tmp_path / "net.onnx", *int8, "--onnx-target", "tensorrt", "--input-layout", "NHWC",
                    "--image-size", "48")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = onnx.load(tmp_path / "net.onnx")
-    assert [d.dim_value for d in found.graph.input[0].type.tensor_type.shape.dim[1:]] == [48, 48, 3]
-    integers = {tensor.data_type for tensor in found.graph.initializer} - {onnx.TensorProto.FLOAT}
+    loaded = onnx.load(tmp_path / "net.onnx")
+    assert [d.dim_value for d in loaded.graph.input[0].type.tensor_type.shape.dim[1:]] == [48, 48, 3]
+    integers = {tensor.data_type for tensor in loaded.graph.initializer} - {onnx.TensorProto.FLOAT}
     assert integers == {onnx.TensorProto.INT8}
     assert convert(trained[0], tmp_path / "free.onnx", *int8, "--free-size").returncode == 0
     dimensions = onnx.load(tmp_path / "free.onnx").graph.input[0].type.tensor_type.shape.dim

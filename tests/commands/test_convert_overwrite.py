@@ -46,10 +46,10 @@ def names_of(source: Path) -> dict[str, str | Path]:
 def test_the_input_is_never_overwritten_under_any_name(source):
     before = source.read_bytes()
     for name, alias in names_of(source).items():
-        for given, output in ((source, alias), (alias, source)):
+        for original, output in ((source, alias), (alias, source)):
             for options in ((), ("--overwrite",)):
-                message = error_of(convert(given, output, *options))
-                assert f"{output} is the input, {given}, itself" in message, name
+                message = error_of(convert(original, output, *options))
+                assert f"{output} is the input, {original}, itself" in message, name
     assert source.read_bytes() == before
 
 

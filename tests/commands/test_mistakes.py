@@ -100,17 +100,17 @@ def test_missing_training_data_is_named_with_a_suggestion(workdir, tmp_path):
 
 
 def test_too_few_training_images_for_a_batch_are_counted(workdir, photos):
-    said = train(workdir, "--data", photos, "--batch-size", 12)
-    assert "8 training images do not fill one batch of 12" in said
+    error = train(workdir, "--data", photos, "--batch-size", 12)
+    assert "8 training images do not fill one batch of 12" in error
     assert not workdir.exists()
 
 
 def test_a_class_without_images_and_one_without_validation_images_are_named(workdir, photos):
     data = ("--data", photos, "--batch-size", 4)
     (photos / "train" / "empty").mkdir()
-    said = train(workdir, *data)
-    assert "class folder" in said
-    assert "empty holds no images" in said
+    error = train(workdir, *data)
+    assert "class folder" in error
+    assert "empty holds no images" in error
     (photos / "train" / "empty" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
     assert "hold different classes (only in train/: empty)" in train(workdir, *data)
     assert not workdir.exists()
@@ -130,8 +130,8 @@ def test_an_unusable_workdir_is_named(workdir, photos):
 def test_initial_weights_that_do_not_fit_are_named_with_the_reason(workdir, photos, weights):
     data = ("--data", photos, "--batch-size", 4)
     assert "holds Small, not RepVGG-A0" in train(workdir, *data, "--init", weights)
-    said = train(workdir, *data, "--init", deployed(weights), "--model", weights)
-    assert "is in deploy form, which cannot be trained" in said
+    error = train(workdir, *data, "--init", deployed(weights), "--model", weights)
+    assert "is in deploy form, which cannot be trained" in error
 
 
 def test_weights_that_cannot_be_evaluated_are_named_with_the_reason(tmp_path, photos, weights):
@@ -148,9 +148,9 @@ def test_data_with_more_classes_than_the_weights_is_refused_with_both_numbers(ph
     for split in ("train", "val"):
         (photos / split / "third").mkdir()
         (photos / split / "third" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
-    said = evaluate(photos, "deploy", weights)
-    assert "has 2 classes, but" in said
-    assert "has 3" in said
+    error = evaluate(photos, "deploy", weights)
+    assert "has 2 classes, but" in error
+    assert "has 3" in error
 
 
 def test_evaluation_prints_one_json_object_for_either_form(tmp_path, photos, weights):
@@ -292,8 +292,8 @@ def test_weights_for_images_of_four_channels_are_refused_for_image_files(tmp_pat
     path = tmp_path / "four.safetensors"
     rv.save_weights(path, model, random_variables(model, in_channels=4))
     picture = next((photos / "val" / "garden").iterdir())
-    for said in (predict(path, picture), evaluate(photos, "train", path)):
-        assert said == f"error: {path} takes 4 channels; image files have 1 or 3\n"
+    for error in (predict(path, picture), evaluate(photos, "train", path)):
+        assert error == f"error: {path} takes 4 channels; image files have 1 or 3\n"
 
 
 def test_predict_lists_the_most_likely_classes_first(tmp_path, weights):
@@ -322,9 +322,9 @@ def test_unsuitable_options_weights_and_images_are_named_by_predict(tmp_path, we
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     assert "cannot read" in predict(tmp_path / "cut.safetensors", tmp_path / "a.png")
     Image.new("RGB", (100_000, 1)).save(tmp_path / "thread.png")
-    said = predict(weights, tmp_path / "thread.png")
-    assert f"{tmp_path / 'thread.png'}: " in said
-    assert "too elongated" in said
+    error = predict(weights, tmp_path / "thread.png")
+    assert f"{tmp_path / 'thread.png'}: " in error
+    assert "too elongated" in error
 
 
 def test_out_of_range_summary_options_are_named():

@@ -93,9 +93,9 @@ def test_folders_are_read_recursively_and_answers_are_the_models(weights, photos
     logits = np.float64(jax.jit(model.apply)(variables, normalize(pixels, preprocessing)))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for answer, row in zip(answers, shares, strict=True):
-        found = {p["class"]: p["probability"] for p in answer["predictions"]}
-        np.testing.assert_allclose([found[i] for i in range(3)], row, rtol=1e-4)
-        assert list(found) == np.argsort(-row).tolist()
+        probabilities = {p["class"]: p["probability"] for p in answer["predictions"]}
+        np.testing.assert_allclose([probabilities[i] for i in range(3)], row, rtol=1e-4)
+        assert list(probabilities) == np.argsort(-row).tolist()
         assert all(p["name"] == NAMES[p["class"]] for p in answer["predictions"])
 
 
@@ -202,11 +202,11 @@ def test_csv_and_json_agree_with_the_text(weights, photos, tmp_path):
     objects = [json.loads(line) for line in lines.splitlines()]
     flat = [(o["image"], p["class"], p["name"], p["probability"]) for o in objects for p in o["predictions"]]
     assert flat == [(r["image"], int(r["class"]), r["name"], float(r["probability"])) for r in rows]
-    said = [
+    expected = [
         f"{file}: " + ", ".join(f"{r['name']} {100 * float(r['probability']):.1f} %" for r in rows[2 * i : 2 * i + 2])
         for i, file in enumerate(files)
     ]
-    assert text.splitlines() == said
+    assert text.splitlines() == expected
 
 
 @pytest.mark.usefixtures("fake")
@@ -281,22 +281,22 @@ def test_embeddings_are_the_models_in_the_printed_order(weights, photos, tmp_pat
     (model, variables), preprocessing = rv.load_weights(weights), rv.inspect_weights(weights).preprocessing
     pixels = np.stack([eval_transform(Image.open(file).convert("RGB"), preprocessing) for file in readable])
     embed = jax.jit(functools.partial(model.apply, method="embed"))
-    found = np.load(out)
-    assert found.dtype == np.float32
-    assert relative_difference(embed(variables, normalize(pixels, preprocessing)), found) <= 1e-5
+    embeddings = np.load(out)
+    assert embeddings.dtype == np.float32
+    assert relative_difference(embed(variables, normalize(pixels, preprocessing)), embeddings) <= 1e-5
 
 
 @pytest.mark.usefixtures("fake")
 def test_embeddings_as_csv_are_the_same_numbers(weights, photos, tmp_path):
     for suffix in (".npy", ".csv"):
         assert predict(weights, photos[0].parent, "-b", 2, "--embeddings", tmp_path / f"out{suffix}").returncode == 0
-    found = np.load(tmp_path / "out.npy")
-    assert found.shape == (5, 3)
-    assert len(np.unique(found)) > 3
+    embeddings = np.load(tmp_path / "out.npy")
+    assert embeddings.shape == (5, 3)
+    assert len(np.unique(embeddings)) > 3
     rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text(encoding="utf-8"))))
     assert rows[0] == ["image", "0", "1", "2"]
     assert [row[0] for row in rows[1:]] == list(map(str, photos))
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), found)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), embeddings)
 
 
 @pytest.mark.usefixtures("fake")

@@ -89,8 +89,8 @@ def check_spread(spread: Spread, ranges: np.ndarray, tolerance: float = 1e-6) ->
     alive = ranges[ranges > 1e-6]
     assert (spread.channels, spread.dead) == (len(ranges), len(ranges) - len(alive))
     expected = (alive.min(), np.median(alive), alive.max(), alive.max() / np.median(alive))
-    found = (spread.least, spread.median, spread.largest, spread.ratio)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-5)
+    actual = (spread.least, spread.median, spread.largest, spread.ratio)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
     assert spread.outliers == (alive > 4 * np.median(alive)).sum()
     assert spread.vanishing == (alive < alive.max() / 254).sum()
 

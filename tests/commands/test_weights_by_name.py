@@ -91,12 +91,12 @@ def test_a_file_of_that_name_wins(published, fake_hub, tmp_path):
 
 def test_what_is_neither_a_file_nor_a_variant_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = error_of(command("repvgg_jax.__main__", "predict", "RepVGG-A9", "cat.jpg"))
-    assert said.startswith("error: there is no file RepVGG-A9, and no such variant; known: RepVGG-A0, RepVGG-A1, ")
-    said = error_of(convert("RepVGG-B1g2", "out.safetensors"))
-    assert said.startswith("error: timm has no weights of RepVGG-B1g2 on the Hugging Face hub")
-    said = error_of(command("train.main", "--preset", "digits", "--init", "repvggplus-l2pse", "--workdir", "run"))
-    assert said.startswith("error: timm has no weights of RepVGGplus-L2pse on the Hugging Face hub")
+    error = error_of(command("repvgg_jax.__main__", "predict", "RepVGG-A9", "cat.jpg"))
+    assert error.startswith("error: there is no file RepVGG-A9, and no such variant; known: RepVGG-A0, RepVGG-A1, ")
+    error = error_of(convert("RepVGG-B1g2", "out.safetensors"))
+    assert error.startswith("error: timm has no weights of RepVGG-B1g2 on the Hugging Face hub")
+    error = error_of(command("train.main", "--preset", "digits", "--init", "repvggplus-l2pse", "--workdir", "run"))
+    assert error.startswith("error: timm has no weights of RepVGGplus-L2pse on the Hugging Face hub")
     for path in ("RepVGG-A0.pth", "runs/RepVGG-A0", "gs://bucket/RepVGG-A0", "hf://timm/repvgg_a0.rvgg_in1k"):
         assert weights_path("WEIGHTS", path) == path
     assert not list(tmp_path.iterdir())

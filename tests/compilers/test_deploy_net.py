@@ -50,12 +50,12 @@ def written_activations(text: str) -> list[str]:
     """Return a TPU program's operations that write activations to memory; bias and ReLU are part of a convolution."""
     line = re.compile(rf"%(\S+) = \w+\[{BATCH},\d+,\d+,\d+\]\S* (\S+?)\(")
     free = ("copy", "slice", "bitcast", "parameter", "get-tuple-element", "custom-call")
-    operations = (found for found in map(line.search, text[text.index("ENTRY") :].splitlines()) if found)
-    return [found[1] for found in operations if not found[2].startswith(free)]
+    operations = (match for match in map(line.search, text[text.index("ENTRY") :].splitlines()) if match)
+    return [match[1] for match in operations if not match[2].startswith(free)]
 
 
 def moved_kernels(text: str) -> list[str]:
     """Return the operations that only move or convert a 3x3 kernel, in whatever layout."""
     line = re.compile(r"%(\S+) = \w+\[([\d,]+)\]\S* (?:transpose|copy|convert|fusion)\(")
-    shapes = ((found[1], found[2].split(",")) for found in line.finditer(text[text.index("ENTRY") :]))
+    shapes = ((match[1], match[2].split(",")) for match in line.finditer(text[text.index("ENTRY") :]))
     return [name for name, shape in shapes if len(shape) == 4 and shape.count("3") >= 2 and "224" not in shape]

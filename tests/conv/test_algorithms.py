@@ -30,11 +30,11 @@ def direct_sum(x, kernel, bias, stride, groups, relu, dilation=1):
     rows, columns = -(-height // stride), -(-width // stride)
     padded = np.pad(x, ((0, 0), (dilation, dilation), (dilation, dilation), (0, 0)))
     parts = []
-    for own, weights in zip(np.split(padded, groups, 3), np.split(kernel, groups, 3), strict=True):
+    for part, weights in zip(np.split(padded, groups, 3), np.split(kernel, groups, 3), strict=True):
         total = np.zeros((n, rows, columns, weights.shape[3]))
         for i in range(0, 3 * dilation, dilation):
             for j in range(0, 3 * dilation, dilation):
-                window = own[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+                window = part[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
                 total += window @ weights[i // dilation, j // dilation]
         parts.append(total)
     y = np.concatenate(parts, 3) + bias
@@ -67,9 +67,9 @@ def test_every_algorithm_equals_the_direct_sum(algorithm, height, width, stride,
         x = rng.normal(size=(2, height, width, groups * inner))
         kernel = rng.normal(size=(3, 3, inner, groups * outer))
         bias = rng.normal(size=groups * outer)
-        found = compute(algorithm, x, kernel, bias, stride, groups, relu, dilation)
+        actual = compute(algorithm, x, kernel, bias, stride, groups, relu, dilation)
         expected = direct_sum(x, kernel, bias, stride, groups, relu, dilation)
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @NEEDS_COMPILER
@@ -93,9 +93,9 @@ def test_every_native_algorithm_equals_the_direct_sum(
     x = rng.normal(size=(images, height, width, groups * inner)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, inner, groups * outer)) / np.sqrt(9 * inner)).astype(np.float32)
     bias = rng.normal(size=groups * outer).astype(np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
+    actual = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
     # Far above the rounding error of sums this large, far below the effect of a missing tap.
-    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
 
 
 @NEEDS_COMPILER
@@ -106,8 +106,8 @@ def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
     x = rng.normal(size=(37, 9, 11, 48)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 48, 80)) / np.sqrt(9 * 48)).astype(np.float32)
     bias = rng.normal(size=80).astype(np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, bias, 1, 1, True))
-    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, 1, 1, True), rtol=0, atol=1e-4)
+    actual = np.asarray(compute(algorithm, x, kernel, bias, 1, 1, True))
+    np.testing.assert_allclose(actual, direct_sum(x, kernel, bias, 1, 1, True), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", HERE)
@@ -117,8 +117,8 @@ def test_float32_error_of_one_layer_is_small(algorithm):
     x = rng.normal(size=(1, 14, 14, 96)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 96, 96)) / np.sqrt(9 * 96)).astype(np.float32)
     bias = rng.normal(size=96).astype(np.float32)
-    found = compute(algorithm, x, kernel, bias, 1, 1, False)
-    assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), found) <= limit
+    actual = compute(algorithm, x, kernel, bias, 1, 1, False)
+    assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), actual) <= limit
 
 
 @NEEDS_COMPILER
@@ -127,9 +127,9 @@ def test_nan_stays_nan(algorithm):
     x = np.ones((1, 8, 8, 16), np.float32)
     x[0, 4, 4, 3] = np.nan
     kernel = np.ones((3, 3, 16, 16), np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, np.zeros(16, np.float32), 1, 1, True))
-    assert np.isnan(found[0, 3:6, 3:6]).all()
-    assert np.isfinite(found[0, 0, 0]).all()
+    actual = np.asarray(compute(algorithm, x, kernel, np.zeros(16, np.float32), 1, 1, True))
+    assert np.isnan(actual[0, 3:6, 3:6]).all()
+    assert np.isfinite(actual[0, 0, 0]).all()
 
 
 def test_native_convolutions_can_be_switched_off(monkeypatch):

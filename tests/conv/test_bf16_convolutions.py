@@ -55,9 +55,9 @@ def test_every_shape(height, width, images, stride, groups, inner, outer, relu, 
     kernel = rounded(rng.standard_normal((3, 3, inner, groups * outer)))
     bias = rng.standard_normal(groups * outer).astype(np.float32)
     expected = direct_sum(x, kernel, bias, stride, groups, relu)
-    found = compute(x, kernel, bias, stride, groups, relu)
+    actual = compute(x, kernel, bias, stride, groups, relu)
     size = np.abs(expected).max() + 1
-    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 * size)
+    np.testing.assert_allclose(actual, expected, rtol=2**-8, atol=1e-5 * size)
 
 
 def test_it_is_no_candidate_for_a_layer_that_it_cannot_compute():
@@ -71,12 +71,12 @@ def test_it_is_no_candidate_for_a_layer_that_it_cannot_compute():
 def test_nan_and_infinity_never_become_finite(value):
     x = np.ones((1, 9, 40, 16), np.float32)
     x[0, 4, 20, 3] = value
-    found = compute(x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, relu=False)
-    assert not np.isfinite(found[0, 3:6, 19:22]).any()
-    assert np.isfinite(found[0, :3]).all()
-    assert np.isfinite(found[0, 6:]).all()
-    assert np.isfinite(found[0, :, 22:]).all()
-    assert np.isfinite(found[0, :, :17]).all()  # tiles read up to two pixels too many of these sixteen channels
+    actual = compute(x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, relu=False)
+    assert not np.isfinite(actual[0, 3:6, 19:22]).any()
+    assert np.isfinite(actual[0, :3]).all()
+    assert np.isfinite(actual[0, 6:]).all()
+    assert np.isfinite(actual[0, :, 22:]).all()
+    assert np.isfinite(actual[0, :, :17]).all()  # tiles read up to two pixels too many of these sixteen channels
 
 
 @pytest.mark.slow

@@ -335,9 +335,9 @@ def test_source_that_does_not_compile_is_remembered_for_a_day(fake, cache, sourc
     assert "error" in rejected.read_text(encoding="utf-8")
     for age in (compiler.FAILURE_SECONDS + 60, -60):  # too old, or from a clock that was wrong
         os.utime(rejected, (time.time(), time.time() - age))
-        asked = fake.asked
+        calls = fake.asked
         assert compiler.load_library(source, "numbers") is None
-        assert fake.asked == asked + 1
+        assert fake.asked == calls + 1
 
 
 @NEEDS_COMPILER

@@ -51,10 +51,10 @@ def by_xla(x, kernel, gradient, stride: int, groups: int):
         )
 
     results = []
-    for own, weights, cotangent in zip(
+    for part, weights, cotangent in zip(
         jnp.split(x, groups, 3), jnp.split(kernel, groups, 3), jnp.split(gradient, groups, 3), strict=True
     ):
-        y, pull = jax.vjp(conv, own, weights)
+        y, pull = jax.vjp(conv, part, weights)
         results.append((y, *pull(cotangent)))
     return [jnp.concatenate(parts, 3) for parts in zip(*results, strict=True)]
 
@@ -76,8 +76,8 @@ def test_direct_sums_and_gradients_have_the_nans_and_infinities_of_xla(stride, g
         inputs = arrays(case, stride, groups)
         changed = inputs[("x", "kernel", "gradient")[case % 3]].reshape(-1)
         changed[rng.choice(changed.size, 1 + case % 2)] = VALUES[case // 3 % 3]
-        expected, found = by_xla(*inputs.values(), stride, groups), natively(*inputs.values(), stride, groups, 0)
-        for name, theirs, ours in zip(("result", "to input", "to kernel"), expected, found, strict=True):
+        expected, actual = by_xla(*inputs.values(), stride, groups), natively(*inputs.values(), stride, groups, 0)
+        for name, theirs, ours in zip(("result", "to input", "to kernel"), expected, actual, strict=True):
             left, right = kinds(theirs), kinds(ours)
             if name == "to input" and stride == 2 and not np.isfinite(inputs["kernel"]).all():
                 # XLA skips what is beyond the gradient's last row and column; we multiply the kernel by zero there.
@@ -98,13 +98,13 @@ def test_deploy_convolutions_keep_nan_and_infinity(algorithm, relu):
         with np.errstate(invalid="ignore"):
             packed = prepare_kernel(inputs["kernel"], algorithm, groups=2)
         arguments = map(jnp.asarray, (inputs["x"], packed, bias))
-        found = kinds(convolve(*arguments, algorithm=algorithm, groups=2, relu=relu))
+        actual = kinds(convolve(*arguments, algorithm=algorithm, groups=2, relu=relu))
         y = by_xla(*inputs.values(), 1, 2)[0] + bias
         expected = kinds(jnp.maximum(y, 0) if relu else y)
         if algorithm == "native" or case % 3 == 2:
-            np.testing.assert_array_equal(found, expected, err_msg=f"case {case}")
+            np.testing.assert_array_equal(actual, expected, err_msg=f"case {case}")
         else:
-            assert ((found != 0) >= (expected != 0)).all()
+            assert ((actual != 0) >= (expected != 0)).all()
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -117,24 +117,24 @@ def test_winograd_keeps_nan_and_infinity_inside_the_tile(name, pixel, value, til
     inputs = arrays(0, 1, 2)
     before = [np.asarray(a) for a in natively(*inputs.values(), 1, 2, tile)]
     inputs[name][pixel] = value
-    found = [np.asarray(a) for a in natively(*inputs.values(), 1, 2, tile)]
-    for theirs, ours in zip(by_xla(*inputs.values(), 1, 2), found, strict=True):
+    after = [np.asarray(a) for a in natively(*inputs.values(), 1, 2, tile)]
+    for theirs, ours in zip(by_xla(*inputs.values(), 1, 2), after, strict=True):
         assert (~np.isfinite(ours) >= ~np.isfinite(theirs)).all()
     # The tiles that read the pixel, in its image and group; nothing else changes by a bit.
     which = 0 if name == "x" else 1
     image, row, column, channel = pixel
-    share, own = before[which].shape[3] // 2, channel // (inputs[name].shape[3] // 2)
+    share, group = before[which].shape[3] // 2, channel // (inputs[name].shape[3] // 2)
     reach = np.zeros(before[which].shape, bool)
     rows, columns = (slice(max(0, at - 1) // tile * tile, (at + 1) // tile * tile + tile) for at in (row, column))
-    reach[image, rows, columns, own * share : (own + 1) * share] = True
-    np.testing.assert_array_equal(found[which][~reach], before[which][~reach])
+    reach[image, rows, columns, group * share : (group + 1) * share] = True
+    np.testing.assert_array_equal(after[which][~reach], before[which][~reach])
     # In the kernel's gradient, only the channel.
     same = np.ones(before[2].shape, bool)
     if name == "x":
-        same[:, :, channel % 2, own * 3 : (own + 1) * 3] = False
+        same[:, :, channel % 2, group * 3 : (group + 1) * 3] = False
     else:
         same[..., channel] = False
-    np.testing.assert_array_equal(found[2][same], before[2][same])
+    np.testing.assert_array_equal(after[2][same], before[2][same])
 
 
 @pytest.mark.parametrize("tile", [0, 2, 4])

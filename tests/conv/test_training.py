@@ -75,8 +75,8 @@ def test_values_and_gradients_equal_pytorchs(function, height, width, size, stri
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(height + width, height, width, size, stride, groups, inner, outer)
         geometry = (stride, groups, dilation)
-        found = our_results(function, x, kernel, cotangent, *geometry)
-        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, *geometry), strict=True):
+        actual = our_results(function, x, kernel, cotangent, *geometry)
+        for ours, theirs in zip(actual, torch_results(x, kernel, cotangent, *geometry), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -87,8 +87,8 @@ def test_both_sides_of_every_threshold_equal_pytorchs(side, stride):
     assert {9, 64, 196} <= sides, "the sides above straddle these"
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(0, side * stride, side * stride, 3, stride, 1, 4, 5)
-        found = our_results(training_conv, x, kernel, cotangent, stride, 1)
-        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, stride, 1), strict=True):
+        actual = our_results(training_conv, x, kernel, cotangent, stride, 1)
+        for ours, theirs in zip(actual, torch_results(x, kernel, cotangent, stride, 1), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -128,9 +128,9 @@ def test_native_values_and_gradients_equal_pytorchs(tile, images, height, width,
     def function(x, kernel, stride, groups, dilation):
         return training.conv(x, kernel, stride, groups, tile)
 
-    found = our_results(function, x, kernel, cotangent, stride, groups)
+    actual = our_results(function, x, kernel, cotangent, stride, groups)
     exact = torch_results(*in_float64(x, kernel, cotangent), stride, groups)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(actual, exact, strict=True):
         assert relative_difference(theirs, ours) < 1e-5
 
 
@@ -141,9 +141,9 @@ def test_native_sums_are_right_when_split(images, side, channels):
     for stride, tile in ((1, 0), (1, 2), (1, 4), (2, 0)):
         case = random_case(0, side, side, 3, stride, 1, channels, channels + 5, images)
         x, kernel, cotangent = (a.astype(np.float32) for a in case)
-        found = training.kernel_gradient(x, cotangent, stride, 1, tile)
+        actual = training.kernel_gradient(x, cotangent, stride, 1, tile)
         _, _, exact = torch_results(*in_float64(x, kernel, cotangent), stride, 1)
-        assert relative_difference(exact, found) < 1e-5
+        assert relative_difference(exact, actual) < 1e-5
 
 
 @NEEDS_COMPILER
@@ -158,8 +158,8 @@ def test_native_convolutions_can_be_differentiated_twice(stride, tile):
 
         return jax.grad(weighed, (0, 1))(x, kernel)
 
-    found = gradients(lambda x, k: training.conv(x, k, stride, 1, tile))
-    for ours, plain in zip(found, gradients(lambda x, k: deploy_conv(x, k, stride)), strict=True):
+    actual = gradients(lambda x, k: training.conv(x, k, stride, 1, tile))
+    for ours, plain in zip(actual, gradients(lambda x, k: deploy_conv(x, k, stride)), strict=True):
         assert relative_difference(plain, ours) < 1e-4
 
 

@@ -17,9 +17,9 @@ def test_an_attempt_that_raises_is_counted_and_does_not_stop_the_attack(capsys, 
         with tried.attempt(f"divisor {divisor}"):
             print(1 / divisor, file=sys.stderr)
     assert finish(tried) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"attack": "division", "attempts": 3, "survived": 2, "failed": 1}
-    assert "division: FAILED: divisor 0: ZeroDivisionError" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"attack": "division", "attempts": 3, "survived": 2, "failed": 1}
+    assert "division: FAILED: divisor 0: ZeroDivisionError" in printed.err
     assert finish(Attack("nothing was tried")) == 1
     assert finish(Attack("all well", survived=1)) == 0
 

@@ -52,8 +52,8 @@ def built(tmp_path_factory) -> Path:
 
 
 def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
+    (path,) = folder.glob(pattern)
+    return path
 
 
 def test_twine_accepts_the_distributions(built):

@@ -15,11 +15,11 @@ def test_pyright_sees_every_public_name_and_no_other(tmp_path):
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", str(program)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout, done.stderr
-    said = {d["range"]["start"]["line"]: d for d in json.loads(done.stdout)["generalDiagnostics"]}
+    diagnostics = {d["range"]["start"]["line"]: d for d in json.loads(done.stdout)["generalDiagnostics"]}
     for line, name in enumerate(rv.__all__, start=1):
-        revealed = said[line]["message"].removeprefix(f'Type of "rv.{name}" is ')
-        assert said[line]["severity"] == "information", said[line]["message"]
+        revealed = diagnostics[line]["message"].removeprefix(f'Type of "rv.{name}" is ')
+        assert diagnostics[line]["severity"] == "information", diagnostics[line]["message"]
         assert revealed not in ('"Any"', '"Unknown"'), name
-    errors = [d["message"] for d in said.values() if d["severity"] == "error"]
+    errors = [d["message"] for d in diagnostics.values() if d["severity"] == "error"]
     assert len(errors) == 1
     assert "crate_model" in errors[0]

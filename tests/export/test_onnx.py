@@ -128,8 +128,8 @@ def test_images_need_neither_be_square_nor_have_three_channels(tmp_path):
     variables = random_variables(model, in_channels=1)
     images = np.random.default_rng(1).normal(size=(2, 33, 47, 1)).astype(np.float32)
     rv.export_onnx(tmp_path / "net.onnx", model, variables, image_size=(33, 47))
-    found = in_onnxruntime(tmp_path / "net.onnx", nchw(images))
-    assert relative_difference(jax.jit(model.apply)(variables, images), found) <= 1e-5
+    actual = in_onnxruntime(tmp_path / "net.onnx", nchw(images))
+    assert relative_difference(jax.jit(model.apply)(variables, images), actual) <= 1e-5
 
 
 @pytest.mark.parametrize("variant", [TINY, D2SE, PLUS], ids=["plain", "D2se", "plus"])
@@ -153,14 +153,14 @@ def test_the_file_describes_itself(small):
     preprocessing = rv.Preprocessing(image_size=96, crop_fraction=1.0)
     names = tuple("abcde")
     rv.export_onnx(path, model, variables, preprocessing=preprocessing, class_names=names)
-    found = onnx.load(path)
-    told = {entry.key: entry.value for entry in found.metadata_props}
-    assert told["variant"] == "custom"
-    assert told["input_layout"] == "NCHW"
-    assert rv.Preprocessing.from_dict(json.loads(told["preprocessing"])) == preprocessing
-    assert json.loads(told["class_names"]) == list(names)
-    assert [opset.version for opset in found.opset_import] == [OPSET]
-    (images,), (logits,) = found.graph.input, found.graph.output
+    loaded = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in loaded.metadata_props}
+    assert metadata["variant"] == "custom"
+    assert metadata["input_layout"] == "NCHW"
+    assert rv.Preprocessing.from_dict(json.loads(metadata["preprocessing"])) == preprocessing
+    assert json.loads(metadata["class_names"]) == list(names)
+    assert [opset.version for opset in loaded.opset_import] == [OPSET]
+    (images,), (logits,) = loaded.graph.input, loaded.graph.output
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (images, logits)]
     assert (images.name, logits.name) == ("images", "logits")
     assert shapes == [["N", 3, 96, 96], ["N", CLASSES]]
@@ -171,10 +171,10 @@ def test_every_tensor_is_float32_whatever_the_models_dtype(small):
     model = rv.create_model(TINY, CLASSES, deploy=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), rv.fuse_variables(variables))
     rv.export_onnx(path, model, rounded, image_size=32)
-    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
-    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
     kernel = rounded["params"]["stage1_0"]["rbr_reparam"]["kernel"].astype(np.float32)
-    np.testing.assert_array_equal(found["stage1_0/rbr_reparam/kernel"], kernel.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(tensors["stage1_0/rbr_reparam/kernel"], kernel.transpose(3, 2, 0, 1))
 
 
 def test_mistakes_are_clear_errors_and_leave_no_files(small):
@@ -189,9 +189,9 @@ def test_mistakes_are_clear_errors_and_leave_no_files(small):
         (variables, {"image_size": 0}, ValueError, "image_size must be positive"),
         (variables, {"class_names": ("a",)}, ValueError, "1 class names for a model of 5 classes"),
     )
-    for given, options, error, words in mistakes:
+    for tree, options, error, words in mistakes:
         with pytest.raises(error, match=words):
-            rv.export_onnx(path, model, given, **options)
+            rv.export_onnx(path, model, tree, **options)
     with pytest.raises(rv.RepVGGError, match="there is no folder"):
         rv.export_onnx(path.parent / "none" / "net.onnx", model, variables)
     with (

@@ -31,8 +31,8 @@ def test_tensorflow_gives_the_same_logits(net, tmp_path):
         rv.export_saved_model(tmp_path / layout, model, variables, image_size=32, input_layout=layout)
         signature = tf.saved_model.load(str(tmp_path / layout)).signatures["serving_default"]
         for count in (1, 3):
-            found = signature(images=tf.constant(batch[:count]))["logits"].numpy()
-            assert relative_difference(expected[:count], found) <= 1e-5
+            actual = signature(images=tf.constant(batch[:count]))["logits"].numpy()
+            assert relative_difference(expected[:count], actual) <= 1e-5
 
 
 def test_without_tensorflow_one_line_says_what_to_install(net, tmp_path):

@@ -106,5 +106,5 @@ def test_large_nets_at_full_size_give_the_same_logits(name, tmp_path):
     variables = random_variables(model)
     images = np.random.default_rng(1).normal(size=(1, size, size, 3)).astype(np.float32)
     rv.export_stablehlo(tmp_path / "net.stablehlo", model, variables)
-    found = load(tmp_path / "net.stablehlo").call(images)
-    assert relative_difference(jax.jit(model.apply)(variables, images), found) <= 1e-5
+    actual = load(tmp_path / "net.stablehlo").call(images)
+    assert relative_difference(jax.jit(model.apply)(variables, images), actual) <= 1e-5

@@ -82,7 +82,7 @@ RULES: tuple[Rule, ...] = (
 def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
     """Return every one in the graph."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found = []
+    result = []
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -91,7 +91,7 @@ def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for r in [reader] if r for a in r.attribute}
         output_axis = 1 if reader is not None and reader.op_type == "Gemm" and not attributes.get("transB") else 0
         axes = [a.i for a in node.attribute if a.name == "axis"]
-        found.append(
+        result.append(
             Quantizer(
                 node,
                 constants.get(node.input[1]),
@@ -103,7 +103,7 @@ def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
                 output_axis,
             )
         )
-    return found
+    return result
 
 
 def broken_rules(path: Path) -> set[str]:
@@ -139,9 +139,9 @@ def test_the_graph_follows_tensorrts_rules_and_two_runtimes_compute_it(name, tmp
     largest = np.abs(expected).max()
     for run in (in_onnxruntime, in_openvino):
         # Runtimes average the pooled features in different ways, so one may be rounded the other way, by one unit.
-        found = run(tmp_path / "net.onnx", nchw(x))
-        np.testing.assert_allclose(found, expected, atol=0.05 * largest)
-        assert np.median(np.abs(found - expected)) < 0.01 * largest
+        actual = run(tmp_path / "net.onnx", nchw(x))
+        np.testing.assert_allclose(actual, expected, atol=0.05 * largest)
+        assert np.median(np.abs(actual - expected)) < 0.01 * largest
 
 
 def test_both_targets_run_in_both_runtimes_with_similar_results(tmp_path):
@@ -153,9 +153,9 @@ def test_both_targets_run_in_both_runtimes_with_similar_results(tmp_path):
             logits[target, run.__name__] = run(tmp_path / "net.onnx", nchw(x))
     reference = np.asarray(net(x))
     largest = np.abs(reference).max()
-    for found in logits.values():
+    for actual in logits.values():
         # Half as many steps in the same range: twice the rounding error in every layer.
-        np.testing.assert_allclose(found, reference, atol=0.15 * largest)
+        np.testing.assert_allclose(actual, reference, atol=0.15 * largest)
 
 
 def test_the_checker_finds_the_rules_that_the_other_target_breaks(tmp_path):
@@ -178,8 +178,8 @@ def test_height_and_width_are_dynamic_on_request(target, tmp_path):
         x = np.tile(images(4, seed=1), (1, 2, 2, 1))[:, :height, :width]
         expected = np.asarray(net(x)) if target == "onnxruntime" else expected_logits(net, x)
         for run in (in_onnxruntime, in_openvino):
-            found = run(tmp_path / "net.onnx", nchw(x))
-            np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+            actual = run(tmp_path / "net.onnx", nchw(x))
+            np.testing.assert_allclose(actual, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_an_unknown_target_is_refused(tmp_path):

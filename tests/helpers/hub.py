@@ -87,11 +87,11 @@ class FakeHub:
             return _json({"errors": [], "warnings": []})
         if token != TOKEN:
             return _refusal(401, "RepoNotFound" if "models" in parts else "", "Invalid username or password.")
-        asked = [json.loads(line) for line in body.splitlines()]
+        items = [json.loads(line) for line in body.splitlines()]
         if path == "/api/repos/create":
-            return self._create(asked[0])
+            return self._create(items[0])
         if path.endswith(".git/info/lfs/objects/batch"):
-            return _json({"transfer": "basic", "objects": [self._upload(item) for item in asked[0]["objects"]]})
+            return _json({"transfer": "basic", "objects": [self._upload(item) for item in items[0]["objects"]]})
         name, action, revision = "/".join(parts[2:4]), parts[4], unquote(parts[5])
         repository = self.repositories[name]
         if action == "branch":
@@ -102,10 +102,10 @@ class FakeHub:
         if action == "preupload":
             modes = [
                 {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"}
-                for file in asked[0]["files"]
+                for file in items[0]["files"]
             ]
             return _json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
-        return self._commit(name, revision, asked)
+        return self._commit(name, revision, items)
 
     def _about(self, name: str, token: str | None) -> Answer:
         repository = self.repositories.get(name)
@@ -132,12 +132,12 @@ class FakeHub:
             headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         return 200, headers, self.sent(path, content) if method == "GET" else b""
 
-    def _create(self, asked: dict[str, Any]) -> Answer:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, options: dict[str, Any]) -> Answer:
+        name = f"{options['organization']}/{options['name']}"
         if name in self.repositories:
             status, headers, _ = _refusal(409, "", "You already created this model repo")
             return status, headers, json.dumps({"url": f"{self.url}/{name}"}).encode()
-        self.repositories[name] = Repository(private=asked.get("visibility") == "private")
+        self.repositories[name] = Repository(private=options.get("visibility") == "private")
         self.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return _json({"url": f"{self.url}/{name}"})
 

@@ -56,14 +56,14 @@ def test_a_forked_process_gets_an_error_instead_of_hanging(before, tmp_path):
     rv.save_weights(tmp_path / "w.safetensors", *deployed)
     command = [sys.executable, "-c", FORKING, tmp_path / "w.safetensors", before]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    said = done.stdout.splitlines()
+    printed = done.stdout.splitlines()
     if before == "weights":
-        assert said[0] == "no error None"
-        said = said[1:]
+        assert printed[0] == "no error None"
+        printed = printed[1:]
     else:
-        assert said.pop() == "parent (1, 5)"
-        assert len(said) == 3
-    for line in said:
+        assert printed.pop() == "parent (1, 5)"
+        assert len(printed) == 3
+    for line in printed:
         assert "forked from one that had loaded weights" in line
         assert "gunicorn without --preload" in line
         assert "spawn" in line

@@ -45,10 +45,10 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
     predict = rv.make_predictor(model, variables, batch_size=3, image_size=40)
     expected = jax.jit(model.apply)(variables, images)
     for count in (1, 2, 3, 7):
-        found = predict(images[:count])
-        assert found.shape == (count, 5)
-        assert found.dtype == np.float32
-        assert relative_difference(expected[:count], found) <= 1e-5
+        actual = predict(images[:count])
+        assert actual.shape == (count, 5)
+        assert actual.dtype == np.float32
+        assert relative_difference(expected[:count], actual) <= 1e-5
     deployed = rv.make_predictor(*rv.to_deploy(model, variables), batch_size=3, image_size=40)
     np.testing.assert_array_equal(deployed(images), predict(images))
 
@@ -102,9 +102,9 @@ def test_uint8_images_are_normalised_by_the_predictor():
 
 def test_bfloat16_is_close_and_logits_stay_float32():
     model, variables, images = case(SMALL, 2)
-    found = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)(images)
-    assert found.dtype == np.float32
-    difference = relative_difference(model.apply(variables, images), found)
+    logits = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)(images)
+    assert logits.dtype == np.float32
+    difference = relative_difference(model.apply(variables, images), logits)
     assert 1e-5 < difference < 0.05
 
 
@@ -130,8 +130,8 @@ def test_threads_share_a_predictor():
     predict = rv.make_predictor(model, variables, 2, 40)
     expected = [predict(image[None]) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda image: predict(image[None]), images))
-    np.testing.assert_array_equal(found, expected)
+        actual = list(pool.map(lambda image: predict(image[None]), images))
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_invalid_input_is_named():

@@ -58,13 +58,13 @@ def test_dilated_features_equal_timms(output_stride, tmp_path):
     with torch.no_grad():
         expected = theirs.forward_intermediates(torch.from_numpy(images.transpose(0, 3, 1, 2)), intermediates_only=True)
     dilated = rv.create_model("RepVGG-A0", 5, output_stride=output_stride)
-    found = run(lambda v, x: dilated.apply(v, x, method="features"), variables, images)
+    actual = run(lambda v, x: dilated.apply(v, x, method="features"), variables, images)
     deploy_model, fused = fuse(dilated, variables)
     fused_features = run(lambda v, x: deploy_model.apply(v, x, method="features"), fused, images)
     assert [info["reduction"] for info in theirs.feature_info] == [info.stride for info in dilated.feature_info]
     for index, feature in enumerate(expected):
         reference = feature.numpy().transpose(0, 2, 3, 1)
-        assert relative_difference(reference, found[f"stage{index}"]) <= 1e-5
+        assert relative_difference(reference, actual[f"stage{index}"]) <= 1e-5
         assert relative_difference(reference, fused_features[f"stage{index}"]) <= 1e-5
 
 
@@ -79,8 +79,8 @@ def test_dilation_uses_the_same_weights_and_fuses_exactly(variant, output_stride
         assert shapes[0] == shapes[1]
         variables = random_variables(plain, dtype=np.float64)
         deploy_model, fused = fuse(model, variables)
-        expected, found = run(model.apply, variables, images), run(deploy_model.apply, fused, images)
-        assert relative_difference(expected, found) <= 1e-12
+        expected, actual = run(model.apply, variables, images), run(deploy_model.apply, fused, images)
+        assert relative_difference(expected, actual) <= 1e-12
         assert relative_difference(run(plain.apply, variables, images), expected) > 1e-3
 
 

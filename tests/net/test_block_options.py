@@ -80,8 +80,8 @@ def test_every_block_equals_pytorchs_and_fuses_exactly(data, groups, stride, dil
         with torch.no_grad():
             expected = theirs.eval()(image).numpy().transpose(0, 2, 3, 1)
             trained = theirs.train()(image).numpy().transpose(0, 2, 3, 1)
-        found = run(ours.apply, variables, x)
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+        actual = run(ours.apply, variables, x)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
         fused = run(lambda v: DeployBlock(outputs, **options, **dtypes).apply(fuse_variables(v), x), variables)
         np.testing.assert_allclose(fused, expected, rtol=1e-9, atol=1e-11)
         training, changed = run(lambda v: ours.apply(v, x, True, mutable=["batch_stats"]), variables)
@@ -102,10 +102,10 @@ def test_whole_nets_fuse_to_the_same_logits(option, dtype, tolerance):
         assert set(deploy_variables) == {"params"}
         assert set(deploy_variables["params"]["stage1_0"]) == {"rbr_reparam"}
         images = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(dtype)
-        expected, found = run(model.apply, variables, images), run(deploy_model.apply, deploy_variables, images)
-        assert found.dtype == dtype
+        expected, actual = run(model.apply, variables, images), run(deploy_model.apply, deploy_variables, images)
+        assert actual.dtype == dtype
         assert 0.02 < np.std(expected) < 50, "the test's own weights are badly scaled"
-        assert relative_difference(expected, found) <= tolerance
+        assert relative_difference(expected, actual) <= tolerance
 
 
 @pytest.mark.slow
@@ -115,8 +115,8 @@ def test_published_variants_fuse_with_every_option(option):
     variables = random_variables(model)
     deploy_model, deploy_variables = fuse(model, variables)
     images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
-    expected, found = jax.jit(model.apply)(variables, images), jax.jit(deploy_model.apply)(deploy_variables, images)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, images), jax.jit(deploy_model.apply)(deploy_variables, images)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
 def test_a_new_qarepvgg_has_an_identity_branch_of_weight_one():

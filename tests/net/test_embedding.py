@@ -44,12 +44,12 @@ def test_both_forms_and_a_predictor_give_the_input_of_pytorchs_classifier(name, 
     for net, tree in ((model, variables), (fused_model, fused)):
         assert relative_difference(expected, compiled(net, method="embed")(tree, x)) <= 1e-5
     predict = rv.make_predictor(model, variables, 2, x.shape[1], output="embedding")
-    found = predict(x)
-    assert (found.dtype, predict.output) == (np.float32, "embedding")
-    assert relative_difference(expected, found) <= 1e-5
+    actual = predict(x)
+    assert (actual.dtype, predict.output) == (np.float32, "embedding")
+    assert relative_difference(expected, actual) <= 1e-5
     head = variables["params"]["linear"]
     logits = rv.make_predictor(model, variables, 2, x.shape[1])(x)
-    assert relative_difference(logits, found @ head["kernel"] + head["bias"]) <= 1e-5
+    assert relative_difference(logits, actual @ head["kernel"] + head["bias"]) <= 1e-5
 
 
 @pytest.mark.parametrize(

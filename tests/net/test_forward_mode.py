@@ -27,8 +27,8 @@ def test_forward_mode_agrees_with_reverse_mode():
     leaves = zip(jax.tree.leaves(gradient), jax.tree.leaves(DIRECTION["params"]), strict=True)
     expected = sum(float((g * d).sum()) for g, d in leaves)
     with differentiable_in_every_mode():
-        _, found = run(lambda p, d: jax.jvp(loss, (p,), (d,)), VARIABLES["params"], DIRECTION["params"])
-    assert found == pytest.approx(expected, rel=1e-3)
+        _, actual = run(lambda p, d: jax.jvp(loss, (p,), (d,)), VARIABLES["params"], DIRECTION["params"])
+    assert actual == pytest.approx(expected, rel=1e-3)
     assert abs(expected) > 1e-3
 
 

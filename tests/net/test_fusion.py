@@ -42,12 +42,12 @@ def test_every_variant_fuses_to_the_same_logits(name):
     variables = random_variables(model)
     deploy_model, deploy_variables = rv.to_deploy(model, variables)
     expected = np.asarray(jax.jit(model.apply)(variables, images.astype(np.float32)))
-    found = np.asarray(jax.jit(deploy_model.apply)(deploy_variables, images.astype(np.float32)))
+    actual = np.asarray(jax.jit(deploy_model.apply)(deploy_variables, images.astype(np.float32)))
     assert 0.05 < expected.std() < 20, "the test's own weights are badly scaled"
-    assert relative_difference(expected, found) <= 1e-5
+    assert relative_difference(expected, actual) <= 1e-5
     # The figure in the authors' FAQ, the sum of squared differences, for logits of unit scale.
     unit = expected.std()
-    assert np.square((expected - found) / unit).sum() <= 1e-8
+    assert np.square((expected - actual) / unit).sum() <= 1e-8
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_every_variant_fuses_exactly_in_float64(name):
         variables = random_variables(model, dtype=np.float64)
         deploy_model, deploy_variables = rv.to_deploy(model, variables)
         expected = jax.jit(model.apply)(variables, images)
-        found = jax.jit(deploy_model.apply)(deploy_variables, images)
-        assert relative_difference(expected, found) <= 1e-12
+        actual = jax.jit(deploy_model.apply)(deploy_variables, images)
+        assert relative_difference(expected, actual) <= 1e-12
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,9 +79,9 @@ def test_every_block_fuses_exactly(data, groups, stride, squeeze_excite, size):
         options |= dict(dtype=jnp.float64, param_dtype=jnp.float64)
         block, deploy, variables, x = block_case(data.draw(st.integers(0, 99)), features, in_channels, size, **options)
         expected = np.asarray(jax.jit(block.apply)(variables, x))
-        found = np.asarray(jax.jit(deploy.apply)(fuse_variables(variables), x))
-        assert found.shape == (2, -(-size[0] // stride), -(-size[1] // stride), features)
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+        actual = np.asarray(jax.jit(deploy.apply)(fuse_variables(variables), x))
+        assert actual.shape == (2, -(-size[0] // stride), -(-size[1] // stride), features)
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_identity_kernel_returns_its_input_for_grouped_convolutions():
@@ -150,8 +150,8 @@ def test_only_the_backbone_of_a_larger_model_is_fused():
     variables["params"]["head_bn"]["scale"] += 0.5
 
     fused = fuse_variables(variables, ("backbone",))
-    expected, found = Segmenter().apply(variables, images), Segmenter(deploy=True).apply(fused, images)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = Segmenter().apply(variables, images), Segmenter(deploy=True).apply(fused, images)
+    assert relative_difference(expected, actual) <= 1e-5
     assert set(fused["batch_stats"]) == {"head_bn"}
     assert fused["params"]["head"] is variables["params"]["head"]
 

@@ -87,8 +87,8 @@ def padded_with(x: torch.Tensor, value: torch.Tensor, pad: int) -> torch.Tensor:
     return outside
 
 
-def assert_equal(found: np.ndarray, expected: torch.Tensor) -> None:
-    np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-10, atol=1e-11)
+def assert_equal(actual: np.ndarray, expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(actual, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-10, atol=1e-11)
 
 
 @settings(max_examples=12, deadline=None)

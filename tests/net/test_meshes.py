@@ -46,11 +46,11 @@ def reference(start: int = 0, stop: int = len(IMAGES)) -> dict[str, Any]:
     )
 
 
-def check(expected: Any, found: Any) -> None:
-    expected, found = flatten(expected), flatten(found)
-    assert expected.keys() == found.keys()
+def check(expected: Any, actual: Any) -> None:
+    expected, actual = flatten(expected), flatten(actual)
+    assert expected.keys() == actual.keys()
     for name, values in expected.items():
-        assert relative_difference(values, found[name]) < 1e-3, name
+        assert relative_difference(values, actual[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_jit_on_a_mesh_equals_jit_without(kind, count):
     with jax.set_mesh(mesh):
         images = jax.device_put(IMAGES, NamedSharding(mesh, P("data")))
         variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))
-        found = compiled(functools.partial(everything, MODEL), variables, images)(variables, images)
-        assert found["logits"]["deploy"].sharding.spec == P("data", None) or kind == AxisType.Auto
-    check(reference(), found)
+        actual = compiled(functools.partial(everything, MODEL), variables, images)(variables, images)
+        assert actual["logits"]["deploy"].sharding.spec == P("data", None) or kind == AxisType.Auto
+    check(reference(), actual)
 
 
 @pytest.mark.slow
@@ -81,19 +81,19 @@ def test_gradients_in_shard_map_with_varying_axes_checked(count):
     specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
     def each(variables: Any, images: Any) -> dict[str, Any]:
-        found = everything(MODEL, variables, images)
-        return found | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], found["batch_stats"])}
+        actual = everything(MODEL, variables, images)
+        return actual | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], actual["batch_stats"])}
 
     shards = jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)
-    found = jax.tree.map(np.asarray, compiled(shards, VARIABLES, IMAGES)(VARIABLES, IMAGES))
+    actual = jax.tree.map(np.asarray, compiled(shards, VARIABLES, IMAGES)(VARIABLES, IMAGES))
     share = len(IMAGES) // count
     parts = [reference(start, start + share) for start in range(0, len(IMAGES), share)]
     gradients = jax.tree.map(lambda *leaves: sum(leaves), *(part["gradients"] for part in parts))
-    check(gradients, found["gradients"])
+    check(gradients, actual["gradients"])
     stats = jax.tree.map(lambda *leaves: np.stack(leaves), *(part["batch_stats"] for part in parts))
-    check(stats, found["batch_stats"])
+    check(stats, actual["batch_stats"])
     logits = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part["logits"] for part in parts))
-    check(logits, found["logits"])
+    check(logits, actual["logits"])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_every_branch_can_be_lowered(dtype, kind):
         specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
         def each(variables: Any, images: Any) -> Any:
-            found = everything(model, variables, images)
-            return found | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], found["batch_stats"])}
+            results = everything(model, variables, images)
+            return results | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], results["batch_stats"])}
 
         jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)).lower(variables, IMAGES)
         return

@@ -74,19 +74,19 @@ class Pair:
     def check_evaluation(self, run: Callable = run) -> None:
         """Compare the training form on running statistics."""
         expected = numpy_logits(self.oracle.eval()(nchw(self.images, self.dtype)))
-        found = numpy_logits(run(self.model.apply, self.variables, self.images))
-        assert found.keys() == {"main"}
-        assert found["main"].dtype == self.dtype
+        actual = numpy_logits(run(self.model.apply, self.variables, self.images))
+        assert actual.keys() == {"main"}
+        assert actual["main"].dtype == self.dtype
         assert 0.02 < np.abs(expected["main"]).mean() < 50, "the test's own weights are badly scaled"
-        assert relative_difference(expected["main"], found["main"]) <= TOLERANCE[self.dtype]
+        assert relative_difference(expected["main"], actual["main"]) <= TOLERANCE[self.dtype]
 
     def check_deploy(self, run: Callable = run) -> None:
         """Compare the deploy forms, each fused by its own library."""
         expected = torch_oracle.switch_to_deploy(self.oracle)(nchw(self.images, self.dtype))
         deploy_model, deploy_variables = fuse(self.model, self.variables)
-        found = run(deploy_model.apply, deploy_variables, self.images)
-        assert found.dtype == self.dtype
-        assert relative_difference(expected, found) <= TOLERANCE[self.dtype]
+        actual = run(deploy_model.apply, deploy_variables, self.images)
+        assert actual.dtype == self.dtype
+        assert relative_difference(expected, actual) <= TOLERANCE[self.dtype]
 
     def check_training(self, run: Callable = run) -> None:
         """Compare the logits on batch statistics, and the running statistics afterwards.
@@ -101,17 +101,17 @@ class Pair:
         if self.dtype == "float32":
             self.oracle.load_state_dict(before)
             exact = numpy_logits(self.oracle.double()(nchw(self.images, "float64")))
-            own = [relative_difference(exact[head], logits) for head, logits in expected.items()]
-            allowed = max(allowed, 2 * max(own))
+            pytorch_errors = [relative_difference(exact[head], logits) for head, logits in expected.items()]
+            allowed = max(allowed, 2 * max(pytorch_errors))
 
         def in_training(variables: Any, images: Any) -> Any:
             return self.model.apply(variables, images, train=True, mutable=["batch_stats"])
 
         outputs, changed = run(in_training, self.variables, self.images)
-        found = numpy_logits(outputs)
-        assert found.keys() == expected.keys()
+        actual = numpy_logits(outputs)
+        assert actual.keys() == expected.keys()
         for head, logits in expected.items():
-            assert relative_difference(logits, found[head]) <= allowed, head
+            assert relative_difference(logits, actual[head]) <= allowed, head
         assert set(flatten(changed)) == {name for name in statistics if name.startswith("batch_stats/")}
         assert largest_difference(statistics, changed, "batch_stats/") <= allowed
         assert largest_difference(flatten(self.variables), changed, "batch_stats/") > 0.01, "they have not moved"
@@ -232,9 +232,9 @@ def test_rematerialisation_changes_memory_not_results():
         remat = plain.clone(remat=True)
         assert checkpoints(plain) == 0
         assert checkpoints(remat) == len(variant.blocks())
-        expected, found = (run(gradient_of(model), variables["params"]) for model in (plain, remat))
-        assert jax.tree.structure(expected) == jax.tree.structure(found)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11), expected, found)
+        expected, actual = (run(gradient_of(model), variables["params"]) for model in (plain, remat))
+        assert jax.tree.structure(expected) == jax.tree.structure(actual)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11), expected, actual)
 
 
 @pytest.mark.parametrize("deploy", [False, True])

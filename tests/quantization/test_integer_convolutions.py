@@ -47,9 +47,11 @@ def test_every_shape_gives_the_references_integers(signed, images, height, width
     }
     factor = jnp.asarray(layer["kernel_scale"])
     packed = pack_layer(spec, layer, 1)
-    reference, found = InXla(integer=True), NativeIntegers()
-    np.testing.assert_array_equal(reference.totals(spec, x, layer), found.totals(spec, x, packed))
-    np.testing.assert_array_equal(reference.rounded(spec, x, layer, factor), found.rounded(spec, x, packed, factor))
+    reference, native_layers = InXla(integer=True), NativeIntegers()
+    np.testing.assert_array_equal(reference.totals(spec, x, layer), native_layers.totals(spec, x, packed))
+    np.testing.assert_array_equal(
+        reference.rounded(spec, x, layer, factor), native_layers.rounded(spec, x, packed, factor)
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -62,9 +64,9 @@ def test_every_layer_of_a_net_reads_the_references_integers(name):
     x = images(4, seed=1)
     run = jax.jit(forward, static_argnums=0, static_argnames=("integer", "arithmetic"))
     expected = run(net.variant, net.params, x, integer=True)
-    found = run(net.variant, params, x, integer=False, arithmetic=NativeIntegers())
+    actual = run(net.variant, params, x, integer=False, arithmetic=NativeIntegers())
     for layer in expected:
-        np.testing.assert_array_equal(expected[layer], found[layer], err_msg=layer)
+        np.testing.assert_array_equal(expected[layer], actual[layer], err_msg=layer)
 
 
 def test_float_layers_and_groups_of_odd_channels_are_left_to_xla():

@@ -55,8 +55,8 @@ def test_fake_quantised_layers_agree_with_the_integers_within_one_unit():
             "bias": layer["bias"] * (layer["kernel_scale"] * units[spec.name]),
         }
         output = FloatOperations(net.variant, {spec.name: fake}).conv(spec, real, activate=True)
-        found = fake_quantize_activations(output, units[reader], np.uint8) / units[reader]
-        difference = np.abs(np.rint(found) - np.asarray(seen[reader], np.float32))
+        actual = fake_quantize_activations(output, units[reader], np.uint8) / units[reader]
+        difference = np.abs(np.rint(actual) - np.asarray(seen[reader], np.float32))
         assert difference.max() <= 1
         equal, total = equal + (difference == 0).sum(), total + difference.size
     assert equal / total > 0.999
@@ -95,8 +95,8 @@ def test_overfitted_rounding_is_not_used():
     targets = x @ kernel + rng.normal(size=(64, 1)).astype(np.float32)
     scale = np.abs(kernel).max(0) / WEIGHT_LEVELS
     layer = {"kernel": kernel, "bias": np.zeros(1, np.float32)}
-    found = learn_rounding(None, layer, scale, x, targets, relu=False, options=AdaRoundOptions(steps=150))
-    np.testing.assert_array_equal(found, np.rint(kernel / scale))
+    rounded = learn_rounding(None, layer, scale, x, targets, relu=False, options=AdaRoundOptions(steps=150))
+    np.testing.assert_array_equal(rounded, np.rint(kernel / scale))
 
 
 def test_bias_correction_removes_the_mean_error_of_each_channel():

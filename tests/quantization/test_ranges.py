@@ -70,8 +70,8 @@ def test_mse_has_the_least_error_of_all_thresholds():
         scale = threshold / 255
         return np.square(values - scale * np.clip(np.rint(values / scale), 0, 255)).mean()
 
-    found = THRESHOLDS["mse"](histogram(values))
-    assert error(found) <= 1.02 * min(error(values.max() * share) for share in np.linspace(0.02, 1, 200))
+    best = THRESHOLDS["mse"](histogram(values))
+    assert error(best) <= 1.02 * min(error(values.max() * share) for share in np.linspace(0.02, 1, 200))
 
 
 def test_entropy_clips_a_long_tail_and_keeps_a_uniform_distribution():
@@ -121,7 +121,7 @@ def test_equalised_activations_have_similar_ranges_in_all_channels():
     after = equalize_activations(model.variant, before, channel_ranges(model.variant, before, images()))
 
     def unevenness(layers) -> float:
-        found = channel_ranges(model.variant, layers, images())
-        return float(np.mean([np.log(found[r][found[r] > 0]).std() for r in found if r not in ("stage0", "linear")]))
+        ranges = channel_ranges(model.variant, layers, images())
+        return float(np.mean([np.log(ranges[r][ranges[r] > 0]).std() for r in ranges if r not in ("stage0", "linear")]))
 
     assert unevenness(after) < 0.5 * unevenness(before)

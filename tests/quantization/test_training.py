@@ -31,9 +31,9 @@ def test_parameters_and_statistics_are_those_of_the_training_form():
     plain = rv.create_model(VARIANTS["SE after ReLU"], 10)
     x = jnp.zeros((1, 32, 32, 3))
     expected = jax.eval_shape(plain.init, jax.random.key(0), x)
-    found = jax.eval_shape(quantization_aware(plain).init, jax.random.key(0), x)
-    assert flatten(without_ranges(found)) == flatten(expected)
-    assert jax.tree.map(jnp.shape, with_ranges(expected)) == jax.tree.map(jnp.shape, found)
+    actual = jax.eval_shape(quantization_aware(plain).init, jax.random.key(0), x)
+    assert flatten(without_ranges(actual)) == flatten(expected)
+    assert jax.tree.map(jnp.shape, with_ranges(expected)) == jax.tree.map(jnp.shape, actual)
 
 
 @pytest.mark.parametrize("name", ["plain", "SE before ReLU"])
@@ -41,10 +41,10 @@ def test_the_trained_net_is_the_deployed_net(name):
     model, variables, _ = trained_variables(name)
     net = quantized_net(model, variables, PREPROCESSING)
     x = images(32, seed=1)
-    expected, found = jax.jit(model.apply)(variables, x), net(x)
+    expected, actual = jax.jit(model.apply)(variables, x), net(x)
     # Sums of real numbers are now and then rounded the other way (by one unit of one activation).
-    assert relative_difference(expected, found) < 0.01
-    assert (np.asarray(expected).argmax(-1) == np.asarray(found).argmax(-1)).mean() > 0.95
+    assert relative_difference(expected, actual) < 0.01
+    assert (np.asarray(expected).argmax(-1) == np.asarray(actual).argmax(-1)).mean() > 0.95
 
 
 def test_statistics_are_frozen_and_ranges_follow_the_largest_input():

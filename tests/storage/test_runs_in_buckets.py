@@ -115,13 +115,13 @@ def test_two_processes_can_share_only_the_bucket(bucket, runs, tmp_path):
     workdir = f"{bucket.url}/two"
 
     def start(number, port):
-        own = tmp_path / f"process {number}"
-        (own / "tmp").mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / f"process {number}"
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
         command = runs.command(workdir, coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=number)
-        command[command.index("--data-dir") + 1] = str(own / "data")
+        command[command.index("--data-dir") + 1] = str(folder / "data")
         return subprocess.Popen(
             command,
-            env=environment(2, own / "cache") | {"TMPDIR": str(own / "tmp")},
+            env=environment(2, folder / "cache") | {"TMPDIR": str(folder / "tmp")},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -46,8 +46,8 @@ def test_a_weight_file_sets_the_architecture_and_options_change_it(tmp_path: Pat
     assert changed == dataclasses.replace(SMALL, activation="relu", strides=(1, 1, 2, 2, 2))
     assert variant_of("--strides", 1, 1, 2, 2, 2, "--stem-stride", 2).strides == (2, 1, 2, 2, 2)
     branches = dataclasses.replace(SMALL, branches=rv.Branches(strips=True, identity=False))
-    own = variant_of("--model", write_variant(tmp_path, branches), "--dense-copies", 3).branches
-    assert own == rv.Branches(dense_copies=3, strips=True, identity=False)
+    changed_branches = variant_of("--model", write_variant(tmp_path, branches), "--dense-copies", 3).branches
+    assert changed_branches == rv.Branches(dense_copies=3, strips=True, identity=False)
 
 
 def test_the_folder_of_a_run_is_named_after_its_net(tmp_path: Path) -> None:

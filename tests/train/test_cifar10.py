@@ -72,13 +72,13 @@ def test_the_preprocessing_is_stored_in_and_read_from_the_weight_files(photos: P
 
 
 def test_another_model_has_its_own_depth_and_widths() -> None:
-    own, other = parse(["--preset", "cifar10"]), parse(["--preset", "cifar10", "--model", "RepVGG-A1"])
-    assert own.model.variant.widths == PRESETS["cifar10"].model.widths
-    assert own.run.workdir == "runs/cifar10"
+    preset, other = parse(["--preset", "cifar10"]), parse(["--preset", "cifar10", "--model", "RepVGG-A1"])
+    assert preset.model.variant.widths == PRESETS["cifar10"].model.widths
+    assert preset.run.workdir == "runs/cifar10"
     assert other.model.variant.widths == rv.create_model("RepVGG-A1").variant.widths
     assert other.model.variant.strides == (1, 2, 2, 2, 1)
     assert other.run.workdir == "runs/cifar10-RepVGG-A1"
-    assert (own.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
+    assert (preset.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
     assert parse(["--preset", "cifar10", *map(str, TINY)]).run.workdir == "runs/cifar10-custom"
 
 

@@ -42,16 +42,16 @@ def preprocessing_of(photos: Path, *options: object) -> Preprocessing:
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B3g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
 def test_training_evaluates_at_the_variants_published_size_and_crop(photos: Path, name: str) -> None:
     size, crop = (320, 1.0) if name in ("RepVGG-D2se", "RepVGGplus-L2pse") else (224, 0.875)
-    found = preprocessing_of(photos, "--preset", "imagenet_120", "--model", name)
-    assert (found.image_size, found.crop_fraction) == (size, crop)
+    preprocessing = preprocessing_of(photos, "--preset", "imagenet_120", "--model", name)
+    assert (preprocessing.image_size, preprocessing.crop_fraction) == (size, crop)
     assert rv.create_model(name).variant.image_size == size
 
 
 def test_the_recipe_of_repvggplus_resizes_to_320_and_crops_320(photos: Path) -> None:
-    found = preprocessing_of(photos, "--preset", "plus_300")
+    preprocessing = preprocessing_of(photos, "--preset", "plus_300")
     (photos / "val" / "garden" / "000.jpg").write_bytes(encode(PHOTO, "PNG"))
     source = data.open_dataset(str(photos), variant=rv.create_model("RepVGGplus-L2pse").variant).test
-    (batch,) = evaluation(source, preprocessing=found)
+    (batch,) = evaluation(source, preprocessing=preprocessing)
     transform = torchvision.transforms
     theirs = transform.Compose([transform.Resize(320), transform.CenterCrop(320)])
     with Image.open(photos / "val" / "garden" / "000.jpg") as image:
@@ -60,8 +60,8 @@ def test_the_recipe_of_repvggplus_resizes_to_320_and_crops_320(photos: Path) -> 
 
 def test_options_override_the_size_and_the_crop(photos: Path) -> None:
     def size_and_crop(*options: object) -> tuple[int, float]:
-        found = preprocessing_of(photos, "--preset", "imagenet_120", *options)
-        return found.image_size, found.crop_fraction
+        preprocessing = preprocessing_of(photos, "--preset", "imagenet_120", *options)
+        return preprocessing.image_size, preprocessing.crop_fraction
 
     d2se = ("--model", "RepVGG-D2se")
     assert size_and_crop(*d2se, "--test-image-size", 224) == (224, 0.875)  # at which its 81.82 % were measured
@@ -82,7 +82,7 @@ def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("own", "size", "resized"),
+    ("published", "size", "resized"),
     [
         ((224, 0.875), 224, 256),
         ((224, 0.875), 320, 320),  # the authors: Resize(320), CenterCrop(320)
@@ -95,9 +95,9 @@ def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Pa
         ((224, 0.95), 256, 269),
     ],
 )
-def test_other_sizes_are_cropped_by_the_authors_rule(own: tuple[int, float], size: int, resized: int) -> None:
-    assert Preprocessing(*own).at_size(size).resize_size == resized
-    assert Preprocessing(*own).at_size(size).image_size == size
+def test_other_sizes_are_cropped_by_the_authors_rule(published: tuple[int, float], size: int, resized: int) -> None:
+    assert Preprocessing(*published).at_size(size).resize_size == resized
+    assert Preprocessing(*published).at_size(size).image_size == size
 
 
 def test_a_runs_files_record_its_evaluation_preprocessing(photos: Path) -> None:

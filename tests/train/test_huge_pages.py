@@ -35,17 +35,17 @@ def started(*arguments: str, tunables: str | None = None) -> tuple[int, list[str
     """Return the process id, and the words that the program prints."""
     words, pipe = [sys.executable, *arguments], subprocess.PIPE
     process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment(tunables))
-    said, _ = process.communicate("input")
+    output, _ = process.communicate("input")
     assert process.returncode == 0
-    return process.pid, said.split()
+    return process.pid, output.split()
 
 
 @needs_huge_pages
 def test_the_restart_keeps_process_arguments_and_input(tmp_path: Path) -> None:
     (tmp_path / "show.py").write_text(SHOW, encoding="utf-8")
     for how in (["-c", SHOW], ["-X", "utf8", str(tmp_path / "show.py")]):
-        pid, said = started(*how, "a", "b")
-        assert said == [str(pid), "glibc.malloc.hugetlb=1", "True", "['a',", "'b']", "input"]
+        pid, printed = started(*how, "a", "b")
+        assert printed == [str(pid), "glibc.malloc.hugetlb=1", "True", "['a',", "'b']", "input"]
 
 
 @needs_huge_pages
@@ -57,8 +57,8 @@ def test_the_restart_keeps_process_arguments_and_input(tmp_path: Path) -> None:
     ],
 )
 def test_the_users_tunables_are_kept(tunables: str, becomes: str, huge: str) -> None:
-    _, said = started("-c", SHOW, tunables=tunables)
-    assert said[1:3] == [becomes, huge]
+    _, printed = started("-c", SHOW, tunables=tunables)
+    assert printed[1:3] == [becomes, huge]
 
 
 @needs_huge_pages
@@ -67,8 +67,8 @@ def test_training_restarts_with_huge_pages(tmp_path: Path) -> None:
     spy = "import sys, os; os.execv = lambda path, words: print(words[1:], 'jax' in sys.modules) or sys.exit(0)"
     (tmp_path / "sitecustomize.py").write_text(spy, encoding="utf-8")
     words = ["-m", "train.main", "--preset", "digits"]
-    said = subprocess.run([sys.executable, *words], env=environment(None, tmp_path), capture_output=True, text=True)
-    assert said.stdout.strip() == f"{words} False", said.stderr
+    done = subprocess.run([sys.executable, *words], env=environment(None, tmp_path), capture_output=True, text=True)
+    assert done.stdout.strip() == f"{words} False", done.stderr
 
 
 def test_systems_without_huge_pages_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,9 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def largest(expected: Any, found: Any) -> float:
+def largest(expected: Any, actual: Any) -> float:
     """Return the largest relative difference of any leaf."""
-    return max(jax.tree.leaves(jax.tree.map(relative_difference, expected, found)))
+    return max(jax.tree.leaves(jax.tree.map(relative_difference, expected, actual)))
 
 
 def test_gradients_and_metrics_are_means_over_the_devices():

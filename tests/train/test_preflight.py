@@ -213,13 +213,13 @@ class Chips:
 @pytest.mark.parametrize(("asked", "says"), [(5000, True), (10, True), (900, True), (1500, False)])
 def test_the_largest_batch_is_found_in_a_few_compilations_and_verified(asked, says):
     chips = Chips(says)
-    found = find_largest(chips, chips(asked), 1000, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip in chips.compiled
-    assert found.fitting.fits(1000)
-    assert found.fitting.per_chip >= 15 / 16 * 930  # 930 images take 999.5
+    result = find_largest(chips, chips(asked), 1000, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip in chips.compiled
+    assert result.fitting.fits(1000)
+    assert result.fitting.per_chip >= 15 / 16 * 930  # 930 images take 999.5
     assert len(chips.compiled) <= 5
-    assert found.memory_limit
+    assert result.memory_limit
 
 
 def test_memory_that_grows_in_steps_also_takes_few_compilations():
@@ -233,9 +233,9 @@ def test_memory_that_grows_in_steps_also_takes_few_compilations():
             return Compiled(per_chip, peak, 1)
         return Compiled(per_chip, peak + 300, 1, Memory(peak + 300, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(4096), 15750, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip >= 15 / 16 * 2176
+    result = find_largest(chips, chips(4096), 15750, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip >= 15 / 16 * 2176
     assert len(compiled) <= 5
 
 
@@ -247,10 +247,12 @@ def test_memory_that_grows_unevenly_is_searched_to_the_end():
         peak = float(np.interp(per_chip, [0, *needs], [0.5, *needs.values()]))
         return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(8192), 59.33, step=1, most=10**5)
-    assert found.fitting is not None
-    assert found.failing is not None
-    assert found.failing.per_chip - found.fitting.per_chip <= found.fitting.per_chip / 16 or found.fitting.peak > 58.1
+    result = find_largest(chips, chips(8192), 59.33, step=1, most=10**5)
+    assert result.fitting is not None
+    assert result.failing is not None
+    assert (
+        result.failing.per_chip - result.fitting.per_chip <= result.fitting.per_chip / 16 or result.fitting.peak > 58.1
+    )
 
 
 def test_memory_that_jumps_is_searched_to_within_a_sixteenth():
@@ -261,32 +263,32 @@ def test_memory_that_jumps_is_searched_to_within_a_sixteenth():
         peak = per_chip * 0.1 + 1000 * (per_chip > 777)
         return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(1024), 500, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip >= 15 / 16 * 777
+    result = find_largest(chips, chips(1024), 500, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip >= 15 / 16 * 777
     assert len(compiled) <= 1 + MAX_COMPILATIONS
 
 
 def test_a_share_is_divisible_into_the_portions_of_accumulate():
     chips = Chips()
-    found = find_largest(chips, chips(3000), 1000, step=3, most=10**6)
+    result = find_largest(chips, chips(3000), 1000, step=3, most=10**6)
     assert all(images % 3 == 0 for images in chips.compiled)
-    assert found.fitting is not None
+    assert result.fitting is not None
 
 
 def test_the_largest_batch_may_be_the_data_set():
     chips = Chips()
-    found = find_largest(chips, chips(10), 1000, step=4, most=302)
-    assert found.fitting is not None
-    assert (found.fitting.per_chip, found.memory_limit) == (300, False)
+    result = find_largest(chips, chips(10), 1000, step=4, most=302)
+    assert result.fitting is not None
+    assert (result.fitting.per_chip, result.memory_limit) == (300, False)
 
 
 def test_even_one_image_may_be_too_many():
     chips = Chips(base=2000)
-    found = find_largest(chips, chips(4), 1000, step=1, most=100)
-    assert found.fitting is None
-    assert found.failing is not None
-    assert found.failing.per_chip == 1
+    result = find_largest(chips, chips(4), 1000, step=1, most=100)
+    assert result.fitting is None
+    assert result.failing is not None
+    assert result.failing.per_chip == 1
 
 
 # The command.

@@ -143,13 +143,13 @@ def test_every_image_has_the_prediction_of_predict(form, photos, weights, tmp_pa
     folder = tmp_path / "report"
     done = command("train.evaluate", photos, form, weights, "--report", folder, "-b", 4)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    summary = json.loads(done.stdout.splitlines()[-1])
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert said == {name: report[name] for name in ("top1", "top5", "images")}
+    assert summary == {name: report[name] for name in ("top1", "top5", "images")}
     assert (report["images"], report["skipped"], report["form"]) == (9, 1, form)
     rows = table(folder / "predictions.csv")
     assert [row["label_name"] for row in rows] == [Path(row["image"]).parent.name for row in rows]
-    assert np.mean([int(row["correct"]) for row in rows]) == pytest.approx(said["top1"])
+    assert np.mean([int(row["correct"]) for row in rows]) == pytest.approx(summary["top1"])
     assert all((row["label"] == row["prediction"]) == (row["correct"] == "1") for row in rows)
 
     done = command("repvgg_jax.__main__", "predict", weights, photos / "val", "--top", 1, "--format", "csv")
@@ -157,8 +157,8 @@ def test_every_image_has_the_prediction_of_predict(form, photos, weights, tmp_pa
     assert [(row["image"], row["prediction"], row["prediction_name"]) for row in rows] == [
         (answer["image"], answer["class"], answer["name"]) for answer in answers
     ]
-    found, expected = ([float(row["probability"]) for row in side] for side in (rows, answers))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    actual, expected = ([float(row["probability"]) for row in side] for side in (rows, answers))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 def test_a_predictor_on_one_device_agrees_with_the_model(weights):
@@ -172,13 +172,13 @@ def test_a_predictor_on_one_device_agrees_with_the_model(weights):
         "mask": np.array([1, 1, 0, 1, 1, 0], np.float32),
     }
     expected = jax.jit(make_eval_step(model, preprocessing))(variables, batch)
-    found = predictor_step(predict)({}, {name: array[None] for name, array in batch.items()})
-    assert found.keys() == expected.keys()
+    actual = predictor_step(predict)({}, {name: array[None] for name, array in batch.items()})
+    assert actual.keys() == expected.keys()
     logits = np.float64(predict(batch["image"]))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(found["probability"][0], shares.max(1), rtol=1e-5)
+    np.testing.assert_allclose(actual["probability"][0], shares.max(1), rtol=1e-5)
     for name in expected:
-        np.testing.assert_allclose(np.ravel(found[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(np.ravel(actual[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
 
 
 def test_a_tilde_that_the_shell_did_not_expand_is_the_home_folder(photos, weights, tmp_path, monkeypatch):

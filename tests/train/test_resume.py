@@ -150,8 +150,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(runs, tmp
 def test_the_forms_of_a_bfloat16_run_are_compared_in_float32(runs, tmp_path):
     done = runs.finish(tmp_path / "run", dtype="bfloat16", accumulate=2)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "train form and deploy form, both computed in float32, predict the same class for 360 of 360" in said
+    stdout = " ".join(done.stdout.split())
+    assert "train form and deploy form, both computed in float32, predict the same class for 360 of 360" in stdout
     printed = json.loads(done.stdout.splitlines()[-1])
     for form, name in (("train", "final"), ("deploy", "deploy")):
         arguments = ("digits", form, tmp_path / "run" / f"{name}.safetensors", "--data-dir", runs.data)
@@ -207,9 +207,9 @@ def test_a_damaged_newest_checkpoint_is_skipped(runs, uninterrupted, tmp_path):
             path.write_bytes(content)
     done = runs.finish(workdir, ema_decay=0.99)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert f"/{newest} is damaged" in said
-    assert "resuming at step" in said
+    stdout = " ".join(done.stdout.split())
+    assert f"/{newest} is damaged" in stdout
+    assert "resuming at step" in stdout
     same_result(workdir, uninterrupted)
 
 

@@ -27,10 +27,10 @@ def until_it_trains(process: subprocess.Popen, workdir) -> None:
 
 def stopped_after(out: str, name: str) -> int:
     """Return the step after which a run says it stopped."""
-    said = " ".join(out.split())
-    assert f"{name}: stopped after step " in said, said
-    assert "state saved; the same command again goes on from there" in said
-    return int(said.split("stopped after step ")[1].split(",")[0])
+    words = " ".join(out.split())
+    assert f"{name}: stopped after step " in words, words
+    assert "state saved; the same command again goes on from there" in words
+    return int(words.split("stopped after step ")[1].split(",")[0])
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])

@@ -145,14 +145,16 @@ def records(path: Path) -> Iterator[Any]:
 
 def history(path: Path) -> dict[int, dict[str, float]]:
     """Return the numbers by step, from such a file, which must be finished."""
-    found, finished = {}, False
+    numbers_by_step, finished = {}, False
     for record in records(path):
         finished |= record.WhichOneof("record_type") == "exit"
         if record.WhichOneof("record_type") == "history":
             items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            found[json.loads(items["_step"])] = {name: json.loads(v) for name, v in items.items() if "/" in name}
+            numbers_by_step[json.loads(items["_step"])] = {
+                name: json.loads(v) for name, v in items.items() if "/" in name
+            }
     assert finished, path
-    return found
+    return numbers_by_step
 
 
 @pytest.fixture

@@ -127,15 +127,15 @@ def test_for_more_epochs_the_message_says_what_to_do(begun):
 def test_a_moved_data_folder_is_recognised_by_its_images(tmp_path):
     write_photos(tmp_path / "a", 8)
     before = FolderSource(tmp_path / "a")
-    known = data_fingerprint(before)
+    fingerprint = data_fingerprint(before)
     (tmp_path / "a").rename(tmp_path / "b")
     moved = FolderSource(tmp_path / "b")
-    assert data_fingerprint(moved) == known
+    assert data_fingerprint(moved) == fingerprint
     write_photos(tmp_path / "c", 8, offset=30)
-    assert data_fingerprint(FolderSource(tmp_path / "c")) != known
+    assert data_fingerprint(FolderSource(tmp_path / "c")) != fingerprint
     first = sorted((tmp_path / "b").iterdir())[0]
     first.rename(first.with_name("zzz"))
-    assert data_fingerprint(FolderSource(tmp_path / "b")) != known, "a different class order is different data"
+    assert data_fingerprint(FolderSource(tmp_path / "b")) != fingerprint, "a different class order is different data"
 
 
 def test_checkpoints_of_earlier_versions_do_not_record_the_images():
@@ -237,9 +237,9 @@ def test_options_for_photographs_are_refused_for_other_data(wrong, tmp_path):
 def test_a_presets_warm_up_is_shortened_if_it_does_not_fit(preset, epochs, warmup, capsys):
     config = parse(["--preset", preset, "--epochs", str(epochs)])
     assert config.optimizer.warmup_epochs == pytest.approx(warmup)
-    said = capsys.readouterr().err
-    assert ("shortened to" in said) == (warmup < 1)
-    assert said.count("\n") == (warmup < 1)
+    stderr = capsys.readouterr().err
+    assert ("shortened to" in stderr) == (warmup < 1)
+    assert stderr.count("\n") == (warmup < 1)
 
 
 @pytest.mark.parametrize("spelled", ["--warmup-epochs", "--warmup_epochs"])

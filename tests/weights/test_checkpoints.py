@@ -46,8 +46,8 @@ def state_at(step: int) -> tuple[TrainState, dict, dict]:
     optimizer = optax.sgd(0.1, momentum=0.9).init(trained["params"])
     shared = (np.int32(step), trained["params"], optimizer, average["params"])
     number, params, opt_state, ema_params = (replicate(tree) for tree in shared)
-    own = (distribute(stats_of_each_device(v["batch_stats"])) for v in (trained, average))
-    stats, ema_stats = own
+    per_device = (distribute(stats_of_each_device(v["batch_stats"])) for v in (trained, average))
+    stats, ema_stats = per_device
     return TrainState(number, params, stats, opt_state, ema_params, ema_stats), trained, average
 
 
@@ -68,13 +68,13 @@ def run(tmp_path_factory) -> tuple[Path, dict, dict]:
     return workdir, trained, averages
 
 
-def assert_same(expected: dict, found: dict) -> None:
+def assert_same(expected: dict, actual: dict) -> None:
     """Check that parameters are equal bit for bit, and statistics up to the rounding of their average."""
-    assert_same_bits({"params": expected["params"]}, {"params": found["params"]})
+    assert_same_bits({"params": expected["params"]}, {"params": actual["params"]})
     jax.tree.map(
         lambda e, f: np.testing.assert_allclose(f, e, rtol=2e-6, atol=2e-6),
         expected["batch_stats"],
-        found["batch_stats"],
+        actual["batch_stats"],
     )
 
 
@@ -214,5 +214,5 @@ def test_the_last_checkpoint_of_a_real_run_is_its_final_weights(uninterrupted):
     last = max((uninterrupted / "checkpoints").iterdir(), key=lambda path: int(path.name))
     for ema, name in ((False, "final"), (True, "ema")):
         assert_same_bits(rv.load_weights(uninterrupted / f"{name}.safetensors")[1], rv.load_weights(last, ema=ema)[1])
-    found, expected = rv.inspect_weights(last), rv.inspect_weights(uninterrupted / "final.safetensors")
-    assert found == expected
+    actual, expected = rv.inspect_weights(last), rv.inspect_weights(uninterrupted / "final.safetensors")
+    assert actual == expected

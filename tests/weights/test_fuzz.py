@@ -194,9 +194,11 @@ def assert_torch_agrees(path: Path) -> None:
     event("torch reads it too")
     with path.open("rb", buffering=0) as handle:
         ours = read_torch_file(handle, path)
-        found = [(name, ours.read(tensor).tobytes()) for name, tensor in ours.tensors.items()]
+        our_tensors = [(name, ours.read(tensor).tobytes()) for name, tensor in ours.tensors.items()]
     states = [root, *root.values()]
-    assert found in [[(name, bits(tensor)) for name, tensor in state.items()] for state in states if is_state(state)]
+    assert our_tensors in [
+        [(name, bits(tensor)) for name, tensor in state.items()] for state in states if is_state(state)
+    ]
 
 
 def any_entry_is_marked_as_folder(path: Path) -> bool:
@@ -258,23 +260,23 @@ def test_a_mutated_int8_file_is_loaded_unchanged_or_refused(changes, int8_file):
     path.write_bytes(functools.reduce(lambda content, change: change.apply(content), changes, content))
     for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
         message: str | None = None
-        found: Any = None
+        loaded: Any = None
         try:
             with warnings.catch_warnings(), Watch.watching():
                 warnings.simplefilter("ignore", WeightsWarning)
-                found = load(path)
+                loaded = load(path)
         except rv.RepVGGError as error:
             message = str(error)
-        if found is None:
+        if loaded is None:
             assert message
             assert "\n" not in message
             assert len(message) < 4000
         else:
             assert load is not rv.load_weights
-            found = cast(Any, found)
-            assert (found.preprocessing, found.class_names) == (net.preprocessing, net.class_names)
+            loaded = cast(Any, loaded)
+            assert (loaded.preprocessing, loaded.class_names) == (net.preprocessing, net.class_names)
             if load is rv.load_quantized:
-                assert_same_bits(net.variables, found.variables)
+                assert_same_bits(net.variables, loaded.variables)
 
 
 def test_a_header_without_metadata_is_refused(int8_file):

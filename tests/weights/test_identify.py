@@ -33,9 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarni
 def test_every_variant_family_and_form_is_identified_by_keys_and_shapes(name, deploy):
     for family in families_of(VARIANTS[name]):
         for channels, classes in ((3, 1000), (1, 7)):
-            found = identify(file_shapes(family, VARIANTS[name], deploy, classes, channels), "file")
-            assert (found.family, found.variant, found.deploy) == (family, VARIANTS[name], deploy)
-            assert (found.in_channels, found.num_classes) == (channels, classes)
+            identified = identify(file_shapes(family, VARIANTS[name], deploy, classes, channels), "file")
+            assert (identified.family, identified.variant, identified.deploy) == (family, VARIANTS[name], deploy)
+            assert (identified.in_channels, identified.num_classes) == (channels, classes)
 
 
 @pytest.mark.parametrize(

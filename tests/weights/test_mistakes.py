@@ -77,7 +77,7 @@ def test_variables_of_something_else_are_refused(tmp_path):
     flat = jax.tree.map(lambda leaf: leaf, variables)
     flat["params"]["stage0"]["rbr_dense"]["conv"]["kernel"] = np.zeros(3, np.float32)
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
-        for given, words in (
+        for wrong, words in (
             (other, "does not fit the model; missing: params/stage1_1"),
             (deploy_variables, "missing: params/stage0/rbr_dense/conv/kernel"),
             (variables["params"], 'must be a dict with "params", as model.init gives, not stage0'),
@@ -90,7 +90,7 @@ def test_variables_of_something_else_are_refused(tmp_path):
             (flat, "params/stage0/rbr_dense/conv/kernel is [3], not [3, 3, 3, 8]"),
         ):
             with pytest.raises(rv.WeightsError) as caught:
-                rv.save_weights(path, model, cast(Any, given))
+                rv.save_weights(path, model, cast(Any, wrong))
             assert words in str(caught.value)
             assert "\n" not in str(caught.value)
         with pytest.raises(rv.WeightsError, match="missing: params/stage0/rbr_reparam/kernel"):

@@ -227,15 +227,15 @@ def test_endpoint_cache_and_token_come_from_the_environment(fake_hub, tmp_path):
     )
     environment = os.environ | {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    said = []
+    outputs = []
     for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment | more, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said[0] == said[1]
-    assert said[0].startswith("RepVGG-A0 ")
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("RepVGG-A0 ")
     assert fake_hub.downloads("model.safetensors") == 1
 
 

@@ -138,9 +138,9 @@ def test_they_load_our_files_strictly(suffix, tmp_path):
     if suffix == ".pth":
         assert list(state) == list(theirs.state_dict())
     assert relative_difference(logits_of(theirs), model.apply(variables, IMAGES)) < 2e-6
-    again, found = rv.load_weights(tmp_path / f"ours{suffix}")
+    again, loaded = rv.load_weights(tmp_path / f"ours{suffix}")
     assert again == model
-    assert_same_bits(dict(sorted(flatten(variables).items())), dict(sorted(flatten(found).items())))
+    assert_same_bits(dict(sorted(flatten(variables).items())), dict(sorted(flatten(loaded).items())))
 
 
 def test_a_published_variant_is_recognised_with_these_blocks(tmp_path):

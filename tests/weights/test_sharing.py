@@ -131,9 +131,9 @@ def test_the_copy_for_timm_has_the_same_config_as_timms_own(account):
     theirs = timm.get_pretrained_cfg("repvgg_a0").to_dict()
     built = timm.create_model("repvgg_a0", num_classes=3)
     assert (ours["num_features"], ours["global_pool"]) == (built.num_features, built.global_pool)
-    own = {"hf_hub_filename", "custom_load", "num_classes", "fixed_input_size"}
+    skipped = {"hf_hub_filename", "custom_load", "num_classes", "fixed_input_size"}
     for key, value in ours["pretrained_cfg"].items():
-        if key not in own:
+        if key not in skipped:
             assert json.dumps(value) == json.dumps(theirs[key]), key
 
 

@@ -48,9 +48,9 @@ def test_preprocessing_names_and_options_are_restored(name, family, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.json"]
     info = rv.inspect_weights(tmp_path / name)
     assert (info.preprocessing, info.class_names, info.variant) == (COLOUR, NAMES, model.variant)
-    loaded, found = rv.load_weights(tmp_path / name)
+    loaded, loaded_variables = rv.load_weights(tmp_path / name)
     assert loaded == model
-    assert_same_bits(variables, found)
+    assert_same_bits(variables, loaded_variables)
 
 
 def test_an_activation_function_must_be_given(tmp_path):
@@ -144,9 +144,9 @@ def test_the_digits_evaluate_the_same_from_every_format(tmp_path):
     expected = evaluation(tmp_path / "w.safetensors")
     assert evaluation(tmp_path / "w.pth") == expected
     (tmp_path / "w.pth.json").unlink()
-    said = ("--mean", "0.3053", "--std", "0.3783", "--image-size", "32", "--crop-fraction", "1")
+    options_given = ("--mean", "0.3053", "--std", "0.3783", "--image-size", "32", "--crop-fraction", "1")
     assert rv.inspect_weights(tmp_path / "w.pth").preprocessing != GREY
-    assert evaluation(tmp_path / "w.pth", *said, "--class-names", *NAMES) == expected
+    assert evaluation(tmp_path / "w.pth", *options_given, "--class-names", *NAMES) == expected
 
 
 def test_predict_has_options_for_what_a_file_does_not_store(native, tmp_path):

@@ -32,8 +32,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def columns(dataset: datasets.DataSet) -> dict[str, Any]:
     how = dataset.preprocessing
-    own = dict(mean=how.mean, std=how.std, test_size=how.image_size, crop_fraction=how.crop_fraction)
-    return own | dict(train_size=dataset.train_size, train_transform=dataset.train_transform)
+    evaluation = dict(mean=how.mean, std=how.std, test_size=how.image_size, crop_fraction=how.crop_fraction)
+    return evaluation | dict(train_size=dataset.train_size, train_transform=dataset.train_transform)
 
 
 def test_a_data_set_with_its_own_mean_and_crop_is_one_row(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,15 +50,15 @@ def test_either_advice_on_a_class_without_images_works(photos: Path, side: str, 
         folder.rmdir()
     with pytest.raises(DataError) as caught:
         open_dataset(str(photos))
-    said = str(caught.value)
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "\n" not in message
     if with_folder:
-        match = re.search(r"class folder (\S+) holds no images; add some .* or remove both it and (\S+)$", said)
-        assert match is not None, said
+        match = re.search(r"class folder (\S+) holds no images; add some .* or remove both it and (\S+)$", message)
+        assert match is not None, message
         add_to, remove = match[1], [match[1], match[2]]
     else:
-        match = re.search(r"only in (?:train|val)/: pagoda\).* add some to (\S+), or remove (\S+)$", said)
-        assert match is not None, said
+        match = re.search(r"only in (?:train|val)/: pagoda\).* add some to (\S+), or remove (\S+)$", message)
+        assert match is not None, message
         add_to, remove = match[1], [match[2]]
     assert add_to == str(folder)
     assert remove[-1] == str(other)
