@@ -37,10 +37,10 @@ class Interrupted:
     """One run and how it ended.
 
     Attributes:
-       phase: the last phase that its output mentioned.
-        fault: what is wrong with how it ended; empty if nothing is.
-        seconds: from the signal to the end.
-        saved: whether it reports that its state is saved.
+      phase: the last phase that its output mentioned.
+      fault: what is wrong with how it ended; empty if nothing is.
+      seconds: from the signal to the end.
+      saved: whether it reports that its state is saved.
     """
 
     workdir: Path

@@ -22,7 +22,7 @@ class Attack:
     """One row of the table.
 
     Args:
-       name: what is done, in words that make sense to a reader of the table.
+      name: what is done, in words that make sense to a reader of the table.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Attack:
         """Count one attempt: survived if the block ends, failed if it raises, which does not stop the attack.
 
         Args:
-           what: what is needed to repeat this attempt: a seed, a shape, a file.
+          what: what is needed to repeat this attempt: a seed, a shape, a file.
         """
         try:
             yield

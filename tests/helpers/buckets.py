@@ -32,10 +32,10 @@ class Proxy:
     """Forwards HTTP requests to a server on this machine.
 
     Attributes:
-       upstream: the server's port.
-         refuses: decides whether to answer a request with 403 instead, by its method and its subject: the path and the
-          beginning of the body, which names the object where the path does not.
-        requests: method and subject of each request so far.
+      upstream: the server's port.
+      refuses: decides whether to answer a request with 403 instead, by its method and its subject: the path and the
+        beginning of the body, which names the object where the path does not.
+      requests: method and subject of each request so far.
     """
 
     upstream: int
@@ -107,8 +107,8 @@ class Bucket:
     """An empty folder in a bucket.
 
     Attributes:
-       url: URL of the folder.
-        proxy: the proxy through which it is reached.
+      url: URL of the folder.
+      proxy: the proxy through which it is reached.
     """
 
     url: str

@@ -45,11 +45,11 @@ class FakeHub:
     """A hub in this process.
 
     Attributes:
-       url: its endpoint.
-        repositories: keyed by owner and name.
-        requests: method and path of each request so far.
-        fault: returns the answer to send instead, for a request that is to fail.
-        sent: bytes to send in place of a file's content, under the headers of the real content.
+      url: its endpoint.
+      repositories: keyed by owner and name.
+      requests: method and path of each request so far.
+      fault: returns the answer to send instead, for a request that is to fail.
+      sent: bytes to send in place of a file's content, under the headers of the real content.
     """
 
     url: str = ""

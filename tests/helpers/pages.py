@@ -38,10 +38,10 @@ class Block:
     """A fenced block of a page.
 
     Attributes:
-       page, line: where it begins.
-        language: the word after the fence.
-        code: its contents.
-        reason: why it is not run, from a comment `<!-- not run: REASON -->` right before it.
+      page, line: where it begins.
+      language: the word after the fence.
+      code: its contents.
+      reason: why it is not run, from a comment `<!-- not run: REASON -->` right before it.
     """
 
     page: str
@@ -135,9 +135,9 @@ class Sandbox:
     """A folder with what the pages' blocks expect: weights, photographs, and a hub without a network.
 
     Args:
-       folder: where to create it; the current directory while blocks run.
-        trains: run training commands, for one epoch of a few small images. Otherwise only parse them, and write what a
-          finished run leaves, with random weights.
+      folder: where to create it; the current directory while blocks run.
+      trains: run training commands, for one epoch of a few small images. Otherwise only parse them, and write what a
+        finished run leaves, with random weights.
     """
 
     def __init__(self, folder: Path, *, trains: bool):

@@ -1,4 +1,4 @@
-"""Claim: `--preflight TARGET` compiles the run's own step for machines that are not here, and counts its cost."""
+"""Claim: `--preflight TARGET` compiles the run's own step for machines that are not present, and counts its cost."""
 
 import dataclasses
 import json

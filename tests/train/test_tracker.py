@@ -124,7 +124,7 @@ def test_a_failure_gives_one_warning_and_ends_the_tracking(broken, workdir, fake
 
 
 def records(path: Path) -> Iterator[Any]:
-    """Yield what W&B has written to a `.wandb` file: LevelDB's log format, after seven bytes of its own."""
+    """Yield what W&B has written to a `.wandb` file: LevelDB's log format, after a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
     data, position, parts = path.read_bytes(), 7, b""

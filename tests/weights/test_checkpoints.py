@@ -168,7 +168,7 @@ def checkpoint(run, tmp_path) -> Copy:
         lambda facts: {"shapes": 3},
         lambda facts: {"facts": {**facts["facts"], "net": {"version": 1}}},
     ],
-    ids=["another checksum", "another shape", "a stage less", "no shapes", "no net"],
+    ids=["another checksum", "another shape", "a missing stage", "no shapes", "no net"],
 )
 def test_a_checkpoint_with_wrong_facts_is_named_in_one_line(changed, checkpoint):
     checkpoint.write(checkpoint.facts | changed(checkpoint.facts))
