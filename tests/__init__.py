@@ -1,1 +1,1 @@
-"""Tests, grouped like the library; a package, so that `tests.helpers` is this one wherever Python looks."""
+"""Tests, grouped like the library. A package, so that `tests.helpers` always means the one in this checkout."""

@@ -1,4 +1,4 @@
-"""`python -m tests.attack [NAME …]`: run the attacks, each in a process of its own, and print one table."""
+"""`python -m tests.attack [NAME …]`: run the attacks, each in its own process, and print one table."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def run(name: str) -> list[dict[str, Any]]:
-    """Run an attack and return its rows, with one more that has failed if it did not end as it should."""
+    """Run an attack and return its rows, plus a failed one if it did not end as it should."""
     start = time.monotonic()
     command = [sys.executable, "-m", f"tests.attack.{name}"]
     try:
@@ -31,8 +31,8 @@ def run(name: str) -> list[dict[str, Any]]:
         out, status = (error.stdout or b"").decode(), None
     rows = [json.loads(line) for line in out.splitlines() if line.startswith('{"attack": ')]
     if status is None or status != int(any(row["failed"] for row in rows)) or not rows:
-        said = f"longer than {HOURS} h" if status is None else f"exit status {status}"
-        rows.append({"attack": f"{name}: {said}", "attempts": 1, "survived": 0, "failed": 1})
+        problem = f"longer than {HOURS} h" if status is None else f"exit status {status}"
+        rows.append({"attack": f"{name}: {problem}", "attempts": 1, "survived": 0, "failed": 1})
     for row in rows:
         row |= {"module": name, "seconds": round(time.monotonic() - start)}
     return rows
@@ -49,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(names())} (default: all)")
     chosen = parser.parse_args().names or names()
     unknown = set(chosen) - set(names())
     if unknown:

@@ -1,10 +1,10 @@
-"""`python -m tests.attack.fork`: children of a process whose predictor and training convolutions have run.
+"""`python -m tests.attack.fork`: fork a process after its predictor and training convolutions have run.
 
 A child may not use JAX (its threads stay with the parent, as JAX warns), but it may do anything else: exit, run NumPy,
-start another program. The parent's results must stay what they were. A child that has not ended after a minute hangs.
+start another program. The parent's results must not change. A child that has not ended after a minute counts as hung.
 
-Children end by `os._exit`, as those of `multiprocessing` do. One that ends by `sys.exit` dies in JAX's own cleaning up
-(a segmentation fault, JAX 0.10.2), whether this library was used or not.
+Children end with `os._exit`, like those of `multiprocessing`. One that ends with `sys.exit` crashes in JAX's own
+cleanup (a segmentation fault, JAX 0.10.2), whether this library was used or not.
 """
 
 import os
@@ -28,11 +28,11 @@ SECONDS = 60
 
 
 def leave_at_once() -> None:
-    """Do nothing before the end."""
+    """Exit without doing anything."""
 
 
 def use_numpy() -> None:
-    """Multiply matrices, which takes the threads of a BLAS."""
+    """Multiply matrices, which uses the threads of a BLAS."""
     matrix = np.ones((300, 300), np.float32)
     assert (matrix @ matrix == 300).all()
 
@@ -43,9 +43,9 @@ def start_a_program() -> None:
 
 
 def child_status(act: Callable[[], None]) -> int | None:
-    """Fork, let the child act and end; return its status, None if it had to be killed."""
+    """Fork, let the child act and exit; return its status, or None if it had to be killed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # JAX's, about the child
+        warnings.simplefilter("ignore")  # JAX warns about forking
         child = os.fork()
     if child == 0:
         try:

@@ -1,8 +1,9 @@
 """Attack: Ctrl-C at random moments of a run, from the command's first line to its end.
 
-`python -m tests.attack.interrupts [--count N] [--seed N] [--jobs N]` starts small runs on the digits, each of which
-gets one SIGINT. It must end with status 130 (or 0, where it was over), without a traceback or a crash, and leave no
-temporary file. Some of those whose state is saved are started again and must end in the bits of a run left alone.
+`python -m tests.attack.interrupts [--count N] [--seed N] [--jobs N]` starts small runs on the digits and sends each
+one SIGINT. A run must end with status 130 (or 0, if it was already over), without a traceback or a crash, and leave no
+temporary file. Some of the runs that saved their state are started again and must end with exactly the weights of an
+uninterrupted run.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from .report import Attack, attempts, finish
 COUNT, RESUMED = 200, 10
 OPTIONS: dict = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=7, log_every=5)
 SECONDS_TO_STOP = 120
-"""On a machine that does other things too; it takes less than a second where nothing has to be saved."""
+"""Generous, for a busy machine; a run with nothing to save stops in less than a second."""
 BAD_WORDS = ("Traceback", "Segmentation", "Fatal", "core dumped", "Exception ignored", "terminate called")
 
 
@@ -36,10 +37,10 @@ class Interrupted:
     """One run and how it ended.
 
     Attributes:
-      phase: what it was doing, as far as it had said.
-      fault: what is wrong with its end; empty if nothing is.
-      seconds: it took to end.
-      saved: whether it says that its state is saved.
+      phase: the last phase that its output mentioned.
+      fault: what is wrong with how it ended; empty if nothing is.
+      seconds: from the signal to the end.
+      saved: whether it reports that its state is saved.
     """
 
     workdir: Path
@@ -51,7 +52,7 @@ class Interrupted:
 
 
 def start(runs: Runs, workdir: Path) -> subprocess.Popen:
-    """A run in a process group of its own."""
+    """Start a run in its own process group."""
     return subprocess.Popen(
         runs.command(workdir, **OPTIONS),
         env=environment() | {"XLA_FLAGS": f"{xla_flags(1)} {QUICK_TO_COMPILE}"},
@@ -63,7 +64,7 @@ def start(runs: Runs, workdir: Path) -> subprocess.Popen:
 
 
 def wait_for_first_line(process: subprocess.Popen, workdir: Path) -> None:
-    """Until the command watches for signals: a second thread is there. Before, the interpreter itself is starting."""
+    """Wait until the command watches for signals, which takes a second thread; before, Python itself is starting."""
     del workdir
     tasks = Path(f"/proc/{process.pid}/task")
     while process.poll() is None and tasks.is_dir() and len(list(tasks.iterdir())) < 2:
@@ -71,7 +72,7 @@ def wait_for_first_line(process: subprocess.Popen, workdir: Path) -> None:
 
 
 def wait_for_training(process: subprocess.Popen, workdir: Path) -> None:
-    """Until there is something to save and resume, however long it takes on this machine today."""
+    """Wait until there is something to save and resume, however long that takes on this machine."""
     log = workdir / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.005)
@@ -81,7 +82,7 @@ Wait = Callable[[subprocess.Popen, Path], None]
 
 
 def interrupt(runs: Runs, workdir: Path, wait: Wait, after: float) -> Interrupted:
-    """Send one SIGINT `after` seconds, and look at how the run ends."""
+    """Send one SIGINT `after` seconds after `wait` returns, and examine how the run ends."""
     process = start(runs, workdir)
     wait(process, workdir)
     time.sleep(after)
@@ -103,7 +104,7 @@ def interrupt(runs: Runs, workdir: Path, wait: Wait, after: float) -> Interrupte
     for word in BAD_WORDS:
         if word in err or word in out:
             fault = fault or f"{word} in {err[-500:]!r}"
-    hidden = [str(path) for path in workdir.rglob(".*-????????*")]  # as `atomic_path` and `scratch_folder` name them
+    hidden = [str(path) for path in workdir.rglob(".*-????????*")]  # named by `atomic_path` and `scratch_folder`
     if hidden:
         fault = fault or f"temporary files left: {hidden}"
     saved = "state saved" in out
@@ -114,7 +115,7 @@ def interrupt(runs: Runs, workdir: Path, wait: Wait, after: float) -> Interrupte
 
 
 def phase_of(out: str, over: bool, finished: bool) -> str:
-    """What a run was doing, by the lines that it had printed."""
+    """Return what a run was doing, judged by the lines it had printed."""
     if over:
         return "over"
     if finished:
@@ -127,7 +128,7 @@ def phase_of(out: str, over: bool, finished: bool) -> str:
 
 
 def resumes(runs: Runs, workdir: Path, whole: Path) -> str:
-    """What is wrong with a run started again; empty if it ends in the bits of `whole`."""
+    """Start a run again; return what is wrong, or "" if it ends with exactly the weights of `whole`."""
     process = start(runs, workdir)
     out, err = process.communicate(timeout=600)
     if process.returncode:
@@ -137,10 +138,12 @@ def resumes(runs: Runs, workdir: Path, whole: Path) -> str:
 
 
 def main() -> int:
-    """Interrupt runs, and print one row on the interrupts and one on the resumptions."""
+    """Interrupt runs, and print one row for the interrupts and one for the resumed runs."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack.interrupts")
     parser.add_argument("--count", type=int, default=attempts(COUNT))
-    parser.add_argument("--resumed", type=int, default=None, help="how many are started again; a tenth if not given")
+    parser.add_argument(
+        "--resumed", type=int, default=None, help="how many runs to start again (default: a tenth of --count)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
@@ -149,13 +152,13 @@ def main() -> int:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         runs, root = Runs(Path(folder)), Path(folder)
-        for name in ("first", "whole"):  # the first one writes the data set and compiles the C++
+        for name in ("first", "whole"):  # the first run writes the data set and compiles the C++
             begin = time.monotonic()
             assert not (fault := resumes_alone(runs, root / name)), fault
             seconds = time.monotonic() - begin
         to_resume = options.count // 10 if options.resumed is None else options.resumed
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            # One in each part of a run's time, so that a few attempts meet every phase.
+            # One moment in each slice of a run's time, so that a few attempts reach every phase.
             moments: list[tuple[Wait, float]] = [
                 (wait_for_first_line, seconds * (part + chance.random()) / options.count)
                 for part in range(options.count)
@@ -174,7 +177,7 @@ def main() -> int:
 
 
 def resumes_alone(runs: Runs, workdir: Path) -> str:
-    """What is wrong with a run that is left alone; empty if nothing is."""
+    """Start a run and leave it alone; return what is wrong with how it ends, or "" if nothing is."""
     process = start(runs, workdir)
     out, err = process.communicate(timeout=600)
     return "" if process.returncode == 0 else f"status {process.returncode}: {out[-300:]!r} {err[-300:]!r}"

@@ -1,4 +1,4 @@
-"""Resident memory over many calls of a predictor and many loads of a weight file: it must not grow with their number.
+"""Attack: many calls of a predictor and many loads of a weight file, whose number must not increase resident memory.
 
 `python -m tests.attack.memory`
 """
@@ -21,7 +21,7 @@ from .report import Attack, attempts, finish
 SMALL = rv.Variant((1, 2, 2, 1), (8, 16, 32, 64, 128))
 STATM = Path("/proc/self/statm")
 LIMIT = 16 << 20
-"""Bytes that the process may grow by after the first tenth of the calls: allocators settle slowly."""
+"""Bytes by which the process may grow after the first tenth of the calls: allocators settle slowly."""
 
 
 def resident_bytes() -> int:
@@ -31,7 +31,7 @@ def resident_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """Resident memory before and after a number of calls, bytes."""
+    """Resident memory before and after a number of calls, in bytes."""
 
     calls: int
     before: int
@@ -39,12 +39,12 @@ class Growth:
 
     @property
     def bytes(self) -> int:
-        """By how much it grew."""
+        """Increase from before to after."""
         return self.after - self.before
 
 
 def growth_over(action: Callable[[], object], calls: int, warm_up: int) -> Growth:
-    """Measure what `calls` calls of `action` leave behind, after `warm_up` others."""
+    """Measure how much memory `calls` calls of `action` leave allocated, after `warm_up` unmeasured ones."""
     for _ in range(warm_up):
         action()
     gc.collect()
@@ -56,7 +56,7 @@ def growth_over(action: Callable[[], object], calls: int, warm_up: int) -> Growt
 
 
 def predictor_call(batch: int = 4, size: int = 64) -> Callable[[], None]:
-    """Return what calls one predictor with new images and compares the logits, bit for bit."""
+    """Return a function that calls one predictor with new images and compares the logits bit for bit."""
     model = rv.create_model(SMALL, 10)
     predict = rv.make_predictor(model, random_variables(model), batch, size)
     images = np.random.default_rng(0).normal(size=(batch + 1, size, size, 3)).astype(np.float32)
@@ -69,7 +69,7 @@ def predictor_call(batch: int = 4, size: int = 64) -> Callable[[], None]:
 
 
 def load_call(folder: Path, suffix: str = ".safetensors", variant: rv.Variant = SMALL) -> Callable[[], None]:
-    """Return what loads one weight file and looks at a number of it."""
+    """Return a function that loads one weight file and checks one of its values."""
     model = rv.create_model(variant, 10)
     variables = random_variables(model)
     path = folder / f"net{suffix}"
@@ -84,7 +84,7 @@ def load_call(folder: Path, suffix: str = ".safetensors", variant: rv.Variant = 
 
 
 def measured(name: str, action: Callable[[], object], calls: int) -> Attack:
-    """Count every call, and the growth of memory as one more attempt."""
+    """Count every call as an attempt, and the growth of memory as one more."""
     attack = Attack(name)
 
     def counted() -> None:
@@ -100,7 +100,7 @@ def measured(name: str, action: Callable[[], object], calls: int) -> Attack:
 def main() -> int:
     """Run both measurements."""
     if not STATM.exists():
-        print("resident memory is read from /proc, which is Linux's", file=sys.stderr)
+        print("resident memory is read from /proc, which only Linux has", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
         attacks = [

@@ -1,4 +1,4 @@
-"""Counting what was tried and what it survived: one JSON object a line of stdout, for `python -m tests.attack`."""
+"""Counts of attempts and survivals, printed as one JSON object per line of stdout for `python -m tests.attack`."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ SCALE = "ATTACK_SCALE"
 
 
 def attempts(count: int) -> int:
-    """Return how often to try: `count`, times `ATTACK_SCALE` of the environment, and at least once."""
+    """Return how many attempts to make: `count` times the environment's `ATTACK_SCALE`, at least one."""
     return max(1, math.ceil(count * float(os.environ.get(SCALE, "1"))))
 
 
@@ -22,7 +22,7 @@ class Attack:
     """One row of the table.
 
     Args:
-      name: what is done, as a reader of the table understands it.
+      name: what is done, in words that make sense to a reader of the table.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Attack:
 
     @contextlib.contextmanager
     def attempt(self, what: object = "") -> Iterator[None]:
-        """Count one attempt: survived if the block ends, failed if it raises; the next one is made either way.
+        """Count one attempt: survived if the block ends, failed if it raises, which does not stop the attack.
 
         Args:
-          what: what would be needed to do this one again: a seed, a shape, a file.
+          what: what is needed to repeat this attempt: a seed, a shape, a file.
         """
         try:
             yield
@@ -45,7 +45,7 @@ class Attack:
             self.count(True)
 
     def count(self, survived: bool, what: object = "") -> None:
-        """Count one attempt whose outcome is known; `what` says how one that failed did."""
+        """Count one attempt whose outcome is known; `what` describes a failure."""
         if survived:
             self.survived += 1
         else:
@@ -54,7 +54,7 @@ class Attack:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What is printed: `attack`, `attempts`, `survived`, `failed`, and a `note` with measured numbers if any."""
+        """The printed fields: `attack`, `attempts`, `survived`, `failed`, and a `note` with measured numbers if any."""
         failed = len(self.failures)
         row = {"attack": self.name, "attempts": self.survived + failed, "survived": self.survived, "failed": failed}
         return row | ({"note": self.note} if self.note else {})

@@ -1,9 +1,9 @@
-"""`python -m tests.attack.sanitizers`: the C++ on random shapes under sanitizers and between guard pages.
+"""`python -m tests.attack.sanitizers`: run the C++ on random shapes, under sanitizers and between guard pages.
 
 Each program in `native/` calls the handlers of `conv3x3.cc` (float32, bfloat16, INT8, Winograd, training, gradients) or
-`resize.cc` itself, without Python or XLA, and compares each result with the definition. It is built several times: with
-AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end (or
-beginning) at a page that may not be touched, for every instruction set that the sources have code for.
+`resize.cc` directly, without Python or XLA, and compares each result with the definition. It is built several times:
+with AddressSanitizer and UndefinedBehaviorSanitizer, with ThreadSanitizer, and as it is shipped, with each buffer's end
+(or beginning) at an inaccessible page, for every instruction set that the sources have code for.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A program built one way, and how often it tries; for another processor, with the emulator that runs it."""
+    """One way to build a program, and the number of cases to try; for another processor, with the emulator to run it."""
 
     program: str
     name: str
@@ -40,7 +40,7 @@ class Build:
     emulator: tuple[str, ...] = ()
 
     def command(self, compiler: str, to: Path) -> list[str]:
-        """The compiler's command line."""
+        """Return the compiler's command line."""
         sources, contract = {
             "convolutions": (ROOT / "repvgg_jax" / "conv" / "native", "fast"),
             "resizing": (ROOT / "train" / "data", "off"),
@@ -51,14 +51,14 @@ class Build:
 
 
 def builds() -> list[Build]:
-    """Return what can be built and run on this machine."""
+    """Return the builds that this machine can compile and run."""
     here, others = "-mcpu=native", {}
     flags: list[str] = []
     if platform.machine() == "x86_64":
         here, others = "-march=native", {"SSE2": "-march=x86-64"}
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
         others |= {"SSE4.2": "-march=x86-64-v2"} | ({"AVX2": "-march=x86-64-v3"} if "avx2" in flags else {})
-    found = [
+    all_builds = [
         Build("convolutions", "convolutions, AddressSanitizer and UBSan", (*MEMORY, here), 4000),
         Build(
             "convolutions",
@@ -75,33 +75,33 @@ def builds() -> list[Build]:
     ]
     if "amx_tile" in flags:
         untiled = (here, "-mno-amx-tile")
-        found += [
+        all_builds += [
             Build("convolutions", "convolutions, AVX-512, AddressSanitizer and UBSan", (*MEMORY, *untiled), 2000),
             Build("convolutions", "convolutions, AVX-512, guard pages", (*GUARDED, *untiled), 5000),
         ]
     for name, option in others.items():
         if name != "SSE4.2":  # for the convolutions, the same as SSE2
-            found += [
+            all_builds += [
                 Build("convolutions", f"convolutions, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 1000),
                 Build("convolutions", f"convolutions, {name}, guard pages", (*GUARDED, option), 5000),
             ]
-        found += [
+        all_builds += [
             Build("resizing", f"resizing, {name}, AddressSanitizer and UBSan", (*MEMORY, option), 3000),
             Build("resizing", f"resizing, {name}, guard pages", (*GUARDED, option), 5000),
         ]
     if shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR):
         options = (*GUARDED, "-march=armv8-a", "-static")
-        found += [
+        all_builds += [
             Build(
                 program, f"{program}, Arm (emulated), guard pages", options, 500, "alone", ARM_COMPILER, (ARM_EMULATOR,)
             )
             for program in ("convolutions", "resizing")
         ]
-    return found
+    return all_builds
 
 
 def compiled(build: Build, folder: Path) -> Path:
-    """Return the program, built unless another build had the same options."""
+    """Return the program, compiled unless another build had the same options."""
     compiler = (
         build.compiler or shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     )
@@ -116,9 +116,9 @@ def compiled(build: Build, folder: Path) -> Path:
 
 
 def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
-    """Run the cases; those after one that crashes are run by another process."""
+    """Run the cases; after a crash, another process runs the remaining ones."""
     result, end = Attack(build.name), first + cases
-    # ThreadSanitizer knows only some layouts of an address space.
+    # ThreadSanitizer knows only some address-space layouts.
     fixed = ["setarch", "-R"] if "-fsanitize=thread" in build.options and shutil.which("setarch") else []
     options = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     while first < end:
@@ -131,15 +131,15 @@ def attack(build: Build, program: Path, cases: int, first: int = 0) -> Attack:
             result.count(False, line)
         crashed = done.returncode not in (0, 1) or len(begun) < end - first
         if crashed:
-            said = "\n".join(done.stderr.splitlines()[:30])
-            result.count(False, f"case {max(begun, default=first)} ended the process ({done.returncode}): {said}")
+            stderr = "\n".join(done.stderr.splitlines()[:30])
+            result.count(False, f"case {max(begun, default=first)} ended the process ({done.returncode}): {stderr}")
         result.survived += len(begun) - len({line.split()[2] for line in wrong}) - crashed
         first = max(begun, default=first) + 1
     return result
 
 
 def main() -> int:
-    """Build and run all, or those whose names contain the first argument."""
+    """Compile and run everything, or the builds whose names contain the first argument."""
     part = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [build for build in builds() if part in build.name]
     if not chosen:

@@ -1,4 +1,4 @@
-"""One predictor called from many threads at once: every result bit for bit that of a call alone.
+"""Attack: one predictor called from many threads at once, where every result must be bit for bit that of a single call.
 
 `python -m tests.attack.threads`
 """
@@ -34,7 +34,7 @@ def predictors() -> Iterator[tuple[str, Predictor]]:
 
 
 def attacked(name: str, predict: Predictor, calls: int, threads: int = THREADS) -> Attack:
-    """Call `predict` from `threads` threads with batches of 1 to 9 images, and compare with calls made before."""
+    """Call `predict` from `threads` threads with batches of 1 to 9 images, and compare with results computed before."""
     attack = Attack(f"{threads} threads on one predictor: {name}")
     rng = np.random.default_rng(2)
     batches = [rng.normal(size=(1 + i % 9, SIZE, SIZE, 3)).astype(np.float32) for i in range(36)]

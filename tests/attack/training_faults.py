@@ -1,7 +1,7 @@
-"""`python -m tests.attack.training_faults`: training runs that are killed, stopped and frozen, and what they end in.
+"""`python -m tests.attack.training_faults`: kill, stop and freeze training runs, and check how they end.
 
-Real processes train a tiny net on the digits. Whatever happened to a run, the same command must then go on and end in
-the same bits as a run that nothing happened to. A checkpoint is written after every second or fifth step.
+Real processes train a tiny net on the digits. Whatever happened to a run, the same command must then continue and end
+with exactly the weights of an undisturbed run. A checkpoint is written after every second or fifth step.
 """
 
 import functools
@@ -25,11 +25,11 @@ from .report import Attack, attempts, finish
 OPTIONS: dict[str, Any] = dict(epochs=4, checkpoint_every=2, evaluate_every=2, ema_decay=0.99)
 LONGER = dict(OPTIONS, epochs=max(6, attempts(30)), checkpoint_every=5, evaluate_every=10)
 SECONDS = 3600
-"""A run that takes longer hangs."""
+"""A run that takes longer counts as hung."""
 
 
 def finished(*processes: subprocess.Popen) -> None:
-    """Wait until all have ended well."""
+    """Wait until all have exited with status 0."""
     try:
         for process in processes:
             _, err = process.communicate(timeout=SECONDS)
@@ -40,13 +40,13 @@ def finished(*processes: subprocess.Popen) -> None:
 
 
 def until_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    """Wait until a checkpoint of `step` or a later one lies there."""
+    """Wait for a checkpoint of `step` or a later one."""
     wait_for(lambda: process.poll() is not None or max(steps_in(workdir), default=-1) >= step, seconds=SECONDS)
     assert process.poll() is None, process.communicate()
 
 
 def kills(runs: Runs, folder: Path) -> Attack:
-    """SIGKILL, half of the times while a checkpoint is being written; one run takes all of them."""
+    """Kill one run many times with SIGKILL, every second time while a checkpoint is being written."""
     times, chance = attempts(20), random.Random(0)
     attack = Attack("SIGKILL of a training run, started again each time; the end bit for bit")
     expected, workdir = folder / "whole", folder / "killed"
@@ -57,7 +57,7 @@ def kills(runs: Runs, folder: Path) -> Attack:
             before = max(steps_in(workdir), default=0)
             process = runs.start(workdir, **LONGER)
             try:
-                until_step(workdir, before + 1, process)  # so it has resumed, and gone on
+                until_step(workdir, before + 1, process)  # so it has resumed and made progress
                 if number % 2:
                     wait_for(functools.partial(writing_or_over, workdir, process), poll=0.0005)
                 time.sleep(chance.uniform(0, 0.003 if number % 2 else 0.3))
@@ -74,7 +74,7 @@ def kills(runs: Runs, folder: Path) -> Attack:
 
 
 def two_sigterms(runs: Runs, folder: Path) -> Attack:
-    """SIGTERM, and a second one while the run is about to stop."""
+    """Send SIGTERM, and again while the run is stopping."""
     attack = Attack("SIGTERM twice, up to half a second apart; the end bit for bit")
     expected = folder / "whole_for_sigterm"
     finished(runs.start(expected, **OPTIONS))
@@ -96,7 +96,7 @@ def two_sigterms(runs: Runs, folder: Path) -> Attack:
 
 
 def frozen(runs: Runs, folder: Path) -> Attack:
-    """SIGSTOP of one of two processes for longer than the heartbeat, then SIGCONT."""
+    """Stop one of two processes with SIGSTOP for longer than the heartbeat, then continue it with SIGCONT."""
     attack = Attack(
         f"SIGSTOP of one of two processes for {HEARTBEAT_SECONDS + 30} s: both end, then resume, bit for bit"
     )
@@ -112,11 +112,11 @@ def frozen(runs: Runs, folder: Path) -> Attack:
                 victim.send_signal(signal.SIGSTOP)
                 stopped = time.monotonic()
                 other.communicate(timeout=HEARTBEAT_SECONDS + 120)
-                assert other.returncode not in (0, None), "the other process ends as if all were well"
+                assert other.returncode not in (0, None), "the other process exits with status 0"
                 time.sleep(max(0, stopped + HEARTBEAT_SECONDS + 30 - time.monotonic()))
                 victim.send_signal(signal.SIGCONT)
                 victim.communicate(timeout=HEARTBEAT_SECONDS + 120)
-                assert victim.returncode != 0, "the process that was stopped ends as if all were well"
+                assert victim.returncode != 0, "the process that was stopped exits with status 0"
             finally:
                 for process in processes:
                     process.kill()
@@ -127,7 +127,7 @@ def frozen(runs: Runs, folder: Path) -> Attack:
 
 
 def main() -> int:
-    """Run all three."""
+    """Run all three attacks."""
     folder = Path(tempfile.mkdtemp())
     try:
         runs = Runs(folder / "shared")

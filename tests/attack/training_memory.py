@@ -1,8 +1,8 @@
 """`python -m tests.attack.training_memory`: resident memory of a training run over 2,000 steps.
 
 A real process trains a tiny net on the digits, with moving averages, logs, checkpoints and evaluations. A leak grows
-with the steps; what a run allocates once (compiled code, pools that fill up) does not. So what counts is how much the
-process grows over its second half.
+with the steps; what a run allocates once (compiled code, pools that fill up) does not. So the growth over the second
+half of the run is what counts.
 """
 
 import re
@@ -18,7 +18,7 @@ from tests.helpers.runs import Runs, rows
 from .report import Attack, attempts, finish
 
 LIMIT_KB = 10
-"""Growth in a step that counts as a leak: the state of a step that is not let go would be more."""
+"""Growth per step, in KB, that counts as a leak: a step's state that is never freed would be more."""
 STEPS_IN_EPOCH = 11
 
 
@@ -28,12 +28,12 @@ def resident_kb(process: int) -> int | None:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    found = re.search(r"VmRSS:\s+(\d+)", status)
-    return None if found is None else int(found[1])
+    match = re.search(r"VmRSS:\s+(\d+)", status)
+    return None if match is None else int(match[1])
 
 
 def measure(workdir: Path, process: subprocess.Popen) -> list[tuple[int, int]]:
-    """Return pairs of a step and the memory that the process held then, until it ends."""
+    """Return, until the process ends, pairs of a step and the memory in use then."""
     points = []
     while process.poll() is None:
         time.sleep(0.5)
@@ -49,8 +49,8 @@ def median_around(points: list[tuple[int, int]], first: float, end: float) -> fl
 
 
 def main() -> int:
-    """Train and judge."""
-    steps = max(400, attempts(2000))  # fewer end before there is anything to compare
+    """Train, and judge the growth."""
+    steps = max(400, attempts(2000))  # a shorter run ends before there is anything to compare
     attack = Attack(f"training steps: resident memory grows by less than {LIMIT_KB} KB each")
     with tempfile.TemporaryDirectory() as folder:
         runs, workdir = Runs(Path(folder) / "shared"), Path(folder) / "run"

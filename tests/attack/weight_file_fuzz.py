@@ -1,7 +1,7 @@
-"""`python -m tests.attack.weight_file_fuzz`: the fuzz of `tests/weights/test_fuzz.py`, with 100,000 mutations and more.
+"""`python -m tests.attack.weight_file_fuzz`: run `tests/weights/test_fuzz.py` with 100,000 mutations and more.
 
-`FUZZ_EXAMPLES` says how many mutations each of its tests of files tries; the one of pickle programs tries ten times as
-many. Every file must load whole or be refused in one line, and run nothing.
+`FUZZ_EXAMPLES` sets how many mutations each test of weight files tries; the test of pickle programs tries ten times
+as many. Every file must load completely or be refused in one line, and must not execute anything.
 """
 
 import os
@@ -16,7 +16,7 @@ EXAMPLES = 6000
 
 
 def main() -> int:
-    """Run the tests and count what Hypothesis says that it tried."""
+    """Run the tests and count the examples that Hypothesis reports."""
     attack = Attack("mutated weight files and pickle programs: loaded whole or refused, nothing run")
     examples = attempts(EXAMPLES)
     done = subprocess.run(
@@ -28,7 +28,7 @@ def main() -> int:
     )
     print(done.stdout[-4000:], file=sys.stderr)
     attack.survived = sum(map(int, re.findall(r"- (\d+) passing(?: examples)?, \d+ failing", done.stdout)))
-    # Hypothesis counts what is inside a test of pytest's for nobody.
+    # Hypothesis prints no statistics for a property defined inside a test, so count such tests by name.
     attack.survived += examples * len(re.findall(r"^PASSED .*::test_a_mutated_file_is", done.stdout, re.MULTILINE))
     for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE):
         attack.count(False, line)

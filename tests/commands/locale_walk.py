@@ -1,4 +1,4 @@
-"""`python -m tests.commands.locale_walk {short,whole}` in a folder with `photos/`, for `test_locales.py`."""
+"""`python -m tests.commands.locale_walk {short,whole}`, run by `test_locales.py` in a folder with `photos/`."""
 
 import importlib
 import json
@@ -19,13 +19,13 @@ SEVEN = '// 七, sieben, 七つ: a comment, as the sources have them\nextern "C"
 
 
 def run(module: str, *words: str) -> None:
-    """`python -m MODULE WORDS`, whose output goes where this process's goes."""
+    """Run `python -m MODULE WORDS` with this process's stdout and stderr."""
     sys.argv = [module, *words]
     run_command(importlib.import_module(module).main)
 
 
 def main() -> None:
-    """From a source of C++ and photographs to predictions, by way of a training; the last line on stdout is JSON."""
+    """Go from C++ source and photographs to predictions, by way of training; the last line of stdout is JSON."""
     is_whole = sys.argv[1] == "whole"
     source = Path("sieben") / "seven.cc"
     source.parent.mkdir()
@@ -35,7 +35,7 @@ def main() -> None:
         net = str(write_variant(Path(), TINY))
         words = ["--preset", "digits", "--model", net, "--data", "photos", "--workdir", "run", "--batch-size", "8"]
         words += ["--epochs", "1", "--warmup-epochs", "0", "--image-size", "32", "--test-image-size", "32"]
-        for _ in range(2):  # the second reads what the first wrote
+        for _ in range(2):  # the second time, it reads what the first wrote
             run("train.main", *words)
         run("train.evaluate", "photos", "train", "run/final.safetensors", "-a", net)
         run("convert.__main__", "run/final.safetensors", "net.safetensors")

@@ -1,4 +1,4 @@
-"""Claim: an editable install has commands that work from any folder."""
+"""Claim: an editable install provides commands that work from any folder."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 
 
 def write_command(folder: Path, name: str) -> Path:
-    """The script that pip writes for an entry of `project.scripts`."""
+    """Write the script that pip would write for an entry of `project.scripts`."""
     module, function = COMMANDS[name].split(":")
     path = folder / name
     path.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n", encoding="utf-8")
@@ -26,7 +26,7 @@ def write_command(folder: Path, name: str) -> Path:
 
 
 def run(folder: Path, site: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A command in a folder that is not the checkout, where only `site` has the library."""
+    """Run a command in a folder outside the checkout, where only `site` has the library."""
     command = [sys.executable, str(write_command(folder, name)), *arguments]
     return subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
@@ -35,17 +35,17 @@ def run(folder: Path, site: Path, name: str, *arguments: str) -> subprocess.Comp
 
 @pytest.fixture
 def editable(tmp_path) -> Path:
-    """What an editable install makes importable: the library alone."""
+    """Everything that an editable install makes importable: the library alone."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "repvgg_jax").symlink_to(ROOT / "repvgg_jax")
-    # Somebody else's packages under the same names.
+    # Unrelated packages with the same names.
     for name in ("train", "convert"):
         (tmp_path / "site" / name).mkdir()
         (tmp_path / "site" / name / "__init__.py").write_text("raise RuntimeError('not ours')\n", encoding="utf-8")
     return tmp_path / "site"
 
 
-def test_conversion_outside_of_the_checkout(editable, tmp_path):
+def test_convert_works_outside_the_checkout(editable, tmp_path):
     model = rv.create_model(SMALL, 2)
     rv.save_weights(tmp_path / "train.safetensors", model, random_variables(model))
     done = run(tmp_path, editable, "repvgg-convert", "train.safetensors", "deploy.safetensors")
@@ -64,18 +64,18 @@ def test_conversion_outside_of_the_checkout(editable, tmp_path):
         ("repvgg-evaluate", ("--help",), "--resolution"),
     ],
 )
-def test_the_others_too(name, arguments, words, editable, tmp_path):
+def test_the_other_commands_work_there_too(name, arguments, words, editable, tmp_path):
     done = run(tmp_path, editable, name, *arguments)
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
 
 
-def test_without_a_checkout_they_say_what_they_need(monkeypatch, tmp_path, capsys):
-    """As from the wheel."""
+def test_without_a_checkout_commands_say_that_they_need_one(monkeypatch, tmp_path, capsys):
+    """As when installed from the wheel."""
     from repvgg_jax import console, interrupts
 
-    monkeypatch.setattr(interrupts, "watch", lambda: None)  # it lasts to the process's end
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # or the command would take this process's place
+    monkeypatch.setattr(interrupts, "watch", lambda: None)  # it would last until this process ends
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # otherwise the command would re-exec this process
     monkeypatch.setattr(console, "__file__", str(tmp_path / "site-packages" / "repvgg_jax" / "console.py"))
     monkeypatch.setattr(sys, "argv", ["/usr/bin/repvgg-train"])
     for command in (console.train, console.evaluate, console.convert):
@@ -89,9 +89,9 @@ def test_without_a_checkout_they_say_what_they_need(monkeypatch, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_pip_makes_them(tmp_path):
-    """A real editable install, of a copy, into an environment that sees this one's libraries."""
-    pytest.importorskip("setuptools", minversion="77", reason="a build without a network needs setuptools here")
+def test_pip_installs_every_command(tmp_path):
+    """A real editable install of a copy, into an environment that sees this one's libraries."""
+    pytest.importorskip("setuptools", minversion="77", reason="an offline build needs setuptools in this environment")
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -107,7 +107,7 @@ def test_pip_makes_them(tmp_path):
     (packages,) = (path for path in map(Path, sys.path) if path.name == "site-packages")
     (site / "libraries.pth").write_text(f"{packages}\n", encoding="utf-8")
     scripts = tmp_path / "venv" / "bin"
-    # An old one that comes with pip would stand before the libraries'.
+    # An old setuptools that comes with pip would shadow the one in the libraries' folder.
     subprocess.run([scripts / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     install = [scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable"]
     subprocess.run([*install, tmp_path / "checkout"], check=True)

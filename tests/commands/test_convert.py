@@ -1,4 +1,4 @@
-"""Claim: `python -m convert` takes any weight file to any other, fused and verified, or says why not in one line."""
+"""Claim: `python -m convert` turns any weight file into any other, fused and verified, or says in one line why not."""
 
 import dataclasses
 import resource
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
 
 @pytest.fixture
 def trained(tmp_path):
-    """The authors' training-form file of a small net with weights at which equivalence means something."""
+    """The authors' training-form file of a small net with random weights, so that equivalence means something."""
     model = rv.create_model(SMALL, num_classes=5)
     variables = random_variables(model)
     rv.save_weights(tmp_path / "train.pth", model, variables, num_batches_tracked=9)
@@ -37,7 +37,7 @@ def trained(tmp_path):
 
 @pytest.fixture
 def untrained(tmp_path):
-    """A published variant's file, for what needs no sensible numbers."""
+    """A published variant's file, for tests where the values do not matter."""
     rv.save_weights(tmp_path / "untrained.pth", *random_model("RepVGG-A0"))
     return tmp_path / "untrained.pth"
 
@@ -51,7 +51,7 @@ def untrained(tmp_path):
         ("deploy.pt", ("--to", "mmpretrain"), "mmpretrain"),
     ],
 )
-def test_training_form_in_deploy_form_out(output, options, family, trained, tmp_path):
+def test_the_training_form_is_converted_to_the_deploy_form(output, options, family, trained, tmp_path):
     path, model, variables = trained
     done = convert(path, tmp_path / output, *options)
     assert done.returncode == 0, done.stderr
@@ -59,8 +59,8 @@ def test_training_form_in_deploy_form_out(output, options, family, trained, tmp_
     assert rv.inspect_weights(tmp_path / output).family == family
     deployed, fused = rv.load_weights(tmp_path / output)
     assert deployed.deploy
-    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
 @pytest.mark.slow
@@ -72,11 +72,11 @@ def test_it_runs_as_a_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.startswith(f"{tmp_path / 'deploy.pth'}: RepVGG-A0, 5 classes, fused, relative difference")
     deployed, fused = rv.load_weights(tmp_path / "deploy.pth", "RepVGG-A0")
-    expected, found = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, IMAGES), jax.jit(deployed.apply)(fused, IMAGES)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
-def test_training_form_can_be_kept_and_nothing_is_lost_on_the_way(trained, tmp_path):
+def test_the_training_form_can_be_kept_without_any_loss(trained, tmp_path):
     path, _, variables = trained
     for source, target, to in (
         (path, tmp_path / "a.safetensors", "native"),
@@ -91,7 +91,7 @@ def test_training_form_can_be_kept_and_nothing_is_lost_on_the_way(trained, tmp_p
     assert all(torch.equal(again[key], original[key]) for key in original)
 
 
-def test_inspect_says_what_a_file_is(untrained, trained):
+def test_inspect_describes_a_file(untrained, trained):
     done = convert("--inspect", untrained)
     for words in ("RepVGG-A0,", "training form", "authors", "5 classes", "float32", "7,834,373 parameters"):
         assert words in done.stdout
@@ -100,7 +100,7 @@ def test_inspect_says_what_a_file_is(untrained, trained):
 
 
 def test_a_fused_net_that_differs_is_not_written(tmp_path):
-    # Two branches subtract and add a million: gone in the fused bias, but not before it took the others' digits.
+    # Two branches subtract and add a million: it cancels in the fused bias; unfused, it costs the others their digits.
     model, variables = random_model(SMALL)
     for name, stats in variables["batch_stats"].items():
         params = variables["params"][name]
@@ -117,7 +117,7 @@ def test_a_fused_net_that_differs_is_not_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 
 
-def test_a_fresh_head_and_other_remarks_go_to_stderr(tmp_path):
+def test_warnings_such_as_a_new_classifier_go_to_stderr(tmp_path):
     torch.save({"model": torch_state(TINY)}, tmp_path / "w.pth")
     done = convert(tmp_path / "w.pth", tmp_path / "out.safetensors", "--num-classes", "3", "--keep-training-form")
     assert done.returncode == 0
@@ -127,14 +127,14 @@ def test_a_fresh_head_and_other_remarks_go_to_stderr(tmp_path):
     assert rv.inspect_weights(tmp_path / "out.safetensors").num_classes == 3
 
 
-def test_deploy_form_passes_through(trained, tmp_path):
+def test_the_deploy_form_passes_through_unchanged(trained, tmp_path):
     assert convert(trained[0], tmp_path / "deploy.pth").returncode == 0
     done = convert(tmp_path / "deploy.pth", tmp_path / "deploy.safetensors")
     assert "deploy form, as it was" in done.stdout
     assert_same_bits(*(rv.load_weights(tmp_path / name)[1] for name in ("deploy.pth", "deploy.safetensors")))
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
+def test_a_mistake_is_one_line_and_leaves_no_files(untrained, tmp_path):
     path = untrained
     (tmp_path / "short.pth").write_bytes(path.read_bytes()[:1000])
     rv.save_weights(tmp_path / "deploy.safetensors", *random_model(TINY, deploy=True))
@@ -156,7 +156,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
         ((tmp_path / "deploy.safetensors", out, "--keep-training-form"), "is in deploy form"),
     ):
         assert words in error_of(convert(*arguments))
-    # What is wrong with the output shows before anything is computed.
+    # Problems with the output are reported before anything is computed.
     with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):
         for arguments, words in (
             ((path, tmp_path / "out.weights"), "unknown suffix"),
@@ -172,7 +172,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(untrained, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["out.pth", "native.safetensors", "timm.safetensors"])
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(output, untrained, tmp_path):
+def test_a_full_disk_is_one_line_and_keeps_the_existing_file(output, untrained, tmp_path):
     (tmp_path / output).write_text("before", encoding="utf-8")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -200,7 +200,7 @@ def test_norms_that_float32_cannot_hold_are_compared(trained, tmp_path):
         assert 1e-9 < difference < 1e-4
 
 
-def test_logits_that_are_not_finite_are_said(trained, tmp_path):
+def test_logits_that_are_not_finite_are_reported(trained, tmp_path):
     _, model, variables = trained
     kernel = variables["params"]["linear"]["kernel"]
     variables["params"]["linear"]["kernel"] = np.full_like(kernel, 3e38)
@@ -210,10 +210,10 @@ def test_logits_that_are_not_finite_are_said(trained, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_relative_differences_are_taken_in_float64():
+def test_relative_differences_are_computed_in_float64():
     expected = np.array([3e38, -2e38], np.float32)
-    found = expected * np.float32(1.001)
-    assert compare.relative_difference(expected, found) == pytest.approx(1e-3, rel=1e-3)
+    actual = expected * np.float32(1.001)
+    assert compare.relative_difference(expected, actual) == pytest.approx(1e-3, rel=1e-3)
     assert np.isnan(compare.relative_difference(expected, np.array([np.inf, 0], np.float32)))
     assert compare.relative_difference(np.zeros(3), np.zeros(3)) == 0
     assert compare.relative_difference(np.zeros(3), np.ones(3)) > 1

@@ -1,4 +1,4 @@
-"""Claim: `python -m convert` exports what computes JAX's logits, says how near they are, and writes nothing else."""
+"""Claim: `python -m convert` exports files that compute JAX's logits, reports how close they are, or writes nothing."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ FIND_SPEC = importlib.util.find_spec
 
 
 def without(*missing: str):
-    """As if these packages were not installed."""
+    """Pretend that these packages are not installed."""
     return mock.patch(
         "importlib.util.find_spec", lambda name, *rest: None if name in missing else FIND_SPEC(name, *rest)
     )
@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     return path, images, np.asarray(jax.jit(model.apply)(variables, images))
 
 
-def test_onnx(trained, tmp_path):
+def test_onnx_is_exported(trained, tmp_path):
     path, images, expected = trained
     done = convert(path, tmp_path / "net.onnx")
     assert done.returncode == 0, done.stderr
@@ -49,14 +49,14 @@ def test_onnx(trained, tmp_path):
     assert "on 2 random images" in done.stdout
     assert "on 2 photographs" in done.stdout
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    found = session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
-    assert relative_difference(expected, found) <= 1e-5
-    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
-    assert told["class_names"] == '["a", "b", "c", "d", "e"]'
+    actual = session.run(None, {"images": images.transpose(0, 3, 1, 2)})[0]
+    assert relative_difference(expected, actual) <= 1e-5
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert metadata["class_names"] == '["a", "b", "c", "d", "e"]'
 
 
 @pytest.mark.parametrize("suffix", [".stablehlo", ".bin"])
-def test_stablehlo(suffix, trained, tmp_path):
+def test_stablehlo_is_exported(suffix, trained, tmp_path):
     path, images, expected = trained
     done = convert(path, tmp_path / f"net{suffix}", "--input-layout", "NCHW")
     assert "NCHW, relative difference from JAX" in done.stdout, done.stderr
@@ -64,7 +64,7 @@ def test_stablehlo(suffix, trained, tmp_path):
     assert relative_difference(expected, program.call(images.transpose(0, 3, 1, 2))) <= 1e-5
 
 
-def test_a_bin_with_names_is_pytorchs_and_any_bin_is_read(trained, tmp_path):
+def test_a_bin_file_is_written_for_pytorch_names_and_read_back(trained, tmp_path):
     assert convert(trained[0], tmp_path / "net.bin", "--to", "authors").returncode == 0
     assert rv.inspect_weights(tmp_path / "net.bin").family == "authors"
     done = convert(tmp_path / "net.bin", tmp_path / "net.onnx", "--image-size", 48)
@@ -73,22 +73,22 @@ def test_a_bin_with_names_is_pytorchs_and_any_bin_is_read(trained, tmp_path):
     assert [d.dim_value for d in shape.dim[1:]] == [3, 48, 48]
 
 
-def test_onnx_of_free_size_is_compared_at_another_size_too(trained, tmp_path):
+def test_onnx_with_a_dynamic_size_is_compared_at_another_size_too(trained, tmp_path):
     done = convert(trained[0], tmp_path / "net.onnx", "--free-size")
     assert "on a random image of 64x33" in done.stdout, done.stderr
     (value,) = onnx.load(tmp_path / "net.onnx").graph.input
     assert [d.dim_param for d in value.type.tensor_type.shape.dim] == ["N", "", "H", "W"]
 
 
-def test_int8_onnx_takes_the_options_of_exports(trained, tmp_path):
+def test_int8_onnx_accepts_the_export_options(trained, tmp_path):
     write_photos(tmp_path / "photos", 8)
     int8 = ("--int8", "--calibration", tmp_path / "photos", "--method", "naive")
     done = convert(trained[0], tmp_path / "net.onnx", *int8, "--onnx-target", "tensorrt", "--input-layout", "NHWC",
                    "--image-size", "48")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = onnx.load(tmp_path / "net.onnx")
-    assert [d.dim_value for d in found.graph.input[0].type.tensor_type.shape.dim[1:]] == [48, 48, 3]
-    integers = {tensor.data_type for tensor in found.graph.initializer} - {onnx.TensorProto.FLOAT}
+    loaded = onnx.load(tmp_path / "net.onnx")
+    assert [d.dim_value for d in loaded.graph.input[0].type.tensor_type.shape.dim[1:]] == [48, 48, 3]
+    integers = {tensor.data_type for tensor in loaded.graph.initializer} - {onnx.TensorProto.FLOAT}
     assert integers == {onnx.TensorProto.INT8}
     assert convert(trained[0], tmp_path / "free.onnx", *int8, "--free-size").returncode == 0
     dimensions = onnx.load(tmp_path / "free.onnx").graph.input[0].type.tensor_type.shape.dim
@@ -96,7 +96,7 @@ def test_int8_onnx_takes_the_options_of_exports(trained, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["net.savedmodel", "net/"])
-def test_saved_model(output, trained, tmp_path):
+def test_a_saved_model_is_exported(output, trained, tmp_path):
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
     path, images, expected = trained
     done = convert(path, f"{tmp_path}/{output}")
@@ -106,7 +106,7 @@ def test_saved_model(output, trained, tmp_path):
     assert "exists already" in error_of(convert(path, f"{tmp_path}/{output}"))
 
 
-def test_a_users_own_images_are_compared_on(trained, tmp_path):
+def test_the_comparison_can_use_the_users_images(trained, tmp_path):
     write_photos(tmp_path / "photos", 3)
     pictures = sorted(file for file in (tmp_path / "photos").rglob("*") if file.is_file())
     done = convert(trained[0], tmp_path / "net.onnx", "--check-images", pictures[0].parent, pictures[0])
@@ -115,14 +115,14 @@ def test_a_users_own_images_are_compared_on(trained, tmp_path):
     assert f"on {count} given images" in done.stdout
 
 
-def test_without_onnxruntime_and_scikit_learn_it_checks_by_what_there_is(trained, tmp_path):
+def test_the_check_works_without_onnxruntime_and_scikit_learn(trained, tmp_path):
     with without("onnxruntime", "sklearn"), mock.patch("onnxruntime.InferenceSession", side_effect=AssertionError):
         done = convert(trained[0], tmp_path / "net.onnx")
     assert "on 2 random images (no real ones: name some with --check-images, or install scikit-learn)" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".stablehlo"])
-def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trained, tmp_path):
+def test_an_export_with_other_logits_does_not_replace_the_existing_file(suffix, trained, tmp_path):
     output = tmp_path / f"net{suffix}"
     output.write_text("before", encoding="utf-8")
     with mock.patch("convert.exports.logits_of", return_value=np.ones((2, 5), np.float32)):
@@ -133,7 +133,7 @@ def test_an_export_that_computes_something_else_is_not_put_in_place(suffix, trai
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_mistakes_are_one_line_before_anything_is_computed(trained, tmp_path):
+def test_a_mistake_is_one_line_before_anything_is_computed(trained, tmp_path):
     path, out = trained[0], tmp_path / "net.onnx"
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.png").write_text("no image", encoding="utf-8")

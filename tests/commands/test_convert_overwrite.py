@@ -1,4 +1,4 @@
-"""Claim: a conversion never costs a user a file: not its input, by whatever name, and no other unless told to."""
+"""Claim: a conversion never costs a user a file: never its input, under any name, and no other file unless asked to."""
 
 import dataclasses
 import os
@@ -19,14 +19,14 @@ CALIBRATE = ("--int8", "--method", "naive", "--calibration-images", "8", "--cali
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A file; in deploy form, which takes no fusing."""
+    """A file in deploy form, which needs no fusing."""
     model = rv.create_model(SMALL, num_classes=5, deploy=True)
     rv.save_weights(tmp_path / "net.safetensors", model, random_variables(model))
     return tmp_path / "net.safetensors"
 
 
 def names_of(source: Path) -> dict[str, str | Path]:
-    """Ways to name one file that are not its path letter for letter."""
+    """Return paths to one file, most of which differ from its path as text."""
     folder = source.parent
     (folder / "sub").mkdir()
     links = {"hard": folder / "hard.safetensors", "soft": folder / "soft.safetensors", "through": folder / "there"}
@@ -43,18 +43,18 @@ def names_of(source: Path) -> dict[str, str | Path]:
     }
 
 
-def test_the_input_is_never_the_output_by_any_name(source):
+def test_the_input_is_never_overwritten_under_any_name(source):
     before = source.read_bytes()
     for name, alias in names_of(source).items():
-        for given, output in ((source, alias), (alias, source)):
+        for original, output in ((source, alias), (alias, source)):
             for options in ((), ("--overwrite",)):
-                message = error_of(convert(given, output, *options))
-                assert f"{output} is the input, {given}, itself" in message, name
+                message = error_of(convert(original, output, *options))
+                assert f"{output} is the input, {original}, itself" in message, name
     assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pth", "out.onnx", "out.stablehlo", "int8.safetensors"])
-def test_what_is_there_is_replaced_on_request_only(output, source, tmp_path):
+def test_an_existing_file_is_replaced_only_on_request(output, source, tmp_path):
     (tmp_path / output).write_text("precious", encoding="utf-8")
     options = ()
     if output.startswith("int8"):
@@ -70,7 +70,7 @@ def test_what_is_there_is_replaced_on_request_only(output, source, tmp_path):
     assert not (tmp_path / output).read_bytes().startswith(b"precious")
 
 
-def test_a_broken_link_is_something_that_exists(source, tmp_path):
+def test_a_broken_link_counts_as_an_existing_file(source, tmp_path):
     (tmp_path / "out.safetensors").symlink_to(tmp_path / "nowhere" / "w.safetensors")
     assert "exists already" in error_of(convert(source, tmp_path / "out.safetensors"))
     assert (tmp_path / "out.safetensors").is_symlink()
@@ -78,7 +78,7 @@ def test_a_broken_link_is_something_that_exists(source, tmp_path):
 
 @pytest.fixture
 def saved_model(monkeypatch):
-    """A SavedModel's place in the command, written without TensorFlow: a folder that holds the weights."""
+    """A fake SavedModel export without TensorFlow: it writes a folder that holds the weights."""
 
     def write(path, model, variables, *, check, **_):
         Path(path).mkdir()
@@ -91,7 +91,7 @@ def saved_model(monkeypatch):
     return lambda run: monkeypatch.setitem(exports.FORMATS, ".savedmodel", dataclasses.replace(fake, run=run))
 
 
-def test_a_saved_model_is_replaced_whole_and_on_request_only(source, tmp_path, saved_model, monkeypatch):
+def test_a_saved_model_is_replaced_as_a_whole_and_only_on_request(source, tmp_path, saved_model, monkeypatch):
     same = {}
 
     def logits(model, variables, images):
@@ -118,6 +118,6 @@ def test_a_saved_model_is_replaced_whole_and_on_request_only(source, tmp_path, s
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_name_that_is_free_needs_no_option(source, tmp_path):
+def test_a_new_name_needs_no_option(source, tmp_path):
     assert convert(source, tmp_path / "copy.safetensors").returncode == 0
     assert_same_bits(rv.load_weights(source)[1], rv.load_weights(tmp_path / "copy.safetensors")[1])

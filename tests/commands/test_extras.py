@@ -1,4 +1,4 @@
-"""Claim: where an optional library is missing, a command says in one line which, and how a checkout installs it."""
+"""Claim: if an optional library is missing, a command says in one line which, and how to install it in a checkout."""
 
 import json
 import os
@@ -42,11 +42,11 @@ for module, *arguments in commands:
 
 
 BROUGHT_ANYWAY = {"rich"}
-"""Flax requires it."""
+"""Required by Flax."""
 
 
 def without(missing: tuple[str, ...], *commands: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of each command where these modules are missing."""
+    """Return status, stdout and stderr of each command, run where these modules are missing."""
     words = [sys.executable, "-c", WITHOUT, json.dumps([missing, commands])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -61,7 +61,7 @@ def weights(tmp_path) -> str:
     return str(tmp_path / "w.safetensors")
 
 
-def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
+def test_commands_name_the_extra_that_they_need(weights, tmp_path):
     out = str(tmp_path / "net")
     expected = {
         ("train.main", "--preset", "digits"): "train",
@@ -82,7 +82,7 @@ def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
     missing = tuple(module for modules in EXTRAS.values() for module in modules if module not in BROUGHT_ANYWAY)
     for (command, extra), (status, out, err) in zip(expected.items(), without(missing, *expected), strict=True):
         if not extra:
-            assert (status, err) == (0, ""), "what needs none goes on"
+            assert (status, err) == (0, ""), "a command that needs no extra works"
             continue
         assert (status, out) == (2, ""), command
         assert err.count("\n") == 1, (command, err)
@@ -91,7 +91,7 @@ def test_commands_without_any_extra_say_which_they_need(weights, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_one_missing_library_is_named_by_whichever_command_needs_it(tmp_path):
+def test_a_missing_library_is_named_by_the_command_that_needs_it(tmp_path):
     done = without(("matplotlib", "optax"), ("train.plot", str(tmp_path)), ("train.main", "--preset", "digits"))
     for (status, _, err), module in zip(done, ("matplotlib", "optax"), strict=True):
         assert status == 2
@@ -106,7 +106,7 @@ def test_a_missing_tracker_is_named_before_anything_begins(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_module_of_nobody_s_is_a_fault_of_ours():
+def test_a_missing_module_outside_all_extras_is_a_bug_of_ours():
     assert (
         missing_library(ModuleNotFoundError("No module named 'repvgg_jax.nothing'", name="repvgg_jax.nothing")) is None
     )
@@ -117,7 +117,7 @@ def test_a_missing_module_of_nobody_s_is_a_fault_of_ours():
     )
 
 
-def test_extras_bring_the_modules_that_are_said_to_be_theirs():
+def test_extras_install_the_modules_listed_for_them():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     distributions = {
         "cv2": "opencv-python-headless",
@@ -130,10 +130,10 @@ def test_extras_bring_the_modules_that_are_said_to_be_theirs():
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared[extra]}  # pyright: ignore
         assert {distributions.get(module, module) for module in modules} <= names
         if extra != "dev":
-            assert len(names) == len(modules), "a library without its module here"
+            assert len(names) == len(modules), "an extra has a library whose module EXTRAS does not list"
 
 
-def test_no_message_names_a_release_that_does_not_exist():
+def test_no_message_says_to_install_an_unpublished_release():
     for folder in ("repvgg_jax", "train", "convert", "examples", "docs"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md"):

@@ -1,4 +1,4 @@
-"""Claim: the locale's text encoding changes nothing: every text file that is ours is UTF-8, wherever it is read."""
+"""Claim: the locale's text encoding has no effect: every text file of ours is read and written as UTF-8."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ def sources() -> list[Path]:
 
 
 def text_calls(path: Path) -> Iterator[ast.Call]:
-    """Calls that read or write a file as text."""
+    """Yield the calls that read or write a file as text."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -37,13 +37,13 @@ def text_calls(path: Path) -> Iterator[ast.Call]:
         arguments = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
         is_binary = any(re.fullmatch("'[rwxab+]*b[rwxab+]*'", argument) for argument in arguments)
         opens = name in ("open", "fdopen") and owner not in ("Image", "tarfile", "zipfile", "os", "webbrowser", "hub")
-        has_encoding = name == "read_text" and bool(node.args)  # its first argument
+        has_encoding = name == "read_text" and bool(node.args)  # it is the first argument
         if not has_encoding and (name in ("read_text", "write_text") or (opens and not is_binary)):
             yield node
 
 
 def test_every_text_file_is_opened_with_its_encoding():
-    """Ruff's PLW1514 sees only what it knows to be a path."""
+    """Stricter than ruff's PLW1514, which sees only what it can infer to be a path."""
     assert len(sources()) > 100
     calls = [(path, call) for path in sources() for call in text_calls(path)]
     assert len(calls) > 30
@@ -53,26 +53,26 @@ def test_every_text_file_is_opened_with_its_encoding():
 
 @pytest.fixture(scope="module")
 def locpath(tmp_path_factory) -> Path:
-    """Locales of this test's own, for most systems have only UTF-8."""
+    """Locales compiled for this test, since most systems have only UTF-8 ones."""
     folder = tmp_path_factory.mktemp("locales")
     if shutil.which("localedef") is None:
-        pytest.skip("no localedef, which the Debian package libc-bin holds")
+        pytest.skip("no localedef (in the Debian package libc-bin)")
     for name, (language, charset) in LOCALES.items():
         command = ["localedef", "--no-archive", "-i", language, "-f", charset, folder / name]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            pytest.skip(f"localedef cannot make {name} (the Debian package locales holds the sources): {done.stderr}")
+            pytest.skip(f"localedef cannot make {name} (its sources are in the Debian package locales): {done.stderr}")
     return folder
 
 
 @pytest.mark.slow
-def test_predictors_and_native_code(locpath, tmp_path):
+def test_predictors_and_native_code_work(locpath, tmp_path):
     walk("short", "zh_CN.GBK", locpath, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOCALES, "C"])
-def test_training_evaluation_conversion_and_prediction(name, locpath, tmp_path):
+def test_training_evaluation_conversion_and_prediction_work(name, locpath, tmp_path):
     walk("whole", name, locpath, tmp_path)
 
 

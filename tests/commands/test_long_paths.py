@@ -1,4 +1,4 @@
-"""Claim: a path that no file system takes is one line from every command, not a traceback."""
+"""Claim: every command answers a path too long for any file system with one line, not a traceback."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
     ],
     ids=lambda words: "-".join(word[:12] for word in words),
 )
-def test_a_name_that_is_too_long(words, weights, tmp_path, monkeypatch):
+def test_a_path_that_is_too_long_is_one_line(words, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"WEIGHTS": weights, "OUT": tmp_path / "out.safetensors"}
     done = command(*(places.get(word, word) for word in words))

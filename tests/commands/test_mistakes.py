@@ -1,4 +1,4 @@
-"""Claim: a user's mistake is one line on stderr that says what and where, exit status 2, and nothing half-written."""
+"""Claim: a user's mistake gets one line on stderr that says what and where, exit status 2, and no half-written file."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Small", image_size=32)
 
 
 def train(workdir: Path, *arguments: object) -> str:
-    """Return the error of a training run; data sets that are prepared by name are looked for beside its workdir."""
+    """Return a training run's error; data sets prepared by name are looked for next to its workdir."""
     folders = ("--workdir", workdir, "--data-dir", workdir.parent)
     return error_of(command("train.main", "--preset", "digits", *folders, *arguments))
 
@@ -67,7 +67,7 @@ def weights(tmp_path) -> Path:
 
 
 def deployed(weights: Path) -> Path:
-    """Write the deploy form beside a file of the training form."""
+    """Write the deploy form next to a file of the training form."""
     path = weights.with_name("deploy.safetensors")
     rv.save_weights(path, *rv.to_deploy(*rv.load_weights(weights)))
     return path
@@ -87,51 +87,51 @@ def deployed(weights: Path) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_training_options_that_make_no_sense_are_named_before_anything_is_written(options, words, workdir):
+def test_invalid_training_options_are_named_before_anything_is_written(options, words, workdir):
     assert words in train(workdir, *options)
     assert not workdir.exists()
 
 
-def test_training_data_that_is_not_there_is_named_with_what_could_be_meant(workdir, tmp_path):
+def test_missing_training_data_is_named_with_a_suggestion(workdir, tmp_path):
     assert "/none does not exist; give a folder" in train(workdir, "--data", tmp_path / "none")
     assert "did you mean" in train(workdir, "--data", "imagenet2013")
     assert "is not prepared under" in train(workdir, "--data", "imagenet2012")
     assert not workdir.exists()
 
 
-def test_training_images_that_do_not_fill_a_batch_are_counted(workdir, photos):
-    said = train(workdir, "--data", photos, "--batch-size", 12)
-    assert "8 training images do not fill one batch of 12" in said
+def test_too_few_training_images_for_a_batch_are_counted(workdir, photos):
+    error = train(workdir, "--data", photos, "--batch-size", 12)
+    assert "8 training images do not fill one batch of 12" in error
     assert not workdir.exists()
 
 
 def test_a_class_without_images_and_one_without_validation_images_are_named(workdir, photos):
     data = ("--data", photos, "--batch-size", 4)
     (photos / "train" / "empty").mkdir()
-    said = train(workdir, *data)
-    assert "class folder" in said
-    assert "empty holds no images" in said
+    error = train(workdir, *data)
+    assert "class folder" in error
+    assert "empty holds no images" in error
     (photos / "train" / "empty" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
     assert "hold different classes (only in train/: empty)" in train(workdir, *data)
     assert not workdir.exists()
 
 
-def test_a_workdir_that_cannot_be_used_is_named(workdir, photos):
+def test_an_unusable_workdir_is_named(workdir, photos):
     data = ("--data", photos, "--batch-size", 4)
     file = workdir.with_name("file")
     file.write_text("x", encoding="utf-8")
-    # Its parent is a file, so that data sets are looked for elsewhere.
+    # Its parent is a file, so data sets are looked for elsewhere.
     assert "cannot create --workdir" in train(file / "run", *data, "--data-dir", workdir.parent)
     (workdir / "checkpoints" / "10").mkdir(parents=True)
     (workdir / "config.json").write_text("{", encoding="utf-8")
     assert "config.json is damaged" in train(workdir, *data)
 
 
-def test_weights_to_start_from_that_do_not_fit_are_named_with_the_reason(workdir, photos, weights):
+def test_initial_weights_that_do_not_fit_are_named_with_the_reason(workdir, photos, weights):
     data = ("--data", photos, "--batch-size", 4)
     assert "holds Small, not RepVGG-A0" in train(workdir, *data, "--init", weights)
-    said = train(workdir, *data, "--init", deployed(weights), "--model", weights)
-    assert "is in deploy form, which cannot be trained" in said
+    error = train(workdir, *data, "--init", deployed(weights), "--model", weights)
+    assert "is in deploy form, which cannot be trained" in error
 
 
 def test_weights_that_cannot_be_evaluated_are_named_with_the_reason(tmp_path, photos, weights):
@@ -144,16 +144,16 @@ def test_weights_that_cannot_be_evaluated_are_named_with_the_reason(tmp_path, ph
     assert "is in deploy form" in evaluate(photos, "train", deployed(weights))
 
 
-def test_data_of_more_classes_than_the_weights_have_is_refused_with_both_numbers(photos, weights):
+def test_data_with_more_classes_than_the_weights_is_refused_with_both_numbers(photos, weights):
     for split in ("train", "val"):
         (photos / split / "third").mkdir()
         (photos / split / "third" / "a.jpg").write_bytes(encode(PHOTO, "JPEG"))
-    said = evaluate(photos, "deploy", weights)
-    assert "has 2 classes, but" in said
-    assert "has 3" in said
+    error = evaluate(photos, "deploy", weights)
+    assert "has 2 classes, but" in error
+    assert "has 3" in error
 
 
-def test_evaluation_gives_one_json_object_for_both_forms(tmp_path, photos, weights):
+def test_evaluation_prints_one_json_object_for_either_form(tmp_path, photos, weights):
     (photos / "val" / "garden" / "broken.jpg").write_bytes(b"no image")
     results = []
     for form in ("train", "deploy"):
@@ -225,7 +225,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("option", list(OUT_OF_RANGE))
-def test_training_options_out_of_range_are_named(option, workdir, tmp_path):
+def test_out_of_range_training_options_are_named(option, workdir, tmp_path):
     value, words = OUT_OF_RANGE[option]
     assert f"{option} {words}" in train(workdir, option, value)
     assert not list(tmp_path.iterdir())
@@ -244,7 +244,7 @@ def test_training_options_out_of_range_are_named(option, workdir, tmp_path):
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_parsed_ends_with_status_2_too(arguments):
+def test_arguments_that_cannot_be_parsed_end_with_status_2_too(arguments):
     done = command(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -258,7 +258,7 @@ def small_run(photos, weights) -> tuple[object, ...]:
     return ("train.main", "--preset", "digits", "--model", weights, "--data", photos, *sizes)
 
 
-def test_with_strict_a_training_image_that_cannot_be_read_ends_the_run(small_run, workdir, photos):
+def test_with_strict_an_unreadable_training_image_ends_the_run(small_run, workdir, photos):
     broken = photos / "train" / "garden" / "broken.jpg"
     broken.write_bytes(b"no image")
     done = command(*small_run, "--workdir", workdir, "--strict")
@@ -267,7 +267,7 @@ def test_with_strict_a_training_image_that_cannot_be_read_ends_the_run(small_run
     assert not list(workdir.parent.rglob("final.safetensors"))
 
 
-def test_a_run_of_which_no_training_image_can_be_read_ends(small_run, workdir, photos):
+def test_a_run_without_any_readable_training_image_ends(small_run, workdir, photos):
     images = list((photos / "train").rglob("*.jpg"))
     for path in images:
         path.write_bytes(b"no image")
@@ -277,7 +277,7 @@ def test_a_run_of_which_no_training_image_can_be_read_ends(small_run, workdir, p
     assert not list(workdir.parent.rglob("final.safetensors"))
 
 
-def test_evaluation_options_out_of_range_and_data_that_is_not_there_are_named(tmp_path, photos, weights):
+def test_out_of_range_evaluation_options_and_missing_data_are_named(tmp_path, photos, weights):
     assert "--batch-size must be at least 1, not 0" in evaluate(photos, "train", weights, "-b", 0)
     assert "--resolution must be at least 1, not 0" in evaluate(photos, "train", weights, "-r", 0)
     assert "--resolution must be at most 16384, not 99999999" in evaluate(photos, "train", weights, "-r", 99999999)
@@ -292,11 +292,11 @@ def test_weights_for_images_of_four_channels_are_refused_for_image_files(tmp_pat
     path = tmp_path / "four.safetensors"
     rv.save_weights(path, model, random_variables(model, in_channels=4))
     picture = next((photos / "val" / "garden").iterdir())
-    for said in (predict(path, picture), evaluate(photos, "train", path)):
-        assert said == f"error: {path} takes 4 channels; image files have 1 or 3\n"
+    for error in (predict(path, picture), evaluate(photos, "train", path)):
+        assert error == f"error: {path} takes 4 channels; image files have 1 or 3\n"
 
 
-def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
+def test_predict_lists_the_most_likely_classes_first(tmp_path, weights):
     picture = tmp_path / "a.png"
     PHOTO.crop((0, 0, 90, 60)).save(picture)
     model, variables = rv.load_weights(weights)
@@ -305,7 +305,7 @@ def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
     logits = np.asarray(model.apply(variables, normalize(pixels[None], info.preprocessing)), np.float64)[0]
     shares = 100 * np.exp(logits) / np.exp(logits).sum()
     ranked = [f"{('garden', 'pagoda')[i]} {shares[i]:.1f} %" for i in np.argsort(-shares)]
-    assert abs(shares[0] - shares[1]) > 1, "too close to tell the order"
+    assert abs(shares[0] - shares[1]) > 1, "too close to determine the order"
 
     done = command("repvgg_jax.__main__", "predict", weights, picture)
     assert done.stdout == f"{picture}: {', '.join(ranked)}\n"
@@ -314,7 +314,7 @@ def test_prediction_gives_the_most_likely_classes_first(tmp_path, weights):
     assert done.stdout == f"{picture}: class {int(np.argmax(shares))} {shares.max():.1f} %\n"
 
 
-def test_prediction_options_weights_and_images_that_are_unfit_are_named(tmp_path, weights):
+def test_unsuitable_options_weights_and_images_are_named_by_predict(tmp_path, weights):
     PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
     assert "--top must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--top", 0)
     assert "--batch-size must be at least 1, not 0" in predict(weights, tmp_path / "a.png", "--batch-size", 0)
@@ -322,23 +322,23 @@ def test_prediction_options_weights_and_images_that_are_unfit_are_named(tmp_path
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     assert "cannot read" in predict(tmp_path / "cut.safetensors", tmp_path / "a.png")
     Image.new("RGB", (100_000, 1)).save(tmp_path / "thread.png")
-    said = predict(weights, tmp_path / "thread.png")
-    assert f"{tmp_path / 'thread.png'}: " in said
-    assert "too elongated" in said
+    error = predict(weights, tmp_path / "thread.png")
+    assert f"{tmp_path / 'thread.png'}: " in error
+    assert "too elongated" in error
 
 
-def test_summary_options_out_of_range_are_named():
+def test_out_of_range_summary_options_are_named():
     assert "image_size must be at least 1, not 0" in summary("--image-size", 0)
     assert "num_classes must be at least 1, not -1" in summary("--num-classes", -1)
 
 
-def test_summary_says_for_which_image_and_how_many_classes():
+def test_summary_states_the_image_size_and_number_of_classes():
     done = command("repvgg_jax.__main__", "summary", "repvgg-a0", "-r", 112, "--num-classes", 10)
     assert "one 112x112 image, 10 classes" in done.stdout
 
 
-def test_as_a_process_a_warning_is_one_line_too(tmp_path):
-    """Of weights that nobody published, from a PyTorch file; the answer is on stdout all the same."""
+def test_a_warning_of_a_real_process_is_one_line_too(tmp_path):
+    """For weights of an unpublished variant in a PyTorch file; the answer still goes to stdout."""
     model = rv.create_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8)), 2)
     rv.save_weights(tmp_path / "w.pth", model, random_variables(model))
     PHOTO.crop((0, 0, 90, 60)).save(tmp_path / "a.png")
@@ -350,7 +350,7 @@ def test_as_a_process_a_warning_is_one_line_too(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_as_a_process_a_mistake_is_one_line():
+def test_a_mistake_in_a_real_process_is_one_line():
     words = [sys.executable, "-m", "train.main", "--preset", "digits", "--batch-size", "6"]
     environment = os.environ | {"XLA_FLAGS": xla_flags(4)}
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -362,7 +362,7 @@ def test_as_a_process_a_mistake_is_one_line():
 @pytest.mark.parametrize(
     "module", ["repvgg_jax.__main__", "train.main", "train.evaluate", "train.plot", "convert.__main__"]
 )
-def test_every_command_says_its_version(module):
+def test_every_command_prints_its_version(module):
     done = command(module, "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"repvgg-jax {rv.__version__} (jax ")

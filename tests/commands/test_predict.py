@@ -1,4 +1,4 @@
-"""Claim: `predict` answers while it reads, files and folders, whatever one of them holds, for people and programs."""
+"""Claim: `predict` prints answers while it reads files and folders, whatever they hold, for people and programs."""
 
 import csv
 import functools
@@ -40,7 +40,7 @@ def predict(*arguments: object) -> Done:
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """A file of a small net with three classes, each of them likely for some image."""
+    """A file of a small net with three classes, each of which is likely for some image."""
     model = rv.create_model(SMALL, 3)
     path = tmp_path / "small.safetensors"
     rv.save_weights(path, model, random_variables(model), class_names=NAMES)
@@ -49,7 +49,7 @@ def weights(tmp_path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> list[Path]:
-    """Five photographs at three depths, in the order in which a folder is read."""
+    """Five photographs at three depths, in the order in which `predict` reads a folder."""
     folder = tmp_path / "photos"
     files = [folder / name for name in ("a.png", "b.jpg", "in/c.PNG", "in/d.webp", "in/deep/e.bmp")]
     for number, file in enumerate(files):
@@ -60,7 +60,7 @@ def photos(tmp_path) -> list[Path]:
 
 
 class FakePredictor:
-    """Gives each image as many points as its first pixel has red, and remembers which batches are still held."""
+    """Gives each image its first pixel's red as score, and remembers which batches are still referenced."""
 
     def __init__(self):
         self.batches: list[weakref.ref] = []
@@ -76,13 +76,13 @@ class FakePredictor:
 
 @pytest.fixture
 def fake(monkeypatch) -> FakePredictor:
-    """Stands for the compiled net where only the way to it and from it matters."""
+    """Replaces the compiled net in tests of what happens before and after it."""
     predictor = FakePredictor()
     monkeypatch.setattr(predict_module, "make_predictor", lambda *_, **__: predictor)
     return predictor
 
 
-def test_a_folder_is_read_at_any_depth_and_answers_are_the_models(weights, photos):
+def test_folders_are_read_recursively_and_answers_are_the_models(weights, photos):
     done = predict(weights, photos[0].parent, photos[0], "--batch-size", 2, "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -93,13 +93,13 @@ def test_a_folder_is_read_at_any_depth_and_answers_are_the_models(weights, photo
     logits = np.float64(jax.jit(model.apply)(variables, normalize(pixels, preprocessing)))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for answer, row in zip(answers, shares, strict=True):
-        found = {p["class"]: p["probability"] for p in answer["predictions"]}
-        np.testing.assert_allclose([found[i] for i in range(3)], row, rtol=1e-4)
-        assert list(found) == np.argsort(-row).tolist()
+        probabilities = {p["class"]: p["probability"] for p in answer["predictions"]}
+        np.testing.assert_allclose([probabilities[i] for i in range(3)], row, rtol=1e-4)
+        assert list(probabilities) == np.argsort(-row).tolist()
         assert all(p["name"] == NAMES[p["class"]] for p in answer["predictions"])
 
 
-def test_no_more_than_a_batch_is_held(fake, weights, tmp_path):
+def test_at_most_one_batch_is_held(fake, weights, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(24):
@@ -107,12 +107,12 @@ def test_no_more_than_a_batch_is_held(fake, weights, tmp_path):
     done = predict(weights, folder, "-b", 4)
     assert len(done.stdout.splitlines()) == 24
     assert len(fake.batches) == 6
-    assert fake.most_held <= 1  # the one before, which the loop's variable still names
+    assert fake.most_held <= 1  # the previous batch, still referenced by the loop variable
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_answers_are_there_before_the_last_image_is(weights, photos, tmp_path):
-    """The third image is a pipe that nobody has written to: what is before it must have been printed."""
+def test_answers_are_printed_before_the_last_image_is_read(weights, photos, tmp_path):
+    """The third image is a pipe that is never written to: the answers for the images before it must be printed."""
     pipe = tmp_path / "slow.png"
     os.mkfifo(pipe)
     words = [
@@ -142,7 +142,7 @@ def test_answers_are_there_before_the_last_image_is(weights, photos, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_what_cannot_be_read_is_named_and_the_rest_is_answered(weights, photos, tmp_path):
+def test_an_unreadable_image_is_named_and_the_others_are_answered(weights, photos, tmp_path):
     broken, missing, empty, thin = (tmp_path / name for name in ("broken.jpg", "none.png", "empty", "thin.png"))
     broken.write_bytes(photos[1].read_bytes()[:300])
     empty.mkdir()
@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_answered(weights, photos, 
         assert reason in line
 
 
-def test_nothing_that_can_be_read_is_an_error(fake, weights, tmp_path):
+def test_no_readable_image_is_an_error(fake, weights, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("hello", encoding="utf-8")
     done = predict(weights, tmp_path / "a.png")
@@ -191,7 +191,7 @@ def test_a_net_whose_outputs_overflow_is_not_ranked(photos, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_csv_and_json_hold_what_the_text_says(weights, photos, tmp_path):
+def test_csv_and_json_agree_with_the_text(weights, photos, tmp_path):
     odd = tmp_path / 'a "b", c.png'
     odd.write_bytes(photos[0].read_bytes())
     files = [photos[2], odd]
@@ -202,15 +202,15 @@ def test_csv_and_json_hold_what_the_text_says(weights, photos, tmp_path):
     objects = [json.loads(line) for line in lines.splitlines()]
     flat = [(o["image"], p["class"], p["name"], p["probability"]) for o in objects for p in o["predictions"]]
     assert flat == [(r["image"], int(r["class"]), r["name"], float(r["probability"])) for r in rows]
-    said = [
+    expected = [
         f"{file}: " + ", ".join(f"{r['name']} {100 * float(r['probability']):.1f} %" for r in rows[2 * i : 2 * i + 2])
         for i, file in enumerate(files)
     ]
-    assert text.splitlines() == said
+    assert text.splitlines() == expected
 
 
 @pytest.mark.usefixtures("fake")
-def test_classes_without_names(photos, tmp_path):
+def test_classes_without_names_are_numbered(photos, tmp_path):
     model = rv.create_model(SMALL, 3)
     path = tmp_path / "nameless.safetensors"
     rv.save_weights(path, model, random_variables(model))
@@ -221,8 +221,8 @@ def test_classes_without_names(photos, tmp_path):
     assert f": class {answer['class']} " in predict(path, photos[0], "--top", 1).stdout
 
 
-def test_a_net_of_1000_classes_without_names_knows_imagenets(photos, tmp_path):
-    """As the authors' and timm's files are."""
+def test_a_net_of_1000_classes_without_names_gets_imagenets(photos, tmp_path):
+    """Such as a file of the authors or of timm."""
     model = rv.create_model(SMALL, 1000)
     path = tmp_path / "nameless.pth"
     rv.save_weights(path, model, random_variables(model))
@@ -255,14 +255,14 @@ def test_a_class_name_that_stdout_cannot_show_is_escaped(encoding, weights, phot
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_photographs_are_turned_upright(orientation, suffix, tmp_path):
-    """As PIL's own `exif_transpose` turns them; the crop is that of the upright image."""
+    """As PIL's `exif_transpose` turns them; the crop is that of the upright image."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
     PHOTO.crop((30, 20, 190, 100)).save(path, exif=exif)
     with Image.open(path) as stored:
         upright = ImageOps.exif_transpose(stored).convert("RGB")
-    if orientation > 4 and suffix != "tif":  # PIL itself turns a TIFF as it is loaded
+    if orientation > 4 and suffix != "tif":  # PIL turns a TIFF itself when it loads it
         assert upright.size == (80, 160)
     side = 80
     ((_, pixels),) = ImageReader((str(path),), rv.Preprocessing(side, 1.0)).batches(1)
@@ -270,7 +270,7 @@ def test_photographs_are_turned_upright(orientation, suffix, tmp_path):
     np.testing.assert_array_equal(pixels[0], np.asarray(upright.crop((left, top, left + side, top + side))))
 
 
-def test_embeddings_are_the_models_in_the_order_of_the_names(weights, photos, tmp_path):
+def test_embeddings_are_the_models_in_the_printed_order(weights, photos, tmp_path):
     broken, out = tmp_path / "broken.png", tmp_path / "features.npy"
     broken.write_bytes(b"no image")
     readable = [photos[0], photos[3], photos[1]]
@@ -281,22 +281,22 @@ def test_embeddings_are_the_models_in_the_order_of_the_names(weights, photos, tm
     (model, variables), preprocessing = rv.load_weights(weights), rv.inspect_weights(weights).preprocessing
     pixels = np.stack([eval_transform(Image.open(file).convert("RGB"), preprocessing) for file in readable])
     embed = jax.jit(functools.partial(model.apply, method="embed"))
-    found = np.load(out)
-    assert found.dtype == np.float32
-    assert relative_difference(embed(variables, normalize(pixels, preprocessing)), found) <= 1e-5
+    embeddings = np.load(out)
+    assert embeddings.dtype == np.float32
+    assert relative_difference(embed(variables, normalize(pixels, preprocessing)), embeddings) <= 1e-5
 
 
 @pytest.mark.usefixtures("fake")
 def test_embeddings_as_csv_are_the_same_numbers(weights, photos, tmp_path):
     for suffix in (".npy", ".csv"):
         assert predict(weights, photos[0].parent, "-b", 2, "--embeddings", tmp_path / f"out{suffix}").returncode == 0
-    found = np.load(tmp_path / "out.npy")
-    assert found.shape == (5, 3)
-    assert len(np.unique(found)) > 3
+    embeddings = np.load(tmp_path / "out.npy")
+    assert embeddings.shape == (5, 3)
+    assert len(np.unique(embeddings)) > 3
     rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text(encoding="utf-8"))))
     assert rows[0] == ["image", "0", "1", "2"]
     assert [row[0] for row in rows[1:]] == list(map(str, photos))
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), found)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], np.float32), embeddings)
 
 
 @pytest.mark.usefixtures("fake")
@@ -314,7 +314,7 @@ def test_a_net_without_a_classifier_has_embeddings_and_no_predictions(photos, tm
     assert "missing: linear.weight, linear.bias" in done.stderr
 
 
-def test_a_file_of_embeddings_is_whole_or_not_there(fake, weights, photos, tmp_path):
+def test_no_embeddings_file_is_written_after_an_error(fake, weights, photos, tmp_path):
     def refused(*arguments: object) -> str:
         done = predict(weights, photos[0], *arguments)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
@@ -332,7 +332,7 @@ def test_a_file_of_embeddings_is_whole_or_not_there(fake, weights, photos, tmp_p
 
 
 @pytest.mark.usefixtures("fake")
-def test_options_out_of_range(weights, photos):
+def test_out_of_range_options_are_named(weights, photos):
     for option in ("--top", "--batch-size"):
         done = predict(weights, photos[0], option, 0)
         assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""Claim: `show` writes one page that needs no network and is not broken by any name, or one line and nothing."""
+"""Claim: `show` writes one page that needs no network and that no name can break, or one line and no page."""
 
 import dataclasses
 import os
@@ -45,13 +45,13 @@ def photos(tmp_path) -> list[Path]:
     return files
 
 
-def test_the_command_prints_the_pages_name(weights, photos, tmp_path):
+def test_the_command_prints_the_path_of_the_page(weights, photos, tmp_path):
     done = show(weights, photos[0].parents[1], "-o", tmp_path / "net.html")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'net.html'}\n", "")
     check_page_of(PLAIN, Page(tmp_path / "net.html"), len(photos))
 
 
-def test_names_of_files_and_classes_are_text_and_nothing_else(weights, photos, tmp_path):
+def test_file_and_class_names_are_escaped(weights, photos, tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
     names = [*ODD, "line\nbreak.png"]
@@ -72,7 +72,7 @@ def test_names_of_files_and_classes_are_text_and_nothing_else(weights, photos, t
     assert r"a\x07b\u202ec" in shown.words
 
 
-def test_without_images_the_page_says_so_and_is_the_same_every_time(weights, tmp_path):
+def test_without_images_the_page_says_so_and_is_reproducible(weights, tmp_path):
     pages = []
     for name in ("one.html", "two.html"):
         assert show(weights, "--output", tmp_path / name).returncode == 0
@@ -87,7 +87,7 @@ def test_without_images_the_page_says_so_and_is_the_same_every_time(weights, tmp
     assert abs(noise.std() - 1) < 0.1
 
 
-def test_a_deploy_form_has_no_training_form_to_compare_with(photos, tmp_path):
+def test_a_deploy_form_is_not_compared_with_a_training_form(photos, tmp_path):
     weights = write_net(tmp_path / "deploy.safetensors", PLAIN, deploy=True)
     assert show(weights, *photos, "-o", tmp_path / "out.html").returncode == 0
     shown = Page(tmp_path / "out.html")
@@ -99,7 +99,7 @@ def test_a_deploy_form_has_no_training_form_to_compare_with(photos, tmp_path):
     assert one.relative < 1e-5
 
 
-def test_grey_images_and_channels_that_no_image_file_has(photos, tmp_path):
+def test_nets_of_one_channel_and_of_six(photos, tmp_path):
     grey = write_net(tmp_path / "grey.safetensors", PLAIN, in_channels=1)
     assert show(grey, *photos, "-o", tmp_path / "grey.html").returncode == 0
     assert len(Page(tmp_path / "grey.html").all("img")) == len(photos)
@@ -126,7 +126,7 @@ def test_a_net_without_a_classifier_is_compared_by_its_features(photos, tmp_path
     assert "Same top class" not in shown.text
 
 
-def test_more_images_than_wanted_are_taken_from_all_over_the_folder(weights, tmp_path):
+def test_max_images_takes_images_from_all_over_the_folder(weights, tmp_path):
     for folder in range(3):
         (tmp_path / "many" / f"{folder}").mkdir(parents=True)
         for number in range(4):
@@ -137,7 +137,7 @@ def test_more_images_than_wanted_are_taken_from_all_over_the_folder(weights, tmp
     assert "Computed on 3 images, spread evenly over the 12 that were given." in shown.text
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_shown(weights, photos, tmp_path):
+def test_an_unreadable_image_is_named_and_the_others_are_shown(weights, photos, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     done = show(weights, photos[0], tmp_path / "broken.png", photos[1], "-o", tmp_path / "out.html")
     assert done.returncode == 1
@@ -178,7 +178,7 @@ def test_times_are_the_cost_models_unless_measured(weights, tmp_path):
     assert all(layer.seconds and layer.seconds > 0 for layer in plan.layers)
 
 
-def test_a_users_mistake_is_one_line_and_leaves_nothing(weights, photos, tmp_path, monkeypatch):
+def test_a_users_mistake_is_one_line_and_writes_nothing(weights, photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     damaged = tmp_path / "damaged.safetensors"
@@ -205,7 +205,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(weights, photos, tmp_pat
     assert list(out.iterdir()) == []
 
 
-def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(weights, tmp_path, monkeypatch):
+def test_only_a_page_of_show_is_overwritten(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "small.html"
     page.write_text("<h1>My own notes</h1>", encoding="utf-8")
@@ -218,7 +218,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(weights, tmp_path,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.html", "small.safetensors"]
 
 
-def test_folders_that_all_images_share_are_left_out():
+def test_folders_that_all_images_share_are_omitted():
     assert short_names(["/a/b/c/1.png", "/a/b/d/1.png"]) == ["c/1.png", "d/1.png"]
     assert short_names(["/a/b/1.png"]) == ["1.png"]
     assert short_names(["1.png", "a/2.png"]) == ["1.png", "a/2.png"]
@@ -226,8 +226,8 @@ def test_folders_that_all_images_share_are_left_out():
     assert short_names([]) == []
 
 
-def test_colours_have_contrast_in_both_schemes():
-    """WCAG 2.2: 4.5 for text, 3 for what charts are drawn with."""
+def test_colours_have_enough_contrast_in_both_schemes():
+    """WCAG 2.2: 4.5 for text, 3 for graphics."""
     from importlib import resources
 
     style = resources.files("repvgg_jax.show").joinpath("page.css").read_text(encoding="utf-8")
@@ -252,7 +252,7 @@ def contrast(one: str, other: str) -> float:
     return (brighter + 0.05) / (darker + 0.05)
 
 
-def test_numbers_are_written_as_people_write_them():
+def test_numbers_are_formatted_for_readers():
     values = (0, 0.25, 0.012345, 4.5, 999.6, 1234.5, 9_999_999, 1.2e-7, -3.14159, float("inf"), float("nan"))
     written = "0|0.250|0.0123|4.50|1,000|1,230|10,000,000|1.20e\u221207|\u22123.14|not finite|not finite"
     assert [significant(value) for value in values] == written.split("|")

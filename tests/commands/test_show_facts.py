@@ -1,4 +1,4 @@
-"""Claim: what the page of `show` says of a net is true of it."""
+"""Claim: what the page of `show` says about a net is true."""
 
 import json
 from pathlib import Path
@@ -95,8 +95,8 @@ def check_spread(spread: Spread, ranges: np.ndarray, tolerance: float = 1e-6) ->
     alive = ranges[ranges > 1e-6]
     assert (spread.channels, spread.dead) == (len(ranges), len(ranges) - len(alive))
     expected = (alive.min(), np.median(alive), alive.max(), alive.max() / np.median(alive))
-    found = (spread.least, spread.median, spread.largest, spread.ratio)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=1e-5)
+    actual = (spread.least, spread.median, spread.largest, spread.ratio)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=1e-5)
     assert spread.outliers == (alive > 4 * np.median(alive)).sum()
     assert spread.vanishing == (alive < alive.max() / 254).sum()
 
@@ -111,7 +111,7 @@ def test_a_channel_that_one_scale_would_round_to_zero_is_counted():
     assert [round(float(r / scale)) for r in ranges].count(0) == spread.dead + spread.vanishing
 
 
-def test_the_forms_differ_by_rounding_and_no_more(weights, photos):
+def test_the_forms_differ_only_by_rounding(weights, photos):
     direct, planned = facts_of(weights, *photos).differences
     for one in (direct, planned):
         assert one.expected == "training form"
@@ -128,7 +128,7 @@ def test_a_difference_is_measured_as_the_page_says():
     assert difference(("a", "b"), expected, actual, "embedding").same_class is None
 
 
-def test_predictions_are_predicts(weights, photos, tmp_path):
+def test_predictions_equal_those_of_predict(weights, photos, tmp_path):
     odd = tmp_path / "odd"
     odd.mkdir()
     for name in ODD:
@@ -143,7 +143,7 @@ def test_predictions_are_predicts(weights, photos, tmp_path):
     assert shown == answers
 
 
-def test_an_int8_file_is_shown_with_what_it_saturates(photos, tmp_path):
+def test_an_int8_file_is_shown_with_its_saturation_limits(photos, tmp_path):
     model, variables = deploy_net("plain")
     preprocessing = rv.Preprocessing(SIZE, 1.0)
     net = rv.quantize(model, variables, images(), method="per-channel", preprocessing=preprocessing)
@@ -173,7 +173,7 @@ def test_an_int8_file_is_shown_with_what_it_saturates(photos, tmp_path):
 
 
 @pytest.mark.parametrize("name", rv.list_models())
-def test_the_stages_add_up_to_the_summary(name):
+def test_the_stages_costs_add_up_to_the_summary(name):
     from repvgg_jax.net.variants import get_variant
 
     variant = get_variant(name)

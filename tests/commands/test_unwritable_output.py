@@ -1,4 +1,4 @@
-"""Claim: output that cannot be written is one line on stderr, whatever it is; a reader that leaves is not a fault."""
+"""Claim: output that cannot be written gets one line on stderr; a reader that closes the pipe is not an error."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def run(folder: Path, body: str, *arguments: str, **options) -> subprocess.Popen
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("body", list(BODIES))
-def test_a_full_disk_behind_stdout_is_one_line(body, tmp_path):
+def test_stdout_on_a_full_disk_is_one_line(body, tmp_path):
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = run(tmp_path, BODIES[body], *(["--help"] if body == "help" else []), stdout=full)
         _, err = process.communicate(timeout=60)
@@ -59,7 +59,7 @@ def test_a_full_disk_behind_stdout_is_one_line(body, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_what_went_wrong_first_is_what_is_said(tmp_path):
+def test_only_the_first_error_is_reported(tmp_path):
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = run(tmp_path, "print('half an answer'); raise errors.DataError('no such image')", stdout=full)
         assert process.communicate(timeout=60)[1] == "error: no such image\n"
@@ -73,7 +73,7 @@ def test_what_went_wrong_first_is_what_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("body", list(BODIES))
-def test_a_reader_that_leaves_is_no_fault(body, tmp_path):
+def test_a_reader_that_closes_the_pipe_is_not_an_error(body, tmp_path):
     slow = "time.sleep(0.3)\n" + textwrap.dedent(BODIES[body])
     process = run(tmp_path, slow, *(["--help"] if body == "help" else []))
     assert process.stdout is not None
@@ -83,7 +83,7 @@ def test_a_reader_that_leaves_is_no_fault(body, tmp_path):
     assert process.wait(timeout=60) == 1
 
 
-def test_a_closed_stdout_swallows_what_is_printed(tmp_path):
+def test_printing_to_a_closed_stdout_is_not_an_error(tmp_path):
     write(tmp_path, textwrap.dedent(BODIES["a run's progress"]) + "print('{}')")
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} command.py >&-"],
@@ -97,7 +97,7 @@ def test_a_closed_stdout_swallows_what_is_printed(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ctrl_c_that_ends_tee_too_still_lets_a_run_save_its_state(tmp_path):
+def test_ctrl_c_that_also_ends_tee_still_lets_a_run_save_its_state(tmp_path):
     process = run(
         tmp_path,
         """
@@ -139,13 +139,13 @@ def test_ctrl_c_that_ends_tee_too_still_lets_a_run_save_its_state(tmp_path):
         ),
     ],
 )
-def test_no_memory_is_one_line(raised, says, tmp_path):
+def test_out_of_memory_is_one_line(raised, says, tmp_path):
     process = run(tmp_path, f"raise {raised}")
     assert process.communicate(timeout=60) == ("", says)
     assert process.returncode == 2
 
 
-def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+def test_a_bug_of_ours_keeps_its_traceback(tmp_path):
     for raised in ("OSError(5, 'input/output error')", "RuntimeError('x')", "ModuleNotFoundError('x', name='x')"):
         process = run(tmp_path, f"raise {raised}")
         assert "Traceback" in process.communicate(timeout=60)[1]
@@ -157,7 +157,7 @@ REAL = [("repvgg_jax", "summary", "RepVGG-A0"), ("train.plot", "--help")]
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("words", REAL, ids=" ".join)
-def test_real_commands_say_it_too(words, tmp_path):
+def test_real_commands_report_it_too(words, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(
@@ -172,8 +172,8 @@ def test_real_commands_say_it_too(words, tmp_path):
     assert (done.returncode, done.stderr) == (2, FULL)
 
 
-def test_ctrl_c_at_the_interpreter_s_very_end_changes_nothing(tmp_path):
-    """Python gives signals their first meaning back before it takes its modules down, which takes JAX a while."""
+def test_ctrl_c_while_the_interpreter_exits_changes_nothing(tmp_path):
+    """Python restores the default signal handlers before it unloads modules, and unloading JAX takes a while."""
     body = """
         class Late:
             def __del__(self):
@@ -188,7 +188,7 @@ def test_ctrl_c_at_the_interpreter_s_very_end_changes_nothing(tmp_path):
     assert process.returncode == 0
 
 
-def test_what_fails_later_for_the_same_reason_is_not_told_after_the_error_s_line(tmp_path):
+def test_a_later_failure_for_the_same_reason_is_not_reported_again(tmp_path):
     body = """
         import asyncio
         async def write():

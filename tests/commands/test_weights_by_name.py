@@ -1,4 +1,4 @@
-"""Claim: what takes a weight file takes a variant's name too, for its ImageNet weights; a file of that name wins."""
+"""Claim: a variant's name is accepted like a weight file and means its ImageNet weights; a file of that name wins."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ NAME = "RepVGG-A0"
 
 @pytest.fixture
 def published(fake_hub, tmp_path, monkeypatch) -> Path:
-    """A small net of two classes in place of RepVGG-A0, on the hub and in the file returned."""
+    """A small net of two classes in place of RepVGG-A0, on the hub and in the returned file."""
     small = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name=NAME, image_size=32)
     monkeypatch.setitem(VARIANTS, NAME, small)
     monkeypatch.chdir(tmp_path)
@@ -41,25 +41,25 @@ def photos(tmp_path) -> Path:
 
 
 def output(module: str, *arguments: object) -> str:
-    """What a command prints that succeeds."""
+    """Return the stdout of a command that succeeds."""
     done = command(module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_prediction(published, photos):
+def test_predict_takes_a_name(published, photos):
     answers = [output("repvgg_jax.__main__", "predict", weights, photos / "val") for weights in (NAME, published)]
     assert answers[0] == answers[1]
     assert answers[0].count("\n") == 6
 
 
-def test_evaluation(published, photos):
+def test_evaluate_takes_a_name(published, photos):
     answers = [output("train.evaluate", photos, "deploy", weights, "-a", NAME) for weights in (NAME, published)]
     assert answers[0] == answers[1]
     assert json.loads(answers[0])["images"] == 6
 
 
-def test_conversion_and_inspection(published, tmp_path):
+def test_convert_and_inspect_take_a_name(published, tmp_path):
     for name, weights in (("by_name", "repvgg-a0"), ("by_file", published)):
         done = convert(weights, tmp_path / f"{name}.safetensors")
         assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def test_conversion_and_inspection(published, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_start_of_a_training(published, photos, tmp_path):
+def test_training_starts_from_a_name(published, photos, tmp_path):
     sizes = ("--image-size", 32, "--test-image-size", 32, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0)
     run = ("--preset", "digits", "--model", NAME, "--data", photos, *sizes, "--learning-rate", 0)
     output("train.main", *run, "--init", NAME, "--workdir", tmp_path / "run")
@@ -89,14 +89,14 @@ def test_a_file_of_that_name_wins(published, fake_hub, tmp_path):
     assert not fake_hub.requests
 
 
-def test_what_is_neither_is_named(tmp_path, monkeypatch):
+def test_what_is_neither_a_file_nor_a_variant_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = error_of(command("repvgg_jax.__main__", "predict", "RepVGG-A9", "cat.jpg"))
-    assert said.startswith("error: there is no file RepVGG-A9, and no such variant; known: RepVGG-A0, RepVGG-A1, ")
-    said = error_of(convert("RepVGG-B1g2", "out.safetensors"))
-    assert said.startswith("error: timm has no weights of RepVGG-B1g2 on the Hugging Face hub")
-    said = error_of(command("train.main", "--preset", "digits", "--init", "repvggplus-l2pse", "--workdir", "run"))
-    assert said.startswith("error: timm has no weights of RepVGGplus-L2pse on the Hugging Face hub")
+    error = error_of(command("repvgg_jax.__main__", "predict", "RepVGG-A9", "cat.jpg"))
+    assert error.startswith("error: there is no file RepVGG-A9, and no such variant; known: RepVGG-A0, RepVGG-A1, ")
+    error = error_of(convert("RepVGG-B1g2", "out.safetensors"))
+    assert error.startswith("error: timm has no weights of RepVGG-B1g2 on the Hugging Face hub")
+    error = error_of(command("train.main", "--preset", "digits", "--init", "repvggplus-l2pse", "--workdir", "run"))
+    assert error.startswith("error: timm has no weights of RepVGGplus-L2pse on the Hugging Face hub")
     for path in ("RepVGG-A0.pth", "runs/RepVGG-A0", "gs://bucket/RepVGG-A0", "hf://timm/repvgg_a0.rvgg_in1k"):
         assert weights_path("WEIGHTS", path) == path
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What the tests of a compiler share: they run where its wheels are, which `make check-gpu` and `check-tpu` install."""
+"""Fixtures of the compiler tests, which run only where `make check-gpu` or `make check-tpu` installs a compiler."""
 
 import os
 
@@ -10,7 +10,7 @@ from train.targets import Target, compile_devices, find_target, prepare
 
 @pytest.fixture(scope="session")
 def target() -> Target:
-    """The machine that is compiled for."""
+    """The kind of machine to compile for."""
     name = os.environ.get("REPVGG_TARGET")
     if name is None:
         pytest.skip("needs a GPU's or TPU's compiler: make check-gpu, make check-tpu")
@@ -21,7 +21,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="session")
 def devices(target: Target) -> list:
-    """Its chips."""
+    """The target's chips."""
     try:
         return compile_devices(target)
     except ConfigError as error:

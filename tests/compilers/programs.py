@@ -1,4 +1,4 @@
-"""What is compiled and lowered: a deploy net as a predictor has it, on shapes alone."""
+"""Programs to compile and lower: a deploy net as in a predictor, on shapes alone."""
 
 from collections.abc import Callable
 from typing import Any

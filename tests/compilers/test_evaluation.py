@@ -1,4 +1,4 @@
-"""Claim: an evaluation step and an INT8 net compile for accelerators, and put no wide activations into memory."""
+"""Claim: an evaluation step and an INT8 net compile for accelerators, and write no wide activations to memory."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ SIZE, IMAGES = 224, 128
 
 
 def evaluation_batch() -> dict[str, jax.ShapeDtypeStruct]:
-    """One chip's share of a batch."""
+    """Return the shapes of one chip's share of a batch."""
     return {
         "image": jax.ShapeDtypeStruct((IMAGES, SIZE, SIZE, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((IMAGES,), np.int32),
@@ -31,7 +31,7 @@ def evaluation_batch() -> dict[str, jax.ShapeDtypeStruct]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deploy", [False, True], ids=["training form", "deploy form"])
-def test_an_evaluation_step_adds_up_over_all_chips_at_once(deploy: bool, target: Target, devices: list):
+def test_an_evaluation_step_sums_over_all_chips_at_once(deploy: bool, target: Target, devices: list):
     model = rv.create_model("RepVGG-A0", deploy=deploy, dtype=jnp.bfloat16)
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)

@@ -1,4 +1,4 @@
-"""Claim: everything that runs on a device can be lowered for GPUs and TPUs, which takes neither and no compiler."""
+"""Claim: everything that runs on a device can be lowered for GPUs and TPUs, which needs neither them nor a compiler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from train.step import make_eval_step
 ACCELERATORS = ("cuda", "tpu")
 SIZE = 64
 SHALLOW = ("--num-blocks", "1", "2", "2", "1")
-"""As few blocks as show every kind."""
+"""The fewest blocks that include every kind."""
 
 
 def lowered_text(function: Callable[..., Any], *arguments: Any) -> str:
@@ -29,7 +29,7 @@ def lowered_text(function: Callable[..., Any], *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
-def test_a_deploy_net_is_one_convolution_for_each_block(name: str):
+def test_a_deploy_net_is_one_convolution_per_block(name: str):
     model, forward, params, images = deploy_net(name, 2, SIZE)
     text = lowered_text(forward, params, images)
     assert text.count("= stablehlo.convolution(") >= len(model.variant.blocks())
@@ -38,7 +38,7 @@ def test_a_deploy_net_is_one_convolution_for_each_block(name: str):
 
 @pytest.mark.parametrize("depth", [SHALLOW, pytest.param((), marks=pytest.mark.slow)], ids=["shallow", "whole"])
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
-def test_a_train_and_an_evaluation_step(name: str, depth: tuple[str, ...]):
+def test_train_and_evaluation_steps_can_be_lowered(name: str, depth: tuple[str, ...]):
     preset = "plus_300" if name.startswith("RepVGGplus") else "imagenet_120"
     words = ["--preset", preset, "--model", name, *depth, "--dtype", "bfloat16", "--image-size", str(SIZE)]
     recipe = parse([*words, "--mixup", "0.2", "--ema-decay", "0.99"])
@@ -54,11 +54,11 @@ def test_a_train_and_an_evaluation_step(name: str, depth: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("integer", [False, True])
-def test_an_int8_net(integer: bool):
+def test_an_int8_net_can_be_lowered(integer: bool):
     model = rv.create_model(rv.Variant((1, 1, 1, 1), (8, 8, 8, 8, 8)), 5)
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     net = rv.quantize(model, random_variables(model), images, "per-channel")
     text = lowered_text(lambda variables, x: net.apply(variables, x, integer=integer), net.variables, images)
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
-    # XLA's compiler for GPUs refuses convolutions from int8 to int32; in integers, those for the TPU alone are such.
+    # XLA's GPU compiler refuses convolutions from int8 to int32, so only those for the TPU are lowered to integer ones.
     assert {"xi32>" in line for line in convolutions} == ({True, False} if integer else {False})

@@ -1,4 +1,4 @@
-"""Claim: a train step is compiled well: all-reduces combined, its state in place, no wide activations written."""
+"""Claim: a train step compiles well: all-reduces combined, its state updated in place, no wide activations written."""
 
 import functools
 import math
@@ -13,10 +13,10 @@ from train.run import Run, make_run, open_data
 from train.targets import Target
 
 IMAGES = {"RepVGG-A0": 128, "RepVGG-B1g4": 64, "RepVGG-D2se": 32, "RepVGGplus-L2pse": 32}
-"""Of each chip."""
+"""Images per chip."""
 
 TRAFFIC_BEFORE = {"cuda": 18.0e9, "tpu": 20.4e9}
-"""Bytes that one step of A0 moved when BN's statistics took two passes and every branch was computed by itself."""
+"""Bytes that one step of A0 moved when BN's statistics took two passes and every branch was computed separately."""
 
 AIM = 0.8
 
@@ -36,7 +36,7 @@ def step(name: str, target: Target, devices: tuple) -> tuple[Run, jax.stages.Com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_step_is_compiled_well(name: str, target: Target, devices: list):
+def test_a_step_compiles_well(name: str, target: Target, devices: list):
     run, program = step(name, target, tuple(devices))
     text, sizes = program.as_text() or "", program.memory_analysis()
     cost = program_cost(text, on_chip=target.family.platform == "tpu")
@@ -47,7 +47,7 @@ def test_a_step_is_compiled_well(name: str, target: Target, devices: list):
     images, last_side = IMAGES[name], run.dataset.train_size // 32
 
     def is_wide_activation(array: Array) -> bool:
-        """Whether float32 activations are written; those of the last, small stage XLA does write for wide nets."""
+        """Return whether float32 activations are written, except in the small last stage, where XLA may write them."""
         of_images = len(array.shape) == 4 and images in array.shape and array.shape.count(last_side) < 2
         return of_images and array.dtype == "f32" and math.prod(array.shape) > images * 2**14
 
@@ -55,11 +55,11 @@ def test_a_step_is_compiled_well(name: str, target: Target, devices: list):
 
 
 @pytest.mark.slow
-def test_a_step_moves_a_fifth_less_than_it_did(target: Target, devices: list):
+def test_a_step_moves_a_fifth_less_data_than_before(target: Target, devices: list):
     _, program = step("RepVGG-A0", target, tuple(devices))
     if target.family.platform == "cuda":
         moved = program_cost(program.as_text() or "", on_chip=False).traffic
-    else:  # by the compiler's own account, which counts the memory on the chip too
+    else:  # as the compiler estimates it, including traffic to on-chip memory
         cost = program.cost_analysis()
         assert cost is not None
         moved = cost["bytes accessed"]

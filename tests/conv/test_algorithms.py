@@ -19,7 +19,7 @@ from tests.helpers.comparison import relative_difference
 XLA = [name for name, algorithm in ALGORITHMS.items() if not algorithm.is_native]
 NATIVE = [name for name, algorithm in ALGORITHMS.items() if algorithm.trains]
 HERE = XLA + NATIVE if native.available() else XLA
-"""Those that this machine has: the native ones need a C++ compiler."""
+"""Algorithms available on this machine: the native ones need a C++ compiler."""
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 
 
@@ -30,11 +30,11 @@ def direct_sum(x, kernel, bias, stride, groups, relu, dilation=1):
     rows, columns = -(-height // stride), -(-width // stride)
     padded = np.pad(x, ((0, 0), (dilation, dilation), (dilation, dilation), (0, 0)))
     parts = []
-    for own, weights in zip(np.split(padded, groups, 3), np.split(kernel, groups, 3), strict=True):
+    for part, weights in zip(np.split(padded, groups, 3), np.split(kernel, groups, 3), strict=True):
         total = np.zeros((n, rows, columns, weights.shape[3]))
         for i in range(0, 3 * dilation, dilation):
             for j in range(0, 3 * dilation, dilation):
-                window = own[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+                window = part[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
                 total += window @ weights[i // dilation, j // dilation]
         parts.append(total)
     y = np.concatenate(parts, 3) + bias
@@ -59,7 +59,7 @@ def compute(algorithm, x, kernel, bias, stride, groups, relu, dilation=1):
     outer=st.integers(1, 5),
     relu=st.booleans(),
 )
-def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilation, groups, inner, outer, relu):
+def test_every_algorithm_equals_the_direct_sum(algorithm, height, width, stride, dilation, groups, inner, outer, relu):
     stride = stride if stride in ALGORITHMS[algorithm].strides else 1
     dilation = dilation if ALGORITHMS[algorithm].dilated else 1
     rng = np.random.default_rng(height + 20 * width)
@@ -67,9 +67,9 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilat
         x = rng.normal(size=(2, height, width, groups * inner))
         kernel = rng.normal(size=(3, 3, inner, groups * outer))
         bias = rng.normal(size=groups * outer)
-        found = compute(algorithm, x, kernel, bias, stride, groups, relu, dilation)
+        actual = compute(algorithm, x, kernel, bias, stride, groups, relu, dilation)
         expected = direct_sum(x, kernel, bias, stride, groups, relu, dilation)
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @NEEDS_COMPILER
@@ -85,49 +85,51 @@ def test_any_algorithm_is_the_direct_sum(algorithm, height, width, stride, dilat
     outer=st.integers(1, 70),
     relu=st.booleans(),
 )
-def test_any_native_algorithm_is_the_direct_sum(algorithm, images, height, width, stride, groups, inner, outer, relu):
+def test_every_native_algorithm_equals_the_direct_sum(
+    algorithm, images, height, width, stride, groups, inner, outer, relu
+):
     stride = stride if stride in ALGORITHMS[algorithm].strides else 1
     rng = np.random.default_rng(height + 40 * width)
     x = rng.normal(size=(images, height, width, groups * inner)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, inner, groups * outer)) / np.sqrt(9 * inner)).astype(np.float32)
     bias = rng.normal(size=groups * outer).astype(np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
-    # Far above what rounding does to sums of this size, far below what a missing tap would.
-    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
+    actual = np.asarray(compute(algorithm, x, kernel, bias, stride, groups, relu))
+    # Far above the rounding error of sums this large, far below the effect of a missing tap.
+    np.testing.assert_allclose(actual, direct_sum(x, kernel, bias, stride, groups, relu), rtol=0, atol=1e-4)
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
 def test_native_algorithms_keep_images_apart_in_large_batches(algorithm):
-    # More tasks than threads, several images in one task, and products of uneven height.
+    # More tasks than threads, several images in one task, and products whose heights differ.
     rng = np.random.default_rng(0)
     x = rng.normal(size=(37, 9, 11, 48)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 48, 80)) / np.sqrt(9 * 48)).astype(np.float32)
     bias = rng.normal(size=80).astype(np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, bias, 1, 1, True))
-    np.testing.assert_allclose(found, direct_sum(x, kernel, bias, 1, 1, True), rtol=0, atol=1e-4)
+    actual = np.asarray(compute(algorithm, x, kernel, bias, 1, 1, True))
+    np.testing.assert_allclose(actual, direct_sum(x, kernel, bias, 1, 1, True), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", HERE)
-def test_float32_error_of_one_layer(algorithm):
+def test_float32_error_of_one_layer_is_small(algorithm):
     limit = 3e-6 if algorithm.endswith("winograd4") else 1e-6
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 14, 14, 96)).astype(np.float32)
     kernel = (rng.normal(size=(3, 3, 96, 96)) / np.sqrt(9 * 96)).astype(np.float32)
     bias = rng.normal(size=96).astype(np.float32)
-    found = compute(algorithm, x, kernel, bias, 1, 1, False)
-    assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), found) <= limit
+    actual = compute(algorithm, x, kernel, bias, 1, 1, False)
+    assert relative_difference(direct_sum(x, kernel, bias, 1, 1, False), actual) <= limit
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("algorithm", NATIVE)
-def test_what_is_not_a_number_does_not_become_one(algorithm):
+def test_nan_stays_nan(algorithm):
     x = np.ones((1, 8, 8, 16), np.float32)
     x[0, 4, 4, 3] = np.nan
     kernel = np.ones((3, 3, 16, 16), np.float32)
-    found = np.asarray(compute(algorithm, x, kernel, np.zeros(16, np.float32), 1, 1, True))
-    assert np.isnan(found[0, 3:6, 3:6]).all()
-    assert np.isfinite(found[0, 0, 0]).all()
+    actual = np.asarray(compute(algorithm, x, kernel, np.zeros(16, np.float32), 1, 1, True))
+    assert np.isnan(actual[0, 3:6, 3:6]).all()
+    assert np.isfinite(actual[0, 0, 0]).all()
 
 
 def test_native_convolutions_can_be_switched_off(monkeypatch):
@@ -136,7 +138,7 @@ def test_native_convolutions_can_be_switched_off(monkeypatch):
     assert not any(algorithm.is_native for algorithm in candidates(LayerShape(14, 14, 16, 16), "float32"))
 
 
-def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monkeypatch, tmp_path, caplog):
+def test_a_missing_compiler_is_not_an_error_and_a_failing_one_runs_once(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -153,7 +155,7 @@ def test_without_a_compiler_there_are_none_and_a_failing_one_is_asked_once(monke
     assert "no such thing" in kept.read_text(encoding="utf-8")
 
 
-def test_native_convolutions_are_float32s_alone():
+def test_native_convolutions_are_for_float32_only():
     with pytest.raises(ValueError, match="native computes in float32, not bfloat16"):
         convolve(jnp.zeros((1, 4, 4, 2), jnp.bfloat16), jnp.zeros(9), jnp.zeros(2), algorithm="native")
 

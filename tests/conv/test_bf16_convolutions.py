@@ -1,4 +1,4 @@
-"""Claim: the native convolution in bfloat16 is the definition's, rounded once, for any shape, stride and groups."""
+"""Claim: the native bfloat16 convolution equals the definition, rounded once, for any shape, stride and groups."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not native.bf16_available(), reason="needs a C++
 
 
 def rounded(array) -> np.ndarray:
-    """To bfloat16, as float32."""
+    """Round to bfloat16; return float32."""
     return np.asarray(jnp.asarray(array, jnp.bfloat16).astype(jnp.float32))
 
 
@@ -49,18 +49,18 @@ def compute(x, kernel, bias, stride: int, groups: int, relu: bool) -> np.ndarray
     seed=st.integers(0, 1000),
 )
 def test_every_shape(height, width, images, stride, groups, inner, outer, relu, seed):
-    inner += inner % 2 if groups > 1 else 0  # groups are pairs of channels
+    inner += inner % 2 if groups > 1 else 0  # groups consist of pairs of channels
     rng = np.random.default_rng(seed)
     x = rounded(rng.standard_normal((images, height, width, groups * inner)))
     kernel = rounded(rng.standard_normal((3, 3, inner, groups * outer)))
     bias = rng.standard_normal(groups * outer).astype(np.float32)
     expected = direct_sum(x, kernel, bias, stride, groups, relu)
-    found = compute(x, kernel, bias, stride, groups, relu)
+    actual = compute(x, kernel, bias, stride, groups, relu)
     size = np.abs(expected).max() + 1
-    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 * size)
+    np.testing.assert_allclose(actual, expected, rtol=2**-8, atol=1e-5 * size)
 
 
-def test_it_is_asked_for_no_layer_that_it_cannot_do():
+def test_it_is_no_candidate_for_a_layer_that_it_cannot_compute():
     names = [algorithm.name for algorithm in candidates(LayerShape(14, 14, 12, 12, groups=4), "bfloat16")]
     assert names == ["direct"]  # groups of three channels
     assert ALGORITHMS["native_bf16"].refusal("float32", 1)
@@ -68,20 +68,20 @@ def test_it_is_asked_for_no_layer_that_it_cannot_do():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_never_becomes_finite(value):
+def test_nan_and_infinity_never_become_finite(value):
     x = np.ones((1, 9, 40, 16), np.float32)
     x[0, 4, 20, 3] = value
-    found = compute(x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, relu=False)
-    assert not np.isfinite(found[0, 3:6, 19:22]).any()
-    assert np.isfinite(found[0, :3]).all()
-    assert np.isfinite(found[0, 6:]).all()
-    assert np.isfinite(found[0, :, 22:]).all()
-    assert np.isfinite(found[0, :, :17]).all()  # tiles read up to two pixels of these sixteen channels too many
+    actual = compute(x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, relu=False)
+    assert not np.isfinite(actual[0, 3:6, 19:22]).any()
+    assert np.isfinite(actual[0, :3]).all()
+    assert np.isfinite(actual[0, 6:]).all()
+    assert np.isfinite(actual[0, :, 22:]).all()
+    assert np.isfinite(actual[0, :, :17]).all()  # tiles read up to two pixels too many of these sixteen channels
 
 
 @pytest.mark.slow
 def test_without_tiles_the_vector_instructions_give_the_same(tmp_path):
-    """On a processor with AMX, by a compiler that is told not to use it."""
+    """On a processor with AMX, with a compiler that is told not to use it."""
     compiler = tmp_path / "c++"
     real = shutil.which("g++") or shutil.which("c++")
     compiler.write_text(f'#!/bin/sh\nexec {real} "$@" -mno-amx-tile\n', encoding="utf-8")
@@ -93,13 +93,13 @@ def test_without_tiles_the_vector_instructions_give_the_same(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-@pytest.mark.skipif("WITHOUT_TILES" not in os.environ, reason="for the test above")
+@pytest.mark.skipif("WITHOUT_TILES" not in os.environ, reason="run by the test above")
 def test_every_shape_is_without_tiles():
     assert native.pack_bf16_kernel(np.zeros((3, 3, 2, 2), np.float32), 1).shape[3] == 3  # pairs: six channels, not 32
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_a_net_in_bfloat16_is_native_throughout(images):
+def test_every_layer_of_a_bfloat16_net_is_native(images):
     import repvgg_jax as rv
     from tests.helpers.random_weights import random_variables
 

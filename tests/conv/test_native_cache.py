@@ -1,4 +1,4 @@
-"""Claim: a library is loaded only from where nobody else can have put it, and one bad moment is not remembered."""
+"""Claim: a library is loaded only from where nobody else can have put it, and a passing failure is not remembered."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A library of one function, which gives 7."""
+    """A library with one function, which returns 7."""
     (tmp_path / "source").mkdir()
     path = tmp_path / "source" / "seven.cc"
     path.write_text('extern "C" int seven() { return 7; }\n', encoding="utf-8")
@@ -41,7 +41,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def planted(tmp_path) -> Path:
-    """A library whose constructor leaves `tmp_path/ran`, and whose function gives 13."""
+    """A library whose constructor creates `tmp_path/ran`, and whose function returns 13."""
     path, library = tmp_path / "planted.cc", tmp_path / "planted.so"
     constructor = f'__attribute__((constructor)) static void run() {{ fclose(fopen("{tmp_path}/ran", "w")); }}'
     path.write_text(f'#include <cstdio>\n{constructor}\nextern "C" int seven() {{ return 13; }}\n', encoding="utf-8")
@@ -63,7 +63,7 @@ def cached(cache: Path, suffix: str = ".so") -> Path:
 
 
 def plant(library: Path, cache: Path, source: Path) -> Path:
-    """Put a library where that of `source` would lie; before it is loaded, for a process loads each path once."""
+    """Put a library where that of `source` would be, before it is loaded: a process loads each path only once."""
     path = make_private_folder(cache) / f"{compiler._digest(source, compiler._command(()) or [])}.so"
     path.unlink(missing_ok=True)
     shutil.copy(library, path)
@@ -76,7 +76,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @NEEDS_COMPILER
-def test_it_is_kept_for_the_user_alone_and_found_again(cache, source, monkeypatch, caplog):
+def test_a_compiled_library_is_cached_for_the_user_alone(cache, source, monkeypatch, caplog):
     assert seven(source) == 7
     for folder in (cache, cache.parent, cache.parent.parent):
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -87,8 +87,8 @@ def test_it_is_kept_for_the_user_alone_and_found_again(cache, source, monkeypatc
 
 
 @NEEDS_COMPILER
-def test_the_planted_library_would_run_if_it_were_the_users(cache, source, planted, tmp_path):
-    """So that the tests below are not empty."""
+def test_a_planted_library_would_run_if_the_user_owned_it(cache, source, planted, tmp_path):
+    """Shows that the tests below can fail."""
     plant(planted, cache, source)
     assert seven(source) == 13
     assert (tmp_path / "ran").exists()
@@ -106,7 +106,7 @@ def test_a_library_of_another_user_is_compiled_again(cache, source, planted, tmp
 
 
 @NEEDS_COMPILER
-def test_nor_is_a_link_loaded(cache, source, planted, tmp_path, caplog):
+def test_a_link_is_not_loaded(cache, source, planted, tmp_path, caplog):
     library = plant(planted, cache, source)
     library.unlink()
     library.symlink_to(planted)
@@ -117,7 +117,7 @@ def test_nor_is_a_link_loaded(cache, source, planted, tmp_path, caplog):
 
 
 @NEEDS_COMPILER
-def test_nor_a_file_that_others_can_write_to(cache, source, planted, tmp_path, caplog):
+def test_a_file_that_others_can_write_to_is_not_loaded(cache, source, planted, tmp_path, caplog):
     plant(planted, cache, source).chmod(0o777)
     assert seven(source) == 7
     assert not (tmp_path / "ran").exists()
@@ -126,7 +126,7 @@ def test_nor_a_file_that_others_can_write_to(cache, source, planted, tmp_path, c
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_in_a_folder_that_others_can_write_to_nothing_is_loaded(level, cache, source, planted, tmp_path, caplog):
+def test_nothing_is_loaded_from_a_folder_that_others_can_write_to(level, cache, source, planted, tmp_path, caplog):
     plant(planted, cache, source)
     [cache, cache.parent, cache.parent.parent][level].chmod(0o777)
     assert seven(source) == 7
@@ -139,7 +139,7 @@ def test_in_a_folder_that_others_can_write_to_nothing_is_loaded(level, cache, so
 @NEEDS_COMPILER
 @NEEDS_ROOT
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_nor_in_a_folder_of_another_user(level, cache, source, planted, tmp_path, caplog):
+def test_nothing_is_loaded_from_a_folder_of_another_user(level, cache, source, planted, tmp_path, caplog):
     plant(planted, cache, source)
     os.chown([cache, cache.parent, cache.parent.parent][level], NOBODY, NOBODY)
     assert seven(source) == 7
@@ -148,7 +148,7 @@ def test_nor_in_a_folder_of_another_user(level, cache, source, planted, tmp_path
 
 
 @NEEDS_COMPILER
-def test_a_sticky_bit_protects_what_is_in_a_folder_above(cache, source, caplog):
+def test_a_sticky_bit_makes_a_parent_folder_safe(cache, source, caplog):
     cache.parent.parent.mkdir()
     cache.parent.parent.chmod(0o1777)  # as /tmp
     assert seven(source) == 7
@@ -157,7 +157,7 @@ def test_a_sticky_bit_protects_what_is_in_a_folder_above(cache, source, caplog):
 
 
 @NEEDS_COMPILER
-def test_but_not_the_librarys_own_folder(cache, source, planted, tmp_path, caplog):
+def test_a_sticky_bit_does_not_make_the_librarys_folder_safe(cache, source, planted, tmp_path, caplog):
     plant(planted, cache, source)
     cache.chmod(0o1777)
     assert seven(source) == 7
@@ -166,7 +166,7 @@ def test_but_not_the_librarys_own_folder(cache, source, planted, tmp_path, caplo
 
 
 @NEEDS_COMPILER
-def test_where_no_folder_is_safe_there_is_no_native_code_and_no_failure(source, tmp_path, caplog):
+def test_without_a_safe_folder_there_is_no_native_code_and_no_failure(source, tmp_path, caplog):
     tmp_path.chmod(0o777)
     assert compiler.load_library(source, "numbers") is None
     assert f"no native numbers: {tmp_path} can be written to by others" in warnings(caplog)
@@ -174,7 +174,7 @@ def test_where_no_folder_is_safe_there_is_no_native_code_and_no_failure(source, 
 
 @NEEDS_COMPILER
 def test_without_a_home_folder_it_is_compiled_for_the_process(source, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # relative, which the specification has ignored
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # a relative path, which the specification says to ignore
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert seven(source) == 7
@@ -184,7 +184,7 @@ def test_without_a_home_folder_it_is_compiled_for_the_process(source, monkeypatc
 
 @NEEDS_COMPILER
 @NEEDS_ROOT
-def test_the_resizing_functions_go_through_the_same_door(caplog):
+def test_the_resizing_functions_are_checked_the_same_way(caplog):
     os.chown(make_private_folder(cache_folder("native")), NOBODY, NOBODY)
     assert resize._compiled("-O0") is not None
     resize._compiled.cache_clear()
@@ -193,7 +193,7 @@ def test_the_resizing_functions_go_through_the_same_door(caplog):
 
 @NEEDS_ROOT
 def test_a_plan_of_another_user_is_measured_again(monkeypatch):
-    monkeypatch.setattr("repvgg_jax.conv.native.available", lambda: True)  # without compiling them for this cache
+    monkeypatch.setattr("repvgg_jax.conv.native.available", lambda: True)  # without compiling anything for this cache
     plan = Plan(1, 1, (StagePlan(1, ()),), "cost model")
     assert plan_cache.save_plan(plan, "float32")
     assert plan_cache.load_plan(plan, "float32") is not None
@@ -208,8 +208,8 @@ def test_a_plan_of_another_user_is_measured_again(monkeypatch):
     assert not plan_cache.save_plan(plan, "float32")
 
 
-def test_a_group_that_is_the_users_alone_may_write(tmp_path, monkeypatch):
-    """As on systems that give each user a group and the umask 002."""
+def test_the_users_private_group_may_write(tmp_path, monkeypatch):
+    """As on systems that give each user a group and set the umask to 002."""
     folder = make_private_folder(tmp_path / "a" / "b")
     folder.chmod(0o775)
     monkeypatch.setattr(ownership, "_is_private_group", lambda path, group: True)
@@ -234,11 +234,11 @@ def test_a_link_to_a_safe_folder_is_followed_once(tmp_path):
         make_private_folder(tmp_path / "file" / "new")
 
 
-# What is remembered of a failure.
+# Which failures are remembered.
 
 
 class FakeCompiler:
-    """A script in place of the compiler: does what `behave` says, and counts how often it was asked."""
+    """A script in place of the compiler: does what `behave` sets, and counts how often it is called."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self._path, self._asked = folder / "fake-c++", folder / "asked"
@@ -247,7 +247,7 @@ class FakeCompiler:
         self._status = self._path.stat()
 
     def behave(self, script: str) -> None:
-        """Change what it does, but not when it was installed, which would make it another compiler."""
+        """Change the behaviour but not the time of installation, which would make it a different compiler."""
         self._path.write_text(f"#!/bin/sh\necho asked >> {self._asked}\n{script}\n", encoding="utf-8")
         os.utime(self._path, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
 
@@ -261,7 +261,7 @@ def fake(tmp_path, monkeypatch) -> FakeCompiler:
     return FakeCompiler(tmp_path, monkeypatch)
 
 
-BAD_MOMENTS = {
+PASSING_FAILURES = {
     "disk full": "echo 'as: BFD: Fatal error: x.o: No space left on device' >&2; exit 1",
     "linker": "echo '/usr/bin/ld: final link failed: No space left on device' >&2; exit 1",
     "quota": "echo 'fatal error: error writing to /tmp/cc.s: Disk quota exceeded' >&2; exit 1",
@@ -277,9 +277,9 @@ BAD_MOMENTS = {
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("moment", BAD_MOMENTS)
-def test_a_bad_moment_is_not_remembered(moment, fake, cache, source, caplog):
-    fake.behave(BAD_MOMENTS[moment])
+@pytest.mark.parametrize("failure", PASSING_FAILURES)
+def test_a_passing_failure_is_not_remembered(failure, fake, cache, source, caplog):
+    fake.behave(PASSING_FAILURES[failure])
     assert compiler.load_library(source, "numbers") is None
     assert "no native numbers: " in warnings(caplog)
     assert list(cache.iterdir()) == []
@@ -289,7 +289,7 @@ def test_a_bad_moment_is_not_remembered(moment, fake, cache, source, caplog):
 
 
 @NEEDS_COMPILER
-def test_a_compiler_that_hangs_is_ended_with_its_children(fake, source, monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_is_killed_with_its_children(fake, source, monkeypatch, tmp_path):
     fake.behave(f"sleep 1000 & echo $! > {tmp_path}/child; wait")
     monkeypatch.setattr(compiler, "COMPILE_SECONDS", 1)
     assert compiler.load_library(source, "numbers") is None
@@ -310,11 +310,11 @@ def is_running(process: int) -> bool:
         state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return False
-    return state != "Z"  # nobody may be there to collect it
+    return state != "Z"  # there may be no parent to collect it
 
 
 @NEEDS_COMPILER
-def test_a_disk_that_fills_up_under_a_real_compiler_is_not_remembered(cache, source, monkeypatch, tmp_path):
+def test_a_real_compiler_on_a_full_disk_is_not_remembered(cache, source, monkeypatch, tmp_path):
     limited = tmp_path / "limited-c++"
     limited.write_text('#!/bin/sh\nulimit -f 1\nexec c++ "$@"\n', encoding="utf-8")  # half a KiB, then SIGXFSZ
     limited.chmod(0o755)
@@ -324,7 +324,7 @@ def test_a_disk_that_fills_up_under_a_real_compiler_is_not_remembered(cache, sou
 
 
 @NEEDS_COMPILER
-def test_what_the_compiler_rejects_is_remembered_for_a_day(fake, cache, source, caplog):
+def test_source_that_does_not_compile_is_remembered_for_a_day(fake, cache, source, caplog):
     source.write_text("not C++\n", encoding="utf-8")
     fake.behave('exec c++ "$@"')
     for _ in range(2):
@@ -333,15 +333,15 @@ def test_what_the_compiler_rejects_is_remembered_for_a_day(fake, cache, source, 
     assert warnings(caplog).count("no native numbers: ") == 1
     rejected = cached(cache, ".failed")
     assert "error" in rejected.read_text(encoding="utf-8")
-    for age in (compiler.FAILURE_SECONDS + 60, -60):  # old, or from a clock that was wrong
+    for age in (compiler.FAILURE_SECONDS + 60, -60):  # too old, or from a clock that was wrong
         os.utime(rejected, (time.time(), time.time() - age))
-        asked = fake.asked
+        calls = fake.asked
         assert compiler.load_library(source, "numbers") is None
-        assert fake.asked == asked + 1
+        assert fake.asked == calls + 1
 
 
 @NEEDS_COMPILER
-def test_a_success_removes_the_mark(fake, cache, source):
+def test_a_success_forgets_the_failure(fake, cache, source):
     fake.behave("echo 'x.cc:1:1: error: no' >&2; exit 1")
     assert compiler.load_library(source, "numbers") is None
     rejected = cached(cache, ".failed")
@@ -361,8 +361,8 @@ def test_a_damaged_library_is_compiled_again(content, cache, source, tmp_path):
 
 
 @NEEDS_COMPILER
-def test_an_interrupted_compilation_leaves_no_compiler_behind(fake, cache, source, tmp_path):
-    """Ctrl-C reaches this process alone: the compiler has a process group of its own."""
+def test_an_interrupted_compilation_leaves_no_compiler_running(fake, cache, source, tmp_path):
+    """Ctrl-C reaches only this process: the compiler has its own process group."""
     fake.behave(f"echo $$ > {tmp_path}/child; sleep 0.3; kill -INT {os.getpid()}; sleep 1000")
     with pytest.raises(KeyboardInterrupt):
         compiler.load_library(source, "numbers")

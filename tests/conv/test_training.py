@@ -1,4 +1,4 @@
-"""Claim: the training convolution and its CPU gradients are PyTorch's, whatever the shape, stride, groups, dilation."""
+"""Claim: the training convolution and its CPU gradients equal PyTorch's, for any shape, stride, groups and dilation."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def in_float64(x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray) -> tupl
 
 
 def our_results(function, x, kernel, cotangent, stride, groups, dilation=1):
-    """Output, gradient to the input, gradient to the kernel."""
+    """Return the output, the input gradient and the kernel gradient."""
 
     def all_three(x, kernel, cotangent):
         y, pull = jax.vjp(lambda x, k: function(x, k, stride, groups, dilation), x, kernel)
@@ -48,7 +48,7 @@ def our_results(function, x, kernel, cotangent, stride, groups, dilation=1):
 
 
 def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
-    """Output, gradient to the input, gradient to the kernel, in this library's layouts."""
+    """Return the output, the input gradient and the kernel gradient, in this library's layouts."""
     image = torch.from_numpy(x.transpose(0, 3, 1, 2)).contiguous().requires_grad_()
     weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).contiguous().requires_grad_()
     y = torch.nn.functional.conv2d(image, weight, None, stride, dilation * (kernel.shape[0] // 2), dilation, groups)
@@ -71,24 +71,24 @@ def torch_results(x, kernel, cotangent, stride, groups, dilation=1):
     outer=st.integers(1, 3),
     function=st.sampled_from([training_conv, deploy_conv]),
 )
-def test_values_and_gradients_are_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
+def test_values_and_gradients_equal_pytorchs(function, height, width, size, stride, groups, dilation, inner, outer):
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(height + width, height, width, size, stride, groups, inner, outer)
         geometry = (stride, groups, dilation)
-        found = our_results(function, x, kernel, cotangent, *geometry)
-        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, *geometry), strict=True):
+        actual = our_results(function, x, kernel, cotangent, *geometry)
+        for ours, theirs in zip(actual, torch_results(x, kernel, cotangent, *geometry), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("side", [2, 3, 8, 9, 14, 15])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_both_sides_of_every_threshold(side, stride):
+def test_both_sides_of_every_threshold_equal_pytorchs(side, stride):
     sides = {bound for table in (SMALL_FORWARD, SMALL_BACKWARD) for bound in table.values()}
     assert {9, 64, 196} <= sides, "the sides above straddle these"
     with jax.enable_x64(True):
         x, kernel, cotangent = random_case(0, side * stride, side * stride, 3, stride, 1, 4, 5)
-        found = our_results(training_conv, x, kernel, cotangent, stride, 1)
-        for ours, theirs in zip(found, torch_results(x, kernel, cotangent, stride, 1), strict=True):
+        actual = our_results(training_conv, x, kernel, cotangent, stride, 1)
+        for ours, theirs in zip(actual, torch_results(x, kernel, cotangent, stride, 1), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -119,7 +119,7 @@ def test_half_precision_stays_half_precision():
     inner=st.integers(1, 40),
     outer=st.integers(1, 40),
 )
-def test_native_values_and_gradients_are_pytorchs(tile, images, height, width, stride, groups, inner, outer):
+def test_native_values_and_gradients_equal_pytorchs(tile, images, height, width, stride, groups, inner, outer):
     if stride == 2:
         tile = 0
     case = random_case(height + width, height, width, 3, stride, groups, inner, outer, images)
@@ -128,22 +128,22 @@ def test_native_values_and_gradients_are_pytorchs(tile, images, height, width, s
     def function(x, kernel, stride, groups, dilation):
         return training.conv(x, kernel, stride, groups, tile)
 
-    found = our_results(function, x, kernel, cotangent, stride, groups)
+    actual = our_results(function, x, kernel, cotangent, stride, groups)
     exact = torch_results(*in_float64(x, kernel, cotangent), stride, groups)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(actual, exact, strict=True):
         assert relative_difference(theirs, ours) < 1e-5
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize(("images", "side", "channels"), [(40, 8, 48), (3, 56, 20), (130, 4, 16)])
-def test_native_sums_are_right_where_they_are_cut(images, side, channels):
-    """Several blocks, and chunks that are added up afterwards."""
+def test_native_sums_are_right_when_split(images, side, channels):
+    """With several blocks, and with chunks that are added up afterwards."""
     for stride, tile in ((1, 0), (1, 2), (1, 4), (2, 0)):
         case = random_case(0, side, side, 3, stride, 1, channels, channels + 5, images)
         x, kernel, cotangent = (a.astype(np.float32) for a in case)
-        found = training.kernel_gradient(x, cotangent, stride, 1, tile)
+        actual = training.kernel_gradient(x, cotangent, stride, 1, tile)
         _, _, exact = torch_results(*in_float64(x, kernel, cotangent), stride, 1)
-        assert relative_difference(exact, found) < 1e-5
+        assert relative_difference(exact, actual) < 1e-5
 
 
 @NEEDS_COMPILER
@@ -158,8 +158,8 @@ def test_native_convolutions_can_be_differentiated_twice(stride, tile):
 
         return jax.grad(weighed, (0, 1))(x, kernel)
 
-    found = gradients(lambda x, k: training.conv(x, k, stride, 1, tile))
-    for ours, plain in zip(found, gradients(lambda x, k: deploy_conv(x, k, stride)), strict=True):
+    actual = gradients(lambda x, k: training.conv(x, k, stride, 1, tile))
+    for ours, plain in zip(actual, gradients(lambda x, k: deploy_conv(x, k, stride)), strict=True):
         assert relative_difference(plain, ours) < 1e-4
 
 

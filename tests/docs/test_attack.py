@@ -1,4 +1,4 @@
-"""Claim: the attacks count what failed, and say so; the C++ touches no byte that is not its own."""
+"""Claim: the attacks count and report what failed; the C++ touches no byte outside its buffers."""
 
 import json
 import sys
@@ -10,21 +10,21 @@ from tests.attack.report import Attack, attempts, finish
 from tests.attack.sanitizers import attack, builds, compiled
 
 
-def test_an_attempt_that_raises_is_counted_and_the_next_one_is_made(capsys, monkeypatch):
+def test_an_attempt_that_raises_is_counted_and_does_not_stop_the_attack(capsys, monkeypatch):
     monkeypatch.setenv("ATTACK_SCALE", "0.1")
     tried = Attack("division")
     for divisor in range(attempts(25)):
         with tried.attempt(f"divisor {divisor}"):
             print(1 / divisor, file=sys.stderr)
     assert finish(tried) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"attack": "division", "attempts": 3, "survived": 2, "failed": 1}
-    assert "division: FAILED: divisor 0: ZeroDivisionError" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"attack": "division", "attempts": 3, "survived": 2, "failed": 1}
+    assert "division: FAILED: divisor 0: ZeroDivisionError" in printed.err
     assert finish(Attack("nothing was tried")) == 1
     assert finish(Attack("all well", survived=1)) == 0
 
 
-def test_an_attack_that_dies_is_a_row_that_failed(tmp_path, monkeypatch):
+def test_an_attack_that_crashes_is_a_failed_row(tmp_path, monkeypatch):
     folder = tmp_path / "tests" / "attack"
     folder.mkdir(parents=True)
     row = '{"attack": "well", "attempts": 3, "survived": 3, "failed": 0}'
@@ -43,7 +43,7 @@ def test_an_attack_that_dies_is_a_row_that_failed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", builds(), ids=lambda build: build.name)
-def test_no_sanitizer_and_no_guard_page_stops_the_native_code(build, tmp_path_factory):
+def test_no_sanitizer_or_guard_page_stops_the_native_code(build, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "sanitized"
     folder.mkdir(exist_ok=True)
     result = attack(build, compiled(build, folder), 50)

@@ -1,8 +1,8 @@
-"""Claim: every code block of README, docs and examples does what it says.
+"""Claim: every code block of README, docs and examples does what the page says.
 
-Python blocks run in the order of their page and share its names; commands are read by their real parsers and run, on
-real photographs. Small nets stand under the published names, and training is left to `test_examples.py`; in the slow
-tests the published nets train. What cannot run here says why, in a comment on the page.
+Python blocks run in the order of their page and share its names; commands are parsed by their real parsers and run, on
+real photographs. Small nets replace the published ones of the same name, and training is left to `test_examples.py`; in
+the slow tests the published nets train. A block that cannot run here says why, in a comment on the page.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ def test_every_block_is_run_or_says_why_not(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_is_one_that_its_parser_understands(page):
+def test_every_command_is_accepted_by_its_parser(page):
     for block in (b for b in blocks(page) if b.language == "sh"):
         subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
         for module, arguments in filter(None, map(module_call, command_lines(block.code))):
@@ -50,9 +50,9 @@ def test_every_command_is_one_that_its_parser_understands(page):
                 pytest.fail(f"{block.place}: not understood: python -m {module} {' '.join(arguments)}")
 
 
-WITH_A_TEST_OF_ITS_OWN = ("examples/finetune/README.md",)  # test_examples.py
+TESTED_ELSEWHERE = ("examples/finetune/README.md",)  # test_examples.py
 PAGES_THAT_RUN = [
-    page for page in PAGES if page not in WITH_A_TEST_OF_ITS_OWN and any(b.reason is None for b in blocks(page))
+    page for page in PAGES if page not in TESTED_ELSEWHERE and any(b.reason is None for b in blocks(page))
 ]
 
 
@@ -64,12 +64,12 @@ def test_the_blocks_of_a_page_run_in_order(page, sandbox):
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline_hub")
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
-def test_a_page_with_its_training_runs_with_the_published_networks(page, tmp_path, monkeypatch):
+def test_a_page_runs_with_its_training_and_the_published_nets(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page, Sandbox(tmp_path, trains=True))
 
 
-def test_the_pages_are_where_they_are_looked_for():
+def test_the_pages_exist():
     assert "README.md" in PAGES
     assert "docs/training.md" in PAGES
     assert all((ROOT / page).is_file() for page in PAGES)

@@ -1,4 +1,4 @@
-"""Claim: fine-tuning ends in a fused net of the new classes, and a training loop of one's own learns and fuses."""
+"""Claim: fine-tuning ends in a fused net of the new classes, and the example's training loop learns and fuses."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_fine_tuning_ends_in_a_fused_net_of_the_new_classes(sandbox):
     start = rv.load_weights("RepVGG-A0-train.pth")[1]["params"]["stage0"]
     tuned = rv.load_weights(run / "final.safetensors")[1]["params"]["stage0"]
     moved = relative_difference(start["rbr_dense"]["conv"]["kernel"], tuned["rbr_dense"]["conv"]["kernel"])
-    assert 0 < moved < 0.5, "it starts from the file's weights, and they train"
+    assert 0 < moved < 0.5, "training starts from the file's weights and changes them"
 
     data = (sandbox.folder / "photos" / "dahlia" / "1.jpg").read_bytes()
     pixels = eval_transform(decode_image(data, "1.jpg"), info.preprocessing)
@@ -53,7 +53,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_split_holds_every_photograph_once_and_every_class_twice(photos, tmp_path):
+def test_a_split_holds_every_photograph_once_and_every_class_on_both_sides(photos, tmp_path):
     out = tmp_path / "new" / "split"
     assert split(Arguments(str(photos), str(out), val=0.3)).endswith("14 images to train on, 6 to evaluate on")
     train, val = FolderSource(out / "train"), FolderSource(out / "val")
@@ -74,7 +74,7 @@ def test_a_split_is_the_same_for_the_same_seed(photos, tmp_path):
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_what_cannot_be_split_is_one_line_and_leaves_nothing(photos, tmp_path):
+def test_a_folder_that_cannot_be_split_is_one_line_and_leaves_no_files(photos, tmp_path):
     def said(*arguments: object) -> str:
         done = command("examples.finetune.split", *arguments)
         assert done.returncode == 2
@@ -97,7 +97,7 @@ def test_what_cannot_be_split_is_one_line_and_leaves_nothing(photos, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
 
 
-def test_a_folder_that_is_split_already_or_holds_the_result_is_refused(photos, tmp_path):
+def test_a_folder_that_is_already_split_or_contains_the_output_is_refused(photos, tmp_path):
     def said(*arguments: object) -> str:
         done = command("examples.finetune.split", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
@@ -117,7 +117,7 @@ def test_a_folder_that_is_split_already_or_holds_the_result_is_refused(photos, t
     assert f"holds nothing but train/: to divide what is in there, give {divided / 'train'}" in said(divided, "a")
 
 
-def test_folders_in_class_folders_keep_their_place(photos, tmp_path):
+def test_folders_inside_class_folders_are_kept(photos, tmp_path):
     (photos / "dahlia" / "trip").mkdir()
     for number in range(1, 6):
         (photos / "dahlia" / f"{number}.jpg").rename(photos / "dahlia" / "trip" / f"{number}.jpg")
@@ -128,7 +128,7 @@ def test_folders_in_class_folders_keep_their_place(photos, tmp_path):
     assert names == {str(path.relative_to(photos)) for path in photos.rglob("*.jpg")}
 
 
-def test_small_classes_have_an_image_on_either_side(photos, tmp_path):
+def test_even_a_small_class_has_an_image_on_either_side(photos, tmp_path):
     for path in sorted((photos / "dahlia").iterdir())[2:]:
         path.unlink()
     for share in (0.01, 0.99):
@@ -138,7 +138,7 @@ def test_small_classes_have_an_image_on_either_side(photos, tmp_path):
         assert len(list((out / "val" / "dahlia").iterdir())) == 1
 
 
-def check_own_loop(*arguments: object) -> None:
+def check_custom_loop(*arguments: object) -> None:
     done = command("examples.use_in_your_code", *arguments)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
@@ -147,12 +147,12 @@ def check_own_loop(*arguments: object) -> None:
     assert float(re.findall(r"(\S+) % of 360", done.stdout)[0]) > 80
 
 
-def test_a_loop_of_ones_own_learns_and_fuses():
-    check_own_loop()
+def test_the_custom_loop_learns_and_fuses():
+    check_custom_loop()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_loop_of_ones_own_refuses_the_deploy_form(suffix, tmp_path):
+def test_the_custom_loop_refuses_the_deploy_form(suffix, tmp_path):
     model = rv.create_model(use_in_your_code.SMALL, num_classes=10)
     rv.save_weights(tmp_path / f"deploy{suffix}", *rv.to_deploy(model, random_variables(model)))
     done = command("examples.use_in_your_code", tmp_path / f"deploy{suffix}")
@@ -162,7 +162,7 @@ def test_a_loop_of_ones_own_refuses_the_deploy_form(suffix, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarning")
-def test_a_loop_of_ones_own_starts_from_a_file_of_other_classes(tmp_path):
+def test_the_custom_loop_starts_from_a_file_of_other_classes(tmp_path):
     model = rv.create_model(use_in_your_code.SMALL, num_classes=4)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
-    check_own_loop(tmp_path / "w.safetensors")
+    check_custom_loop(tmp_path / "w.safetensors")

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu` runs on what a CUDA image holds, ends in time, and keeps RESULTS.md a table."""
+"""Claim: `benchmarks.gpu` runs with what a CUDA image contains, stops in time, and keeps RESULTS.md a table."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tests.helpers.runs import environment
 DEVICE = {"device": "GPU", "versions": "jax 1", "product_tflops": 750.4, "copy_gb_per_second": 4000.0}
 
 
-def test_the_row_follows_the_tables_last_one(tmp_path):
+def test_a_new_row_is_appended_to_the_table(tmp_path):
     path = tmp_path / "RESULTS.md"
     path.write_text("| date |\n|---|\n| old |\n\nMore text.\n", encoding="utf-8")
     clock = Clock(0)
@@ -37,14 +37,14 @@ class Sleeper(Contestant):
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_compilation_that_outlasts_the_minutes_is_stopped_and_named():
+def test_a_compilation_that_exceeds_the_time_limit_is_stopped_and_named():
     clock, sleeper = Clock(0.5 / 60), Sleeper()
     with clock.stops("train step", [sleeper]):
         sleeper.expect_ready()
     assert clock.left_out == ["train step"]
 
 
-def test_a_worker_that_dies_by_itself_is_an_error():
+def test_a_worker_that_crashes_is_an_error():
     clock, sleeper = Clock(1), Sleeper()
     sleeper.kill()
     with pytest.raises(ContestantDiedError), clock.stops("train step", [sleeper]):
@@ -63,13 +63,13 @@ repvgg_jax.make_predictor
 """
 
 
-def test_it_imports_nothing_that_a_cuda_image_lacks():
+def test_it_imports_only_what_a_cuda_image_contains():
     run = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
-def test_the_dry_run_walks_through_every_section(tmp_path):
+def test_a_dry_run_covers_every_section(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / folder).mkdir(parents=True)
         for number in range(4):

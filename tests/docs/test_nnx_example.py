@@ -1,4 +1,4 @@
-"""Claim: a RepVGG inside an NNX model trains, its running statistics too, and fusing it changes no logit."""
+"""Claim: a RepVGG inside an NNX model trains, running statistics included, and fusing it does not change the logits."""
 
 import jax
 import numpy as np
@@ -39,18 +39,18 @@ def test_training_lowers_the_loss_and_moves_weights_and_statistics(net, digits):
     after = flatten(example.linen_variables(net.backbone))
     assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
     unmoved = {name for name in before if np.array_equal(before[name], after[name])}
-    assert unmoved == {"params/linear/kernel", "params/linear/bias"}, "the backbone's own classifier is not read"
+    assert unmoved == {"params/linear/kernel", "params/linear/bias"}, "the backbone's own classifier is unused"
 
 
-def test_evaluation_leaves_the_statistics_alone(net, digits):
+def test_evaluation_does_not_change_the_statistics(net, digits):
     before = flatten(example.linen_variables(net.backbone))
     nnx.jit(net)(digits[0])
     after = flatten(example.linen_variables(net.backbone))
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_step_is_linens(net, backbone, digits):
-    """The same loss and the same running statistics as a step of the linen module by itself."""
+def test_a_step_equals_linens(net, backbone, digits):
+    """It has the loss and running statistics of a step of the linen module alone."""
     images, labels = digits
     example.put_variables(net.backbone, random_variables(backbone, in_channels=1))
     variables = example.linen_variables(net.backbone)
@@ -84,7 +84,7 @@ def test_both_deployments_give_the_logits_of_the_training_form(net, backbone, di
     assert relative_difference(expected, nnx.jit(fused)(images)) < 1e-5
     assert relative_difference(expected, jax.jit(lambda batch: fused(batch))(images)) < 1e-5
     assert relative_difference(expected, example.compiled(net, backbone, 32)(images)) < 1e-5
-    assert relative_difference(expected, nnx.jit(net)(images)) == 0, "the net itself is left alone"
+    assert relative_difference(expected, nnx.jit(net)(images)) == 0, "the net itself is unchanged"
 
 
 def test_the_command_shows_the_same_logits_three_times():
@@ -95,6 +95,6 @@ def test_the_command_shows_the_same_logits_three_times():
     assert all(float(line.split()[-1]) < 1e-5 for line in lines)
 
 
-def test_no_steps_are_one_line():
+def test_zero_steps_are_refused_in_one_line():
     done = command("examples.nnx_backbone", "--steps", 0)
     assert (done.returncode, done.stderr) == (2, "error: --steps and --batch-size must be at least 1\n")

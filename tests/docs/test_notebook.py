@@ -1,4 +1,4 @@
-"""Claim: the notebook runs from top to bottom, and is kept without anything that a run leaves in it."""
+"""Claim: the notebook runs from top to bottom, and is stored without outputs."""
 
 import nbformat
 import pytest
@@ -11,7 +11,7 @@ PATH = ROOT / "examples" / "repvgg_tour.ipynb"
 
 @pytest.mark.slow
 def test_the_notebook_runs_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this checkout's library, whichever is installed
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this checkout's library, not an installed one
     notebook = nbformat.read(PATH, as_version=4)
     done = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -19,7 +19,7 @@ def test_the_notebook_runs_and_draws(tmp_path, monkeypatch):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_notebook_is_kept_without_outputs():
+def test_the_notebook_is_stored_without_outputs():
     notebook = nbformat.read(PATH, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code

@@ -1,4 +1,4 @@
-"""Claim: the wheel is the library alone, and all that an installed user needs: load, fuse, predict, summarise."""
+"""Claim: the wheel is the library alone, and enough for an installed user to load, fuse, predict and summarise."""
 
 import json
 import os
@@ -42,7 +42,7 @@ print(json.dumps([rv.__file__, sorted({name.split(".")[0] for name in sys.module
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the files that git knows or would know."""
+    """A copy of the files that git tracks or would track."""
     source = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -86,11 +86,11 @@ def compiled(source, tmp_path_factory) -> Path:
 
 
 def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
+    (path,) = folder.glob(pattern)
+    return path
 
 
-def test_twine_finds_no_fault(built):
+def test_twine_accepts_the_distributions(built):
     check = [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -171,8 +171,8 @@ def test_it_runs_native_convolutions_where_there_is_no_compiler(compiled, tmp_pa
     assert not list((tmp_path / ".cache").rglob("*.so"))
 
 
-def test_importing_the_library_loads_no_optional_one():
-    """Here, where all of them are installed."""
+def test_importing_the_library_imports_no_optional_library():
+    """In this environment, where all optional libraries are installed."""
     script = "import sys, repvgg_jax; print({name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("torch", "tensorflow", "onnx", "onnxruntime", "openvino", "sklearn", "huggingface_hub"):

@@ -1,4 +1,4 @@
-"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go up it alone, never in a circle."""
+"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go only up the table, never in a circle."""
 
 import ast
 import re
@@ -11,18 +11,18 @@ PACKAGE = ROOT / "repvgg_jax"
 
 
 def rows() -> list[list[str]]:
-    """The rooms of `repvgg_jax`, row by row: modules and subpackages, by name."""
+    """Return the rooms of `repvgg_jax` row by row: names of modules and subpackages."""
     table = re.findall(r"^\| (`repvgg_jax/[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
     return [[Path(name).stem for name in re.findall(r"`([^`]+)`", cell)] for cell in table]
 
 
 def room_of(module: Path) -> str:
-    """The name of the module, or of the subpackage that it is in."""
+    """Return the name of the module, or of the subpackage that contains it."""
     return Path(module.relative_to(PACKAGE).parts[0]).stem
 
 
 def imports(module: Path) -> set[tuple[str, ...]]:
-    """What a module imports of the package, also inside its functions: `("net", "fusion", "to_deploy")`."""
+    """Return what a module imports from the package, also inside functions: `("net", "fusion", "to_deploy")`."""
     folder = ["repvgg_jax", *module.relative_to(PACKAGE).parts[:-1]]
     names: list[list[str]] = []
     pending: list[ast.AST] = [ast.parse(module.read_text(encoding="utf-8"))]
@@ -31,7 +31,7 @@ def imports(module: Path) -> set[tuple[str, ...]]:
         if isinstance(node, ast.ImportFrom) and node.level:
             origin = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
             names += [[*origin, alias.name] for alias in node.names]
-        if not isinstance(node, ast.If):  # `if TYPE_CHECKING` is not run
+        if not isinstance(node, ast.If):  # `if TYPE_CHECKING` does not run
             pending += ast.iter_child_nodes(node)
     return {tuple(parts[1:]) for parts in names}
 
@@ -46,7 +46,7 @@ def test_every_module_has_a_room():
     assert set(listed) == {room_of(module) for module in modules()}
 
 
-def test_rooms_import_from_rows_above_and_their_own():
+def test_rooms_import_only_from_their_own_row_and_those_above():
     row_of = {name: number for number, row in enumerate(rows()) for name in row}
     seen = 0
     for module in modules():
@@ -56,7 +56,7 @@ def test_rooms_import_from_rows_above_and_their_own():
     assert seen > 100
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_no_module_imports_itself_through_others():
     named = {module.relative_to(PACKAGE).with_suffix("").parts: module for module in modules()}
     named |= {name[:-1]: module for name, module in named.items() if name[-1] == "__init__"}
     graph = {

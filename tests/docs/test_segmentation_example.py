@@ -1,4 +1,4 @@
-"""Claim: the segmentation example learns, and fusing its backbone changes no mask."""
+"""Claim: the segmentation example learns, and fusing its backbone does not change the masks."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from examples import segmentation
 
 
 @pytest.mark.slow
-def test_a_few_steps_of_the_whole_example(tmp_path, capsys):
+def test_the_example_runs_end_to_end_with_a_few_steps(tmp_path, capsys):
     before, after = segmentation.run(segmentation.Arguments(steps=3, batch_size=2, out=str(tmp_path)))
     printed = capsys.readouterr().out
     assert before == pytest.approx(after, abs=1e-3)
@@ -21,7 +21,7 @@ def test_a_few_steps_of_the_whole_example(tmp_path, capsys):
     assert np.asarray(Image.open(tmp_path / "segmentation.png")).std() > 20
 
 
-def test_the_truth_is_two_dozen_coins():
+def test_the_ground_truth_has_two_dozen_coins():
     from scipy import ndimage
 
     image, mask = segmentation.coins()
@@ -32,7 +32,7 @@ def test_the_truth_is_two_dozen_coins():
 
 
 @pytest.mark.parametrize("bins", segmentation.BINS)
-def test_regions_are_pytorchs(bins):
+def test_regions_equal_pytorchs(bins):
     x = np.random.default_rng(0).normal(size=(2, 37, 16, 3)).astype(np.float32)
     theirs = torch.nn.AdaptiveAvgPool2d(bins)(torch.from_numpy(x.transpose(0, 3, 1, 2)))
     ours = jax.jit(segmentation.region_means, static_argnums=1)(x, bins)

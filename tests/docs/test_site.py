@@ -1,5 +1,5 @@
-"""Claim: the documentation builds without a warning, its links hold, and it works, search included, when its pages are
-opened as files on a machine without a network.
+"""Claim: the documentation builds without a warning, its links work, and so does everything else, search included, when
+its pages are opened as files on a machine without a network.
 """
 
 import html
@@ -28,12 +28,12 @@ def site(tmp_path_factory) -> Path:
 
 
 def text_of(markup: str) -> str:
-    """Words of a piece of HTML, with single spaces."""
+    """Return the text of a piece of HTML, with single spaces."""
     return " ".join(html.unescape(re.sub(r"<[^>]+>", "", markup)).split())
 
 
 def reference_entries(site: Path) -> dict[str, str]:
-    """Name -> markup of each object on the API page."""
+    """Return the markup of each object on the API page, by name."""
     page = (site / "api.html").read_text(encoding="utf-8")
     parts = re.split(r'(?=<h\d id="(?:repvgg_jax\.))', page)[1:]
     return {part.split('"', 2)[1].removeprefix("repvgg_jax."): part for part in parts}
@@ -50,7 +50,7 @@ def test_every_public_name_is_in_the_reference(site):
         assert summary in text_of(entries[name]), name
 
 
-def test_functions_and_dataclasses_show_how_they_are_called(site):
+def test_functions_and_dataclasses_show_their_signatures(site):
     entries = reference_entries(site)
     expected = {
         "create_model": "create_model( variant: str | Variant, num_classes: int = 1000, deploy: bool = False, *,",
@@ -69,7 +69,7 @@ def test_functions_and_dataclasses_show_how_they_are_called(site):
 
 
 def test_long_signatures_have_a_line_for_each_argument(site):
-    """The formatter is there (ruff, in the extra `docs`): without one, signatures are one long line."""
+    """The formatter is installed (ruff, in the extra `docs`): without one, each signature is one long line."""
     lines = html.unescape(re.sub(r"<[^>]+>", "", reference_entries(site)["create_model"])).splitlines()
     assert "    num_classes: int = 1000," in lines
 
@@ -84,7 +84,7 @@ def test_long_signatures_have_a_line_for_each_argument(site):
         ("finetuning.html", "examples/finetune/README.md"),
     ],
 )
-def test_pages_made_of_the_repositorys_files_have_their_words(site, page, source):
+def test_pages_made_from_repository_files_contain_their_text(site, page, source):
     shown = re.sub(r"\W+", " ", text_of((site / page).read_text(encoding="utf-8")))
     lines = (ROOT / source).read_text(encoding="utf-8").splitlines()
     prose = [line for line in lines if re.fullmatch(r"[\w ,.;:()'\"-]{30,}", line)]
@@ -93,7 +93,7 @@ def test_pages_made_of_the_repositorys_files_have_their_words(site, page, source
         assert re.sub(r"\W+", " ", line).strip() in shown, line
 
 
-def test_fine_tuning_has_headings(site):
+def test_the_fine_tuning_page_has_headings(site):
     headings = re.findall(r"<h2 id=[^>]*>(.*?)<a", (site / "finetuning.html").read_text(encoding="utf-8"))
     assert [text_of(h) for h in headings] == ["1. Split", "2. Fine-tune", "3. Look", "4. Take it elsewhere"]
 
@@ -107,7 +107,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 
 def test_the_search_index_is_a_script_that_every_page_can_load_from_a_file(site):
-    """A page opened as a file may run scripts beside it, but not fetch, nor start a worker."""
+    """A page opened as a file may run scripts next to it, but may neither fetch nor start a worker."""
     script = (site / "search/search_index.js").read_text(encoding="utf-8")
     index = json.loads(script.removeprefix("var __index = "))
     indexed = {entry["location"].split("#")[0] for entry in index["docs"]}
@@ -123,7 +123,7 @@ def test_the_search_index_is_a_script_that_every_page_can_load_from_a_file(site)
 @pytest.mark.parametrize(
     ("words", "address"), [("equivalent_kernel_bias", "api.html"), ("preemption", "training.html")]
 )
-def test_searching_a_page_opened_as_a_file_finds(site, tmp_path, words, address):
+def test_search_works_on_a_page_opened_as_a_file(site, tmp_path, words, address):
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q={words}"]

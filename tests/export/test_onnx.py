@@ -1,4 +1,4 @@
-"""Claim: the ONNX file is the deploy form and nothing else, and other runtimes compute JAX's logits from it."""
+"""Claim: the ONNX file contains the deploy form and nothing else, and other runtimes compute JAX's logits from it."""
 
 import dataclasses
 import json
@@ -33,19 +33,19 @@ def random_images(count: int, size: int, channels: int = 3) -> np.ndarray:
 
 
 def operators(path: Path) -> list[str]:
-    """The graph's operators in order."""
+    """Return the graph's operators in order."""
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A small net, its variables, and the file to write."""
+    """A small net, its variables, and the path of the file to write."""
     model = rv.create_model(TINY, CLASSES)
     return model, random_variables(model), tmp_path / "net.onnx"
 
 
 def check_same_logits(variant: str | rv.Variant, size: int, path: Path) -> None:
-    """Training form in JAX against the file in both runtimes."""
+    """Compare the training form in JAX with the file in both runtimes."""
     model = rv.create_model(variant, CLASSES)
     variables = random_variables(model)
     images = random_images(2, size)
@@ -66,11 +66,11 @@ def test_other_runtimes_give_the_same_logits(variant, tmp_path):
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
-def test_other_activations_and_dilation_too(activation, tmp_path):
+def test_other_activations_and_dilation_give_the_same_logits(activation, tmp_path):
     check_same_logits(dataclasses.replace(TINY, activation=activation, output_stride=8), 40, tmp_path / "net.onnx")
 
 
-def test_an_activation_that_is_a_function_is_refused(tmp_path):
+def test_an_activation_function_is_refused(tmp_path):
     model = rv.create_model(TINY, CLASSES, activation=jax.nn.softplus)
     with pytest.raises(rv.RepVGGError, match="function; give it by name"):
         rv.export_onnx(tmp_path / "net.onnx", model, random_variables(model))
@@ -85,7 +85,7 @@ def test_every_variant_at_full_size_gives_the_same_logits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4"])
-def test_a_plain_net_is_convolutions_and_relus_alone(name, tmp_path):
+def test_a_plain_net_has_only_convolutions_and_relus(name, tmp_path):
     model = rv.create_model(name, CLASSES, deploy=True)
     variables = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, np.float32),
@@ -97,7 +97,7 @@ def test_a_plain_net_is_convolutions_and_relus_alone(name, tmp_path):
     assert [pool, flatten, head] == ["GlobalAveragePool", "Flatten", "Gemm"]
 
 
-def test_gates_are_all_that_squeeze_and_excite_adds(tmp_path):
+def test_squeeze_and_excite_adds_only_gates(tmp_path):
     gate = ["GlobalAveragePool", "Conv", "Relu", "Conv", "Sigmoid", "Mul"]
     for variant, block in ((D2SE, ["Conv", *gate, "Relu"]), (PLUS, ["Conv", "Relu", *gate])):
         model = rv.create_model(variant, CLASSES)
@@ -105,7 +105,7 @@ def test_gates_are_all_that_squeeze_and_excite_adds(tmp_path):
         assert operators(tmp_path / "net.onnx")[:-3] == block * len(variant.blocks())
 
 
-def test_an_nhwc_input_is_transposed_once_in_front(small):
+def test_an_nhwc_input_is_transposed_once_at_the_start(small):
     model, variables, path = small
     images = random_images(2, 32)
     rv.export_onnx(path, model, variables, image_size=32)
@@ -115,7 +115,7 @@ def test_an_nhwc_input_is_transposed_once_in_front(small):
     np.testing.assert_array_equal(in_onnxruntime(path, images), expected)
 
 
-def test_the_batch_is_free_and_onnx_itself_agrees(small):
+def test_the_batch_size_is_dynamic_and_onnxs_reference_agrees(small):
     model, variables, path = small
     rv.export_onnx(path, model, variables, image_size=32)
     images = random_images(3, 32)
@@ -127,18 +127,18 @@ def test_the_batch_is_free_and_onnx_itself_agrees(small):
     assert relative_difference(expected, reference) <= 1e-5
 
 
-def test_sizes_need_not_be_square_and_channels_not_three(tmp_path):
+def test_images_need_neither_be_square_nor_have_three_channels(tmp_path):
     model = rv.create_model(TINY, CLASSES)
     variables = random_variables(model, in_channels=1)
     images = np.random.default_rng(1).normal(size=(2, 33, 47, 1)).astype(np.float32)
     rv.export_onnx(tmp_path / "net.onnx", model, variables, image_size=(33, 47))
-    found = in_onnxruntime(tmp_path / "net.onnx", nchw(images))
-    assert relative_difference(jax.jit(model.apply)(variables, images), found) <= 1e-5
+    actual = in_onnxruntime(tmp_path / "net.onnx", nchw(images))
+    assert relative_difference(jax.jit(model.apply)(variables, images), actual) <= 1e-5
 
 
 @pytest.mark.parametrize("variant", [TINY, D2SE, PLUS], ids=["plain", "D2se", "plus"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_height_and_width_are_free_on_request(layout, variant, tmp_path):
+def test_height_and_width_are_dynamic_on_request(layout, variant, tmp_path):
     model, path = rv.create_model(variant, CLASSES), tmp_path / "net.onnx"
     variables = random_variables(model)
     rv.export_onnx(path, model, variables, input_layout=layout, dynamic_size=True)
@@ -152,36 +152,36 @@ def test_height_and_width_are_free_on_request(layout, variant, tmp_path):
             assert relative_difference(expected, run(path, nchw(x) if layout == "NCHW" else x)) <= 1e-5
 
 
-def test_the_file_says_what_it_is(small):
+def test_the_file_describes_itself(small):
     model, variables, path = small
     preprocessing = rv.Preprocessing(image_size=96, crop_fraction=1.0)
     names = tuple("abcde")
     rv.export_onnx(path, model, variables, preprocessing=preprocessing, class_names=names)
-    found = onnx.load(path)
-    told = {entry.key: entry.value for entry in found.metadata_props}
-    assert told["variant"] == "custom"
-    assert told["input_layout"] == "NCHW"
-    assert rv.Preprocessing.from_dict(json.loads(told["preprocessing"])) == preprocessing
-    assert json.loads(told["class_names"]) == list(names)
-    assert [opset.version for opset in found.opset_import] == [OPSET]
-    (images,), (logits,) = found.graph.input, found.graph.output
+    loaded = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in loaded.metadata_props}
+    assert metadata["variant"] == "custom"
+    assert metadata["input_layout"] == "NCHW"
+    assert rv.Preprocessing.from_dict(json.loads(metadata["preprocessing"])) == preprocessing
+    assert json.loads(metadata["class_names"]) == list(names)
+    assert [opset.version for opset in loaded.opset_import] == [OPSET]
+    (images,), (logits,) = loaded.graph.input, loaded.graph.output
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (images, logits)]
     assert (images.name, logits.name) == ("images", "logits")
     assert shapes == [["N", 3, 96, 96], ["N", CLASSES]]
 
 
-def test_every_number_is_float32_whatever_the_model_computes_in(small):
+def test_every_tensor_is_float32_whatever_the_models_dtype(small):
     _, variables, path = small
     model = rv.create_model(TINY, CLASSES, deploy=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), rv.fuse_variables(variables))
     rv.export_onnx(path, model, rounded, image_size=32)
-    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
-    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
     kernel = rounded["params"]["stage1_0"]["rbr_reparam"]["kernel"].astype(np.float32)
-    np.testing.assert_array_equal(found["stage1_0/rbr_reparam/kernel"], kernel.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(tensors["stage1_0/rbr_reparam/kernel"], kernel.transpose(3, 2, 0, 1))
 
 
-def test_mistakes_are_clear_and_leave_nothing_behind(small):
+def test_mistakes_are_clear_errors_and_leave_no_files(small):
     model, variables, path = small
     other = random_variables(rv.create_model(GROUPED, CLASSES))
     broken = jax.tree.map(np.copy, variables)
@@ -193,9 +193,9 @@ def test_mistakes_are_clear_and_leave_nothing_behind(small):
         (variables, {"image_size": 0}, ValueError, "image_size must be positive"),
         (variables, {"class_names": ("a",)}, ValueError, "1 class names for a model of 5 classes"),
     )
-    for given, options, error, words in mistakes:
+    for tree, options, error, words in mistakes:
         with pytest.raises(error, match=words):
-            rv.export_onnx(path, model, given, **options)
+            rv.export_onnx(path, model, tree, **options)
     with pytest.raises(rv.RepVGGError, match="there is no folder"):
         rv.export_onnx(path.parent / "none" / "net.onnx", model, variables)
     with (

@@ -1,4 +1,4 @@
-"""Claim: a SavedModel gives the net's logits in TensorFlow; where there is no TensorFlow, one line says so."""
+"""Claim: a SavedModel gives the net's logits in TensorFlow; without TensorFlow, one line says what to install."""
 
 from unittest import mock
 
@@ -31,8 +31,8 @@ def test_tensorflow_gives_the_same_logits(net, tmp_path):
         rv.export_saved_model(tmp_path / layout, model, variables, image_size=32, input_layout=layout)
         signature = tf.saved_model.load(str(tmp_path / layout)).signatures["serving_default"]
         for count in (1, 3):
-            found = signature(images=tf.constant(batch[:count]))["logits"].numpy()
-            assert relative_difference(expected[:count], found) <= 1e-5
+            actual = signature(images=tf.constant(batch[:count]))["logits"].numpy()
+            assert relative_difference(expected[:count], actual) <= 1e-5
 
 
 def test_without_tensorflow_one_line_says_what_to_install(net, tmp_path):
@@ -45,7 +45,7 @@ def test_without_tensorflow_one_line_says_what_to_install(net, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_appears_whole_or_not_at_all(tmp_path):
+def test_the_folder_is_complete_or_absent(tmp_path):
     target = tmp_path / "net.savedmodel"
     with pytest.raises(rv.RepVGGError, match="No such file"), atomic_folder(target) as folder:
         (folder / "half" / "a file").write_text("", encoding="utf-8")

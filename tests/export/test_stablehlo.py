@@ -38,15 +38,15 @@ with open(sys.argv[1], "rb") as file:
     program = jax.export.deserialize(bytearray(file.read()))
 np.save(sys.argv[3], program.call(np.load(sys.argv[2])))
 """
-"""A user's script: a program, a batch of images, the place for the logits. Only jax and numpy."""
+"""A user's script: takes a program, a batch of images, and where to write the logits. Only jax and numpy."""
 
 PACKAGES = ("jax", "flatbuffers")
-"""jax.export reads files with flatbuffers, which jax does not declare."""
+"""jax.export reads files with flatbuffers, which jax does not declare as a dependency."""
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with the file and a batch of images, and the logits that the training form gives them."""
+    """A folder with the file and a batch of images, and the training form's logits for them."""
     folder = tmp_path_factory.mktemp("exported")
     model = rv.create_model(PLUS, CLASSES)
     variables = random_variables(model)
@@ -62,7 +62,7 @@ def load(path: Path) -> export.Exported:
 
 
 def run_alone(python: Path | str, folder: Path) -> np.ndarray:
-    """The file's logits in a fresh process that finds nothing of this checkout."""
+    """Return the file's logits from a fresh process that cannot import this checkout."""
     command = [python, "-c", ALONE, "net.stablehlo", "images.npy", "logits.npy"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def test_a_process_that_cannot_import_the_package_gets_the_same_logits(exported)
 
 
 @pytest.mark.slow
-def test_an_environment_with_jax_and_what_its_export_needs_gets_the_same_logits(exported, tmp_path):
+def test_an_environment_with_only_jax_and_flatbuffers_gets_the_same_logits(exported, tmp_path):
     folder, _, expected = exported
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -85,13 +85,13 @@ def test_an_environment_with_jax_and_what_its_export_needs_gets_the_same_logits(
     assert relative_difference(expected, run_alone(python, folder)) <= 1e-5
 
 
-def test_the_batch_is_free_in_either_layout(exported):
+def test_the_batch_size_is_dynamic_in_either_layout(exported):
     folder, images, expected = exported
     assert relative_difference(expected[:1], load(folder / "net.stablehlo").call(images[:1])) <= 1e-5
     assert relative_difference(expected, load(folder / "nchw.stablehlo").call(images.transpose(0, 3, 1, 2))) <= 1e-5
 
 
-def test_the_file_is_for_every_platform_and_says_what_it_takes(exported):
+def test_the_file_is_for_every_platform_and_describes_its_input(exported):
     program = load(exported[0] / "net.stablehlo")
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert program.fun_name == "custom"
@@ -106,5 +106,5 @@ def test_large_nets_at_full_size_give_the_same_logits(name, tmp_path):
     variables = random_variables(model)
     images = np.random.default_rng(1).normal(size=(1, size, size, 3)).astype(np.float32)
     rv.export_stablehlo(tmp_path / "net.stablehlo", model, variables)
-    found = load(tmp_path / "net.stablehlo").call(images)
-    assert relative_difference(jax.jit(model.apply)(variables, images), found) <= 1e-5
+    actual = load(tmp_path / "net.stablehlo").call(images)
+    assert relative_difference(jax.jit(model.apply)(variables, images), actual) <= 1e-5

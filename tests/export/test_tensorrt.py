@@ -1,6 +1,6 @@
-"""Claim: `target="tensorrt"` writes what TensorRT's parser takes, and other runtimes compute the same from it.
+"""Claim: `target="tensorrt"` writes what TensorRT's parser accepts, and other runtimes compute the same from it.
 
-No TensorRT here: its published rules stand below as data, each with where it is published, and a checker applies them.
+TensorRT is not available here: its published rules are listed below as data, each with its source, and checked.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ DOCS = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """A QuantizeLinear or DequantizeLinear and what stands around it; arrays are None where they are computed."""
+    """A QuantizeLinear or DequantizeLinear and its surroundings; arrays are None if they are computed in the graph."""
 
     node: onnx.NodeProto
     scale: np.ndarray | None
@@ -35,17 +35,17 @@ class Quantizer:
     weight_of: str | None
     """The operator that reads the result as its weights or bias."""
     place: int
-    """As which of its inputs: 1 for weights, 2 for a bias."""
+    """Index of that input: 1 for weights, 2 for a bias."""
     axis: int | None
     output_axis: int
-    """Of that operator's weights."""
+    """Output axis of that operator's weights."""
 
 
 Rule = tuple[str, str, Callable[[Quantizer], bool]]
 
 RULES: tuple[Rule, ...] = (
     (
-        "zero-points are 0: symmetric quantisation alone",
+        "zero-points are 0: symmetric quantisation only",
         DOCS + "work-quantized-types.html; shiftIsAllZeros in the parser, github.com/NVIDIA/TensorRT/issues/2774",
         lambda q: q.zero is not None and not q.zero.any(),
     ),
@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
         lambda q: q.weight_of is None or q.scale is None or q.scale.ndim == 0 or q.axis == q.output_axis == 0,
     ),
     (
-        "weights lie in -127..127",
+        "weights are in -127..127",
         "the range of INT8 weights, developer guide, ONNX support of Q/DQ",
         lambda q: q.integers is None or int(q.integers.min()) >= -127,
     ),
@@ -80,9 +80,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
-    """Every one in the graph."""
+    """Return every one in the graph."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found = []
+    result = []
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -91,7 +91,7 @@ def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for r in [reader] if r for a in r.attribute}
         output_axis = 1 if reader is not None and reader.op_type == "Gemm" and not attributes.get("transB") else 0
         axes = [a.i for a in node.attribute if a.name == "axis"]
-        found.append(
+        result.append(
             Quantizer(
                 node,
                 constants.get(node.input[1]),
@@ -103,7 +103,7 @@ def quantizers(model: onnx.ModelProto) -> list[Quantizer]:
                 output_axis,
             )
         )
-    return found
+    return result
 
 
 def broken_rules(path: Path) -> set[str]:
@@ -111,7 +111,7 @@ def broken_rules(path: Path) -> set[str]:
 
 
 def expected_logits(net: rv.QuantizedNet, x: np.ndarray) -> np.ndarray:
-    """Float layers on activations rounded to int8: what the file is to compute."""
+    """Return the logits of float layers on activations rounded to int8, which the file is meant to compute."""
 
     class Rounded(FloatOperations):
         def read(self, name: str, x: Any) -> Any:
@@ -126,7 +126,7 @@ def expected_logits(net: rv.QuantizedNet, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_graph_keeps_tensorrts_rules_and_two_runtimes_compute_it(name, tmp_path):
+def test_the_graph_follows_tensorrts_rules_and_two_runtimes_compute_it(name, tmp_path):
     options: dict[str, Any] = {"float_first": True, "float_last": True} if name == "grouped" else {}
     net = rv.quantize(*deploy_net(name), images(), "equalized", **options)
     rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32, target="tensorrt")
@@ -138,13 +138,13 @@ def test_the_graph_keeps_tensorrts_rules_and_two_runtimes_compute_it(name, tmp_p
     expected = expected_logits(net, x)
     largest = np.abs(expected).max()
     for run in (in_onnxruntime, in_openvino):
-        # A unit of the pooled features, which runtimes average in their own ways, may fall to the other side of a half.
-        found = run(tmp_path / "net.onnx", nchw(x))
-        np.testing.assert_allclose(found, expected, atol=0.05 * largest)
-        assert np.median(np.abs(found - expected)) < 0.01 * largest
+        # Runtimes average the pooled features in different ways, so one may be rounded the other way, by one unit.
+        actual = run(tmp_path / "net.onnx", nchw(x))
+        np.testing.assert_allclose(actual, expected, atol=0.05 * largest)
+        assert np.median(np.abs(actual - expected)) < 0.01 * largest
 
 
-def test_both_flavours_run_in_both_runtimes_and_are_near_each_other(tmp_path):
+def test_both_targets_run_in_both_runtimes_with_similar_results(tmp_path):
     net = rv.quantize(*deploy_net(), images(), "equalized")
     x, logits = images(16, seed=1), {}
     for target in ("onnxruntime", "tensorrt"):
@@ -153,13 +153,13 @@ def test_both_flavours_run_in_both_runtimes_and_are_near_each_other(tmp_path):
             logits[target, run.__name__] = run(tmp_path / "net.onnx", nchw(x))
     reference = np.asarray(net(x))
     largest = np.abs(reference).max()
-    for found in logits.values():
-        # Half the steps in the same range: twice the rounding error in every layer.
-        np.testing.assert_allclose(found, reference, atol=0.15 * largest)
+    for actual in logits.values():
+        # Half as many steps in the same range: twice the rounding error in every layer.
+        np.testing.assert_allclose(actual, reference, atol=0.15 * largest)
 
 
-def test_the_checker_finds_what_the_other_flavour_does_otherwise(tmp_path):
-    """So that the tests above are not empty."""
+def test_the_checker_finds_the_rules_that_the_other_target_breaks(tmp_path):
+    """Shows that the tests above can fail."""
     net = rv.quantize(*deploy_net(), images(), "equalized")
     rv.export_quantized_onnx(tmp_path / "net.onnx", net, image_size=32)
     broken = broken_rules(tmp_path / "net.onnx")
@@ -171,15 +171,15 @@ def test_the_checker_finds_what_the_other_flavour_does_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_height_and_width_are_free_on_request(target, tmp_path):
+def test_height_and_width_are_dynamic_on_request(target, tmp_path):
     net = rv.quantize(*deploy_net(), images(), "equalized")
     rv.export_quantized_onnx(tmp_path / "net.onnx", net, dynamic_size=True, target=target)
     for height, width in ((32, 32), (24, 56)):
         x = np.tile(images(4, seed=1), (1, 2, 2, 1))[:, :height, :width]
         expected = np.asarray(net(x)) if target == "onnxruntime" else expected_logits(net, x)
         for run in (in_onnxruntime, in_openvino):
-            found = run(tmp_path / "net.onnx", nchw(x))
-            np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+            actual = run(tmp_path / "net.onnx", nchw(x))
+            np.testing.assert_allclose(actual, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_an_unknown_target_is_refused(tmp_path):

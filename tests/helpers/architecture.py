@@ -1,4 +1,4 @@
-"""Small nets for commands, as files that `--model` and `-a` take."""
+"""Small nets for commands, as files that `--model` and `-a` accept."""
 
 import json
 from pathlib import Path

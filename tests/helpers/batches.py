@@ -13,7 +13,7 @@ from train.data.transforms import random_resized_crop_flip
 
 
 def training(source: Source, count: int, **options: Any) -> list[dict[str, np.ndarray]]:
-    """The first `count` training batches of 8 small images."""
+    """Return the first `count` training batches of 8 small images."""
     defaults: dict[str, Any] = dict(batch_size=8, local_device_count=1, seed=3, num_workers=2)
     defaults |= dict(transform=random_resized_crop_flip, preprocessing=Preprocessing(16))
     with train_batches(source, **(defaults | options)) as batches:
@@ -32,12 +32,12 @@ def same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) 
 
 
 def flat(batches: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
-    """The batches' `name` with the device axes joined: [images, …]."""
+    """Return the batches' `name` with the device axes merged: [images, …]."""
     return np.concatenate([batch[name].reshape(-1, *batch[name].shape[2:]) for batch in batches])
 
 
 class Numbers:
-    """A source whose image i is filled with the number i; some are unreadable."""
+    """A source in which every pixel of image i is i; some images are unreadable."""
 
     def __init__(self, length: int, unreadable: tuple[int, ...] = (), error: type[Exception] = DataError) -> None:
         self.length, self.unreadable, self.error = length, unreadable, error

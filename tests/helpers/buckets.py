@@ -21,7 +21,7 @@ NAME = "bucket"
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a port of 127.0.0.1 that is not in use."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -29,13 +29,13 @@ def free_port() -> int:
 
 @dataclass
 class Proxy:
-    """Passes HTTP requests on to a server of this machine.
+    """Forwards HTTP requests to a server on this machine.
 
     Attributes:
-      upstream: its port.
-      refuses: whether a request is answered with 403 instead, by its method and what it is about: path and beginning of
-        its body, which names the object where the path does not.
-      requests: what has been asked, in the same words.
+      upstream: the server's port.
+      refuses: decides whether to answer a request with 403 instead, by its method and its subject: the path and the
+        beginning of the body, which names the object where the path does not.
+      requests: method and subject of each request so far.
     """
 
     upstream: int
@@ -43,7 +43,7 @@ class Proxy:
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def start(self) -> ThreadingHTTPServer:
-        """Serve in the background, on a port of its own."""
+        """Serve in the background on its own port."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -95,7 +95,7 @@ class Proxy:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """Print nothing: clients that are killed hang up."""
+                """Print nothing: a client that is killed drops its connections."""
 
         server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -107,8 +107,8 @@ class Bucket:
     """An empty folder in a bucket.
 
     Attributes:
-      url: of the folder.
-      proxy: by which it is reached.
+      url: URL of the folder.
+      proxy: the proxy through which it is reached.
     """
 
     url: str
@@ -155,7 +155,7 @@ _numbers = iter(range(1_000_000))
 
 @pytest.fixture(scope="session", params=SERVICES)
 def service(request) -> Iterator[tuple[str, Proxy]]:
-    """A scheme, and the proxy to its emulator; this process and those that it starts find it in the environment."""
+    """A scheme, and the proxy to its emulator, which this process and its children find in the environment."""
     scheme = request.param
     with ExitStack() as stack:
         port, variables = SERVICES[scheme](stack)

@@ -1,4 +1,4 @@
-"""Commands run in this process, which spares each of them the start of Python and JAX."""
+"""Commands run in this process, which avoids starting Python and JAX for each."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from repvgg_jax.cli import run_command
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a command left: its status and what it printed."""
+    """Exit status and output of a command."""
 
     returncode: int
     stdout: str
@@ -38,7 +38,7 @@ def convert(*arguments: object) -> Done:
 
 
 def error_of(done: Done) -> str:
-    """Return the one line on stderr of a command that must have failed as a user's mistake should."""
+    """Return the one line on stderr of a command, which must have failed the way a user's mistake should."""
     assert done.returncode == 2, done
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr

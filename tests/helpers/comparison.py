@@ -1,4 +1,4 @@
-"""How far two arrays are apart."""
+"""Comparison of arrays."""
 
 from typing import Any
 

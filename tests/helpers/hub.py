@@ -36,7 +36,7 @@ class Repository:
         return commit
 
     def files(self, branch: str = "main") -> dict[str, bytes]:
-        """The files of a branch, none if there is no such branch."""
+        """Return the files of a branch, none if there is no such branch."""
         return self.commits.get(self.branches.get(branch, ""), {})
 
 
@@ -46,10 +46,10 @@ class FakeHub:
 
     Attributes:
       url: its endpoint.
-      repositories: by owner and name.
-      requests: what has been asked, method and path.
-      fault: what to answer instead, for a request that is to fail.
-      sent: what to send in place of a file's content, under the headers of the content itself.
+      repositories: keyed by owner and name.
+      requests: method and path of each request so far.
+      fault: returns the answer to send instead, for a request that is to fail.
+      sent: bytes to send in place of a file's content, under the headers of the real content.
     """
 
     url: str = ""
@@ -60,13 +60,13 @@ class FakeHub:
     objects: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, name: str, files: dict[str, bytes], **options: Any) -> Repository:
-        """Put a repository there, with one commit."""
+        """Add a repository with one commit."""
         repository = self.repositories.setdefault(name, Repository())
         repository.commit(files, **options)
         return repository
 
     def downloads(self, name: str) -> int:
-        """How often a file's content has been asked for."""
+        """Return how often a file's content has been requested."""
         return sum(line.startswith("GET ") and line.endswith(f"/{name}") for line in self.requests)
 
     def answer(self, method: str, path: str, body: bytes, token: str | None) -> Answer:
@@ -87,11 +87,11 @@ class FakeHub:
             return _json({"errors": [], "warnings": []})
         if token != TOKEN:
             return _refusal(401, "RepoNotFound" if "models" in parts else "", "Invalid username or password.")
-        asked = [json.loads(line) for line in body.splitlines()]
+        items = [json.loads(line) for line in body.splitlines()]
         if path == "/api/repos/create":
-            return self._create(asked[0])
+            return self._create(items[0])
         if path.endswith(".git/info/lfs/objects/batch"):
-            return _json({"transfer": "basic", "objects": [self._upload(item) for item in asked[0]["objects"]]})
+            return _json({"transfer": "basic", "objects": [self._upload(item) for item in items[0]["objects"]]})
         name, action, revision = "/".join(parts[2:4]), parts[4], unquote(parts[5])
         repository = self.repositories[name]
         if action == "branch":
@@ -102,10 +102,10 @@ class FakeHub:
         if action == "preupload":
             modes = [
                 {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"}
-                for file in asked[0]["files"]
+                for file in items[0]["files"]
             ]
             return _json({"files": [mode | {"shouldIgnore": False} for mode in modes]})
-        return self._commit(name, revision, asked)
+        return self._commit(name, revision, items)
 
     def _about(self, name: str, token: str | None) -> Answer:
         repository = self.repositories.get(name)
@@ -132,12 +132,12 @@ class FakeHub:
             headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         return 200, headers, self.sent(path, content) if method == "GET" else b""
 
-    def _create(self, asked: dict[str, Any]) -> Answer:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, options: dict[str, Any]) -> Answer:
+        name = f"{options['organization']}/{options['name']}"
         if name in self.repositories:
             status, headers, _ = _refusal(409, "", "You already created this model repo")
             return status, headers, json.dumps({"url": f"{self.url}/{name}"}).encode()
-        self.repositories[name] = Repository(private=asked.get("visibility") == "private")
+        self.repositories[name] = Repository(private=options.get("visibility") == "private")
         self.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         return _json({"url": f"{self.url}/{name}"})
 
@@ -171,12 +171,12 @@ def _refusal(status: int, code: str, message: str) -> Answer:
 
 
 def refusal(status: int, code: str = "", message: str = "no") -> Callable[[str, str], Answer]:
-    """A fault: every request is refused with this status, code and message."""
+    """Return a fault that refuses every request with this status, code and message."""
     return lambda method, path: _refusal(status, code, message)
 
 
 def serve(hub: FakeHub) -> ThreadingHTTPServer:
-    """Serve a hub in the background, on a port of its own."""
+    """Serve a hub in the background on its own port."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -192,7 +192,7 @@ def serve(hub: FakeHub) -> ThreadingHTTPServer:
             if self.command != "HEAD":
                 self.wfile.write(content)
                 if len(content) != int(headers.get("Content-Length", len(content))):
-                    self.close_connection = True  # as where a download breaks off
+                    self.close_connection = True  # as when a download breaks off
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 
@@ -217,14 +217,14 @@ def serve(hub: FakeHub) -> ThreadingHTTPServer:
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
-    """Have huggingface_hub in this process, which has read its environment already, ask `url` and keep in `cache`."""
+    """Make huggingface_hub, which has read its environment already, use the endpoint `url` and the folder `cache`."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the protocol of files of many gigabytes
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the protocol for very large files
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

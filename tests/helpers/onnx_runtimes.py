@@ -1,4 +1,4 @@
-"""What other people's runtimes compute from an ONNX file."""
+"""Outputs of an ONNX file in third-party runtimes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def in_onnxruntime(path: Path, images: np.ndarray) -> Any:
 
 
 def in_openvino(path: Path, images: np.ndarray) -> Any:
-    """Return the logits from Intel's runtime in float32: left alone, it computes in bfloat16 on CPUs that have it."""
+    """Return the logits from Intel's runtime in float32; by default it uses bfloat16 on CPUs that support it."""
     net = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return net({"images": images})["logits"]
 

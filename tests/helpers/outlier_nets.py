@@ -1,4 +1,4 @@
-"""Shared by the tests on quantisation: small nets with outlier channels, and images to calibrate them with."""
+"""Helpers of the quantisation tests: small nets with outlier channels, and images to calibrate them with."""
 
 from typing import Any
 
@@ -17,20 +17,20 @@ VARIANTS = {
 
 
 def images(count: int = 16, seed: int = 0) -> np.ndarray:
-    """Noise with the spatial correlation that lets some of it through a deep net."""
+    """Return noise with enough spatial correlation that some of it passes through a deep net."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(count, SIZE // 4, SIZE // 4, 3))
     return (coarse.repeat(4, 1).repeat(4, 2) + 0.3 * rng.normal(size=(count, SIZE, SIZE, 3))).astype(np.float32)
 
 
 def deploy_net(name: str = "plain", num_classes: int = 10, seed: int = 0) -> tuple[rv.RepVGG, dict[str, Any]]:
-    """A fused net with outlier channels."""
+    """Return a fused net with outlier channels."""
     model = rv.create_model(VARIANTS[name], num_classes, deploy=True)
     return model, spread_channels(model, random_variables(model, seed), seed)
 
 
 def spread_channels(model: rv.RepVGG, variables: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """The same function with channels between layers scaled by random factors: no weight range fits them all."""
+    """Return the same function, the channels between layers scaled by random factors: no weight range fits them all."""
     from repvgg_jax.quantization.equalize import pairs
 
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The pages of this project as tests see them: their code blocks, and a place where those can run in seconds."""
+"""The project's pages as tests see them: their code blocks, and a sandbox where those run in seconds."""
 
 import dataclasses
 import importlib
@@ -40,7 +40,7 @@ class Block:
     Attributes:
       page, line: where it begins.
       language: the word after the fence.
-      code: what is inside.
+      code: its contents.
       reason: why it is not run, from a comment `<!-- not run: REASON -->` right before it.
     """
 
@@ -52,12 +52,12 @@ class Block:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Page and line, for messages."""
         return f"{self.page}:{self.line}"
 
 
 def blocks(page: str) -> list[Block]:
-    """All fenced blocks of a page, in order."""
+    """Return all fenced blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     all_blocks = [
         Block(page, text[: m.start("code")].count("\n"), m["language"], m["code"], m["reason"])
@@ -69,7 +69,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def command_lines(code: str) -> Iterator[list[str]]:
-    """The words of each command of a shell block; comments and empty lines are left out."""
+    """Yield the words of each command in a shell block, without comments and empty lines."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
@@ -77,7 +77,7 @@ def command_lines(code: str) -> Iterator[list[str]]:
 
 
 def module_call(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module and arguments of a command that ends in `python -m MODULE …`, under whatever launcher."""
+    """Return the module and arguments of a command that ends in `python -m MODULE …`, whatever launches it."""
     for position, word in enumerate(words[:-2]):
         if re.fullmatch(r"(\S*/)?python3?", word) and words[position + 1] == "-m":
             return words[position + 2], words[position + 3 :]
@@ -128,16 +128,16 @@ def write_dahlias_and_pagodas(folder: Path, count: int = 8) -> None:
 
 
 class Trainer:
-    """Stands for the authors' configuration object in `ckpt_epoch_299.pth`: no library knows its class."""
+    """Stands in for the authors' configuration object in `ckpt_epoch_299.pth`, whose class no library has."""
 
 
 class Sandbox:
-    """A folder with what the pages' blocks expect to find: weights, photographs, and a hub without a network.
+    """A folder with what the pages' blocks expect: weights, photographs, and a hub without a network.
 
     Args:
-      folder: where; the current directory while blocks run.
-      trains: run training commands, for an epoch of few small images; else they are read by their parser, and leave
-        what a finished run leaves, with random weights.
+      folder: where to create it; the current directory while blocks run.
+      trains: run training commands, for one epoch of a few small images. Otherwise only parse them, and write what a
+        finished run leaves, with random weights.
     """
 
     def __init__(self, folder: Path, *, trains: bool):
@@ -169,7 +169,7 @@ class Sandbox:
     def run(self, block: Block, namespace: dict[str, Any]) -> None:
         """Run a block; `namespace` holds the page's Python names."""
         if block.language == "python":
-            # Exactly where it stands on the page, so that a traceback names the page's line.
+            # At the line where it is on the page, so that a traceback names that line.
             code = compile("\n" * block.line + block.code, str(ROOT / block.page), "exec")
             exec(code, namespace)
             return
@@ -199,7 +199,7 @@ class Sandbox:
 
 
 def check_tool(words: list[str], place: str) -> None:
-    """What of a command other than ours can be checked without running it: `make` targets, extras to install."""
+    """Check what can be checked of a third-party command without running it: `make` targets, extras to install."""
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(words[1:]) <= set(targets), f"{place}: no such target: {' '.join(words)}"
@@ -215,7 +215,7 @@ def check_tool(words: list[str], place: str) -> None:
 
 
 def shortened(config: Recipe) -> Recipe:
-    """The same run on few small images for one epoch: all options that decide what happens stay."""
+    """Return the recipe for one epoch of a few small images, with all other options unchanged."""
     return dataclasses.replace(
         config,
         input=dataclasses.replace(config.input, image_size=32, test_image_size=32, workers=1),
@@ -224,7 +224,7 @@ def shortened(config: Recipe) -> Recipe:
 
 
 def leave_finished_run(config: Recipe) -> None:
-    """What later commands of a page look for in the run's folder."""
+    """Write what later commands of a page look for in the run's folder."""
     model, workdir = rv.create_model(config.model.model, num_classes=2), Path(config.run.workdir)
     variables = random_variables(model)
     workdir.mkdir(parents=True)
@@ -235,7 +235,7 @@ def leave_finished_run(config: Recipe) -> None:
 
 
 def run_page(page: str, sandbox: Sandbox) -> None:
-    """Run a page's blocks in order, those apart that say why they are not run."""
+    """Run a page's blocks in order, except those that say why they are not run."""
     namespace = {"__name__": page}
     for block in blocks(page):
         if block.reason is None:

@@ -1,4 +1,4 @@
-"""The same network twice: in PyTorch (the oracle) and in Flax, with the same weights."""
+"""The same network twice, with the same weights: in PyTorch (the oracle) and in Flax."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ from tests.helpers.comparison import relative_difference
 
 DTYPES = {"float32": jnp.float32, "float64": jnp.float64}
 
-# 64 x the quarter multipliers are 16, 16, 32, 64, 128 channels. In "grouped", the even blocks 2, 4, 6, 8 are some with
-# an identity branch and some without.
+# 64 x the quarter multipliers are 16, 16, 32, 64, 128 channels. In "grouped", the even blocks 2, 4, 6, 8 include some
+# with an identity branch and some without.
 _WIDTHS, _MULTIPLIERS = scaled_widths(0.25, 0.25), (0.25, 0.25, 0.25, 0.25)
 _MORE, _FEWER = (2, 3, 2, 1), (1, 2, 2, 1)
 SMALL: dict[str, tuple[rv.Variant, torch_oracle.Variant]] = {
@@ -38,7 +38,7 @@ SMALL: dict[str, tuple[rv.Variant, torch_oracle.Variant]] = {
 
 
 def make_oracle(name: str, num_classes: int = 10, in_channels: int = 3, seed: int | None = 0) -> torch_oracle.RepVGG:
-    """The oracle for a published or small variant, its weights random and none of them at its initial value.
+    """Return the oracle for a published or small variant, with random weights, none of them at its initial value.
 
     With `seed=None` it has PyTorch's default initialisation.
     """
@@ -53,7 +53,7 @@ def variant_of(name: str) -> rv.Variant:
 
 
 def to_flax(oracle: torch_oracle.RepVGG, name: str, folder: Path) -> dict[str, Any]:
-    """The oracle's weights as float32 variables, through a `.pth` file as its user would move them."""
+    """Return the oracle's weights as float32 variables, by way of a `.pth` file as a user would move them."""
     path = folder / "oracle.pth"
     torch.save(oracle.float().state_dict(), path)
     model, variables = rv.load_weights(path)
@@ -68,17 +68,17 @@ def flax_model(name: str, dtype: str, num_classes: int = 10, **options: Any) -> 
 
 
 def compiled(function: Callable, *arguments: Any) -> Callable:
-    """`jax.jit(function)` for these arguments, compiled twice as fast for a handful of calls."""
+    """Return `jax.jit(function)` for these arguments, with options that halve the time of compilation."""
     return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": "0"})
 
 
 def run(function: Callable, *arguments: Any) -> Any:
-    """`compiled`, called once."""
+    """Call a function once, compiled by `compiled`."""
     return compiled(function, *arguments)(*arguments)
 
 
 def initial_variables(model: rv.RepVGG, seeds: Sequence[int] = (0,)) -> list[dict[str, Any]]:
-    """What `model.init` gives for each seed; the keys are of the kind that compiles fastest."""
+    """Return the result of `model.init` for each seed; the keys are of the kind that compiles fastest."""
     images = np.zeros((1, 32, 32, 3), np.float32)
     keys = [jax.random.key(seed, impl="unsafe_rbg") for seed in seeds]
     init = compiled(lambda key: model.init(key, images), keys[0])
@@ -86,12 +86,12 @@ def initial_variables(model: rv.RepVGG, seeds: Sequence[int] = (0,)) -> list[dic
 
 
 def fuse(model: rv.RepVGG, variables: dict[str, Any]) -> tuple[rv.RepVGG, dict[str, Any]]:
-    """`rv.to_deploy`, compiled as one."""
+    """Return `rv.to_deploy`, compiled as a whole."""
     return model.clone(deploy=True), run(lambda tree: rv.to_deploy(model, tree)[1], variables)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr, also those inside of others; of a choice between platforms, the default's alone."""
+    """Yield all equations of a jaxpr, nested ones included; of a choice between platforms, only the default's."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         params = equation.params
@@ -102,30 +102,30 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """Every leaf in that dtype, as NumPy arrays; exact from float32 to float64."""
+    """Return every leaf in that dtype, as NumPy arrays; exact from float32 to float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), tree)
 
 
 def file_items(variant: rv.Variant, num_classes: int, in_channels: int) -> list[Item]:
-    """Which key of the authors' state dict is which leaf of the training form."""
+    """Return the pairs of a key in the authors' state dict and a leaf of the training form."""
     family = AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     return items(family, variant, False, num_classes, in_channels)
 
 
 def leaves_of(oracle: torch_oracle.RepVGG, variant: rv.Variant) -> dict[str, np.ndarray]:
-    """The oracle's numbers under our leaves' names and in our layout, in the dtype they have (files are float32)."""
+    """Return the oracle's values under our leaves' names and in our layout, in their own dtype (files are float32)."""
     state = oracle.state_dict()
     leaves = {}
     for item in file_items(variant, oracle.config["num_classes"], oracle.config["in_channels"]):
         if item.leaf is not None:
             array = state[item.key].numpy()
             ours = array if item.axes is None else array.transpose(np.argsort(item.axes))
-            leaves[item.leaf] = ours.copy()  # the tensor goes on changing
+            leaves[item.leaf] = ours.copy()  # training changes the tensor in place
     return leaves
 
 
 def largest_difference(expected: dict[str, np.ndarray], tree: dict[str, Any], prefix: str = "") -> float:
-    """The largest relative difference of any leaf whose name starts with `prefix`."""
+    """Return the largest relative difference of any leaf whose name starts with `prefix`."""
     leaves = flatten(tree)
     names = [name for name in expected if name.startswith(prefix)]
     assert names
@@ -133,12 +133,12 @@ def largest_difference(expected: dict[str, np.ndarray], tree: dict[str, Any], pr
 
 
 def nchw(images: np.ndarray, dtype: str = "float32") -> Tensor:
-    """`[N, H, W, C]` as PyTorch takes it."""
+    """Return `[N, H, W, C]` as a tensor in PyTorch's layout."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(dtype)))
 
 
 def numpy_logits(outputs: Any) -> dict[str, np.ndarray]:
-    """Either library's output, a dict or plain, as a dict of NumPy arrays."""
+    """Return either library's output, a dict or an array, as a dict of NumPy arrays."""
     outputs = outputs if isinstance(outputs, dict) else {"main": outputs}
     return {
         name: value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -18,7 +18,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def write_photos(folder: Path, count: int, offset: int = 0) -> None:
-    """Write `count` different cuts of a photograph, in two classes and several sizes."""
+    """Write `count` different crops of a photograph, in two classes and several sizes."""
     for number in range(count):
         corner = 7 * (number + offset)
         cut = PHOTO.crop((corner, corner // 2, corner + 60 + number, corner // 2 + 48))

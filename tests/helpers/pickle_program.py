@@ -1,6 +1,6 @@
 """Pickles written by hand, instruction by instruction.
 
-A pickle is a program for a machine with a stack and a memo; its instructions have the names of the `pickle` module.
+A pickle is a program for a machine with a stack and a memo; its instructions are named as in the `pickle` module.
 """
 
 import struct
@@ -30,5 +30,5 @@ def name_of(module: str, name: str) -> bytes:
 
 
 def dict_of(*items: bytes) -> bytes:
-    """Push a dict, given what pushes a key and its value for each item."""
+    """Push a dict; each item pushes a key and its value."""
     return EMPTY_DICT + MARK + b"".join(items) + SETITEMS

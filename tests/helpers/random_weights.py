@@ -1,4 +1,4 @@
-"""Weights at which an equivalence test is not empty, for tests and benchmarks."""
+"""Random weights for which an equivalence test is meaningful, for tests and benchmarks."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from repvgg_jax.trees import flatten, unflatten
 
 
 def random_variables(model: rv.RepVGG, seed: int = 0, in_channels: int = 3, dtype: Any = np.float32) -> dict[str, Any]:
-    """Variables with random weights, affine parameters and running statistics, none at its initial value.
+    """Return variables with random weights, affine parameters and running statistics, none at its initial value.
 
-    Scaled so that activations neither vanish nor explode through the depth and logits are of unit order: each
-    of a block's branches adds its share of variance, half of which the ReLU takes away.
+    They are scaled so that activations neither vanish nor explode with depth and logits are of unit order: each branch
+    of a block adds its share of variance, half of which the ReLU removes.
     """
     rng = np.random.default_rng(seed)
     images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), jnp.float32)
@@ -26,7 +26,7 @@ def random_variables(model: rv.RepVGG, seed: int = 0, in_channels: int = 3, dtyp
             gain = 1.0 if parent in ("conv", "down", "up", "linear") else np.sqrt(2)
             return rng.normal(0, gain / np.sqrt(np.prod(shape[:-1])), shape)
         if name.endswith("up/bias"):
-            return rng.normal(3, 0.5, shape)  # gates of about 0.95: a stack of halves would leave no signal
+            return rng.normal(3, 0.5, shape)  # gates of about 0.95: many gates of a half would leave no signal
         if kind == "scale":
             return rng.uniform(0.5, 1.05, shape) * rng.choice([1, -1], shape, p=[0.9, 0.1])
         if kind == "var":

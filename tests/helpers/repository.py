@@ -1,4 +1,4 @@
-"""Where the checkout lies, and the real photographs that are not part of it."""
+"""The root of the checkout, and real photographs that are not part of it."""
 
 from pathlib import Path
 
@@ -8,8 +8,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def shared_data(name: str) -> Path:
-    """Return a file of photographs beside the checkout; skip the test where there is none."""
+    """Return the path of a photograph file next to the checkout, or skip the test if there is none."""
     path = ROOT.parent / "shared" / "data" / name
     if not path.exists():
-        pytest.skip(f"{name} is not in shared/data beside the checkout: photographs that cannot be handed on with it")
+        pytest.skip(
+            f"{name} is not in shared/data next to the checkout: photographs that cannot be distributed with it"
+        )
     return path

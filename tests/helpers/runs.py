@@ -1,4 +1,4 @@
-"""Runs of a tiny model on the digits, as real processes: for the tests of what a run survives."""
+"""Runs of a tiny model on the digits, as real processes, for the tests of what a run survives."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from tests.helpers.repository import ROOT
 from tests.helpers.xla_flags import xla_flags
 
 TINY = ["--num-blocks", "1", "1", "2", "1", "--widths", "8", "8", "8", "16", "16"]
-"""Options of the architecture of all these runs."""
+"""Architecture options of all these runs."""
 
 
 def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
-    """Variables of a process with so many virtual CPU devices, one that keeps what it compiles in `cache`."""
+    """Return the environment for a process with `devices` virtual CPU devices and `cache` as its compilation cache."""
     variables = os.environ | {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": xla_flags(devices),
@@ -34,17 +34,17 @@ def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
 
 
 class Runs:
-    """Starts runs that share their data set and what they have compiled."""
+    """Starts runs that share a data set and a compilation cache."""
 
     def __init__(self, folder: Path):
         self.data, self.cache = folder / "data", folder / "cache"
 
     def command(self, workdir: Path, **options: Any) -> list[str]:
-        """The command line of `words`."""
+        """Return the whole command line."""
         return [sys.executable, "-m", "train.main", *self.words(workdir, **options)]
 
     def words(self, workdir: Path, **options: Any) -> list[str]:
-        """What follows the command; option names with underscores, True for a flag."""
+        """Return the arguments after the command; option names use underscores, and True stands for a flag."""
         chosen = dict(epochs=2, warmup_epochs=0.5, evaluate_every=1, checkpoint_every=10, log_every=11) | options
         words = ["--preset", "digits", *TINY]
         words += ["--image-size", "16", "--test-image-size", "16", "--data-dir", str(self.data)]
@@ -56,7 +56,7 @@ class Runs:
     def start(
         self, workdir: Path, devices: int = 1, largest_file: int | None = None, **options: Any
     ) -> subprocess.Popen:
-        """A run in the background; `largest_file`: bytes after which writing fails, as it does on a full disk."""
+        """Start a run in the background; writing fails after `largest_file` bytes, as on a full disk."""
         limit = [] if largest_file is None else ["prlimit", f"--fsize={largest_file}"]
         return subprocess.Popen(
             limit + self.command(workdir, **options),
@@ -68,21 +68,21 @@ class Runs:
         )
 
     def finish(self, workdir: Path, devices: int = 1, **options: Any) -> subprocess.CompletedProcess:
-        """A run to its end, whatever that is."""
+        """Run to the end, whatever the outcome."""
         process = self.start(workdir, devices, **options)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def worker_processes(process: subprocess.Popen) -> list[int]:
-    """The process ids of a run's worker processes."""
+    """Return the ids of a run's worker processes."""
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     numbers = [int(number) for path in children for number in path.read_text(encoding="utf-8").split()]
     return [number for number in numbers if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()]
 
 
 def is_alive(number: int) -> bool:
-    """Whether there is a process of this id that has not ended."""
+    """Return whether a process with this id exists and has not ended."""
     try:
         stat = Path(f"/proc/{number}/stat").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -91,29 +91,29 @@ def is_alive(number: int) -> bool:
 
 
 def weights(workdir: Path, name: str = "final") -> dict[str, bytes]:
-    """A weight file's tensors as bytes, to compare bit for bit."""
+    """Return a weight file's tensors as bytes, for bit-for-bit comparison."""
     return {key: array.tobytes() for key, array in load_file(workdir / f"{name}.safetensors").items()}
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what depends on the machine's speed."""
+    """Return the rows without what depends on the machine's speed."""
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Runs:
-    """Shared by all tests of one process."""
+    """Runs that all tests of one process share."""
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(runs: Runs, tmp_path_factory) -> Path:
-    """The workdir of a run, with moving averages, that nothing happened to."""
+    """The workdir of an undisturbed run with moving averages."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     done = runs.finish(workdir, ema_decay=0.99)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Pages of `show`: small nets to make them of, and how a test reads one."""
+"""Small nets for the pages of `show`, and a parser for those pages."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ def show(*arguments: object) -> Done:
 
 
 def write_net(path: Path, variant: rv.Variant, *, deploy: bool = False, in_channels: int = 3) -> Path:
-    """Write a net of three classes."""
+    """Write a net with three classes."""
     model = rv.create_model(variant, 3)
     variables = random_variables(model, in_channels=in_channels)
     if deploy:
@@ -50,7 +50,7 @@ def facts_of(weights: Path, *paths: Path, batch_size: int = 16) -> Facts:
 
 
 class Page(HTMLParser):
-    """A page's elements and text; fails where tags are not balanced."""
+    """A page's elements and text; fails if tags are not balanced."""
 
     VOID = ("meta", "img")
 
@@ -89,7 +89,7 @@ class Page(HTMLParser):
 
 
 def check_self_contained(page: Page) -> None:
-    """Nothing is fetched, run or sent."""
+    """Check that the page fetches, runs and sends nothing."""
     allowed = {"html", "head", "meta", "title", "style", "body", "header", "main", "footer", "nav", "section", "div"}
     allowed |= {"h1", "h2", "p", "ul", "ol", "li", "dl", "dt", "dd", "a", "strong", "span", "bdi", "figure", "img"}
     allowed |= {"figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td"}
@@ -109,10 +109,10 @@ def check_self_contained(page: Page) -> None:
 
 
 def check_page_of(variant: rv.Variant, page: Page, photos: int) -> None:
-    """Every layer is there, and everything that is drawn is said too."""
+    """Check that every layer is listed, and that everything drawn is also given as text."""
     check_self_contained(page)
     for block in variant.blocks():
-        rows = 4 if block.name == "stage0" else 3  # weights, activations and times; a stage of that name
+        rows = 4 if block.name == "stage0" else 3  # weights, activations and times; stage0 is also a stage's name
         assert page.words.count(block.name) == rows, block.name
     assert len(page.all("img")) == photos
     assert all(image["alt"] for image in page.all("img"))

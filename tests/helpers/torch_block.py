@@ -15,7 +15,7 @@ from repvgg_jax.trees import flatten
 
 
 class TorchBlock(nn.Module):
-    """The block from the papers' descriptions, its submodules named as the parameter tree."""
+    """The block as the papers describe it, with its submodules named as in the parameter tree."""
 
     def __init__(self, inputs, outputs, stride, groups, dilation, identity, block: BlockKind, branches: rv.Branches):
         super().__init__()
@@ -67,7 +67,7 @@ class TorchBlock(nn.Module):
         return F.relu(total)
 
     def _padded(self, bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
-        """BN, then padding with what BN gives for zero: in training with the batch's statistics, as here."""
+        """Apply BN, then pad with BN's value for zero: in training, with the batch's statistics as here."""
         mean: Any = y.mean((0, 2, 3)) if bn.training else bn.running_mean
         var: Any = y.var((0, 2, 3), unbiased=False) if bn.training else bn.running_var
         zero = (bn.bias - mean * bn.weight / (var + bn.eps).sqrt())[:, None, None]
@@ -85,7 +85,7 @@ class TorchBlock(nn.Module):
 
 
 def torch_state(variables: dict[str, Any]) -> dict[str, Tensor]:
-    """A block's tree under PyTorch's names and in its layout."""
+    """Return a block's tree under PyTorch's names and in its layout."""
     names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     state = {}
     for path, leaf in flatten(variables).items():
@@ -93,11 +93,11 @@ def torch_state(variables: dict[str, Any]) -> dict[str, Tensor]:
         array = np.asarray(leaf)
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
         state[".".join([*parents, names.get(name, name)])] = torch.from_numpy(array.copy())
-    return {key: value for key, value in state.items() if value.ndim}  # not QARepVGG's constant
+    return {key: value for key, value in state.items() if value.ndim}  # without QARepVGG's constant
 
 
 def random_block(seed: int, block: RepVGGBlock, x: np.ndarray) -> dict[str, Any]:
-    """Variables with no value at its initial one, but for QARepVGG's constant."""
+    """Return variables with no value at its initial one, except QARepVGG's constant."""
     rng = np.random.default_rng(seed)
 
     def random(path, leaf):

@@ -1,6 +1,6 @@
-"""An independent PyTorch RepVGG: the oracle the JAX code is tested against.
+"""An independent PyTorch RepVGG: the oracle that the JAX code is tested against.
 
-Written from the paper (arXiv 2101.03697) and the project's table of facts alone. Images are [N, C, H, W].
+Written only from the paper (arXiv 2101.03697) and the project's table of facts. Images are [N, C, H, W].
 State-dict keys, their order and their shapes are those of the authors' checkpoints.
 """
 
@@ -47,7 +47,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 class ConvBN(nn.Sequential):
-    """`conv` without a bias, then `bn`; padded on both sides so that size depends on the stride alone."""
+    """`conv` without a bias, then `bn`; padded on both sides, so the output size depends on the stride alone."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, groups: int = 1) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Block(nn.Module):
         return self.post_se(y) if hasattr(self, "post_se") else y
 
     def fused(self) -> tuple[Tensor, Tensor]:
-        """The equivalent [C_out, C_in/groups, 3, 3] kernel and [C_out] bias, in float64."""
+        """Return the equivalent [C_out, C_in/groups, 3, 3] kernel and [C_out] bias, in float64."""
         dense, point = self.rbr_dense, self.rbr_1x1
         scale, bias = affine(dense.bn)
         kernel = dense.conv.weight.detach().double() * scale[:, None, None, None]
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 def affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation is x * scale + shift; both, in float64."""
+    """Return scale and shift of a BatchNorm in evaluation, which computes x * scale + shift; both in float64."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     scale = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
@@ -197,7 +197,7 @@ class RepVGG(nn.Module):
 
 
 class RepVGGplus(RepVGG):
-    """Stage 3 in two halves, auxiliary heads; in train() mode the training form returns a dict of logits."""
+    """Stage 3 in two halves, and auxiliary heads; in train() mode the training form returns a dict of logits."""
 
     plus = True
 
@@ -210,14 +210,14 @@ def auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
 
 
 def create(name: str, num_classes: int = 1000, deploy: bool = False, in_channels: int = 3) -> RepVGG:
-    """A published variant with PyTorch's default initialisation, in train() mode."""
+    """Return a published variant with PyTorch's default initialisation, in train() mode."""
     v = VARIANTS[name]
     kind = RepVGGplus if v.plus else RepVGG
     return kind(v.blocks, v.widths, v.groups, num_classes, deploy, v.se, in_channels)
 
 
 def switch_to_deploy(model: RepVGG) -> RepVGG:
-    """The deploy form of a training-form model, in eval() mode and the same dtype; `model` is untouched."""
+    """Return the deploy form of a training-form model, in eval() mode and the same dtype; `model` is not modified."""
     state = {k: v for k, v in model.state_dict().items() if "rbr_" not in k and "_aux." not in k}
     for name, block in model.named_modules():
         if isinstance(block, Block):
@@ -229,7 +229,7 @@ def switch_to_deploy(model: RepVGG) -> RepVGG:
 
 @torch.no_grad()
 def randomize(model: RepVGG, seed: int | torch.Generator = 0) -> RepVGG:
-    """Give a training-form model, in place, non-trivial BN and SE values and weights that keep eval O(1).
+    """Randomise BN and SE values and weights of a training-form model in place, so that outputs in eval() are O(1).
 
     Every branch convolution and linear layer is scaled to a root mean square output near 1 on noise images.
     """
@@ -253,7 +253,7 @@ def randomize(model: RepVGG, seed: int | torch.Generator = 0) -> RepVGG:
             module.running_mean.copy_(normal(module.running_mean, 0.2))
             module.running_var.copy_(uniform(module.running_var, 0.5, 2.0))
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            # Trained gates are seldom saturated: wilder ones, one behind another, amplify rounding a hundredfold.
+            # Trained gates are seldom saturated: more extreme ones, one after another, amplify rounding a hundredfold.
             gain = 0.1 if name.endswith((".down", ".up")) else 2.0
             module.weight.copy_(normal(module.weight, (gain / module.weight[0].numel()) ** 0.5))
             if module.bias is not None:
@@ -274,7 +274,7 @@ def randomize(model: RepVGG, seed: int | torch.Generator = 0) -> RepVGG:
     hooks = [layer.register_forward_hook(rescale) for layer in layers]
     was_training, size = model.training, (2, model.config["in_channels"], 64, 64)
     images = torch.randn(size, generator=g).to(model.linear.weight)
-    model.eval().training = True  # layers on running statistics, but the auxiliary heads run too
+    model.eval().training = True  # layers use running statistics, but the auxiliary heads run too
     model(images)
     for hook in hooks:
         hook.remove()
@@ -282,7 +282,7 @@ def randomize(model: RepVGG, seed: int | torch.Generator = 0) -> RepVGG:
 
 
 def recipe_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The paper's rule: decay conv and linear kernels and `rbr_identity`'s BN weight, nothing else."""
+    """Apply the paper's rule: decay conv and linear kernels and `rbr_identity`'s BN weight, nothing else."""
 
     def decays(name: str, parameter: Tensor) -> bool:
         return parameter.ndim > 1 or name.endswith("rbr_identity.weight")
@@ -307,10 +307,10 @@ def sgd_steps(
     accumulate: int = 1,
     average: AveragedModel | None = None,
 ) -> list[float]:
-    """Train `model` in place on (images, integer labels), one step a batch; the loss before each step.
+    """Train `model` in place on (images, integer labels), one step per batch; return the loss before each step.
 
-    `mixup` is the share that an image keeps, the rest being its portion's at the other end; the loss is mixed rather
-    than the labels (arXiv 1710.09412). `average` follows after every step.
+    `mixup` is the share that an image keeps; the rest comes from the image at the mirrored position of its portion. The
+    loss is mixed rather than the labels (arXiv 1710.09412). `average` is updated after every step.
     """
     groups = recipe_parameter_groups(model, weight_decay)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)

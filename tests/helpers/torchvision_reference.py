@@ -1,4 +1,4 @@
-"""torchvision, importable beside a torch of another build: import it from here."""
+"""torchvision, importable next to a torch of another build: import it from here."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ for _declaration in (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 ):
-    with contextlib.suppress(RuntimeError):  # torchvision's own operators are there where its build matches torch's
+    with contextlib.suppress(RuntimeError):  # its own operators load only where its build matches torch's
         _operators.define(_declaration)
 
 torchvision = pytest.importorskip("torchvision")

@@ -1,4 +1,4 @@
-"""Shared by the tests on weight files: models small enough to make thousands of, and files of any shape."""
+"""Helpers of the weight-file tests: models small enough to make thousands of, and files of any structure."""
 
 import json
 import struct
@@ -20,14 +20,14 @@ CLASSES = 5
 
 
 def random_arrays(variant: rv.Variant, deploy: bool = False, num_classes: int = CLASSES, seed: int = 0, channels=3):
-    """A flat tree of random numbers between 0.1 and 1.1: no run of the model, so quick at any size."""
+    """Return a flat tree of random numbers between 0.1 and 1.1, without running the model: fast at any size."""
     rng = np.random.default_rng(seed)
     shapes = expected_shapes(variant, deploy, num_classes, channels)
     return {name: rng.random(shape, np.float32) + np.float32(0.1) for name, shape in shapes.items()}
 
 
 def random_model(variant: rv.Variant | str, deploy: bool = False, num_classes: int = CLASSES, seed: int = 0):
-    """A model and random variables for it."""
+    """Return a model and random variables for it."""
     model = rv.create_model(variant, num_classes, deploy)
     return model, unflatten(random_arrays(model.variant, deploy, num_classes, seed))
 
@@ -40,25 +40,25 @@ def torch_state(
     channels: int = 3,
     steps: int = 7,
 ) -> dict[str, torch.Tensor]:
-    """A family's state dict with random numbers, as PyTorch tensors."""
+    """Return a family's state dict with random numbers, as PyTorch tensors."""
     arrays = random_arrays(variant, deploy, seed=seed, channels=channels)
     state = state_dict(family, arrays, variant, deploy, CLASSES, channels, steps)
     return {key: torch.from_numpy(value) for key, value in state.items()}
 
 
 def file_shapes(family: Family, variant: rv.Variant, deploy: bool, num_classes: int = 10, channels: int = 3):
-    """Keys and shapes of that model's file."""
+    """Return the keys and shapes of that model's file."""
     return {item.key: item.file_shape for item in items(family, variant, deploy, num_classes, channels)}
 
 
 def families_of(variant: rv.Variant) -> list[Family]:
-    """Those that have names for every part of it."""
+    """Return the families that have names for every part of it."""
     names = ["authors-plus"] if variant.auxiliary_heads else ["authors", "timm", "mmpretrain"]
     return [FAMILIES[name] for name in names]
 
 
 def assert_same_bits(expected: Any, actual: Any) -> None:
-    """Two variables trees have the same leaves, bit for bit."""
+    """Check that two variables trees have the same leaves, bit for bit."""
     expected, actual = flatten(expected), flatten(actual)
     assert set(expected) == set(actual)
     for name, array in expected.items():
@@ -68,13 +68,13 @@ def assert_same_bits(expected: Any, actual: Any) -> None:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """A tensor's numbers, row-major."""
+    """Return a tensor's values as bytes, row-major."""
     tensor = tensor.detach().contiguous()
     return tensor.view(torch.int16).numpy().tobytes() if tensor.dtype == torch.bfloat16 else tensor.numpy().tobytes()
 
 
 def refused(path: Path | str, **options: Any) -> str:
-    """The one-line message of the error that loading `path` gives."""
+    """Return the one-line message of the error from loading `path`."""
     with pytest.raises(rv.RepVGGError) as caught:
         rv.load_weights(path, **options)
     message = str(caught.value)
@@ -83,6 +83,6 @@ def refused(path: Path | str, **options: Any) -> str:
 
 
 def safetensors_bytes(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with that header, and a length before it that may lie."""
+    """Return a safetensors file with that header, preceded by its length or by the false `length`."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -1,4 +1,4 @@
-"""`python -m tests.inference.everything_once {some,all}`: what the library computes, under its environment."""
+"""`python -m tests.inference.everything_once {some,all}`: run what the library computes, in the current environment."""
 
 import sys
 from typing import Any

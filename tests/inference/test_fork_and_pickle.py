@@ -48,7 +48,7 @@ if predict:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("before", [pytest.param("weights", marks=pytest.mark.slow), "predictor"])
 def test_a_forked_process_gets_an_error_instead_of_hanging(before, tmp_path):
     model = rv.create_model(SMALL, 5)
@@ -56,14 +56,14 @@ def test_a_forked_process_gets_an_error_instead_of_hanging(before, tmp_path):
     rv.save_weights(tmp_path / "w.safetensors", *deployed)
     command = [sys.executable, "-c", FORKING, tmp_path / "w.safetensors", before]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    said = done.stdout.splitlines()
+    printed = done.stdout.splitlines()
     if before == "weights":
-        assert said[0] == "no error None"
-        said = said[1:]
+        assert printed[0] == "no error None"
+        printed = printed[1:]
     else:
-        assert said.pop() == "parent (1, 5)"
-        assert len(said) == 3
-    for line in said:
+        assert printed.pop() == "parent (1, 5)"
+        assert len(printed) == 3
+    for line in printed:
         assert "forked from one that had loaded weights" in line
         assert "gunicorn without --preload" in line
         assert "spawn" in line
@@ -78,7 +78,7 @@ def test_predictors_cannot_be_pickled_or_copied():
     assert predict(np.zeros((1, 16, 16, 3), np.float32)).shape == (1, 5)
 
 
-def test_the_serving_example_of_the_docs_answers_a_request(tmp_path, monkeypatch):
+def test_the_serving_example_in_the_docs_answers_a_request(tmp_path, monkeypatch):
     (code,) = (block.code for block in blocks("docs/deployment.md") if "def app(environ" in block.code)
     model = rv.create_model(dataclasses.replace(SMALL, image_size=32), 5)
     rv.save_weights(tmp_path / "final.safetensors", model, random_variables(model))

@@ -1,4 +1,4 @@
-"""Claim: importing us changes nothing that belongs to the whole process, such as other libraries' settings."""
+"""Claim: importing the library changes no state that belongs to the whole process, such as other libraries' settings."""
 
 import json
 import os
@@ -71,7 +71,7 @@ print(json.dumps({name: [before[name], after[name]] for name in before if before
 
 
 def modules() -> list[str]:
-    """Every module of ours."""
+    """Return the names of all our modules."""
     paths = [path.relative_to(ROOT).with_suffix("") for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
     assert len(names) > 80
@@ -79,7 +79,7 @@ def modules() -> list[str]:
 
 
 def changed_by(names: list[str], then: str = "") -> dict:
-    """What importing these modules, and some code after that, has changed: before and after."""
+    """Return what importing these modules, and running the code `then`, has changed: before and after."""
     words = [sys.executable, "-c", SCRIPT, json.dumps(names), then]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def test_importing_every_module_changes_nothing():
 
 
 def test_the_state_that_is_compared_can_change():
-    """Else the other test could not fail."""
+    """Shows that the other test can fail."""
     meddling = """
 os.environ["A_NEW_ONE"] = "1"
 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Claim: whoever sets JAX to raise at implicit promotion, or to compile nothing, can use all of the library."""
+"""Claim: the whole library works when JAX is set to raise on implicit promotion, or not to compile anything."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_nothing_is_promoted_implicitly(net, dtype):
         jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], variables["batch_stats"], images)
 
 
-def test_quantisation_aware_training_promotes_nothing_implicitly():
+def test_nothing_is_promoted_implicitly_in_quantisation_aware_training():
     model = rv.create_model(NETS["every branch"], 5)
     start = with_ranges(random_variables(model))
     aware = quantization_aware(model)
@@ -65,7 +65,7 @@ def test_quantisation_aware_training_promotes_nothing_implicitly():
     ],
     ids=["promotion", "promotion, all", "disable_jit"],
 )
-def test_a_process_with_the_settings_in_its_environment(settings, extent):
+def test_a_process_works_with_the_settings_in_its_environment(settings, extent):
     variables = os.environ | settings | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "tests.inference.everything_once", extent]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)

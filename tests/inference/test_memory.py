@@ -1,6 +1,6 @@
-"""Claim: calls and loads leave nothing behind, and threads share a predictor bit for bit.
+"""Claim: calls and loads do not leak memory, and threads that share a predictor get the same bits.
 
-The short form of `tests/attack/memory.py` and `tests/attack/threads.py`: what would leak is made so large that nothing
+The short form of `tests/attack/memory.py` and `tests/attack/threads.py`: what could leak is made so large that nothing
 else in the process comes near it.
 """
 
@@ -17,7 +17,7 @@ linux_only = pytest.mark.skipif(not STATM.exists(), reason="resident memory is r
 
 
 @linux_only
-def test_predictor_calls_leave_nothing_behind():
+def test_predictor_calls_do_not_leak():
     call = predictor_call(batch=8, size=128)
     images = 9 * 128 * 128 * 3 * 4
     call()
@@ -29,7 +29,7 @@ def test_predictor_calls_leave_nothing_behind():
 
 @linux_only
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_loads_leave_nothing_behind(suffix, tmp_path):
+def test_loads_do_not_leak(suffix, tmp_path):
     call = load_call(tmp_path, suffix, LARGE)
     size = (tmp_path / f"net{suffix}").stat().st_size
     assert size > 3_000_000
@@ -41,7 +41,7 @@ def test_loads_leave_nothing_behind(suffix, tmp_path):
 
 
 @linux_only
-def test_a_leak_is_seen():
+def test_a_leak_is_detected():
     kept: list[bytes] = []
     growth = growth_over(lambda: kept.append(b"x" * (1 << 20)), calls=50, warm_up=1)
     assert isinstance(growth, Growth)
@@ -49,7 +49,7 @@ def test_a_leak_is_seen():
 
 
 @pytest.mark.parametrize("kind", ["plain", "plain, INT8"])
-def test_threads_get_the_bits_that_a_call_alone_gets(kind):
+def test_threads_get_the_same_bits_as_a_single_call(kind):
     predict = next(predict for name, predict in predictors() if name == kind)
     attack = attacked(kind, predict, calls=300, threads=16)
     assert (attack.survived, attack.failures) == (300, [])

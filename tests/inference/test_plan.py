@@ -1,4 +1,4 @@
-"""Claim: the cost model's plans for RepVGG-A0 on a CPU are these; a change of a constant or a rule shows here."""
+"""Claim: the cost model's plans for RepVGG-A0 on a CPU are these; changing a constant or a rule shows here."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from repvgg_jax.net.variants import get_variant
 
 
 def stages(plan) -> list[str]:
-    """The algorithms of each stage in order, those that follow one another alike named once."""
+    """Return the algorithms of each stage in order, with repetitions merged."""
     algorithms = [[layer.algorithm for layer in stage.layers] for stage in plan.stages]
     return [", ".join(a for n, a in enumerate(names) if names[n - 1 : n] != [a]) for names in algorithms]
 
@@ -23,7 +23,7 @@ def stages(plan) -> list[str]:
         (16, "bfloat16", ["native_bf16"] * 5),
     ],
 )
-def test_the_cost_models_choices(batch_size, dtype, expected):
+def test_the_cost_model_chooses_these_plans(batch_size, dtype, expected):
     if dtype == "float32" and not native.available():
         pytest.skip("no C++ compiler")
     if dtype == "bfloat16" and not native.bf16_available():

@@ -1,4 +1,4 @@
-"""Claim: a predictor gives the model's logits, for any number of images, whatever its plan, from any thread."""
+"""Claim: a predictor gives the model's logits, for any number of images, with any plan, from any thread."""
 
 import dataclasses
 import json
@@ -45,10 +45,10 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
     predict = rv.make_predictor(model, variables, batch_size=3, image_size=40)
     expected = jax.jit(model.apply)(variables, images)
     for count in (1, 2, 3, 7):
-        found = predict(images[:count])
-        assert found.shape == (count, 5)
-        assert found.dtype == np.float32
-        assert relative_difference(expected[:count], found) <= 1e-5
+        actual = predict(images[:count])
+        assert actual.shape == (count, 5)
+        assert actual.dtype == np.float32
+        assert relative_difference(expected[:count], actual) <= 1e-5
     deployed = rv.make_predictor(*rv.to_deploy(model, variables), batch_size=3, image_size=40)
     np.testing.assert_array_equal(deployed(images), predict(images))
 
@@ -56,7 +56,7 @@ def test_logits_are_the_models_for_any_number_of_images(variant):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
     if not ALGORITHMS[algorithm].takes(LayerShape(8, 8, 16, 16)):
-        pytest.skip("this machine does not have it")
+        pytest.skip("not available on this machine")
     model, variables, images = case(GROUPED, 4)
     model, variables = rv.to_deploy(model, variables)
     start = default_plan(model.variant, 4, (40, 40))
@@ -75,7 +75,7 @@ def test_every_algorithm_in_a_plan_gives_the_same_logits(algorithm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B1g4"])
-def test_the_default_plans_error_over_the_whole_net_is_float32s(name):
+def test_the_default_plans_error_over_the_whole_net_is_that_of_float32(name):
     model = rv.create_model(name)
     variables = random_variables(model)
     images = np.random.default_rng(0).normal(size=(2, 224, 224, 3))
@@ -87,7 +87,7 @@ def test_the_default_plans_error_over_the_whole_net_is_float32s(name):
     assert relative_difference(expected, predict(images.astype(np.float32))) <= 1e-5
 
 
-def test_uint8_images_are_normalised_inside():
+def test_uint8_images_are_normalised_by_the_predictor():
     model, variables, _ = case(SMALL, 1)
     preprocessing = rv.Preprocessing(40, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
@@ -102,13 +102,13 @@ def test_uint8_images_are_normalised_inside():
 
 def test_bfloat16_is_close_and_logits_stay_float32():
     model, variables, images = case(SMALL, 2)
-    found = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)(images)
-    assert found.dtype == np.float32
-    difference = relative_difference(model.apply(variables, images), found)
+    logits = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)(images)
+    assert logits.dtype == np.float32
+    difference = relative_difference(model.apply(variables, images), logits)
     assert 1e-5 < difference < 0.05
 
 
-def test_where_no_products_of_bfloat16_are_it_is_float32_on_rounded_weights(monkeypatch):
+def test_without_bfloat16_products_it_is_float32_with_rounded_weights(monkeypatch):
     model, variables, images = case(SMALL, 2)
     model, variables = rv.to_deploy(model, variables)
     monkeypatch.setattr(native, "bf16_available", lambda: False)
@@ -130,11 +130,11 @@ def test_threads_share_a_predictor():
     predict = rv.make_predictor(model, variables, 2, 40)
     expected = [predict(image[None]) for image in images]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda image: predict(image[None]), images))
-    np.testing.assert_array_equal(found, expected)
+        actual = list(pool.map(lambda image: predict(image[None]), images))
+    np.testing.assert_array_equal(actual, expected)
 
 
-def test_wrong_input_is_named():
+def test_invalid_input_is_named():
     model, variables, images = case(SMALL, 1)
     predict = rv.make_predictor(model, variables, 2, 40)
     for bad in (images[0], images[:, :39], images[:0]):
@@ -148,14 +148,14 @@ def test_wrong_input_is_named():
         rv.make_predictor(model, variables, 1, 40, preprocessing=rv.Preprocessing(40, 1.0, (0.5,), (0.5,)))
 
 
-def test_the_plan_reads_as_a_table():
+def test_the_plan_prints_as_a_table():
     model, variables, _ = case(SMALL, 1)
     lines = str(rv.make_predictor(model, variables, 2, 40).plan).splitlines()
     blocks = [line.split()[0] for line in lines if line.startswith("stage")]
     assert blocks == [block.name for block in SMALL.blocks()]
 
 
-def test_a_measured_plan_is_kept_and_a_damaged_one_ignored():
+def test_a_measured_plan_is_cached_and_a_damaged_one_ignored():
     model, variables, images = case(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)), 1, size=16)
     measured = rv.make_predictor(model, variables, 1, 16, tune=True).plan
     assert measured is not None
@@ -175,8 +175,8 @@ def test_a_measured_plan_is_kept_and_a_damaged_one_ignored():
     assert plan_cache.load_plan(measured, "float32") is None
 
 
-def test_an_accelerators_compiler_chooses_how_parameters_lie_in_memory():
-    """Its path, on the CPU's compiler: the arrays that it is called with lie as it wants them."""
+def test_an_accelerators_compiler_chooses_the_layout_of_parameters():
+    """The GPU code path, with the CPU's compiler: parameters have the layouts that the compiled program asks for."""
     model, variables, images = case(GROUPED, 2)
     deploy, variables = rv.to_deploy(model, variables)
     compiled, params = compile_net("gpu", deploy.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))
@@ -187,8 +187,8 @@ def test_an_accelerators_compiler_chooses_how_parameters_lie_in_memory():
     np.testing.assert_allclose(compiled(params, images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_on_a_gpu_a_net_in_bfloat16_is_compiled_in_two_ways_and_the_faster_is_kept():
-    """Its path, on the CPU's compiler, and the choice between two programs of which one is plainly slower."""
+def test_on_a_gpu_a_bfloat16_net_is_compiled_in_two_ways_and_the_faster_is_kept():
+    """The GPU code path, with the CPU's compiler, and the choice between two programs, one of them clearly slower."""
     model, variables, images = case(GROUPED, 2)
     deploy, variables = rv.to_deploy(model, variables)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)

@@ -1,4 +1,4 @@
-"""Claim: arguments that make no sense are one sentence that names the value, not a traceback from below."""
+"""Claim: invalid arguments get one sentence that names the value, not a traceback from deep inside."""
 
 import dataclasses
 from typing import Any, cast
@@ -21,14 +21,14 @@ IMAGES = np.zeros((2, 16, 16, 3), np.float32)
 
 
 def one_sentence(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value).split("\n-----")[0]  # what JAX adds about the frames it has left out
+    message = str(error.value).split("\n-----")[0]  # then JAX's note on hidden frames
     assert "\n" not in message
     assert isinstance(error.value, rv.RepVGGError | ValueError)
     return message
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_variables_of_another_net(other, tmp_path):
+def test_variables_of_another_net_are_refused(other, tmp_path):
     model, strange = rv.create_model(SMALL, 5), rv.create_model(OTHERS[other], 5)
     variables = random_variables(strange)
     deployed = rv.fuse_variables(variables)
@@ -49,7 +49,7 @@ def test_variables_of_another_net(other, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_class_count_or_no_variables(tmp_path):
+def test_another_class_count_and_missing_variables_are_refused(tmp_path):
     model = rv.create_model(SMALL, 5)
     variables = random_variables(rv.create_model(SMALL, 7))
     for attempt in (rv.to_deploy, lambda *net: rv.save_weights(tmp_path / "w.safetensors", *net)):
@@ -61,7 +61,7 @@ def test_another_class_count_or_no_variables(tmp_path):
         rv.make_predictor(model, {}, 1, 16)
 
 
-def test_statistics_of_another_net():
+def test_statistics_of_another_net_are_refused():
     variables = random_variables(rv.create_model(SMALL, 5))
     others = random_variables(rv.create_model(OTHERS["wider"], 5))
     with pytest.raises(rv.FusionError) as error:
@@ -70,7 +70,7 @@ def test_statistics_of_another_net():
     assert "of the same net" in str(error.value)
 
 
-def test_a_string_as_path_of_names():
+def test_a_string_as_a_path_of_names_is_refused():
     variables = random_variables(rv.create_model(SMALL, 5))
     inside = {kind: {"backbone": tree} for kind, tree in variables.items()}
     with pytest.raises(rv.FusionError, match=r'must be a tuple of names, such as \("backbone",\), not \'backbone\''):
@@ -79,7 +79,7 @@ def test_a_string_as_path_of_names():
 
 
 @pytest.mark.parametrize("count", ["10", 10.5, 10.0, True, None, [10]])
-def test_class_counts_that_are_no_whole_number(count, tmp_path):
+def test_class_counts_that_are_not_whole_numbers_are_refused(count, tmp_path):
     with pytest.raises(ValueError, match="num_classes must be a whole number, not ") as error:
         rv.create_model("RepVGG-A0", count)
     assert repr(count) in one_sentence(error)
@@ -90,7 +90,7 @@ def test_class_counts_that_are_no_whole_number(count, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", jnp.int32, np.dtype("complex64"), 32])
-def test_dtypes_that_are_none(dtype):
+def test_unsupported_dtypes_are_refused(dtype):
     for option in ("dtype", "param_dtype"):
         with pytest.raises(ValueError, match=f"^{option} must be a floating-point dtype") as error:
             rv.create_model("RepVGG-A0", **{option: dtype})
@@ -100,13 +100,13 @@ def test_dtypes_that_are_none(dtype):
         rv.make_predictor(model, random_variables(model), 1, 16, dtype=dtype)
 
 
-def test_dtypes_by_name_are_dtypes():
+def test_dtypes_can_be_given_by_name():
     assert rv.create_model("RepVGG-A0", dtype="bfloat16").dtype == jnp.bfloat16
     assert rv.create_model("RepVGG-A0", dtype="float32") == rv.create_model("RepVGG-A0")
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
-def test_images_whose_channels_come_first(deploy):
+def test_images_with_channels_first_are_refused(deploy):
     model = rv.create_model(SMALL, 5, deploy)
     variables = random_variables(model)
     nchw = np.zeros((2, 3, 16, 16), np.float32)
@@ -122,11 +122,11 @@ def test_images_whose_channels_come_first(deploy):
         assert "[N, H, W, C]" in one_sentence(error)
     with pytest.raises(ValueError, match=r"must have shape \[N, H, W, 3\], not \[2, 16, 16, 4\]"):
         model.apply(variables, np.zeros((2, 16, 16, 4), np.float32))
-    # Other channel counts are a choice, made at init.
+    # Another number of channels is allowed, but chosen at init.
     assert jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 5), np.float32))
 
 
-def test_empty_batches():
+def test_empty_batches_are_refused_where_they_make_no_sense():
     model = rv.create_model(SMALL, 5)
     variables = random_variables(model)
     with pytest.raises(ValueError, match=r"an empty batch, \[0, 16, 16, 3\], has no statistics"):

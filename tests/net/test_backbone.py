@@ -1,4 +1,4 @@
-"""Claim: as a backbone, RepVGG gives features of known strides, dilated as timm does, and parts of it can be frozen."""
+"""Claim: as a backbone, RepVGG gives features of documented strides, dilated as in timm, and can be partly frozen."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from tests.helpers.weight_files import assert_same_bits
 
 SMALL = rv.Variant((1, 2, 2, 2), (8, 8, 12, 16, 24))
 GATED = dataclasses.replace(SMALL, squeeze_excite="after_relu", squeeze_excite_ratio=4, auxiliary_heads=True)
-# Stages of one width: the strided blocks have as many channels in as out, and still no identity branch when dilated.
+# Equal widths: the strided blocks keep the number of channels, and still have no identity branch when dilated.
 EVEN = rv.Variant((2, 2, 2, 2), (8, 8, 8, 8, 8))
 
 
@@ -32,7 +32,7 @@ def noise(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("variant", ["RepVGG-B0", SMALL, GATED], ids=["B0", "small", "plus"])
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-def test_feature_info_describes_the_features(variant, output_stride, deploy):
+def test_feature_info_matches_the_features(variant, output_stride, deploy):
     model = rv.create_model(variant, 5, deploy, output_stride=output_stride)
     images = jax.ShapeDtypeStruct((1, 128, 160, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -43,7 +43,7 @@ def test_feature_info_describes_the_features(variant, output_stride, deploy):
 
 
 @pytest.mark.parametrize("output_stride", [8, pytest.param(16, marks=pytest.mark.slow)])
-def test_dilated_features_are_timms(output_stride, tmp_path):
+def test_dilated_features_equal_timms(output_stride, tmp_path):
     timm = pytest.importorskip("timm")
     model = rv.create_model("RepVGG-A0", 5)
     variables = random_variables(model)
@@ -58,19 +58,19 @@ def test_dilated_features_are_timms(output_stride, tmp_path):
     with torch.no_grad():
         expected = theirs.forward_intermediates(torch.from_numpy(images.transpose(0, 3, 1, 2)), intermediates_only=True)
     dilated = rv.create_model("RepVGG-A0", 5, output_stride=output_stride)
-    found = run(lambda v, x: dilated.apply(v, x, method="features"), variables, images)
+    actual = run(lambda v, x: dilated.apply(v, x, method="features"), variables, images)
     deploy_model, fused = fuse(dilated, variables)
     fused_features = run(lambda v, x: deploy_model.apply(v, x, method="features"), fused, images)
     assert [info["reduction"] for info in theirs.feature_info] == [info.stride for info in dilated.feature_info]
     for index, feature in enumerate(expected):
         reference = feature.numpy().transpose(0, 2, 3, 1)
-        assert relative_difference(reference, found[f"stage{index}"]) <= 1e-5
+        assert relative_difference(reference, actual[f"stage{index}"]) <= 1e-5
         assert relative_difference(reference, fused_features[f"stage{index}"]) <= 1e-5
 
 
 @pytest.mark.parametrize("variant", [SMALL, GATED, EVEN], ids=["small", "plus", "even widths"])
 @pytest.mark.parametrize("output_stride", [8, pytest.param(16, marks=pytest.mark.slow)])
-def test_dilation_takes_the_same_weights_and_fuses_exactly(variant, output_stride):
+def test_dilation_uses_the_same_weights_and_fuses_exactly(variant, output_stride):
     with jax.enable_x64(True):
         plain = rv.create_model(variant, 5, dtype=jnp.float64, param_dtype=jnp.float64)
         model = plain.clone(variant=dataclasses.replace(variant, output_stride=output_stride))
@@ -79,12 +79,12 @@ def test_dilation_takes_the_same_weights_and_fuses_exactly(variant, output_strid
         assert shapes[0] == shapes[1]
         variables = random_variables(plain, dtype=np.float64)
         deploy_model, fused = fuse(model, variables)
-        expected, found = run(model.apply, variables, images), run(deploy_model.apply, fused, images)
-        assert relative_difference(expected, found) <= 1e-12
+        expected, actual = run(model.apply, variables, images), run(deploy_model.apply, fused, images)
+        assert relative_difference(expected, actual) <= 1e-12
         assert relative_difference(run(plain.apply, variables, images), expected) > 1e-3
 
 
-def test_predictors_plan_dilated_layers_directly():
+def test_predictors_compute_dilated_layers_directly():
     model = rv.create_model(SMALL, 5, output_stride=8)
     variables, images = random_variables(model), noise(2, 64, 64, 3)
     predict = rv.make_predictor(model, variables, 2, 64)
@@ -108,7 +108,7 @@ def gradients_and_statistics(model: rv.RepVGG, variables, images):
     return flatten(gradient), flatten(changed["batch_stats"])
 
 
-def test_frozen_stages_take_no_gradient_and_keep_their_statistics():
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics():
     model = rv.create_model(SMALL, 5, output_stride=16, frozen_stages=2)
     variables, images = random_variables(model), noise(2, 64, 64, 3)
     gradient, statistics = gradients_and_statistics(model, variables, images)
@@ -120,7 +120,7 @@ def test_frozen_stages_take_no_gradient_and_keep_their_statistics():
         assert np.array_equal(leaf, before[name]) == name.startswith(("stage0", "stage1")), name
 
 
-def test_frozen_bn_learns_affine_parameters_on_running_statistics():
+def test_frozen_bn_trains_affine_parameters_with_running_statistics():
     model = rv.create_model(SMALL, 5, output_stride=8, frozen_bn=True)
     variables, images = random_variables(model), noise(2, 64, 64, 3)
     gradient, statistics = gradients_and_statistics(model, variables, images)
@@ -145,7 +145,7 @@ class Segmenter(nn.Module):
         return nn.Conv(4, (1, 1), name="head")(nn.BatchNorm(use_running_average=not train, name="bn")(x))
 
 
-def test_fusing_a_dilated_backbone_leaves_the_rest_of_the_model_alone():
+def test_fusing_a_dilated_backbone_does_not_change_the_rest_of_the_model():
     images = noise(2, 64, 64, 3)
     variables = run(lambda key: Segmenter().init(key, images), jax.random.key(0, impl="unsafe_rbg"))
     rng = np.random.default_rng(0)

@@ -61,7 +61,7 @@ def small_model(option: str, dtype: Any = jnp.float32, **more: Any) -> rv.RepVGG
     branches=st.builds(rv.Branches, st.sampled_from([1, 3]), *5 * [st.booleans()]),
     size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
 )
-def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
+def test_every_block_equals_pytorchs_and_fuses_exactly(data, groups, stride, dilation, block, branches, size):
     inputs = groups * data.draw(st.integers(1, 3))
     outputs = data.draw(st.sampled_from([inputs, 2 * groups]))
     options = dict(stride=stride, groups=groups, dilation=dilation)
@@ -80,8 +80,8 @@ def test_every_block_is_pytorchs_and_fuses_exactly(data, groups, stride, dilatio
         with torch.no_grad():
             expected = theirs.eval()(image).numpy().transpose(0, 2, 3, 1)
             trained = theirs.train()(image).numpy().transpose(0, 2, 3, 1)
-        found = run(ours.apply, variables, x)
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+        actual = run(ours.apply, variables, x)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
         fused = run(lambda v: DeployBlock(outputs, **options, **dtypes).apply(fuse_variables(v), x), variables)
         np.testing.assert_allclose(fused, expected, rtol=1e-9, atol=1e-11)
         training, changed = run(lambda v: ours.apply(v, x, True, mutable=["batch_stats"]), variables)
@@ -106,10 +106,10 @@ def test_whole_nets_fuse_to_the_same_logits(option, dtype, tolerance):
         assert set(deploy_variables) == {"params"}
         assert set(deploy_variables["params"]["stage1_0"]) == {"rbr_reparam"}
         images = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(dtype)
-        expected, found = run(model.apply, variables, images), run(deploy_model.apply, deploy_variables, images)
-        assert found.dtype == dtype
+        expected, actual = run(model.apply, variables, images), run(deploy_model.apply, deploy_variables, images)
+        assert actual.dtype == dtype
         assert 0.02 < np.std(expected) < 50, "the test's own weights are badly scaled"
-        assert relative_difference(expected, found) <= tolerance
+        assert relative_difference(expected, actual) <= tolerance
 
 
 @pytest.mark.slow
@@ -119,11 +119,11 @@ def test_published_variants_fuse_with_every_option(option):
     variables = random_variables(model)
     deploy_model, deploy_variables = fuse(model, variables)
     images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
-    expected, found = jax.jit(model.apply)(variables, images), jax.jit(deploy_model.apply)(deploy_variables, images)
-    assert relative_difference(expected, found) <= 1e-5
+    expected, actual = jax.jit(model.apply)(variables, images), jax.jit(deploy_model.apply)(deploy_variables, images)
+    assert relative_difference(expected, actual) <= 1e-5
 
 
-def test_a_fresh_qarepvgg_has_an_identity_branch_of_weight_one():
+def test_a_new_qarepvgg_has_an_identity_branch_of_weight_one():
     model = small_model("qarepvgg")
     (variables,) = initial_variables(model)
     constants = {name: leaf for name, leaf in flatten(variables["batch_stats"]).items() if leaf.ndim == 0}
@@ -160,7 +160,7 @@ def test_missing_statistics_are_an_error_that_names_the_branch(option):
 
 
 @pytest.mark.parametrize("option", EACH)
-def test_predictors_and_native_files_take_every_option(option, tmp_path):
+def test_predictors_and_native_files_support_every_option(option, tmp_path):
     model = small_model(option)
     variables = random_variables(model)
     images = np.random.default_rng(0).normal(size=(3, 40, 40, 3)).astype(np.float32)
@@ -176,7 +176,7 @@ def test_predictors_and_native_files_take_every_option(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_layout_and_summary_count_the_tree(option):
+def test_layout_and_summary_match_the_tree(option):
     model = small_model(option)
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32))
     shapes = {name: leaf.shape for name, leaf in flatten(tree).items()}
@@ -188,7 +188,7 @@ def test_layout_and_summary_count_the_tree(option):
     assert (cost.params, cost.flops, cost.winograd_muls) == (plain.params, plain.flops, plain.winograd_muls)
 
 
-def test_pytorch_families_have_no_names_for_them(tmp_path):
+def test_pytorch_families_cannot_store_the_options(tmp_path):
     model = small_model("all")
     for option in OPTIONS:
         model = small_model(option)
@@ -200,14 +200,14 @@ def test_pytorch_families_have_no_names_for_them(tmp_path):
     assert_same_bits(deployed[1], rv.load_weights(tmp_path / "deploy.pth", deployed[0].variant)[1])
 
 
-def test_a_file_of_other_blocks_is_refused(tmp_path):
+def test_a_file_with_other_blocks_is_refused(tmp_path):
     plain = rv.create_model(VARIANT, 5)
     rv.save_weights(tmp_path / "w.safetensors", plain, random_variables(plain))
     with pytest.raises(rv.WeightsError, match="missing: params/stage0/rbr_1x1/kernel"):
         rv.load_weights(tmp_path / "w.safetensors", dataclasses.replace(VARIANT, block="qarepvgg"))
 
 
-def test_training_takes_the_options():
+def test_training_accepts_the_options():
     options = ["--block", "qarepvgg", "--dense-copies", "3", "--dbb-1x1-avg", "--no-point", "--activation", "silu"]
     config = parse(["--preset", "digits", *options, "--stem-stride", "1", "--dropout", "0.2"]).model
     assert config.branches == rv.Branches(dense_copies=3, dbb_1x1_avg=True, point=False)
@@ -215,7 +215,7 @@ def test_training_takes_the_options():
 
 
 @pytest.mark.slow
-def test_a_run_with_options_ends_in_files_that_know_them(tmp_path, runs):
+def test_a_run_with_options_writes_them_to_its_files(tmp_path, runs):
     done = runs.finish(
         tmp_path / "run", epochs=1, warmup_epochs=0, block="qarepvgg", dense_copies=2, dbb_1x1_3x3=True, dropout=0.1
     )

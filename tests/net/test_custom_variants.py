@@ -1,4 +1,4 @@
-"""Claim: an architecture of one's own needs its numbers only, and goes everywhere a published one goes."""
+"""Claim: a custom architecture needs only its numbers, and works everywhere that a published one does."""
 
 import dataclasses
 import warnings
@@ -38,7 +38,7 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def test_lists_of_numbers_are_as_good_as_tuples():
+def test_lists_of_numbers_work_like_tuples():
     numbers: Any = dict(num_blocks=[*BLOCKS], widths=[*WIDTHS])
     assert rv.Variant(**numbers) == VARIANT
     assert hash(rv.Variant(**numbers)) == hash(VARIANT)
@@ -61,12 +61,12 @@ def test_lists_of_numbers_are_as_good_as_tuples():
         (dict(branches=3), "branches must be a Branches, not 3"),
     ],
 )
-def test_numbers_that_make_no_network_are_named(fields, message):
+def test_numbers_that_do_not_describe_a_net_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         rv.Variant(**(dict(num_blocks=BLOCKS, widths=WIDTHS) | fields))
 
 
-def test_options_change_a_published_variant_and_its_figures_no_longer_hold():
+def test_options_change_a_published_variant_and_drop_its_published_figures():
     changes: dict[str, Any] = dict(strides=(1, 2, 2, 2, 2), activation="silu")
     plain, changed = rv.create_model("RepVGG-A0"), rv.create_model("RepVGG-A0", **changes)
     assert dataclasses.replace(plain.variant, **changes) == changed.variant
@@ -76,7 +76,7 @@ def test_options_change_a_published_variant_and_its_figures_no_longer_hold():
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_pytorchs_and_the_same_in_every_form(name):
+def test_activations_equal_pytorchs(name):
     x = np.linspace(-8, 8, 101, dtype=np.float32)
     theirs = TORCH_ACTIVATIONS[name]()(torch.from_numpy(x))
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), theirs, rtol=1e-5, atol=1e-6)
@@ -91,7 +91,7 @@ def test_activations_are_pytorchs_and_the_same_in_every_form(name):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((squash, None), (squash, "before_relu"))),
     ],
 )
-def test_forms_and_predictor_agree_with_another_activation(activation, place):
+def test_forms_and_predictor_agree_for_other_activations(activation, place):
     variant = dataclasses.replace(VARIANT, squeeze_excite=place, squeeze_excite_ratio=4)
     model = rv.create_model(variant, 5, activation=activation)
     variables, images = random_variables(model), noise(3, 40, 40, 3)
@@ -122,7 +122,7 @@ class TestDropout:
     model = rv.create_model(VARIANT, 24, dropout=0.5)
     images = noise(4, 32, 32, 3)
 
-    def test_it_drops_pooled_features_in_training_alone(self):
+    def test_it_drops_pooled_features_in_training_only(self):
         variables = random_variables(self.model)
         kept = rv.create_model(VARIANT, 24)
         evaluated = [run(model.apply, variables, self.images) for model in (self.model, kept)]
@@ -139,7 +139,7 @@ class TestDropout:
         assert 0.3 < gone[whole != 0].mean() < 0.7
         np.testing.assert_allclose(dropped[~gone], 2 * whole[~gone], rtol=1e-5)
 
-    def test_training_without_its_rng_is_an_error_that_names_it(self):
+    def test_training_without_the_dropout_rng_is_an_error_that_names_it(self):
         variables = random_variables(self.model)
         with pytest.raises(Exception, match="dropout"):
             self.model.apply(variables, self.images, train=True, mutable=["batch_stats"])
@@ -154,7 +154,7 @@ OPTIONS: dict[str, Any] = dict(strides=(1, 2, 2, 2, 2), output_stride=8, activat
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
-def test_native_files_describe_a_custom_variant_whole(deploy, tmp_path):
+def test_native_files_describe_a_custom_variant_completely(deploy, tmp_path):
     model = rv.create_model(VARIANT, 5, deploy, **OPTIONS)
     variables = random_variables(model)
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
@@ -163,7 +163,7 @@ def test_native_files_describe_a_custom_variant_whole(deploy, tmp_path):
     assert_same_bits(variables, loaded_variables)
 
 
-def test_a_changed_published_variant_still_answers_to_its_name(tmp_path):
+def test_a_modified_published_variant_still_loads_by_its_name(tmp_path):
     model = rv.create_model("RepVGG-A0", 2, deploy=True, activation="silu")
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     assert rv.load_weights(tmp_path / "w.safetensors", "RepVGG-A0")[0] == model
@@ -171,7 +171,7 @@ def test_a_changed_published_variant_still_answers_to_its_name(tmp_path):
         rv.load_weights(tmp_path / "w.safetensors", "RepVGG-A1")
 
 
-def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
+def test_an_activation_function_is_restored_from_the_variant(tmp_path):
     model = rv.create_model(VARIANT, 5, activation=squash)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     with pytest.raises(rv.WeightsError, match=r"activation is a function .* give load_weights its Variant"):
@@ -180,7 +180,7 @@ def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["authors", "timm", "mmpretrain"])
-def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
+def test_pytorch_files_need_the_variant_or_the_side_file_for_options(family, tmp_path):
     model = rv.create_model(VARIANT, 5, **OPTIONS)
     variables = random_variables(model)
     with pytest.warns(WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
@@ -230,7 +230,7 @@ def test_plain_variants_are_described_as_in_earlier_releases():
     assert not {"strides", "output_stride", "activation", "block", "branches"} & set(described)
 
 
-def test_bfloat16_takes_every_option():
+def test_bfloat16_supports_every_option():
     model = rv.create_model(
         VARIANT, 5, dtype=jnp.bfloat16, block="qarepvgg", branches=rv.Branches(2, True, True), **OPTIONS
     )
@@ -243,7 +243,7 @@ def test_bfloat16_takes_every_option():
     ("strides", "output_stride", "reductions"),
     [((1, 1, 2, 1, 2), 32, [1, 1, 2, 2, 4]), ((2, 1, 2, 2, 2), 8, [2, 2, 4, 8, 8])],
 )
-def test_every_stage_has_a_stride_of_its_own(strides, output_stride, reductions, tmp_path):
+def test_every_stage_has_its_own_stride(strides, output_stride, reductions, tmp_path):
     model = rv.create_model(VARIANT, 5, strides=strides, output_stride=output_stride)
     assert [info.stride for info in model.feature_info] == reductions
     variables, images = random_variables(model), noise(2, 32, 32, 3)

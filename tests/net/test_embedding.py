@@ -19,12 +19,12 @@ from tests.helpers.random_weights import random_variables
 
 
 def compiled(model, **options):
-    """`model.apply`, compiled as a whole, which takes less time than layer by layer."""
+    """Return `model.apply`, compiled as a whole, which is faster than layer by layer."""
     return jax.jit(functools.partial(model.apply, **options))
 
 
 def oracle_embedding(oracle: Any, x: np.ndarray) -> np.ndarray:
-    """What PyTorch's classifier reads."""
+    """Return the input of PyTorch's classifier."""
     seen = []
     handle = oracle.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def oracle_embedding(oracle: Any, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "grouped")) for name in SMALL])
-def test_both_forms_and_a_predictor_give_what_pytorchs_classifier_reads(name, tmp_path):
+def test_both_forms_and_a_predictor_give_the_input_of_pytorchs_classifier(name, tmp_path):
     oracle = make_oracle(name)
     model, variables = flax_model(name, "float32"), to_flax(oracle, name, tmp_path)
     x = images(5)
@@ -44,12 +44,12 @@ def test_both_forms_and_a_predictor_give_what_pytorchs_classifier_reads(name, tm
     for net, tree in ((model, variables), (fused_model, fused)):
         assert relative_difference(expected, compiled(net, method="embed")(tree, x)) <= 1e-5
     predict = rv.make_predictor(model, variables, 2, x.shape[1], output="embedding")
-    found = predict(x)
-    assert (found.dtype, predict.output) == (np.float32, "embedding")
-    assert relative_difference(expected, found) <= 1e-5
+    actual = predict(x)
+    assert (actual.dtype, predict.output) == (np.float32, "embedding")
+    assert relative_difference(expected, actual) <= 1e-5
     head = variables["params"]["linear"]
     logits = rv.make_predictor(model, variables, 2, x.shape[1])(x)
-    assert relative_difference(logits, found @ head["kernel"] + head["bias"]) <= 1e-5
+    assert relative_difference(logits, actual @ head["kernel"] + head["bias"]) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_quantised_net_gives_the_float_nets_embedding_up_to_its_noise(name, op
     embedding = np.asarray(compiled(net, method="embed")(net.variables, x))
     logits = compiled(model)(variables, x)
     noise = relative_difference(logits, net(x))
-    # Equalisation scales the channels that the classifier reads, and the classifier's kernel the other way round.
+    # Equalisation scales the channels that the classifier reads, and its kernel by the inverse.
     kernel = net.params["linear"]["kernel"] * net.params["linear"].get("kernel_scale", 1.0)
     assert relative_difference(logits, embedding @ kernel + variables["params"]["linear"]["bias"]) <= (2 * noise)
     natively = rv.make_predictor(quantized=net, batch_size=4, image_size=32, output="embedding")
@@ -78,7 +78,7 @@ def test_a_quantised_net_gives_the_float_nets_embedding_up_to_its_noise(name, op
         net.apply(net.variables, jnp.asarray(x), method=cast(Any, "features"))
 
 
-def test_uint8_images_and_half_precision():
+def test_uint8_images_and_half_precision_give_embeddings():
     model, variables = deploy_net()
     preprocessing = rv.Preprocessing(32, 1.0)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
@@ -90,12 +90,12 @@ def test_uint8_images_and_half_precision():
     assert relative_difference(expected, half) <= 0.05
 
 
-def test_an_output_that_no_predictor_has():
+def test_an_unknown_output_is_refused():
     with pytest.raises(ValueError, match="output must be one of logits, embedding, not 'features'"):
         rv.make_predictor(*deploy_net(), output=cast(Any, "features"))
 
 
-def test_embeddings_train():
+def test_embeddings_can_be_trained():
     """Gradients flow, and statistics follow the batch: metric learning needs no classifier."""
     model = rv.create_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8)), 3)
     x = jnp.asarray(images(4))

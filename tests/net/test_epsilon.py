@@ -1,4 +1,4 @@
-"""Claim: nets trained with another BatchNorm epsilon than 1e-5 compute, train, fuse and are saved with their own."""
+"""Claim: nets trained with a BatchNorm epsilon other than 1e-5 compute, train, fuse and are saved with theirs."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvg
 
 
 def with_small_variances(variables: dict[str, Any]) -> dict[str, Any]:
-    """Running variances at which 1e-5 instead of 1e-3 is a difference of several per cent in a single layer."""
+    """Return running variances so small that 1e-5 instead of 1e-3 changes a single layer by several per cent."""
 
     def smaller(path: Any, leaf: Any) -> Any:
         return leaf * 1e-2 if path[-1].key == "var" else leaf
@@ -47,7 +47,7 @@ def with_small_variances(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def oracle_of(name: str) -> torch_oracle.RepVGG:
-    """A net of small running variances and epsilon 1e-3, as PyTorch's trainers of YOLO make it."""
+    """Return a net with small running variances and epsilon 1e-3, as PyTorch's YOLO trainers produce it."""
     if name == "smallest":
         oracle = torch_oracle.randomize(
             torch_oracle.RepVGG((1, 1, 1, 1), (0.125, 0.0625, 0.03125, 0.03125), 1, 5, False)
@@ -64,7 +64,7 @@ def oracle_of(name: str) -> torch_oracle.RepVGG:
 
 @pytest.fixture(params=["plus", pytest.param("grouped", marks=pytest.mark.slow)])
 def in_float64(request, tmp_path) -> Iterator[tuple[torch_oracle.RepVGG, rv.RepVGG, dict[str, Any]]]:
-    """A PyTorch net of that epsilon, our model of its file, and our variables, all in float64."""
+    """A PyTorch net with that epsilon, our model of its file, and our variables, all in float64."""
     oracle = oracle_of(request.param)
     torch.save(oracle.state_dict(), tmp_path / "yolo.pth")
     model, variables = rv.load_weights(tmp_path / "yolo.pth", epsilon=EPSILON)
@@ -85,7 +85,7 @@ def test_both_forms_give_pytorchs_logits_and_another_epsilon_does_not(in_float64
     assert relative_difference(expected, run(usual.apply, variables, images)) > 1e-2
 
 
-def test_a_backbone_of_that_epsilon_is_fused_like_the_model_alone(in_float64):
+def test_a_backbone_with_that_epsilon_is_fused_like_the_model_alone(in_float64):
     _, model, variables = in_float64
     inside = {collection: {"backbone": tree} for collection, tree in variables.items()}
     fused = rv.fuse_variables(inside, ("backbone",), epsilon=EPSILON)
@@ -93,7 +93,7 @@ def test_a_backbone_of_that_epsilon_is_fused_like_the_model_alone(in_float64):
     jax.tree.map(np.testing.assert_array_equal, fused["params"]["backbone"], deploy_variables["params"])
 
 
-def test_a_training_step_gives_pytorchs_logits_and_moves_the_statistics_as_pytorch_does(in_float64):
+def test_a_training_step_gives_pytorchs_logits_and_statistics(in_float64):
     oracle, model, variables = in_float64
 
     def in_training(variables: Any, images: Any) -> Any:
@@ -109,7 +109,7 @@ def test_a_training_step_gives_pytorchs_logits_and_moves_the_statistics_as_pytor
 
 
 @pytest.mark.parametrize("block", [pytest.param("repvgg", marks=pytest.mark.slow), "qarepvgg"])
-def test_every_branch_of_a_block_takes_it(block):
+def test_every_branch_of_a_block_uses_the_epsilon(block):
     branches = rv.Branches(2, dbb_1x1_3x3=True, dbb_1x1_avg=True)
     with jax.enable_x64(True):
         dtypes = dict(dtype=jnp.float64, param_dtype=jnp.float64)
@@ -132,14 +132,14 @@ def test_every_branch_of_a_block_takes_it(block):
         assert relative_difference(kernel, rv.equivalent_kernel_bias(*tree)[0]) > 1e-2
 
 
-def test_native_files_keep_it_and_others_have_it_beside_them(tmp_path):
+def test_native_files_store_the_epsilon_and_others_have_a_side_file(tmp_path):
     model = rv.create_model(SMALLEST, 5, epsilon=EPSILON)
     variables = with_small_variances(random_variables(model))
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
     loaded, loaded_variables = rv.load_weights(tmp_path / "w.safetensors")
     assert loaded == model
     assert_same_bits(variables, loaded_variables)
-    # A Variant says what a file cannot; this one can.
+    # A Variant provides what a file cannot store; this file stores it.
     assert rv.load_weights(tmp_path / "w.safetensors", SMALLEST)[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.safetensors", epsilon=1e-4)[0].variant.epsilon == 1e-4
     with pytest.warns(WeightsWarning, match=r"cannot say epsilon 0\.001"):
@@ -151,21 +151,21 @@ def test_native_files_keep_it_and_others_have_it_beside_them(tmp_path):
     assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == 1e-5
     assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
     deployed = rv.to_deploy(model, variables)
-    rv.save_weights(tmp_path / "deploy.pth", *deployed)  # no warning: it is in the weights
+    rv.save_weights(tmp_path / "deploy.pth", *deployed)  # no warning: the weights already include it
     rv.save_weights(tmp_path / "deploy.safetensors", *deployed)
     assert rv.load_weights(tmp_path / "deploy.safetensors")[0] == deployed[0]
 
 
-def test_headers_of_the_usual_epsilon_are_what_they_were(tmp_path):
+def test_headers_with_the_default_epsilon_have_not_changed(tmp_path):
     model = rv.create_model(SMALLEST, 5)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     header = tmp_path.joinpath("w.safetensors").read_bytes()
-    assert b"epsilon" not in header  # so earlier releases read it, and what they wrote is read
+    assert b"epsilon" not in header  # so earlier releases can read it, and their files can be read
     assert rv.inspect_weights(tmp_path / "w.safetensors").variant.epsilon == 1e-5
 
 
 @pytest.mark.parametrize("value", [0, -1e-3, 1, "1e-3", None, True, [1e-3]])
-def test_a_header_with_a_senseless_one_is_damaged(value, tmp_path):
+def test_a_header_with_an_invalid_epsilon_is_damaged(value, tmp_path):
     model = rv.create_model(dataclasses.replace(SMALLEST, epsilon=EPSILON), 5)
     path = tmp_path / "w.safetensors"
     rv.save_weights(path, model, random_variables(model))
@@ -181,14 +181,14 @@ def test_a_header_with_a_senseless_one_is_damaged(value, tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, 1.0, -1, float("nan"), "1e-3", True])
-def test_a_senseless_one_is_refused(value, tmp_path):
+def test_an_invalid_epsilon_is_refused(value, tmp_path):
     with pytest.raises(ValueError, match="epsilon must be a number above 0 and below 1"):
         rv.create_model("RepVGG-A0", epsilon=value)
     with pytest.raises(ValueError, match="epsilon must be a number above 0 and below 1"):
         rv.load_weights(tmp_path / "none.pth", epsilon=value)
 
 
-def test_convert_takes_it(tmp_path):
+def test_convert_accepts_an_epsilon(tmp_path):
     oracle = oracle_of("smallest")
     torch.save(oracle.state_dict(), tmp_path / "yolo.pth")
     done = convert(tmp_path / "yolo.pth", tmp_path / "deploy.safetensors", "--epsilon", EPSILON)
@@ -207,7 +207,7 @@ def test_convert_takes_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_quantised_nets_are_made_with_it():
+def test_quantised_nets_use_the_epsilon():
     model = rv.create_model(dataclasses.replace(SMALLEST, num_blocks=(1, 1, 1, 1)), 5, epsilon=EPSILON)
     variables = with_small_variances(random_variables(model))
     x = calibration_images(16)
@@ -222,7 +222,7 @@ def test_quantised_nets_are_made_with_it():
         assert relative_difference(expected, quantized(x)) < 0.1
 
 
-def test_training_takes_it_and_goes_on_with_the_files(tmp_path):
+def test_training_takes_the_epsilon_from_the_option_or_the_initial_weights(tmp_path):
     from train.run import set_up
 
     net = write_variant(tmp_path, dataclasses.replace(SMALLEST, name="Small"))

@@ -1,4 +1,4 @@
-"""Claim: the training form is differentiable in forward mode too, where it is asked for, and the modes agree."""
+"""Claim: the training form is differentiable in forward mode too, on request, and the modes agree."""
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ def test_forward_mode_agrees_with_reverse_mode():
     leaves = zip(jax.tree.leaves(gradient), jax.tree.leaves(DIRECTION["params"]), strict=True)
     expected = sum(float((g * d).sum()) for g, d in leaves)
     with differentiable_in_every_mode():
-        _, found = run(lambda p, d: jax.jvp(loss, (p,), (d,)), VARIABLES["params"], DIRECTION["params"])
-    assert found == pytest.approx(expected, rel=1e-3)
+        _, actual = run(lambda p, d: jax.jvp(loss, (p,), (d,)), VARIABLES["params"], DIRECTION["params"])
+    assert actual == pytest.approx(expected, rel=1e-3)
     assert abs(expected) > 1e-3
 
 
 @pytest.mark.slow
-def test_jacobians_and_hessians():
-    """Of the stem's BN, whose Hessian is small enough to be held to what reverse mode alone gives."""
+def test_jacobians_and_hessians_agree_with_reverse_mode():
+    """With respect to the stem's BN, whose Hessian is small enough to compare with reverse mode alone."""
 
     def of_bias(bias):
         params = jax.tree_util.tree_map_with_path(
@@ -53,7 +53,7 @@ def test_jacobians_and_hessians():
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_one_convolution_by_itself_says_that_it_cannot(size):
+def test_a_single_convolution_refuses_forward_mode_by_default(size):
     x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((size, size, 2, 2))
     with pytest.raises(TypeError, match=r"can't apply forward-mode .* to a custom_vjp function"):
         jax.jvp(training_conv, (x, kernel), (x, kernel))
@@ -62,7 +62,7 @@ def test_one_convolution_by_itself_says_that_it_cannot(size):
     np.testing.assert_allclose(tangent, 2 * y)  # bilinear
 
 
-def test_evaluation_and_deploy_forms_need_nothing():
+def test_evaluation_and_deploy_forms_need_no_request():
     for model, variables in ((MODEL, VARIABLES), rv.to_deploy(MODEL, VARIABLES)):
         tangents = jax.tree.map(jnp.ones_like, variables["params"])
 

@@ -1,4 +1,4 @@
-"""Claim: a fused RepVGG gives the outputs of the training form, for every variant, to rounding."""
+"""Claim: a fused RepVGG gives the outputs of the training form, for every variant, up to rounding."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.helpers.random_weights import random_variables
 
 
 def block_case(seed, features, in_channels, size, **options):
-    """A training-form block with random variables, its deploy form, and an input."""
+    """Return a training-form block with random variables, its deploy form, and an input."""
     block, deploy = RepVGGBlock(features, **options), DeployBlock(features, **options)
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, *size, in_channels))
@@ -42,12 +42,12 @@ def test_every_variant_fuses_to_the_same_logits(name):
     variables = random_variables(model)
     deploy_model, deploy_variables = rv.to_deploy(model, variables)
     expected = np.asarray(jax.jit(model.apply)(variables, images.astype(np.float32)))
-    found = np.asarray(jax.jit(deploy_model.apply)(deploy_variables, images.astype(np.float32)))
+    actual = np.asarray(jax.jit(deploy_model.apply)(deploy_variables, images.astype(np.float32)))
     assert 0.05 < expected.std() < 20, "the test's own weights are badly scaled"
-    assert relative_difference(expected, found) <= 1e-5
-    # The authors' FAQ figure, sum of squared differences, for logits of unit scale.
+    assert relative_difference(expected, actual) <= 1e-5
+    # The figure in the authors' FAQ, the sum of squared differences, for logits of unit scale.
     unit = expected.std()
-    assert np.square((expected - found) / unit).sum() <= 1e-8
+    assert np.square((expected - actual) / unit).sum() <= 1e-8
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_every_variant_fuses_exactly_in_float64(name):
         variables = random_variables(model, dtype=np.float64)
         deploy_model, deploy_variables = rv.to_deploy(model, variables)
         expected = jax.jit(model.apply)(variables, images)
-        found = jax.jit(deploy_model.apply)(deploy_variables, images)
-        assert relative_difference(expected, found) <= 1e-12
+        actual = jax.jit(deploy_model.apply)(deploy_variables, images)
+        assert relative_difference(expected, actual) <= 1e-12
 
 
 @settings(max_examples=10, deadline=None)
@@ -71,7 +71,7 @@ def test_every_variant_fuses_exactly_in_float64(name):
     squeeze_excite=st.sampled_from([None, "before_relu", "after_relu"]),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
-def test_any_block_fuses_exactly(data, groups, stride, squeeze_excite, size):
+def test_every_block_fuses_exactly(data, groups, stride, squeeze_excite, size):
     in_channels = groups * data.draw(st.integers(1, 3))
     features = data.draw(st.one_of(st.just(in_channels), st.integers(1, 3).map(lambda n: groups * n)))
     with jax.enable_x64(True):
@@ -79,9 +79,9 @@ def test_any_block_fuses_exactly(data, groups, stride, squeeze_excite, size):
         options |= dict(dtype=jnp.float64, param_dtype=jnp.float64)
         block, deploy, variables, x = block_case(data.draw(st.integers(0, 99)), features, in_channels, size, **options)
         expected = np.asarray(jax.jit(block.apply)(variables, x))
-        found = np.asarray(jax.jit(deploy.apply)(fuse_variables(variables), x))
-        assert found.shape == (2, -(-size[0] // stride), -(-size[1] // stride), features)
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+        actual = np.asarray(jax.jit(deploy.apply)(fuse_variables(variables), x))
+        assert actual.shape == (2, -(-size[0] // stride), -(-size[1] // stride), features)
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_identity_kernel_returns_its_input_for_grouped_convolutions():
@@ -98,7 +98,7 @@ def test_identity_kernel_returns_its_input_for_grouped_convolutions():
         np.testing.assert_array_equal(y, x)
 
 
-def test_inputs_of_to_deploy_are_untouched():
+def test_to_deploy_does_not_modify_its_inputs():
     model = rv.create_model("RepVGG-A0", num_classes=4)
     variables = random_variables(model)
     before = jax.tree.map(np.copy, variables)
@@ -132,7 +132,7 @@ BACKBONE = rv.Variant((1, 2, 2, 1), (8, 8, 12, 16, 20))
 
 
 class Segmenter(nn.Module):
-    """A larger model with a RepVGG inside and BatchNorm of its own."""
+    """A larger model with a RepVGG inside and a BatchNorm of its own."""
 
     deploy: bool = False
 
@@ -153,11 +153,9 @@ def test_only_the_backbone_of_a_larger_model_is_fused():
     variables["params"]["head_bn"]["scale"] += 0.5
 
     fused = fuse_variables(variables, ("backbone",))
-    expected, found = (
-        jax.jit(Segmenter().apply)(variables, images),
-        jax.jit(Segmenter(deploy=True).apply)(fused, images),
-    )
-    assert relative_difference(expected, found) <= 1e-5
+    expected = jax.jit(Segmenter().apply)(variables, images)
+    actual = jax.jit(Segmenter(deploy=True).apply)(fused, images)
+    assert relative_difference(expected, actual) <= 1e-5
     assert set(fused["batch_stats"]) == {"head_bn"}
     assert fused["params"]["head"] is variables["params"]["head"]
 
@@ -171,7 +169,7 @@ def test_auxiliary_heads_are_dropped_from_the_deploy_form():
     assert set(fused) == {"params"}
 
 
-def test_fusing_what_cannot_be_fused_is_a_clear_error():
+def test_fusing_anything_else_is_a_clear_error():
     model = rv.create_model("RepVGG-A0", num_classes=2)
     variables = random_variables(model)
     deploy_model, fused = rv.to_deploy(model, variables)

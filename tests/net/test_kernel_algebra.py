@@ -1,4 +1,4 @@
-"""Claim: each step of the fusion algebra gives the convolution that equals the unfused computation, also PyTorch's."""
+"""Claim: each step of the fusion algebra gives a convolution that equals the unfused computation, also in PyTorch."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def float64():
 
 
 class Case:
-    """An image `[2, H, W, C_in]`, and what is drawn for the layers that read it."""
+    """An image `[2, H, W, C_in]`, and random parameters for the layers that read it."""
 
     def __init__(self, seed, groups, stride, dilation, size):
         self.rng = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ class Case:
         return params, {"mean": self.rng.normal(size=channels), "var": self.rng.uniform(0.3, 2, channels)}
 
     def ours(self, pair) -> np.ndarray:
-        """The fused convolution, on the image."""
+        """Return the fused convolution of the image."""
         kernel, bias = (np.asarray(part) for part in pair)
         return self.conv(self.image(), kernel, self.stride).numpy().transpose(0, 2, 3, 1) + bias
 
@@ -81,14 +81,14 @@ def torch_bn(x: torch.Tensor, params: dict, stats: dict) -> torch.Tensor:
 
 
 def padded_with(x: torch.Tensor, value: torch.Tensor, pad: int) -> torch.Tensor:
-    """Diverse Branch Block's padding between two layers: `value [C]` all around."""
+    """Apply Diverse Branch Block's padding between two layers: `value [C]` all around."""
     outside = value[:, None, None].expand(len(x), -1, x.shape[2] + 2 * pad, x.shape[3] + 2 * pad).clone()
     outside[:, :, pad : pad + x.shape[2], pad : pad + x.shape[3]] = x
     return outside
 
 
-def assert_equal(found: np.ndarray, expected: torch.Tensor) -> None:
-    np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-10, atol=1e-11)
+def assert_equal(actual: np.ndarray, expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(actual, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-10, atol=1e-11)
 
 
 @settings(max_examples=12, deadline=None)
@@ -131,7 +131,7 @@ def test_a_1x1_convolution_followed_by_a_3x3_one(**geometry):
     assert_equal(case.ours(fused), expected)
 
 
-def test_zero_padding_between_the_two_would_be_another_function():
+def test_zero_padding_between_the_two_would_be_a_different_function():
     case = Case(0, 1, 1, 1, (5, 5))
     point, wide = case.kernel(1, case.inputs, 4), case.kernel(3, 4, case.outputs)
     bias = case.noise(4)
@@ -165,7 +165,7 @@ def test_average_pooling_is_a_convolution(**geometry):
 
 @settings(max_examples=10, deadline=None)
 @given(**GEOMETRY)
-def test_what_a_convolution_makes_of_a_constant_image(**geometry):
+def test_a_convolution_of_a_constant_image(**geometry):
     case = Case(**geometry)
     kernel, value = case.kernel(3, case.inputs, case.outputs), case.noise(case.inputs)
     constant = torch.from_numpy(value)[None, :, None, None].expand(1, -1, 9, 9)

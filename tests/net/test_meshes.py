@@ -1,4 +1,4 @@
-"""Claim: both forms compute the same on every kind of mesh, and lower for accelerators that are not here."""
+"""Claim: both forms compute the same on every kind of mesh, and lower for accelerators that this machine lacks."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ IMAGES = np.random.default_rng(0).normal(size=(8, 20, 24, 3)).astype(np.float32)
 
 
 def everything(model: rv.RepVGG, variables: Any, images: Any) -> dict[str, Any]:
-    """Logits of both forms; the loss's gradient, and the running statistics afterwards."""
+    """Return the logits of both forms, the loss's gradient, and the running statistics afterwards."""
 
     def loss(params: Any) -> Any:
         logits, changed = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
@@ -39,18 +39,18 @@ def everything(model: rv.RepVGG, variables: Any, images: Any) -> dict[str, Any]:
 
 @functools.cache
 def reference(start: int = 0, stop: int = len(IMAGES)) -> dict[str, Any]:
-    """On one device, without a mesh."""
+    """Return `everything` on one device, without a mesh."""
     images = IMAGES[start:stop]
     return jax.tree.map(
         np.asarray, compiled(functools.partial(everything, MODEL), VARIABLES, images)(VARIABLES, images)
     )
 
 
-def check(expected: Any, found: Any) -> None:
-    expected, found = flatten(expected), flatten(found)
-    assert expected.keys() == found.keys()
+def check(expected: Any, actual: Any) -> None:
+    expected, actual = flatten(expected), flatten(actual)
+    assert expected.keys() == actual.keys()
     for name, values in expected.items():
-        assert relative_difference(values, found[name]) < 1e-3, name
+        assert relative_difference(values, actual[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize(
@@ -63,37 +63,37 @@ def check(expected: Any, found: Any) -> None:
     ],
     ids=str,
 )
-def test_jit_on_a_mesh_is_jit_without(kind, count):
+def test_jit_on_a_mesh_equals_jit_without(kind, count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
         images = jax.device_put(IMAGES, NamedSharding(mesh, P("data")))
         variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))
-        found = compiled(functools.partial(everything, MODEL), variables, images)(variables, images)
-        assert found["logits"]["deploy"].sharding.spec == P("data", None) or kind == AxisType.Auto
-    check(reference(), found)
+        actual = compiled(functools.partial(everything, MODEL), variables, images)(variables, images)
+        assert actual["logits"]["deploy"].sharding.spec == P("data", None) or kind == AxisType.Auto
+    check(reference(), actual)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
-def test_gradients_in_shard_map_that_checks_what_varies(count):
+def test_gradients_in_shard_map_with_varying_axes_checked(count):
     mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
-    # A parameter that all devices share gets the sum of their gradients; each keeps its own statistics.
+    # A parameter that all devices share gets the sum of their gradients; each device keeps its own statistics.
     specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
     def each(variables: Any, images: Any) -> dict[str, Any]:
-        found = everything(MODEL, variables, images)
-        return found | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], found["batch_stats"])}
+        actual = everything(MODEL, variables, images)
+        return actual | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], actual["batch_stats"])}
 
     shards = jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)
-    found = jax.tree.map(np.asarray, compiled(shards, VARIABLES, IMAGES)(VARIABLES, IMAGES))
+    actual = jax.tree.map(np.asarray, compiled(shards, VARIABLES, IMAGES)(VARIABLES, IMAGES))
     share = len(IMAGES) // count
     parts = [reference(start, start + share) for start in range(0, len(IMAGES), share)]
     gradients = jax.tree.map(lambda *leaves: sum(leaves), *(part["gradients"] for part in parts))
-    check(gradients, found["gradients"])
+    check(gradients, actual["gradients"])
     stats = jax.tree.map(lambda *leaves: np.stack(leaves), *(part["batch_stats"] for part in parts))
-    check(stats, found["batch_stats"])
+    check(stats, actual["batch_stats"])
     logits = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part["logits"] for part in parts))
-    check(logits, found["logits"])
+    check(logits, actual["logits"])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_every_branch_can_be_lowered(dtype, kind):
         specs = {"logits": P("data"), "gradients": P(), "batch_stats": P("data")}
 
         def each(variables: Any, images: Any) -> Any:
-            found = everything(model, variables, images)
-            return found | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], found["batch_stats"])}
+            results = everything(model, variables, images)
+            return results | {"batch_stats": jax.tree.map(lambda leaf: leaf[None], results["batch_stats"])}
 
         jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)).lower(variables, IMAGES)
         return
@@ -121,16 +121,16 @@ def test_every_branch_can_be_lowered(dtype, kind):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowering_for_accelerators(platform):
+def test_both_forms_lower_for_accelerators(platform):
     exported = jax.export.export(jax.jit(functools.partial(everything, MODEL)), platforms=(platform,))(
         VARIABLES, IMAGES
     )
     text = exported.mlir_module()
     assert "stablehlo.convolution" in text
-    assert "@repvgg_" not in text  # a call of native code
+    assert "@repvgg_" not in text  # no call of native code
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         images = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype, sharding=NamedSharding(mesh, P("data")))
-        variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))  # a plain Flax convolution asks for it, too
+        variables = jax.device_put(VARIABLES, NamedSharding(mesh, P()))  # a plain Flax convolution needs this, too
         function = jax.jit(functools.partial(everything, MODEL))
         assert jax.export.export(function, platforms=(platform,))(variables, images).nr_devices == 4

@@ -43,19 +43,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvg
 
 
 def to_oracle(model: rv.RepVGG, variables: dict[str, Any], oracle: torch_oracle.RepVGG, folder: Path) -> None:
-    """The way back: `load_state_dict` is strict."""
+    """Load the weights back into the oracle: `load_state_dict` is strict."""
     path = folder / "flax.pth"
     rv.save_weights(path, model, variables)
     oracle.load_state_dict(torch.load(path, weights_only=True))
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Normalised images `[N, H, W, C]`: values that float32 holds, as float64."""
+    """Return normalised images `[N, H, W, C]` as float64, with values that float32 can represent."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32).astype(np.float64)
 
 
 class Pair:
-    """The same net twice, in one dtype, and images for both; use it with 64 bits enabled for float64."""
+    """The same net in PyTorch and Flax, in one dtype, with images; for float64, use it with 64 bits enabled."""
 
     def __init__(self, name: str, folder: Path, dtype: str, images: np.ndarray, classes: int = 10):
         self.oracle = make_oracle(name, classes, images.shape[-1])
@@ -65,34 +65,34 @@ class Pair:
         self.images, self.dtype = images.astype(dtype), dtype
 
     def check(self, run: Callable = run) -> None:
-        """The whole claim."""
+        """Check both forms and training."""
         with torch.no_grad():
             self.check_evaluation(run)
             self.check_deploy(run)
             self.check_training(run)
 
     def check_evaluation(self, run: Callable = run) -> None:
-        """Training form on running statistics."""
+        """Compare the training form on running statistics."""
         expected = numpy_logits(self.oracle.eval()(nchw(self.images, self.dtype)))
-        found = numpy_logits(run(self.model.apply, self.variables, self.images))
-        assert found.keys() == {"main"}
-        assert found["main"].dtype == self.dtype
+        actual = numpy_logits(run(self.model.apply, self.variables, self.images))
+        assert actual.keys() == {"main"}
+        assert actual["main"].dtype == self.dtype
         assert 0.02 < np.abs(expected["main"]).mean() < 50, "the test's own weights are badly scaled"
-        assert relative_difference(expected["main"], found["main"]) <= TOLERANCE[self.dtype]
+        assert relative_difference(expected["main"], actual["main"]) <= TOLERANCE[self.dtype]
 
     def check_deploy(self, run: Callable = run) -> None:
-        """Both sides fuse by themselves."""
+        """Compare the deploy forms, each fused by its own library."""
         expected = torch_oracle.switch_to_deploy(self.oracle)(nchw(self.images, self.dtype))
         deploy_model, deploy_variables = fuse(self.model, self.variables)
-        found = run(deploy_model.apply, deploy_variables, self.images)
-        assert found.dtype == self.dtype
-        assert relative_difference(expected, found) <= TOLERANCE[self.dtype]
+        actual = run(deploy_model.apply, deploy_variables, self.images)
+        assert actual.dtype == self.dtype
+        assert relative_difference(expected, actual) <= TOLERANCE[self.dtype]
 
     def check_training(self, run: Callable = run) -> None:
-        """Logits on batch statistics, and the running statistics afterwards.
+        """Compare the logits on batch statistics, and the running statistics afterwards.
 
-        Float32 rounding grows through the depth when every layer divides by a batch's own deviation. Where it
-        moves PyTorch's logits further than the tolerance from those in float64, ours may be twice as far.
+        Float32 rounding grows with depth when every layer divides by a batch's own deviation. If it moves PyTorch's
+        logits away from the float64 ones by more than the tolerance, ours may differ by twice as much.
         """
         allowed = TOLERANCE[self.dtype]
         before = {key: value.clone() for key, value in self.oracle.state_dict().items()}
@@ -101,17 +101,17 @@ class Pair:
         if self.dtype == "float32":
             self.oracle.load_state_dict(before)
             exact = numpy_logits(self.oracle.double()(nchw(self.images, "float64")))
-            own = [relative_difference(exact[head], logits) for head, logits in expected.items()]
-            allowed = max(allowed, 2 * max(own))
+            pytorch_errors = [relative_difference(exact[head], logits) for head, logits in expected.items()]
+            allowed = max(allowed, 2 * max(pytorch_errors))
 
         def in_training(variables: Any, images: Any) -> Any:
             return self.model.apply(variables, images, train=True, mutable=["batch_stats"])
 
         outputs, changed = run(in_training, self.variables, self.images)
-        found = numpy_logits(outputs)
-        assert found.keys() == expected.keys()
+        actual = numpy_logits(outputs)
+        assert actual.keys() == expected.keys()
         for head, logits in expected.items():
-            assert relative_difference(logits, found[head]) <= allowed, head
+            assert relative_difference(logits, actual[head]) <= allowed, head
         assert set(flatten(changed)) == {name for name in statistics if name.startswith("batch_stats/")}
         assert largest_difference(statistics, changed, "batch_stats/") <= allowed
         assert largest_difference(flatten(self.variables), changed, "batch_stats/") > 0.01, "they have not moved"
@@ -125,23 +125,23 @@ class Pair:
         *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in SMALL if name != "plus"),
     ],
 )
-def test_small_nets_of_every_kind(name, dtype, tmp_path):
+def test_small_nets_of_every_kind_equal_pytorchs(name, dtype, tmp_path):
     with jax.enable_x64(dtype == "float64"):
         Pair(name, tmp_path, dtype, noise((4, 64, 64, 3))).check()
 
 
-def test_a_published_variant(tmp_path):
+def test_a_published_variant_equals_pytorchs(tmp_path):
     Pair("RepVGG-A0", tmp_path, "float32", noise((4, 64, 64, 3))).check()
 
 
-def test_a_published_variant_with_groups(tmp_path):
+def test_a_published_variant_with_groups_equals_pytorchs(tmp_path):
     Pair("RepVGG-B1g2", tmp_path, "float32", noise((2, 64, 64, 3))).check_evaluation()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", rv.list_models())
-def test_every_published_variant(name, dtype, tmp_path):
+def test_every_published_variant_equals_pytorchs(name, dtype, tmp_path):
     with jax.enable_x64(dtype == "float64"):
         compiled = lambda function, *arguments: jax.jit(function)(*arguments)  # noqa: E731
         Pair(name, tmp_path, dtype, noise((4, 96, 96, 3)), classes=1000).check(compiled)
@@ -156,12 +156,12 @@ def test_every_published_variant(name, dtype, tmp_path):
     ],
     ids=["grey, odd sizes, 1 class", "4 channels, 7 classes", "one pixel high"],
 )
-def test_any_size_channels_and_classes(name, shape, classes, tmp_path):
+def test_any_size_channels_and_classes_equal_pytorchs(name, shape, classes, tmp_path):
     with jax.enable_x64(True):
         Pair(name, tmp_path, "float64", noise(shape), classes).check()
 
 
-def test_weights_go_back_to_the_oracle(tmp_path):
+def test_weights_load_back_into_the_oracle(tmp_path):
     name, images = "grouped", noise((2, 64, 64, 3))
     model = flax_model(name, "float32")
     variables = random_variables(model)
@@ -172,7 +172,7 @@ def test_weights_go_back_to_the_oracle(tmp_path):
     assert relative_difference(expected, run(model.apply, variables, images.astype(np.float32))) <= 1e-5
 
 
-def test_every_name_in_the_authors_files_has_one_leaf():
+def test_every_key_in_the_authors_files_has_one_leaf():
     for name in ("RepVGG-A0", "RepVGG-D2se", "RepVGGplus-L2pse"):
         with torch.device("meta"):
             oracle = make_oracle(name, 1000, seed=None)
@@ -180,8 +180,8 @@ def test_every_name_in_the_authors_files_has_one_leaf():
         assert keys == list(oracle.state_dict())
 
 
-def test_running_variance_is_the_unbiased_one():
-    """As PyTorch's; the batch itself is normalised with the biased one."""
+def test_running_variance_is_unbiased():
+    """Like PyTorch's; the batch itself is normalised with the biased variance."""
     x = np.array([0.0, 2.0], np.float32).reshape(2, 1, 1, 1)  # biased variance 1, unbiased 2
     variables = BatchNorm().init(jax.random.key(0), x)
     y, changed = BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])
@@ -211,7 +211,7 @@ def test_bfloat16_keeps_float32_where_it_counts():
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_memory_not_numbers():
+def test_rematerialisation_changes_memory_not_results():
     variant = rv.Variant((1, 2, 1, 1), (4, 4, 4, 4, 4), 2)
     images = noise((2, 48, 48, 3))
     with jax.enable_x64(True):
@@ -233,9 +233,9 @@ def test_rematerialisation_changes_memory_not_numbers():
         remat = plain.clone(remat=True)
         assert checkpoints(plain) == 0
         assert checkpoints(remat) == len(variant.blocks())
-        expected, found = (run(gradient_of(model), variables["params"]) for model in (plain, remat))
-        assert jax.tree.structure(expected) == jax.tree.structure(found)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11), expected, found)
+        expected, actual = (run(gradient_of(model), variables["params"]) for model in (plain, remat))
+        assert jax.tree.structure(expected) == jax.tree.structure(actual)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11), expected, actual)
 
 
 @pytest.mark.parametrize("deploy", [False, True])
@@ -278,8 +278,8 @@ def test_only_repvggplus_in_training_returns_a_dict():
     assert outputs("SE before ReLU", train=True) == (2, 9)
 
 
-def test_initialisation_is_pytorchs():
-    """Every leaf is drawn from PyTorch's range, uniformly, or has PyTorch's constant; no two draws are the same."""
+def test_initialisation_matches_pytorchs():
+    """Every leaf is drawn uniformly from PyTorch's range, or has PyTorch's constant; no two draws are the same."""
     oracle, model = make_oracle("plus", seed=None), flax_model("plus", "float32")
     torchs = leaves_of(oracle, model.variant)
     ours, other = map(flatten, initial_variables(model, seeds=(0, 1)))
@@ -301,12 +301,12 @@ def test_initialisation_is_pytorchs():
 
 
 def bound_of(leaf: str, leaves: dict[str, Any]) -> float:
-    """1 / sqrt(fan in) of the layer's kernel: that of torch.nn.Conv2d and torch.nn.Linear, for kernel and bias."""
+    """Return 1 / sqrt(fan in) of the layer's kernel: the bound of torch.nn.Conv2d and torch.nn.Linear."""
     kernel = leaves[leaf.rpartition("/")[0] + "/kernel"]
     return float(np.prod(kernel.shape[:-1])) ** -0.5
 
 
-def test_the_deploy_form_initialises_as_a_grouped_pytorch_convolution():
+def test_the_deploy_form_initialises_like_a_grouped_pytorch_convolution():
     (variables,) = map(flatten, initial_variables(flax_model("grouped", "float32", deploy=True)))
     assert {leaf.split("/")[0] for leaf in variables} == {"params"}
     for leaf, values in variables.items():
@@ -314,7 +314,7 @@ def test_the_deploy_form_initialises_as_a_grouped_pytorch_convolution():
         assert 0.5 * bound < np.abs(values).max() <= bound, leaf
 
 
-def test_an_unknown_name_suggests_near_ones():
+def test_an_unknown_name_suggests_similar_ones():
     with pytest.raises(rv.UnknownModelError, match=r"unknown model 'RepVGG-B1g3'; did you mean .*RepVGG-B1g"):
         rv.create_model("RepVGG-B1g3")
     with pytest.raises(rv.UnknownModelError, match="did you mean RepVGGplus-L2pse"):
@@ -339,7 +339,7 @@ def test_importing_the_library_imports_neither_torch_nor_tensorflow():
     assert done.stdout.strip() == "[]"
 
 
-def test_nothing_that_the_models_use_is_deprecated():
+def test_the_models_use_nothing_deprecated():
     model = flax_model("plus", "float32", remat=True)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Claim: statistics are PyTorch's, though data is read once and pointwise branches not at all."""
+"""Claim: statistics equal PyTorch's, though data is read once and pointwise branches are not read at all."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ def noise(shape: tuple[int, ...], mean: float = 0, std: float = 1, seed: int = 0
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (1000, 0.01), (-1000, 0.5), (0, 1e-4), (30, 1e-3)])
-def test_batch_norm_is_pytorchs(mean: float, std: float):
+def test_batch_norm_equals_pytorchs(mean: float, std: float):
     x, weights = noise((8, 5, 7, 3), mean, std), noise((8, 5, 7, 3), seed=1)
     theirs = torch.nn.BatchNorm2d(3).double()
     inputs = torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float64, requires_grad=True)
@@ -41,7 +41,7 @@ def test_batch_norm_is_pytorchs(mean: float, std: float):
 
     gradient, (y, changed) = jax.jit(jax.grad(loss, has_aux=True))(x)
     statistics = flatten(changed)
-    resolution = 2e-6 + 1e-7 * abs(mean) / std  # of the numbers that come in, relative to how they vary
+    resolution = 2e-6 + 1e-7 * abs(mean) / std  # of the inputs, relative to their spread
     for ours, other in (
         (y, expected.detach().numpy().transpose(0, 2, 3, 1)),
         (gradient, inputs.grad.numpy().transpose(0, 2, 3, 1)),
@@ -55,8 +55,8 @@ def test_batch_norm_is_pytorchs(mean: float, std: float):
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (1000, 0.01)])
-def test_a_running_mean_some_deviations_off_is_near_enough(mean: float, std: float):
-    """As on TPUs, where statistics are taken while the convolution runs."""
+def test_a_running_mean_off_by_ten_deviations_is_close_enough(mean: float, std: float):
+    """As on TPUs, where statistics are computed while the convolution runs."""
     x = noise((8, 9, 9, 3), mean, std)
     moments = jax.jit(moments_about)(x, jnp.full(3, mean + 10 * std, jnp.float32))
     np.testing.assert_allclose(moments.var, x.astype(np.float64).var((0, 1, 2)), rtol=1e-3)
@@ -77,7 +77,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_pointwise_branches_as_one_convolution_change_nothing(name: str):
-    """Computed in float32 with moments in float64, against float64 throughout."""
+    """Computed in float32 with moments in float64, compared with float64 throughout."""
     x = np.abs(noise((4, 9, 7, 12)))
 
     def results(block: RepVGGBlock, dtype: Any) -> dict[str, np.ndarray]:
@@ -98,13 +98,13 @@ def test_pointwise_branches_as_one_convolution_change_nothing(name: str):
     with jax.enable_x64(True):
         exact, merged = results(BLOCKS[name], jnp.float64), results(BLOCKS[name], jnp.float32)
     assert exact.keys() == merged.keys()
-    largest = max(np.abs(value).max() for value in exact.values())  # some gradients are zero but for rounding
+    largest = max(np.abs(value).max() for value in exact.values())  # some gradients are zero up to rounding
     for leaf, value in exact.items():
         np.testing.assert_allclose(merged[leaf], value, atol=1e-6 * (np.abs(value).max() + largest), err_msg=leaf)
 
 
 def test_a_channel_that_hardly_varies_is_not_amplified_into_noise():
-    """Its scale is large; what bfloat16 rounds off of it must not be scaled with it."""
+    """Its scale is large, and must not amplify what bfloat16 rounds off."""
     block = RepVGGBlock(4, dtype=jnp.bfloat16)
     x = np.full((8, 8, 8, 4), 3.0, np.float32)
     x[..., 1] += 2.0**-4 * (np.arange(8) % 2)  # four steps of bfloat16
@@ -118,7 +118,7 @@ def test_a_channel_that_hardly_varies_is_not_amplified_into_noise():
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.3)
 
 
-def test_forward_mode_in_bfloat16():
+def test_forward_mode_works_in_bfloat16():
     block = RepVGGBlock(12, dtype=jnp.bfloat16)
     x = jnp.asarray(noise((4, 9, 7, 12)), jnp.bfloat16)
     variables = random_block(0, BLOCKS["plain"], np.asarray(x, np.float32))

@@ -1,4 +1,4 @@
-"""Claim: parameters, FLOPs and Winograd multiplications are those of the published tables, and of the nets themselves.
+"""Claim: parameters, FLOPs and Winograd multiplications match the published tables and the nets themselves.
 
 How the tables count is in docs/counting.md.
 """
@@ -33,7 +33,7 @@ PAPER = {
     "RepVGG-B3g4": (75.62, 16.1, 8.4),
     "RepVGG-B3": (110.96, 26.2, 12.9),
 }
-# MMPretrain's model zoo counts once more, and rounds: millions of parameters of the training and the deploy form.
+# MMPretrain's model zoo is a second count, rounded: millions of parameters of the training and the deploy form.
 MMPRETRAIN = {
     "RepVGG-A0": (9.11, 8.31),
     "RepVGG-A1": (14.09, 12.79),
@@ -53,14 +53,14 @@ SOME = [name if name in CHECKED else pytest.param(name, marks=pytest.mark.slow) 
 
 
 @pytest.mark.parametrize("name", list(PAPER))
-def test_the_papers_tables(name):
+def test_costs_match_the_papers_tables(name):
     cost, (params, flops, winograd_muls) = summarize(VARIANTS[name]), PAPER[name]
-    assert truncated(cost.params / 1e6, 2) == params, "the paper cuts its parameter counts"
+    assert truncated(cost.params / 1e6, 2) == params, "the paper truncates its parameter counts"
     assert round(cost.flops / 1e9, 1) == flops
     assert round(cost.winograd_muls / 1e9, 1) == winograd_muls
 
 
-def test_the_library_carries_the_papers_figures():
+def test_the_library_records_the_papers_figures():
     for name, variant in VARIANTS.items():
         printed = variant.published
         figures = (printed.params_millions, printed.flops_billions, printed.winograd_muls_billions)
@@ -68,13 +68,13 @@ def test_the_library_carries_the_papers_figures():
 
 
 @pytest.mark.parametrize("name", list(MMPRETRAIN))
-def test_mmpretrains_model_zoo(name):
+def test_parameters_match_mmpretrains_model_zoo(name):
     cost = summarize(VARIANTS[name])
     assert (round(cost.train_params / 1e6, 2), round(cost.params / 1e6, 2)) == MMPRETRAIN[name]
 
 
-def test_vgg_16_by_the_same_rules_gives_the_papers_vgg_16():
-    """So the rules are the paper's own and not fitted to RepVGG: 138.35 M, 15.5 B, 6.9 B."""
+def test_the_same_rules_give_the_papers_figures_for_vgg_16():
+    """Shows that the rules are the paper's and not fitted to RepVGG: 138.35 M, 15.5 B, 6.9 B."""
     widths, sizes = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512), (224, 112, 56, 28, 14)
     per_stage = (2, 2, 3, 3, 3)
     pixels = [size * size for size, count in zip(sizes, per_stage, strict=True) for _ in range(count)]
@@ -90,7 +90,7 @@ def test_vgg_16_by_the_same_rules_gives_the_papers_vgg_16():
 
 
 @pytest.mark.parametrize("name", rv.list_models())
-def test_parameters_are_those_of_the_parameter_tree(name):
+def test_parameters_match_the_parameter_tree(name):
     variant = VARIANTS[name]
     for classes, channels in ((1000, 3), (7, 1)):
         cost = summarize(variant, num_classes=classes, in_channels=channels)
@@ -100,13 +100,13 @@ def test_parameters_are_those_of_the_parameter_tree(name):
 
 
 def abstract(name: str, deploy: bool, size: int) -> tuple[rv.RepVGG, Any, jax.ShapeDtypeStruct]:
-    """A model, its variables and an image, as shapes alone."""
+    """Return a model, its variables and an image, as shapes only."""
     model, image = rv.create_model(name, deploy=deploy), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return model, jax.eval_shape(model.init, jax.random.key(0), image), image
 
 
 def multiply_adds(model: rv.RepVGG, variables: Any, image: Any) -> int:
-    """Multiply-adds of every convolution and matrix product that the model calls, from its jaxpr."""
+    """Return the multiply-adds of every convolution and matrix product that the model runs, from its jaxpr."""
     total = 0
     for equation in equations(jax.make_jaxpr(model.apply)(variables, image)):
         shapes = [variable.aval.shape for variable in equation.invars]
@@ -118,7 +118,7 @@ def multiply_adds(model: rv.RepVGG, variables: Any, image: Any) -> int:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_flops_and_parameters_are_those_that_the_model_has(name):
+def test_flops_and_parameters_match_the_model(name):
     for deploy in (True, False):
         model, variables, image = abstract(name, deploy, 97)  # an odd size, to count rounding up as the model does
         cost = summarize(model.variant, image_size=97)
@@ -129,8 +129,8 @@ def test_flops_and_parameters_are_those_that_the_model_has(name):
 
 @pytest.mark.parametrize("name", SOME)
 def test_xla_counts_the_same_without_the_padding(name):
-    """XLA leaves out products with the padding's zeros (but for layers that run as matrix products), and adds the
-    cheap operations: together less than two percent."""
+    """XLA skips products with the padding's zeros (except in layers that run as matrix products) and counts the cheap
+    operations too: together less than two per cent."""
     model, variables, image = abstract(name, True, 224)
     analysis: Any = jax.jit(model.apply).lower(variables, image).cost_analysis()
     inside = without_padding(model.variant, 224)
@@ -139,7 +139,7 @@ def test_xla_counts_the_same_without_the_padding(name):
 
 
 def without_padding(variant: Variant, size: int) -> int:
-    """Multiply-adds of the 3x3 convolutions with real pixels only, and of the classifier."""
+    """Return the multiply-adds of the 3x3 convolutions with real pixels only, and of the classifier."""
     total = 1000 * variant.widths[-1]
     for block in variant.blocks():
         inputs, size = size, math.ceil(size / block.stride)
@@ -161,7 +161,7 @@ def test_activation_memory_is_the_largest_input_and_output_of_a_block(name):
     assert summarize(model.variant).peak_activation_bytes == 4 * max(sizes)
 
 
-def test_the_table_shows_ours_beside_the_published():
+def test_the_table_shows_ours_next_to_the_published():
     table = summary_table()
     lines = {line.split()[0]: line for line in table.splitlines() if line.startswith("RepVGG")}
     assert list(lines) == rv.list_models()
@@ -183,7 +183,7 @@ def test_sizes_must_be_positive(name, value):
             summary_table(**{name: value})
 
 
-def test_a_weight_file_says_its_input_and_its_classes(tmp_path):
+def test_a_weight_files_summary_states_its_input_and_classes(tmp_path):
     variant = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), image_size=32)
     model = rv.create_model(variant, 3)
     rv.save_weights(tmp_path / "a.safetensors", model, random_variables(model), class_names=("lamp", "été", "a, b"))
@@ -197,7 +197,7 @@ def test_a_weight_file_says_its_input_and_its_classes(tmp_path):
     assert "one 32x32 image, 3 classes" in done.stdout
 
 
-def test_many_classes_other_sizes_and_variants_beside_a_file(tmp_path):
+def test_many_classes_other_sizes_and_a_variant_next_to_a_file(tmp_path):
     variant = Variant((1, 1, 1, 1), (4, 4, 4, 8, 8))
     model = rv.create_model(variant, 25, deploy=True)
     path = tmp_path / "grey.safetensors"

@@ -1,4 +1,4 @@
-"""Claim: what follows what in a deploy net is written once, and whoever goes through one is led by that."""
+"""Claim: the order of operations in a deploy net is defined once, and all code that goes through a net follows it."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ PLAIN = rv.Variant((1, 1, 1, 1), (8, 8, 8, 8, 8))
 
 
 class Words:
-    """Operations that write down their names."""
+    """Operations that record their names."""
 
     def conv(self, block: BlockSpec, x: str, *, activate: bool) -> str:
         return f"{x} {block.name}" + "+activation" * activate
@@ -49,7 +49,7 @@ def test_a_net_is_its_blocks_in_order_then_pool_and_classifier():
     assert walk(PLAIN, Words(), "x") == f"x {body} pool linear"
 
 
-def test_no_other_file_knows_where_a_gate_sits():
+def test_no_other_file_decides_where_a_gate_goes():
     package = Path(rv.__file__).parent
     knowing = {file.name for file in package.rglob("*.py") if '"before_relu"' in file.read_text(encoding="utf-8")}
     assert knowing == {"variants.py", "walk.py"}

@@ -1,4 +1,4 @@
-"""Claim: `python -m convert --int8` makes a quantised file that every other command takes, or says why not."""
+"""Claim: `python -m convert --int8` writes a quantised file that every other command accepts, or says why not."""
 
 import json
 
@@ -43,7 +43,7 @@ def convert(folder, output: str, *options: object):
     return command("convert.__main__", folder / "float.safetensors", folder / output, "--int8", *options)
 
 
-def test_a_quantised_file_is_written_evaluated_and_asked(folder):
+def test_a_quantised_file_is_written_evaluated_and_used_to_predict(folder):
     done = convert(folder, "int8.safetensors", "--calibration", folder / "data", "--method", "corrected", "--report")
     assert done.returncode == 0, done.stderr
     assert "INT8 (corrected) from 16 calibration images; logits " in done.stdout
@@ -56,7 +56,7 @@ def test_a_quantised_file_is_written_evaluated_and_asked(folder):
     pixels = calibration_images(folder / "data" / "val", PREPROCESSING)
     assert json.loads(done.stdout.splitlines()[-1])["images"] == len(pixels) == 6
     predictions = np.asarray(net(normalize(pixels, PREPROCESSING))).argmax(-1)
-    order = np.random.default_rng(0).permutation(6)  # in which they were read
+    order = np.random.default_rng(0).permutation(6)  # the order in which they were read
     assert json.loads(done.stdout.splitlines()[-1])["top1"] == pytest.approx((predictions == order // 3).mean())
 
     done = command("repvgg_jax.__main__", "predict", folder / "int8.safetensors", folder / "data/val/a/0.png")
@@ -68,7 +68,7 @@ def test_an_onnx_file_has_quantised_layers(folder):
     done = convert(folder, "int8.onnx", "--calibration", folder / "data", "--method", "naive", "--float-first")
     assert done.returncode == 0, done.stderr
     operators = [node.op_type for node in onnx.load(folder / "int8.onnx").graph.node]
-    # Inputs of four of five blocks, the pool and the classifier.
+    # The inputs of four of the five blocks, of the pool and of the classifier.
     assert operators.count("QuantizeLinear") == 6
 
 
@@ -93,7 +93,7 @@ def partly_unreadable(folder):
     return train
 
 
-def test_calibration_images_that_cannot_be_read_are_named_counted_and_left_out(folder, partly_unreadable):
+def test_unreadable_calibration_images_are_named_counted_and_skipped(folder, partly_unreadable):
     with pytest.warns(DataWarning) as caught:
         images = calibration_images(folder / "data", PREPROCESSING, 100)
     assert len(images) == 15
@@ -106,12 +106,12 @@ def test_calibration_images_that_cannot_be_read_are_named_counted_and_left_out(f
 
 @pytest.mark.usefixtures("partly_unreadable")
 @pytest.mark.filterwarnings("ignore::repvgg_jax.errors.DataWarning")
-def test_calibration_takes_other_images_in_the_place_of_unreadable_ones(folder):
+def test_unreadable_calibration_images_are_replaced_by_others(folder):
     images = calibration_images(folder / "data", PREPROCESSING, 10)
     assert images.shape == (10, 32, 32, 3)
 
 
-def test_the_command_calibrates_with_the_images_that_can_be_read(folder, partly_unreadable):
+def test_the_command_calibrates_with_the_readable_images(folder, partly_unreadable):
     done = convert(folder, "int8.safetensors", "--calibration", folder / "data", "--method", "naive")
     assert done.returncode == 0, done.stderr
     assert "from 15 calibration images" in done.stdout
@@ -125,11 +125,11 @@ def test_one_readable_image_is_too_few_and_the_unreadable_one_is_named(folder, p
     Image.new("RGB", (32, 32)).save(partly_unreadable / "a" / "only.png")
     done = convert(folder, "none.safetensors", "--calibration", folder / "data", "--method", "naive")
     assert done.returncode == 2
-    assert "x.jpg: cannot be read" in done.stderr  # why there are too few
+    assert "x.jpg: cannot be read" in done.stderr  # the reason why there are too few
     assert "one image is too few to calibrate with" in done.stderr.splitlines()[-1]
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
+def test_a_mistake_is_one_line_and_leaves_no_files(folder):
     source, data = folder / "float.safetensors", folder / "data"
     assert convert(folder, "int8.safetensors", "--calibration", data, "--method", "naive").returncode == 0
     (folder / "one").mkdir()
@@ -157,6 +157,6 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder):
     ):
         assert words in error_of(command("convert.__main__", *arguments))
     assert "which has no training form" in error_of(command("train.evaluate", data, "train", int8))
-    said = error_of(command("train.main", "--preset", "digits", "--quantization", "qat"))
-    assert "give its training form with --init" in said
+    error = error_of(command("train.main", "--preset", "digits", "--quantization", "qat"))
+    assert "give its training form with --init" in error
     assert sorted(folder.iterdir()) == before

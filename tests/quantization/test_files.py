@@ -1,4 +1,4 @@
-"""Claim: a quantised file is a quarter of the float one, comes back as it was, and is never taken for another."""
+"""Claim: a quantised file is a quarter of the float one's size, loads unchanged, and is never taken for one."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 
 @pytest.fixture
 def files(tmp_path):
-    """A float and a quantised file of the same net, and that net."""
+    """A float file and a quantised file of the same net, and the quantised net."""
     model, variables = deploy_net()
     net = rv.quantize(model, variables, images(), "naive", class_names=tuple("abcdefghij"))
     rv.save_weights(tmp_path / "float.safetensors", model, variables)
@@ -22,7 +22,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_net_comes_back_as_it_was(name, tmp_path):
+def test_a_net_loads_unchanged(name, tmp_path):
     net = rv.quantize(*deploy_net(name), images(), "per-channel", float_first=True, float_last=name == "grouped")
     rv.save_quantized(tmp_path / "int8.safetensors", net)
     again = rv.load_quantized(tmp_path / "int8.safetensors")
@@ -34,7 +34,7 @@ def test_a_net_comes_back_as_it_was(name, tmp_path):
     ]
 
 
-def test_a_quantised_file_is_a_quarter_of_the_float_one(tmp_path):
+def test_a_quantised_file_is_a_quarter_of_the_float_files_size(tmp_path):
     model = rv.create_model("RepVGG-A0", 1000, deploy=True)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
@@ -45,14 +45,14 @@ def test_a_quantised_file_is_a_quarter_of_the_float_one(tmp_path):
     assert sizes[0] / sizes[1] < 0.255
 
 
-def test_a_file_says_what_it_is(files):
+def test_a_file_describes_itself(files):
     info = rv.inspect_weights(files[1])
     assert (info.quantized, info.deploy, info.dtype, info.num_classes) == (True, True, "int8", 10)
     assert info.num_parameters == rv.inspect_weights(files[0]).num_parameters
     assert not rv.inspect_weights(files[0]).quantized
 
 
-def test_neither_is_taken_for_the_other(files):
+def test_neither_kind_of_file_is_taken_for_the_other(files):
     floats, integers, _ = files
     with pytest.raises(rv.WeightsError, match=r"holds a quantised net \(INT8\), and float weights are needed here"):
         rv.load_weights(integers)
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_refused(change, words, files, tmp_path):
 
 
 def _metadata(path) -> dict[str, str]:
-    """A file's own, without checksums: what is left to find is what is wrong with the numbers themselves."""
+    """Return a file's metadata without checksums, so that only a check of the values can find the damage."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         native = json.loads(json.loads(file.read(length))["__metadata__"]["repvgg_jax"])
@@ -96,7 +96,7 @@ def test_other_suffixes_are_refused(files, tmp_path):
         rv.save_quantized(tmp_path / "int8.pth", files[2])
 
 
-def test_a_predictor_takes_a_quantised_net(files):
+def test_a_predictor_accepts_a_quantised_net(files):
     _, path, net = files
     predict = rv.make_predictor(quantized=rv.load_quantized(path), batch_size=4)
     x = images(6, seed=1)

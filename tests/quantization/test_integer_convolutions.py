@@ -1,4 +1,4 @@
-"""Claim: a CPU's integer convolutions give the integers of the reference, so that speed costs nothing."""
+"""Claim: the CPU's integer convolutions give the same integers as the reference, so speed costs no accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not native.int8_available(), reason="needs a C++
     inner=st.integers(1, 40),
     outer=st.integers(1, 70),
 )
-def test_any_layer_gives_the_references_integers(signed, images, height, width, stride, groups, inner, outer):
+def test_every_shape_gives_the_references_integers(signed, images, height, width, stride, groups, inner, outer):
     if groups > 1:
         inner *= 4
     rng = np.random.default_rng(height + 40 * width)
@@ -47,13 +47,15 @@ def test_any_layer_gives_the_references_integers(signed, images, height, width, 
     }
     factor = jnp.asarray(layer["kernel_scale"])
     packed = pack_layer(spec, layer, 1)
-    reference, found = InXla(integer=True), NativeIntegers()
-    np.testing.assert_array_equal(reference.totals(spec, x, layer), found.totals(spec, x, packed))
-    np.testing.assert_array_equal(reference.rounded(spec, x, layer, factor), found.rounded(spec, x, packed, factor))
+    reference, native_layers = InXla(integer=True), NativeIntegers()
+    np.testing.assert_array_equal(reference.totals(spec, x, layer), native_layers.totals(spec, x, packed))
+    np.testing.assert_array_equal(
+        reference.rounded(spec, x, layer, factor), native_layers.rounded(spec, x, packed, factor)
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_layer_of_a_net_reads_the_same_integers(name):
+def test_every_layer_of_a_net_reads_the_references_integers(name):
     model, variables = deploy_net(name)
     net = rv.quantize(model, variables, images(), "per-channel")
     params = pack_layers(net.variant, net.params, net.in_channels)
@@ -62,12 +64,12 @@ def test_every_layer_of_a_net_reads_the_same_integers(name):
     x = images(4, seed=1)
     run = jax.jit(forward, static_argnums=0, static_argnames=("integer", "arithmetic"))
     expected = run(net.variant, net.params, x, integer=True)
-    found = run(net.variant, params, x, integer=False, arithmetic=NativeIntegers())
+    actual = run(net.variant, params, x, integer=False, arithmetic=NativeIntegers())
     for layer in expected:
-        np.testing.assert_array_equal(expected[layer], found[layer], err_msg=layer)
+        np.testing.assert_array_equal(expected[layer], actual[layer], err_msg=layer)
 
 
-def test_layers_in_float_and_groups_of_odd_channels_are_left_to_xla():
+def test_float_layers_and_groups_of_odd_channels_are_left_to_xla():
     model, variables = deploy_net("plain")
     net = rv.quantize(model, variables, images(), "per-channel", float_first=True)
     params = pack_layers(net.variant, net.params, net.in_channels)
@@ -80,7 +82,7 @@ def test_layers_in_float_and_groups_of_odd_channels_are_left_to_xla():
     np.testing.assert_array_equal(predict(images(2)), net(images(2)))
 
 
-def test_the_predictor_says_whether_it_computes_in_integers(monkeypatch):
+def test_the_predictor_states_whether_it_computes_in_integers(monkeypatch):
     model, variables = deploy_net()
     net = rv.quantize(model, variables, images(), "per-channel")
     fast = rv.make_predictor(quantized=net, batch_size=4, image_size=32)

@@ -1,4 +1,4 @@
-"""Claim: post-training quantisation gives a net in integers that says what the float one says, or refuses."""
+"""Claim: post-training quantisation gives an integer net whose outputs are close to the float net's, or refuses."""
 
 import dataclasses
 
@@ -20,12 +20,12 @@ from tests.helpers.random_weights import random_variables
 
 
 def sqnr(net: rv.QuantizedNet, model: rv.RepVGG, variables, x: np.ndarray) -> float:
-    """Of the logits, dB."""
+    """Return the logits' signal-to-quantisation-noise ratio in dB."""
     return -20 * np.log10(relative_difference(jax.jit(model.apply)(variables, x), net(x)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_integers_and_floats_that_hold_them_agree_in_every_layer(name):
+def test_integer_and_float_arithmetic_agree_in_every_layer(name):
     model, variables = deploy_net(name)
     net = rv.quantize(model, variables, images(), "per-channel")
     run = jax.jit(forward, static_argnums=0, static_argnames="integer")
@@ -38,9 +38,9 @@ def test_integers_and_floats_that_hold_them_agree_in_every_layer(name):
     np.testing.assert_array_equal(whole["logits"], floats["logits"])
 
 
-def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
-    # The plain float net with `fake_quantize` around it: products of real numbers, so sums have float32's rounding,
-    # which now and then falls to the other side of a half.
+def test_fake_quantised_layers_agree_with_the_integers_within_one_unit():
+    # The plain float net with `fake_quantize` around each layer multiplies real numbers, so its sums have float32's
+    # rounding, which can now and then change how a value is rounded to an integer.
     model, variables = deploy_net()
     net = rv.quantize(model, variables, images(), "per-channel")
     seen = forward(net.variant, net.params, jnp.asarray(images(4, seed=1)), integer=True)
@@ -55,8 +55,8 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
             "bias": layer["bias"] * (layer["kernel_scale"] * units[spec.name]),
         }
         output = FloatOperations(net.variant, {spec.name: fake}).conv(spec, real, activate=True)
-        found = fake_quantize_activations(output, units[reader], np.uint8) / units[reader]
-        difference = np.abs(np.rint(found) - np.asarray(seen[reader], np.float32))
+        actual = fake_quantize_activations(output, units[reader], np.uint8) / units[reader]
+        difference = np.abs(np.rint(actual) - np.asarray(seen[reader], np.float32))
         assert difference.max() <= 1
         equal, total = equal + (difference == 0).sum(), total + difference.size
     assert equal / total > 0.999
@@ -65,7 +65,7 @@ def test_fake_quantised_layers_agree_with_the_integers_to_one_unit():
 @pytest.mark.parametrize(
     "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "grouped")]
 )
-def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
+def test_per_channel_scales_and_equalisation_improve_the_logits(name):
     model, variables = deploy_net(name)
     test = images(32, seed=1)
     methods = ("naive", "per-channel", "equalized")
@@ -78,8 +78,8 @@ def test_equalisation_and_scales_by_channel_bring_the_logits_nearer(name):
 
 
 @pytest.mark.slow
-def test_learned_rounding_helps_where_it_is_the_weights_that_lose():
-    # With a scale for each channel of equalised weights what is lost is lost in the activations.
+def test_learned_rounding_helps_if_the_weights_are_what_loses_accuracy():
+    # With one scale per channel of equalised weights, the loss would be in the activations.
     model, variables = deploy_net()
     test = images(32, seed=1)
     learned, nearest = (
@@ -89,19 +89,19 @@ def test_learned_rounding_helps_where_it_is_the_weights_that_lose():
     assert learned > nearest + 1
 
 
-def test_rounding_learned_by_heart_is_not_used():
-    # Ten weights for each image that is learned from, and targets that only noise keeps the weights from.
+def test_overfitted_rounding_is_not_used():
+    # Ten weights per training image, and targets that only noise keeps the weights from reproducing.
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(512, 1)).astype(np.float32)
     x = rng.normal(size=(64, 512)).astype(np.float32)
     targets = x @ kernel + rng.normal(size=(64, 1)).astype(np.float32)
     scale = np.abs(kernel).max(0) / WEIGHT_LEVELS
     layer = {"kernel": kernel, "bias": np.zeros(1, np.float32)}
-    found = learn_rounding(None, layer, scale, x, targets, relu=False, options=AdaRoundOptions(steps=150))
-    np.testing.assert_array_equal(found, np.rint(kernel / scale))
+    rounded = learn_rounding(None, layer, scale, x, targets, relu=False, options=AdaRoundOptions(steps=150))
+    np.testing.assert_array_equal(rounded, np.rint(kernel / scale))
 
 
-def test_bias_correction_takes_the_mean_error_of_each_channel_away():
+def test_bias_correction_removes_the_mean_error_of_each_channel():
     model, variables = deploy_net()
     x = images(32)
     errors = {}
@@ -141,8 +141,8 @@ def test_first_and_last_layer_can_stay_in_float():
     assert sqnr(both, model, variables, test) > sqnr(none, model, variables, test)
 
 
-def test_dead_channels_do_no_harm():
-    # A channel without weights keeps its bias, whatever unit would be too small for it.
+def test_dead_channels_are_harmless():
+    # A channel without weights keeps its bias, even if its unit would be too small for it.
     model, variables = deploy_net()
     layer = variables["params"]["stage1_0"]["rbr_reparam"]
     layer["kernel"] = np.asarray(layer["kernel"]) * (np.arange(16) > 2)
@@ -152,7 +152,7 @@ def test_dead_channels_do_no_harm():
     assert sqnr(net, model, variables, images(32, seed=1)) > 15
 
 
-def test_the_report_shows_which_layer_hurts():
+def test_the_report_shows_which_layer_loses_most():
     model, variables = deploy_net()
     worst = variables["params"]["stage2_1"]["rbr_reparam"]
     worst["kernel"] = np.asarray(worst["kernel"]) * np.where(np.arange(24) == 5, 1000, 1).astype(np.float32)
@@ -181,13 +181,13 @@ def test_the_report_shows_which_layer_hurts():
         (lambda x: (x * 50).clip(0, 255).astype(np.uint8), "are uint8: normalise them"),
     ],
 )
-def test_unfit_calibration_images_are_refused(change, words):
+def test_unsuitable_calibration_images_are_refused(change, words):
     model, variables = deploy_net()
     with pytest.raises(rv.QuantizationError, match=words):
         rv.quantize(model, variables, change(images()))
 
 
-def test_the_preprocessing_tells_the_size_and_normalises():
+def test_the_preprocessing_sets_the_size_and_normalises():
     model, variables = deploy_net()
     preprocessing = rv.Preprocessing(image_size=32)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)

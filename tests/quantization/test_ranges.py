@@ -1,4 +1,4 @@
-"""Claim: scales, ranges and equalisation do what the papers say they do."""
+"""Claim: scales, ranges and equalisation do what the papers describe."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_rounding_is_to_the_nearest_ties_to_even_and_saturates():
     np.testing.assert_array_equal(to_integers(x, jnp.float32(1), np.uint8), [0, 0, 0, 0, 2, 2, 127, 255])
 
 
-def test_the_straight_through_estimator_passes_gradients_inside_the_range_only():
+def test_the_straight_through_estimator_passes_gradients_only_inside_the_range():
     x = jnp.asarray([-200.0, -1.3, 0.0, 0.7, 126.9, 200.0])
     gradient = jax.grad(lambda x: (fake_quantize(x, jnp.float32(1), -127, 127) * jnp.arange(1.0, 7.0)).sum())(x)
     np.testing.assert_array_equal(gradient, [0, 2, 3, 4, 5, 0])
@@ -50,7 +50,7 @@ def test_a_weight_scale_makes_the_largest_weight_127():
     assert (weight_scale(kernel, per_channel=False) == np.abs(kernel).max() / 127).all()
 
 
-def test_minmax_covers_all_and_percentile_leaves_out_the_tail():
+def test_minmax_covers_everything_and_percentile_cuts_the_tail():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.uniform(0, 1, 100_000), [50.0]])
     assert THRESHOLDS["minmax"](histogram(values)) == 50
@@ -70,8 +70,8 @@ def test_mse_has_the_least_error_of_all_thresholds():
         scale = threshold / 255
         return np.square(values - scale * np.clip(np.rint(values / scale), 0, 255)).mean()
 
-    found = THRESHOLDS["mse"](histogram(values))
-    assert error(found) <= 1.02 * min(error(values.max() * share) for share in np.linspace(0.02, 1, 200))
+    best = THRESHOLDS["mse"](histogram(values))
+    assert error(best) <= 1.02 * min(error(values.max() * share) for share in np.linspace(0.02, 1, 200))
 
 
 def test_entropy_clips_a_long_tail_and_keeps_a_uniform_distribution():
@@ -81,7 +81,7 @@ def test_entropy_clips_a_long_tail_and_keeps_a_uniform_distribution():
     assert THRESHOLDS["entropy"](histogram(rng.uniform(0, 3, 1_000_000))) > 2.9
 
 
-def test_scales_are_those_of_the_largest_input_of_each_layer():
+def test_scales_follow_from_the_largest_input_of_each_layer():
     model, variables = deploy_net()
     layers = layers_of(variables["params"])
     inputs = layer_inputs(model.variant, layers, jnp.asarray(images()))
@@ -93,7 +93,7 @@ def test_scales_are_those_of_the_largest_input_of_each_layer():
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equalisation_leaves_the_function_as_it_is(name, by):
+def test_equalisation_does_not_change_the_function(name, by):
     model = rv.create_model(VARIANTS[name], 10, deploy=True)
     layers = layers_of(random_variables(model)["params"])
     if by == "weights":
@@ -107,7 +107,7 @@ def test_equalisation_leaves_the_function_as_it_is(name, by):
 
 
 @pytest.mark.parametrize("name", ["plain", "grouped"])
-def test_equalised_layers_write_and_read_a_channel_with_the_same_range(name):
+def test_equalised_layers_write_and_read_each_channel_with_the_same_range(name):
     model, variables = deploy_net(name)
     layers = equalize_weights(model.variant, layers_of(variables["params"]))
     for writer, reader, groups in pairs(model.variant):
@@ -115,13 +115,13 @@ def test_equalised_layers_write_and_read_a_channel_with_the_same_range(name):
         np.testing.assert_allclose(written, input_ranges(layers[reader]["kernel"], groups), rtol=0.02)
 
 
-def test_equalised_activations_have_channels_of_like_range():
+def test_equalised_activations_have_similar_ranges_in_all_channels():
     model, variables = deploy_net()
     before = layers_of(variables["params"])
     after = equalize_activations(model.variant, before, channel_ranges(model.variant, before, images()))
 
     def unevenness(layers) -> float:
-        found = channel_ranges(model.variant, layers, images())
-        return float(np.mean([np.log(found[r][found[r] > 0]).std() for r in found if r not in ("stage0", "linear")]))
+        ranges = channel_ranges(model.variant, layers, images())
+        return float(np.mean([np.log(ranges[r][ranges[r] > 0]).std() for r in ranges if r not in ("stage0", "linear")]))
 
     assert unevenness(after) < 0.5 * unevenness(before)

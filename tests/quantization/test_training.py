@@ -1,4 +1,4 @@
-"""Claim: quantisation-aware training trains the net that is deployed, and turns into integers without loss."""
+"""Claim: quantisation-aware training trains the net that is deployed, which becomes integers without further loss."""
 
 import functools
 
@@ -21,7 +21,7 @@ PREPROCESSING = rv.Preprocessing(image_size=32)
 
 @functools.cache
 def trained_variables(name: str, seed: int = 0):
-    """A quantisation-aware model, its variables with ranges that have seen one batch, and the plain ones."""
+    """Return a quantisation-aware model, its variables with the ranges of one batch, and the plain variables."""
     plain = rv.create_model(VARIANTS[name], 10)
     variables = random_variables(plain, seed)
     model = quantization_aware(plain)
@@ -30,27 +30,27 @@ def trained_variables(name: str, seed: int = 0):
     return model, variables | seen, variables
 
 
-def test_its_parameters_and_statistics_are_those_of_the_training_form():
+def test_parameters_and_statistics_are_those_of_the_training_form():
     plain = rv.create_model(VARIANTS["SE after ReLU"], 10)
     x = jnp.zeros((1, 32, 32, 3))
     expected = jax.eval_shape(plain.init, jax.random.key(0), x)
-    found = jax.eval_shape(quantization_aware(plain).init, jax.random.key(0), x)
-    assert flatten(without_ranges(found)) == flatten(expected)
-    assert jax.tree.map(jnp.shape, with_ranges(expected)) == jax.tree.map(jnp.shape, found)
+    actual = jax.eval_shape(quantization_aware(plain).init, jax.random.key(0), x)
+    assert flatten(without_ranges(actual)) == flatten(expected)
+    assert jax.tree.map(jnp.shape, with_ranges(expected)) == jax.tree.map(jnp.shape, actual)
 
 
 @pytest.mark.parametrize("name", ["plain", "SE before ReLU"])
-def test_what_is_trained_is_what_is_deployed(name):
+def test_the_trained_net_is_the_deployed_net(name):
     model, variables, _ = trained_variables(name)
     net = quantized_net(model, variables, PREPROCESSING)
     x = images(32, seed=1)
-    expected, found = jax.jit(model.apply)(variables, x), net(x)
-    # Sums of real numbers round to the other side of a half now and then (one unit of one activation).
-    assert relative_difference(expected, found) < 0.01
-    assert (np.asarray(expected).argmax(-1) == np.asarray(found).argmax(-1)).mean() > 0.95
+    expected, actual = jax.jit(model.apply)(variables, x), net(x)
+    # Sums of real numbers are now and then rounded the other way (by one unit of one activation).
+    assert relative_difference(expected, actual) < 0.01
+    assert (np.asarray(expected).argmax(-1) == np.asarray(actual).argmax(-1)).mean() > 0.95
 
 
-def test_statistics_stay_and_ranges_follow_the_largest_input():
+def test_statistics_are_frozen_and_ranges_follow_the_largest_input():
     model, variables, before = trained_variables("plain")
     stats = flatten(variables["batch_stats"])
     for name, leaf in flatten(before["batch_stats"]).items():
@@ -62,7 +62,7 @@ def test_statistics_stay_and_ranges_follow_the_largest_input():
     assert moved == pytest.approx((0.99 + 0.01 * 2) * stats[f"stage0/{RANGE}"])
 
 
-def test_evaluation_moves_no_range():
+def test_evaluation_changes_no_range():
     model, variables, _ = trained_variables("plain")
     assert isinstance(jax.eval_shape(model.apply, variables, images(2)), jax.ShapeDtypeStruct)
 
@@ -78,7 +78,7 @@ def test_branches_get_the_gradient_of_the_quantised_equivalent_kernel():
     for branch in ("rbr_dense", "rbr_1x1"):
         assert np.abs(gradients["stage1_0"][branch]["conv"]["kernel"]).max() > 0
         assert np.abs(gradients["stage1_0"][branch]["bn"]["scale"]).max() > 0
-    # The two branches' centre taps add up before they are rounded, so their gradients differ by the BNs' factors alone.
+    # The two branches' centre taps are added before rounding, so their gradients differ only by the factors of the BNs.
     stats = variables["batch_stats"]["stage1_0"]
     params = variables["params"]["stage1_0"]
     factors = [params[b]["bn"]["scale"] / jnp.sqrt(stats[b]["bn"]["var"] + 1e-5) for b in ("rbr_dense", "rbr_1x1")]
@@ -87,7 +87,7 @@ def test_branches_get_the_gradient_of_the_quantised_equivalent_kernel():
 
 
 @pytest.mark.slow
-def test_a_few_steps_take_the_loss_of_quantisation_back():
+def test_a_few_steps_recover_what_quantisation_lost():
     plain = rv.create_model(VARIANTS["plain"], 10)
     start = random_variables(plain)
     x = jnp.asarray(images(64))
@@ -116,7 +116,7 @@ def test_a_few_steps_take_the_loss_of_quantisation_back():
     assert jnp.square(net(x) - target).mean() < 0.6 * losses[0]
 
 
-def test_weights_keep_their_scale_by_channel():
+def test_weights_keep_one_scale_per_channel():
     kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 8)) * np.logspace(-2, 2, 8)
     kernel = kernel.astype(np.float32)
     rounded = fake_quantize_weights(jnp.asarray(kernel), weight_scale(kernel, per_channel=True))

@@ -1,4 +1,4 @@
-"""Claim: a place in a bucket reads and writes as a path of this machine does, and says what is wrong in one line."""
+"""Claim: a path in a bucket reads and writes like a local path, and reports problems in one line."""
 
 import contextlib
 import random
@@ -11,7 +11,7 @@ from repvgg_jax.paths import option_place, place
 from repvgg_jax.storage import BucketPath
 
 
-def test_parts_of_a_name(monkeypatch):
+def test_a_bucket_path_has_the_parts_of_a_path(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     path = BucketPath.parse("GS://bucket/runs/b3/")
     assert str(path) == "gs://bucket/runs/b3"
@@ -37,12 +37,12 @@ def test_a_missing_library_is_one_line_that_names_the_extra(scheme, module, extr
         option_place("--init", f"{scheme}://b/w.pth")
 
 
-def test_no_bucket(monkeypatch):
+def test_a_url_without_a_bucket_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="gs:// names no bucket; expected gs://BUCKET/NAME"):
         place("gs://")
 
 
-def test_what_is_there(bucket):
+def test_files_and_folders_are_listed_and_read(bucket):
     file = bucket / "run/a/b.txt"
     assert not file.exists()
     assert list((bucket / "run").iterdir()) == []
@@ -63,7 +63,7 @@ def test_what_is_there(bucket):
     }
 
 
-def test_it_sees_what_another_process_has_changed_since_it_looked(bucket):
+def test_changes_by_another_process_are_seen(bucket):
     import fsspec
 
     folder = bucket / "run"
@@ -77,7 +77,7 @@ def test_it_sees_what_another_process_has_changed_since_it_looked(bucket):
     assert not (folder / "1").exists()
 
 
-def test_patterns_are_of_names_alone(bucket):
+def test_patterns_match_names_only(bucket):
     run = bucket / "lr=[0.1]"
     for name in ("10/metrics/metrics", "20/metrics/metrics", "20/facts/metadata", "x/metrics/other"):
         (run / name).write_bytes(b"")
@@ -112,7 +112,7 @@ def test_folders_are_copied_moved_and_removed(bucket, tmp_path):
     assert not (bucket / "moved").exists()
 
 
-def test_an_object_appears_whole_or_not_at_all(bucket):
+def test_an_object_is_written_completely_or_not_at_all(bucket):
     path = bucket / "weights.bin"
     with atomic_path(path) as temporary:
         temporary.write_bytes(b"first")
@@ -132,16 +132,16 @@ def test_an_object_appears_whole_or_not_at_all(bucket):
     assert path.read_bytes() == b"first"
 
 
-def test_one_of_two_writers_creates_an_object(bucket):
+def test_only_one_of_two_writers_creates_an_object(bucket):
     if bucket.url.startswith("gs://"):
-        pytest.skip("the emulator takes ifGenerationMatch for nothing")
+        pytest.skip("the emulator ignores ifGenerationMatch")
     (bucket / "lock").write_bytes(b"one", only_if_new=True)
     with pytest.raises(FileExistsError):
         (bucket / "lock").write_bytes(b"two", only_if_new=True)
     assert (bucket / "lock").read_bytes() == b"one"
 
 
-def test_what_cannot_be_written_is_said_beforehand(bucket):
+def test_an_unwritable_target_is_reported_beforehand(bucket):
     (bucket / "run/x").write_bytes(b"")
     check_target(bucket / "run/y")
     with pytest.raises(RepVGGError, match="it is a folder"):
@@ -155,7 +155,7 @@ def test_what_cannot_be_written_is_said_beforehand(bucket):
         check_target(bucket / "run/y")
 
 
-def test_a_bucket_that_is_not_there(bucket):
+def test_a_missing_bucket_is_one_line(bucket):
     scheme = bucket.url.partition(":")[0]
     where = place(f"{scheme}://no-such-bucket/x")
     with pytest.raises(RepVGGError, match=r"^cannot write \S+: \S"), atomic_path(where) as temporary:
@@ -163,7 +163,7 @@ def test_a_bucket_that_is_not_there(bucket):
 
 
 @pytest.mark.slow
-def test_a_large_object_of_which_the_service_takes_only_the_first_parts_stays_as_it_was(bucket, tmp_path):
+def test_a_failed_upload_in_parts_leaves_the_old_object(bucket, tmp_path):
     path, local, copy = bucket / "large.bin", tmp_path / "large.bin", tmp_path / "copy.bin"
     content = random.Random(0).randbytes(110_000_000)
     local.write_bytes(content)

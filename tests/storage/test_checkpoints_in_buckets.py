@@ -1,4 +1,4 @@
-"""Claim: checkpoints in a bucket are complete or not there, kept and read as those in a folder, by orbax itself too."""
+"""Claim: checkpoints in a bucket are complete or absent, kept and read like those in a folder, also by orbax itself."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ def names(workdir):
     return [path.name for path in (workdir / "checkpoints").iterdir()]
 
 
-def test_the_newest_and_the_best_are_kept_also_over_a_resumption(bucket):
+def test_the_newest_and_the_best_are_kept_across_resumptions(bucket):
     workdir = bucket / "lr=[0.1]"
     save(workdir, range(1, 6), top1={1: 0.5, 2: 0.9, 3: 0.9, 4: 0.1})
     assert names(workdir) == ["3", "4", "5"]
@@ -50,7 +50,7 @@ def test_the_newest_and_the_best_are_kept_also_over_a_resumption(bucket):
     assert names(workdir) == ["8", "9"]
 
 
-def test_the_objects_are_those_of_a_folder_and_the_last_says_that_it_is_whole(bucket, tmp_path):
+def test_the_objects_are_those_of_a_folder_and_the_last_marks_it_complete(bucket, tmp_path):
     save(tmp_path, (1,), top1={1: 0.5})
     bucket.proxy.requests.clear()
     save(bucket / "run", (1,), top1={1: 0.5})
@@ -59,7 +59,7 @@ def test_the_objects_are_those_of_a_folder_and_the_last_says_that_it_is_whole(bu
         path.relative_to(tmp_path / "checkpoints").as_posix() for path in tmp_path.rglob("*") if path.is_file()
     }
 
-    def fixed(paths):  # tensorstore names its data files by chance
+    def fixed(paths):  # tensorstore gives its data files random names
         return {path for path in paths if "/d/" not in path}
 
     assert fixed(in_bucket) == fixed(in_folder)
@@ -70,10 +70,10 @@ def test_the_objects_are_those_of_a_folder_and_the_last_says_that_it_is_whole(bu
 
 
 @pytest.mark.parametrize("bucket_of", ["gs"])
-def test_orbax_reads_them_by_itself(bucket, bucket_of):
-    """By tensorstore's own driver for Google Cloud Storage. For S3, orbax has none."""
+def test_orbax_reads_them_itself(bucket, bucket_of):
+    """With tensorstore's own driver for Google Cloud Storage; orbax has none for S3."""
     if not bucket.url.startswith(bucket_of):
-        pytest.skip("orbax reads no s3:// by itself")
+        pytest.skip("orbax cannot read s3:// itself")
     save(bucket / "run", (3, 4), top1={3: 0.5})
     with ocp.CheckpointManager(epath.Path(f"{bucket.url}/run/checkpoints")) as manager:
         assert sorted(manager.all_steps()) == [3, 4]
@@ -82,7 +82,7 @@ def test_orbax_reads_them_by_itself(bucket, bucket_of):
 
 
 @pytest.mark.parametrize("objects", [0, 1, 4, 9])
-def test_what_is_cut_short_anywhere_is_not_there_and_makes_room(objects, bucket):
+def test_a_checkpoint_cut_short_anywhere_is_ignored_and_replaced(objects, bucket):
     workdir = bucket / "run"
     save(workdir, (1,))
     allowed = iter(range(objects))
@@ -104,7 +104,7 @@ def test_what_is_cut_short_anywhere_is_not_there_and_makes_room(objects, bucket)
     assert restored(workdir, notes) == 2, notes
 
 
-def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(bucket):
+def test_a_removal_cut_short_leaves_nothing_that_looks_complete(bucket):
     workdir = bucket / "run"
     save(workdir, (1, 2))
     allowed = iter(range(2))
@@ -117,7 +117,7 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(bucket):
     assert names(workdir) == ["2", "3"]
 
 
-def test_a_damaged_one_is_set_aside_for_the_one_before(bucket):
+def test_a_damaged_checkpoint_is_set_aside_for_the_previous_one(bucket):
     workdir, notes = bucket / "run", []
     save(workdir, (1, 2))
     largest = max((workdir / "checkpoints/2").files().items(), key=lambda item: item[1])[0]
@@ -129,7 +129,7 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(bucket):
     assert any(f"{workdir}/checkpoints/2 is now 2.damaged" in note for note in notes)
 
 
-def test_a_bucket_that_does_not_answer_says_nothing_about_a_checkpoint(bucket):
+def test_a_failed_read_does_not_mark_a_checkpoint_as_damaged(bucket):
     workdir = bucket / "run"
     save(workdir, (1, 2))
     with Checkpoints(workdir, 2) as checkpoints:

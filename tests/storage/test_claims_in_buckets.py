@@ -1,4 +1,4 @@
-"""Claim: of two runs with one workdir in a bucket, the second is told so while the first is alive, and no later."""
+"""Claim: of two runs with one workdir in a bucket, the second is refused while the first is alive, and no longer."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def claim_of(workdir):
     return json.loads((workdir / LOCK).read_text(encoding="utf-8"))
 
 
-def test_a_second_run_is_told_whose_the_folder_is_until_that_one_is_killed(bucket):
+def test_a_second_run_is_refused_until_the_first_is_killed(bucket):
     workdir = bucket / "run [1]"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(workdir)],
@@ -60,15 +60,15 @@ def test_a_second_run_is_told_whose_the_folder_is_until_that_one_is_killed(bucke
     finally:
         process.kill()
         process.communicate()
-    assert claim_of(workdir)["pid"] == process.pid, "nobody has released it"
+    assert claim_of(workdir)["pid"] == process.pid, "the claim was not released"
     start = time.monotonic()
     with claimed(Recipe(), workdir):
         assert claim_of(workdir)["pid"] == os.getpid()
-    assert time.monotonic() - start < 2, "a dead process of this machine is known for dead"
+    assert time.monotonic() - start < 2, "a dead process on this machine is recognised at once"
     assert not (workdir / LOCK).exists()
 
 
-def test_a_claim_of_another_machine_that_no_longer_changes_is_taken_over(bucket):
+def test_another_machines_stale_claim_is_taken_over(bucket):
     workdir = bucket / "run"
     (workdir / LOCK).write_bytes(json.dumps({"pid": 1, "host": "elsewhere", "run": "x", "beat": 5}).encode())
     start = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_claim_of_another_machine_that_no_longer_changes_is_taken_over(bucket)
     assert time.monotonic() - start > 2.5
 
 
-def test_a_run_that_was_taken_for_dead_stops(bucket):
+def test_a_run_whose_claim_was_taken_over_stops(bucket):
     workdir = bucket / "run"
     with BucketClaim(workdir, LOCK) as claim:
         claim.check()
@@ -86,10 +86,10 @@ def test_a_run_that_was_taken_for_dead_stops(bucket):
         time.sleep(1)
         with pytest.raises(rv.RepVGGError, match=r"taken over by process 7 on elsewhere: this run stops"):
             claim.check()
-    assert claim_of(workdir) == other, "it leaves the other's claim alone"
+    assert claim_of(workdir) == other, "the other run's claim is unchanged"
 
 
-def test_of_two_runs_that_start_at_once_one_has_the_folder(bucket, monkeypatch):
+def test_of_two_runs_that_start_at_once_one_gets_the_folder(bucket, monkeypatch):
     workdir = bucket / "run"
     monkeypatch.setattr(
         BucketClaim, "_write", lambda *args, **kwargs: (workdir / LOCK).write_bytes(b'{"run": "other"}')

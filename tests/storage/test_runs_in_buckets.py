@@ -1,4 +1,4 @@
-"""Claim: a run whose workdir is in a bucket leaves what it leaves in a folder, and survives what it survives there."""
+"""Claim: a run with its workdir in a bucket leaves the same files and survives the same faults as one in a folder."""
 
 import json
 import subprocess
@@ -52,8 +52,8 @@ def of_folder(uninterrupted):
     return {name: {k: v.tobytes() for k, v in ts.items()} for name, ts in tensors.items()}, local_rows(uninterrupted)
 
 
-def test_a_run_leaves_the_same_in_a_bucket_and_resumes_after_sigkill_to_the_same_bits(bucket, runs, of_folder):
-    """Killed after its first checkpoint, in whatever it was doing."""
+def test_a_run_leaves_the_same_in_a_bucket_also_after_sigkill(bucket, runs, of_folder):
+    """The run is killed at a random point after its first checkpoint."""
     expected_weights, expected_rows = of_folder
     workdir = f"{bucket.url}/run [1]"
     process = runs.start(workdir, ema_decay=0.99)
@@ -76,7 +76,7 @@ def test_a_run_leaves_the_same_in_a_bucket_and_resumes_after_sigkill_to_the_same
         *(f"{name}.safetensors" for name in ("final", "deploy", "ema", "ema_deploy")),
     }
     steps = [int(path.name) for path in (bucket / "run [1]/checkpoints").iterdir()]
-    assert sorted(steps) == complete(bucket, "run [1]"), "nothing half written is left"
+    assert sorted(steps) == complete(bucket, "run [1]"), "no half-written checkpoint is left"
     assert len(steps) <= 3
     model, variables = rv.load_weights(f"{workdir}/final.safetensors")
     assert rv.load_weights(f"{workdir}/deploy.safetensors")[0].deploy
@@ -85,8 +85,8 @@ def test_a_run_leaves_the_same_in_a_bucket_and_resumes_after_sigkill_to_the_same
     assert rv.load_weights(workdir)[0].num_classes == 10
 
 
-def test_a_bucket_that_refuses_writes_halfway_keeps_the_last_good_checkpoint(bucket, runs, of_folder):
-    """Of the second checkpoint, a few objects are written, and then no more."""
+def test_a_bucket_that_starts_refusing_writes_keeps_the_last_good_checkpoint(bucket, runs, of_folder):
+    """A few objects of the second checkpoint are written, then all writes fail."""
     allowed = iter(range(5))
 
     def refuses(method, about):
@@ -110,18 +110,18 @@ def test_a_bucket_that_refuses_writes_halfway_keeps_the_last_good_checkpoint(buc
     assert weights(bucket, "run") == of_folder[0]["final"]
 
 
-def test_two_processes_that_share_nothing_but_the_bucket(bucket, runs, tmp_path):
-    """Each has a data folder and a temporary folder of its own; both resume after both were killed."""
+def test_two_processes_can_share_only_the_bucket(bucket, runs, tmp_path):
+    """Each process has its own data folder and temporary folder; both resume after both were killed."""
     workdir = f"{bucket.url}/two"
 
     def start(number, port):
-        own = tmp_path / f"process {number}"
-        (own / "tmp").mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / f"process {number}"
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
         command = runs.command(workdir, coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=number)
-        command[command.index("--data-dir") + 1] = str(own / "data")
+        command[command.index("--data-dir") + 1] = str(folder / "data")
         return subprocess.Popen(
             command,
-            env=environment(2, own / "cache") | {"TMPDIR": str(own / "tmp")},
+            env=environment(2, folder / "cache") | {"TMPDIR": str(folder / "tmp")},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

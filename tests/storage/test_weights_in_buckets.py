@@ -1,4 +1,4 @@
-"""Claim: every command and function that takes a weight file takes one in a bucket, and writes one there whole."""
+"""Claim: wherever a weight file is accepted, one in a bucket can be read, and written completely or not at all."""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ from tests.helpers.weight_files import TINY, assert_same_bits, random_model
 
 @pytest.fixture(scope="module")
 def quantized_net():
-    """A net of int8 weights."""
+    """A net with int8 weights."""
     model, variables = rv.to_deploy(*random_model(TINY))
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     return rv.quantize(model, variables, images)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "a folder/w [1].pth"])
-def test_weights_come_back_in_the_same_bits(name, bucket):
+def test_weights_are_read_back_bit_for_bit(name, bucket):
     model, variables = random_model(TINY)
     path = bucket / name
     rv.save_weights(str(path), model, variables)
@@ -34,7 +34,7 @@ def test_weights_come_back_in_the_same_bits(name, bucket):
         assert_same_bits(numbers, variables)
 
 
-def test_what_a_pytorch_file_cannot_say_is_in_a_file_beside_it(bucket):
+def test_what_a_pytorch_file_cannot_store_is_in_a_side_file(bucket):
     model, variables = random_model(TINY)
     path = bucket / "w.pth"
     with pytest.warns(WeightsWarning, match=rf"written to {path}\.json"):
@@ -46,12 +46,12 @@ def test_what_a_pytorch_file_cannot_say_is_in_a_file_beside_it(bucket):
         rv.save_weights(path, model, variables, preprocessing=rv.Preprocessing(64))
 
 
-def test_a_quantised_net_comes_back(bucket, quantized_net):
+def test_a_quantised_net_is_read_back_bit_for_bit(bucket, quantized_net):
     rv.save_quantized(bucket / "int8.safetensors", quantized_net)
     assert_same_bits(rv.load_quantized(bucket / "int8.safetensors").variables, quantized_net.variables)
 
 
-def test_messages_name_the_object_and_not_its_copy(bucket):
+def test_messages_name_the_object_not_its_local_copy(bucket):
     for name, content, message in (
         ("empty.pth", b"", "cannot read {}: the file is empty"),
         ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{}", "cannot read {}: not a valid safetensors file"),
@@ -72,7 +72,7 @@ def test_messages_name_the_object_and_not_its_copy(bucket):
 
 
 @pytest.mark.slow
-def test_convert_reads_and_writes_there(bucket):
+def test_convert_reads_and_writes_in_a_bucket(bucket):
     model, variables = random_model(TINY)
     rv.save_weights(bucket / "train.safetensors", model, variables)
     source, target = f"{bucket.url}/train.safetensors", f"{bucket.url}/deploy.pth"
@@ -100,7 +100,7 @@ def test_summary_names_the_net_of_an_object(bucket):
 
 
 @pytest.mark.slow
-def test_evaluation_takes_weights_data_and_the_report_s_place_there(bucket, tmp_path, monkeypatch):
+def test_evaluation_has_weights_data_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from train.data import digits_builder
 
@@ -136,7 +136,7 @@ def test_evaluation_takes_weights_data_and_the_report_s_place_there(bucket, tmp_
         ),
     ],
 )
-def test_no_storage_library_is_loaded_before_a_bucket_is_named(imports, names):
+def test_no_storage_library_is_imported_before_a_bucket_is_used(imports, names):
     program = f"import sys; {imports}; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Claim: any architecture trains from the command line: by its numbers, from a JSON file, or as a weight file is."""
+"""Claim: any architecture trains from the command line: given as numbers, as a JSON file or as a weight file."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def variant_of(*options: object) -> rv.Variant:
     return parse(["--preset", "digits", *map(str, options)]).model.variant
 
 
-def test_numbers_change_the_model_and_it_loses_its_name() -> None:
+def test_numbers_change_the_model_and_remove_its_name() -> None:
     variant = variant_of(*NUMBERS)
     assert variant == rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16))
     narrow = variant_of("--model", "RepVGG-B1g2", "--widths", 8, 8, 8, 16, 16)
@@ -29,7 +29,7 @@ def test_numbers_change_the_model_and_it_loses_its_name() -> None:
     assert narrow.published.top1 is None
 
 
-def test_a_json_file_holds_fields_or_a_files_header(tmp_path: Path) -> None:
+def test_a_json_file_holds_fields_or_a_weight_files_header(tmp_path: Path) -> None:
     assert variant_of("--model", write_variant(tmp_path, SMALL)) == SMALL
     (tmp_path / "net.json").write_text('{"num_blocks": [1, 1, 2, 1], "widths": [8, 8, 8, 16, 16]}', encoding="utf-8")
     assert variant_of("--model", tmp_path / "net.json") == rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="net")
@@ -38,7 +38,7 @@ def test_a_json_file_holds_fields_or_a_files_header(tmp_path: Path) -> None:
     assert variant_of("--model", tmp_path / "header.json") == rv.create_model("RepVGG-A1").variant
 
 
-def test_a_weight_file_gives_its_architecture_and_options_still_change_it(tmp_path: Path) -> None:
+def test_a_weight_file_sets_the_architecture_and_options_change_it(tmp_path: Path) -> None:
     model = rv.create_model(SMALL, 7)
     rv.save_weights(tmp_path / "w.safetensors", *rv.to_deploy(model, random_variables(model)))
     assert variant_of("--model", tmp_path / "w.safetensors") == SMALL
@@ -46,11 +46,11 @@ def test_a_weight_file_gives_its_architecture_and_options_still_change_it(tmp_pa
     assert changed == dataclasses.replace(SMALL, activation="relu", strides=(1, 1, 2, 2, 2))
     assert variant_of("--strides", 1, 1, 2, 2, 2, "--stem-stride", 2).strides == (2, 1, 2, 2, 2)
     branches = dataclasses.replace(SMALL, branches=rv.Branches(strips=True, identity=False))
-    own = variant_of("--model", write_variant(tmp_path, branches), "--dense-copies", 3).branches
-    assert own == rv.Branches(dense_copies=3, strips=True, identity=False)
+    changed_branches = variant_of("--model", write_variant(tmp_path, branches), "--dense-copies", 3).branches
+    assert changed_branches == rv.Branches(dense_copies=3, strips=True, identity=False)
 
 
-def test_the_folder_of_a_run_is_called_after_its_net(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_is_named_after_its_net(tmp_path: Path) -> None:
     net = write_variant(tmp_path, SMALL)
     names = {("--model", str(net)): "small", NUMBERS: "custom", ("--model", "RepVGG-A1"): "RepVGG-A1"}
     for options, name in names.items():
@@ -70,7 +70,7 @@ def test_the_folder_of_a_run_is_called_after_its_net(tmp_path: Path) -> None:
         ('{"variant": "RepVGG-A9"}', "unknown model 'RepVGG-A9'; did you mean"),
     ],
 )
-def test_a_json_file_that_describes_no_net_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_a_json_file_that_does_not_describe_a_net_is_one_line(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "net.json").write_text(text, encoding="utf-8")
     with pytest.raises(rv.RepVGGError, match=says) as caught:
         variant_of("--model", tmp_path / "net.json")
@@ -92,14 +92,14 @@ def test_a_json_file_that_describes_no_net_is_one_line(tmp_path: Path, text: str
         (("--model", "none.safetensors"), "none.safetensors does not exist"),
     ],
 )
-def test_numbers_that_make_no_net_are_one_line(options: tuple[object, ...], says: str) -> None:
+def test_numbers_that_do_not_describe_a_net_are_one_line(options: tuple[object, ...], says: str) -> None:
     with pytest.raises(rv.RepVGGError, match=says) as caught:
         variant_of(*options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_net_of_ones_own_is_trained_and_evaluated(tmp_path: Path) -> None:
+def test_a_custom_net_is_trained_and_evaluated(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4, offset=20)
     net = write_variant(tmp_path, SMALL)

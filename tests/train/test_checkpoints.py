@@ -1,4 +1,4 @@
-"""Claim: the best checkpoint outlives any number of resumptions, in a folder of any name, and nothing else changes."""
+"""Claim: the best checkpoint survives any number of resumptions, in a folder of any name, and nothing else changes."""
 
 import logging
 import shutil
@@ -22,14 +22,14 @@ FACTS = RunFacts(seed=0, batch_size=4, train_images=8, devices=4)
 
 
 def state_at(step: int) -> TrainState:
-    """A state that says which step it is of."""
+    """Return a state whose values depend on its step."""
     return TrainState(
         jnp.asarray(step, jnp.int32), {"kernel": jnp.full((3,), float(step))}, {"mean": jnp.zeros(2)}, (jnp.ones(3),)
     )
 
 
 def save(workdir: Path, evaluated: dict[int, float | None], notes: list[str] | None = None) -> None:
-    """Open the run's checkpoints as a process of their own would, and save these steps with their top-1."""
+    """Open the run's checkpoints as a new process would, and save these steps with their top-1."""
     with Checkpoints(workdir, 2, (notes if notes is not None else []).append) as checkpoints:
         for step, top1 in evaluated.items():
             checkpoints.save(replicate(state_at(step)), FACTS, top1)
@@ -40,23 +40,23 @@ def steps(workdir: Path) -> list[int]:
 
 
 def restored(workdir: Path, notes: list[str] | None = None) -> int:
-    """The step that a resumption begins at; its numbers must be those of that step."""
+    """Return the step at which a resumption begins, whose values must be those of that step."""
     with Checkpoints(workdir, 2, (notes if notes is not None else []).append) as checkpoints:
         state = to_host(checkpoints.restore(state_at(0), FACTS))
     np.testing.assert_array_equal(state.params["kernel"], np.full(3, float(state.step), np.float32))
     return int(state.step)
 
 
-def test_the_best_stays_when_the_run_is_resumed_again_and_again(tmp_path):
+def test_the_best_is_kept_however_often_the_run_is_resumed(tmp_path):
     save(tmp_path, {60: 0.7, 66: 0.9, 70: None})
     for step in (80, 90, 100):
         save(tmp_path, {step: None, step + 3: 0.8})
         assert steps(tmp_path) == [66, step, step + 3]
     save(tmp_path, {150: 0.95, 160: None, 170: None})
-    assert steps(tmp_path) == [150, 160, 170], "a better one takes its place"
+    assert steps(tmp_path) == [150, 160, 170], "a better one replaces it"
 
 
-def test_of_equally_good_ones_the_newest_stays_however_often_the_run_is_interrupted(tmp_path):
+def test_the_newest_of_equally_good_checkpoints_is_kept_across_interruptions(tmp_path):
     evaluated = {3: 0.2, 6: 0.9, 9: 0.9, 12: 0.1, 15: 0.89, 18: None}
     save(tmp_path / "whole", evaluated)
     for step, top1 in evaluated.items():
@@ -72,7 +72,7 @@ def test_orbax_itself_finds_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["none of them", "empty", "cut", "a list"])
-def test_where_a_checkpoint_does_not_say_how_good_it_is_the_metrics_do(damage, tmp_path):
+def test_a_checkpoint_without_a_score_gets_it_from_the_metrics(damage, tmp_path):
     """As earlier versions wrote it, or with that file damaged."""
     log = MetricsLog(tmp_path, 0)
     for step, (trained, averaged) in {3: (0.2, 0.3), 6: (0.5, 0.9), 9: (0.8, 0.1)}.items():
@@ -95,7 +95,7 @@ NAMES = ["lr=[0.1]", "[!a]*", "**", "what? {x,y}", "100% #1 of 'Zürich'", "~"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_of_any_name_holds_a_run_that_can_be_resumed(name, tmp_path):
+def test_a_run_in_a_folder_of_any_name_can_be_resumed(name, tmp_path):
     notes = []
     save(tmp_path / name, {1: None, 2: 0.5, 3: None}, notes)
     assert restored(tmp_path / name, notes) == 3
@@ -104,12 +104,12 @@ def test_a_folder_of_any_name_holds_a_run_that_can_be_resumed(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\\b", "gs:", "s3:"])
-def test_a_name_under_which_checkpoints_would_be_lost_is_refused(name, tmp_path):
+def test_a_folder_name_that_would_lose_checkpoints_is_refused(name, tmp_path):
     with pytest.raises(rv.ConfigError, match=r"--workdir .* rename it"):
         check_folder_name("--workdir", tmp_path / name / "run")
 
 
-def test_what_cannot_be_read_is_set_aside_and_not_deleted(tmp_path):
+def test_unreadable_checkpoints_are_set_aside_and_not_deleted(tmp_path):
     save(tmp_path, {1: 0.5, 2: None, 3: None})
     for step in (2, 3):
         for path in (tmp_path / "checkpoints" / str(step) / "state").rglob("*"):
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_set_aside_and_not_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["the workdir", "all checkpoints", "the newest", "every file's contents"])
-def test_checkpoints_damaged_while_the_run_goes_on_cost_only_themselves(what, tmp_path):
+def test_damage_during_the_run_affects_only_the_damaged_checkpoints(what, tmp_path):
     workdir = tmp_path / "run"
     with Checkpoints(workdir, 2, print) as checkpoints:
         for step in range(1, 7):
@@ -146,7 +146,7 @@ def damage(workdir: Path, what: str) -> None:
             path.write_bytes(b"")
 
 
-def test_nobody_is_advised_to_delete_what_may_be_readable(tmp_path):
+def test_the_advice_is_not_to_delete_possibly_readable_checkpoints(tmp_path):
     save(tmp_path, {1: 0.5, 2: None})
     for path in (tmp_path / "checkpoints").rglob("manifest.ocdbt"):
         path.unlink()
@@ -158,12 +158,12 @@ def test_nobody_is_advised_to_delete_what_may_be_readable(tmp_path):
 
 
 def global_state() -> tuple:
-    """What a library must leave alone."""
+    """Return state that a library must not change."""
     loggers = [logging.getLogger(name) for name in (None, "absl", "asyncio")]
     return (sys.unraisablehook, *((logger.level, logger.disabled, tuple(logger.filters)) for logger in loggers))
 
 
-def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
+def test_loggers_and_hooks_are_restored_however_it_ends(tmp_path):
     before = global_state()
     save(tmp_path, {1: None})
     assert global_state() == before
@@ -178,12 +178,12 @@ def test_loggers_and_hooks_are_as_before_however_it_ends(tmp_path):
     assert global_state() == before
 
 
-def test_a_warning_of_orbax_is_a_note_and_one_of_somebody_else_stays_what_it_is(tmp_path, caplog):
+def test_a_warning_of_orbax_is_a_note_and_others_stay_warnings(tmp_path, caplog):
     (tmp_path / "checkpoints").mkdir()
     notes = []
     with Checkpoints(tmp_path, 2, notes.append):
         absl.logging.warning("of somebody else")
-        options = ocp.CheckpointManagerOptions(read_only=True)  # of which orbax warns
+        options = ocp.CheckpointManagerOptions(read_only=True)  # which orbax warns about
         ocp.CheckpointManager(tmp_path / "checkpoints", options=options).close()
     assert caplog.messages == ["of somebody else"]
     assert all(note.startswith("orbax: ") for note in notes)

@@ -1,4 +1,4 @@
-"""Claim: the preset `cifar10` trains on photographs of 32 pixels as they are usually prepared, and learns."""
+"""Claim: the preset `cifar10` trains on 32-pixel photographs with the usual preprocessing, and learns."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from train.presets import PRESETS, parse
 from train.run import open_data
 
 USUAL = Preprocessing(32, 1.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-"""Mean and deviation of the 50,000 training images, as most recipes for CIFAR-10 have them."""
+"""Mean and deviation of the 50,000 training images, as in most recipes for CIFAR-10."""
 
 TINY = ("--num-blocks", 1, 1, 1, 1, "--widths", 8, 8, 8, 8, 8)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -32,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_a_folder_is_prepared_as_the_data_set_is(photos: Path) -> None:
+def test_a_folder_is_preprocessed_like_the_data_set(photos: Path) -> None:
     recipe = parse(["--preset", "cifar10", "--data", str(photos)])
     folder = open_data(recipe)
     assert folder.preprocessing == USUAL
@@ -43,8 +43,8 @@ def test_a_folder_is_prepared_as_the_data_set_is(photos: Path) -> None:
     assert recipe.model.variant.strides == (1, 2, 2, 2, 1)
 
 
-def test_every_number_has_an_option(photos: Path) -> None:
-    """CIFAR-100, Tiny-ImageNet, SVHN or a factory's pictures need no code."""
+def test_every_preprocessing_value_has_an_option(photos: Path) -> None:
+    """CIFAR-100, Tiny-ImageNet, SVHN or custom images need no code."""
     words = "--image-size 64 --test-image-size 56 --crop-fraction 0.9 --train-transform as_is --mean 0.1 0.2 0.3"
     recipe = parse(["--preset", "cifar10", "--data", str(photos), *words.split(), "--std", "0.5", "0.6", "0.7"])
     dataset = open_data(recipe)
@@ -52,7 +52,7 @@ def test_every_number_has_an_option(photos: Path) -> None:
     assert (dataset.train_size, dataset.train_transform) == (64, "as_is")
 
 
-def test_its_numbers_are_in_the_weight_files_and_are_used_from_there(photos: Path, tmp_path: Path) -> None:
+def test_the_preprocessing_is_stored_in_and_read_from_the_weight_files(photos: Path, tmp_path: Path) -> None:
     words = ("--preset", "cifar10", "--data", photos, *TINY, "--batch-size", 4, "--epochs", 2, "--warmup-epochs", 1)
     trained = command("train.main", *words, "--mean", 0.1, 0.2, 0.3, "--workdir", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
@@ -72,19 +72,19 @@ def test_its_numbers_are_in_the_weight_files_and_are_used_from_there(photos: Pat
 
 
 def test_another_model_has_its_own_depth_and_widths() -> None:
-    own, other = parse(["--preset", "cifar10"]), parse(["--preset", "cifar10", "--model", "RepVGG-A1"])
-    assert own.model.variant.widths == PRESETS["cifar10"].model.widths
-    assert own.run.workdir == "runs/cifar10"
+    preset, other = parse(["--preset", "cifar10"]), parse(["--preset", "cifar10", "--model", "RepVGG-A1"])
+    assert preset.model.variant.widths == PRESETS["cifar10"].model.widths
+    assert preset.run.workdir == "runs/cifar10"
     assert other.model.variant.widths == rv.create_model("RepVGG-A1").variant.widths
     assert other.model.variant.strides == (1, 2, 2, 2, 1)
     assert other.run.workdir == "runs/cifar10-RepVGG-A1"
-    assert (own.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
+    assert (preset.fine_tune.whiten_stem, other.fine_tune.whiten_stem) == (True, False)
     assert parse(["--preset", "cifar10", *map(str, TINY)]).run.workdir == "runs/cifar10-custom"
 
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory) -> Path:
-    """The first images of each class of the real CIFAR-10: 200 to train, 100 to test on."""
+    """The first images of each class of the real CIFAR-10: 200 for training, 100 for testing."""
     root = tmp_path_factory.mktemp("cifar10")
     counts = {"train": 200, "val": 100}
     with tarfile.open(shared_data("cifar10.tar.xz")) as archive:

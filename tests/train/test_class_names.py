@@ -58,46 +58,46 @@ def evaluate(photos: Path, form: str, weights: Path, *options: str) -> tuple[dic
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
 def test_the_same_classes_in_another_order_give_the_same_accuracy(photos: Path, tmp_path: Path, form: str) -> None:
-    """The file's names in the order in which a trainer had them, which is not that of the folders."""
+    """The file's names are in a trainer's order, which is not that of the folders."""
     weights = write_weights(tmp_path / "w.safetensors", ("garden", "pagoda", "wall"))
-    plain, said = evaluate(photos, form, weights)
-    assert said == ""
-    assert 0 < plain["top1"] < 1, "tells orders apart"
+    plain, stderr = evaluate(photos, form, weights)
+    assert stderr == ""
+    assert 0 < plain["top1"] < 1, "the accuracy depends on the order"
     model, variables = rv.load_weights(weights)
     order = np.array([2, 0, 1])
     variables["params"]["linear"] = {k: v[..., order] for k, v in variables["params"]["linear"].items()}
     turned = tmp_path / "turned.safetensors"
     rv.save_weights(turned, model, variables, class_names=("wall", "garden", "pagoda"))
-    found, said = evaluate(photos, form, turned)
-    assert found == plain
-    assert said == f"{photos} has the classes of {turned} in another order: matched by name\n"
+    reordered, stderr = evaluate(photos, form, turned)
+    assert reordered == plain
+    assert stderr == f"{photos} has the classes of {turned} in another order: matched by name\n"
 
 
-def test_other_classes_are_refused_in_one_line_unless_told_to_go_on(photos: Path, tmp_path: Path) -> None:
+def test_other_classes_are_refused_in_one_line_unless_told_to_ignore_names(photos: Path, tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "w.safetensors", ("garden", "pagoda", "wall"))
     plain, _ = evaluate(photos, "train", weights)
-    rename(photos, "garden", "zen garden")  # sorts last now
+    rename(photos, "garden", "zen garden")  # now sorted last
     done = command("train.evaluate", photos, "train", weights)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: {weights} and {photos} name different classes (only in the file: garden; only in the data: "
         "zen garden); --ignore-class-names evaluates by index all the same\n"
     )
-    found, said = evaluate(photos, "train", weights, "--ignore-class-names")
-    assert "evaluated by index" in said
-    assert found["images"] == plain["images"]
+    by_index, stderr = evaluate(photos, "train", weights, "--ignore-class-names")
+    assert "evaluated by index" in stderr
+    assert by_index["images"] == plain["images"]
 
 
 def test_a_file_without_names_is_evaluated_as_before(photos: Path, tmp_path: Path) -> None:
     named, _ = evaluate(photos, "train", write_weights(tmp_path / "a.safetensors", ("garden", "pagoda", "wall")))
-    without, said = evaluate(photos, "train", write_weights(tmp_path / "b.safetensors", None))
-    assert (without, said) == (named, "")
+    without, stderr = evaluate(photos, "train", write_weights(tmp_path / "b.safetensors", None))
+    assert (without, stderr) == (named, "")
 
 
 # The order itself
 
 
-def test_names_are_matched_however_unicode_composes_them() -> None:
+def test_names_are_matched_in_any_unicode_normalisation() -> None:
     names = ["café", "naïve", "plain"]
     decomposed = [unicodedata.normalize("NFD", name) for name in names]
     assert decomposed != names
@@ -112,8 +112,8 @@ def test_other_or_repeated_names_have_no_order(of_file: list[str], of_data: list
     assert class_order(of_file, of_data) is None
 
 
-def test_the_same_names_are_the_same_order_though_one_is_there_twice() -> None:
-    assert class_order(["crane", "owl", "crane"], ["crane", "owl", "crane"]) == [0, 1, 2]  # as ImageNet has it
+def test_identical_names_match_even_if_one_occurs_twice() -> None:
+    assert class_order(["crane", "owl", "crane"], ["crane", "owl", "crane"]) == [0, 1, 2]  # as in ImageNet
     assert class_order(["crane", "owl", "crane"], ["owl", "crane", "crane"]) is None
 
 
@@ -121,7 +121,7 @@ def test_the_same_names_are_the_same_order_though_one_is_there_twice() -> None:
 
 
 def started(photos: Path, weights: Path, *options: str) -> dict[str, np.ndarray]:
-    """The parameters that a run starts with."""
+    """Return the initial parameters of a run."""
     words = ["--preset", "imagenet_120", "--data", str(photos), "--batch-size", "4", "--init", str(weights)]
     words += ["--model", str(weights), "--image-size", "32", "--workdir", str(photos.parent / "run")]
     state = fresh_state(set_up(parse([*words, *options])))
@@ -137,42 +137,42 @@ def test_fine_tuning_rearranges_the_classifier_by_name(
     photos: Path, tmp_path: Path, variant: Variant, capsys: pytest.CaptureFixture
 ) -> None:
     weights = write_weights(tmp_path / "w.safetensors", ("wall", "garden", "pagoda"), variant)
-    own, found = flatten(rv.load_weights(weights)[1]), started(photos, weights)
-    assert len(heads(found)) == (8 if variant.auxiliary_heads else 2)
-    for name, leaf in found.items():
-        expected = np.asarray(own[name])
-        if name in heads(found):
+    original, initial = flatten(rv.load_weights(weights)[1]), started(photos, weights)
+    assert len(heads(initial)) == (8 if variant.auxiliary_heads else 2)
+    for name, leaf in initial.items():
+        expected = np.asarray(original[name])
+        if name in heads(initial):
             expected = np.stack([expected[..., 1], expected[..., 2], expected[..., 0]], -1)
         assert np.array_equal(leaf, expected), name
     assert "its classifier is rearranged by name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [SMALL, PLUS], ids=lambda variant: variant.name)
-def test_as_many_other_classes_give_a_fresh_classifier_said_out_loud(
+def test_as_many_other_classes_give_a_new_classifier_and_a_warning(
     photos: Path, tmp_path: Path, variant: Variant, capsys: pytest.CaptureFixture
 ) -> None:
     weights = write_weights(tmp_path / "w.safetensors", ("cat", "dog", "wall"), variant)
-    own, found = flatten(rv.load_weights(weights)[1]), started(photos, weights)
-    said = capsys.readouterr().err
-    assert "(only in the file: cat, dog; only in the data: garden, pagoda): the classifier is a fresh one" in said
-    for name, leaf in found.items():
-        assert np.array_equal(leaf, own[name]) == (name not in heads(found)), name
+    original, initial = flatten(rv.load_weights(weights)[1]), started(photos, weights)
+    stderr = capsys.readouterr().err
+    assert "(only in the file: cat, dog; only in the data: garden, pagoda): the classifier is a fresh one" in stderr
+    for name, leaf in initial.items():
+        assert np.array_equal(leaf, original[name]) == (name not in heads(initial)), name
     bound = 8**-0.5  # of PyTorch's default initialisation, for 8 features
-    assert 0 < np.abs(found["params/linear/kernel"]).max() <= bound
+    assert 0 < np.abs(initial["params/linear/kernel"]).max() <= bound
 
     kept = started(photos, weights, "--keep-classifier")
     assert "its classifier is kept, by index" in capsys.readouterr().err
     for name, leaf in kept.items():
-        assert np.array_equal(leaf, own[name]), name
+        assert np.array_equal(leaf, original[name]), name
 
 
 @pytest.mark.parametrize("names", [None, ("garden", "pagoda", "wall")])
-def test_the_same_or_unknown_classes_keep_the_classifier_in_silence(
+def test_the_same_or_unknown_classes_keep_the_classifier_silently(
     photos: Path, tmp_path: Path, names: tuple[str, ...] | None, capsys: pytest.CaptureFixture
 ) -> None:
     weights = write_weights(tmp_path / "w.safetensors", names)
-    own, found = flatten(rv.load_weights(weights)[1]), started(photos, weights)
-    assert all(np.array_equal(leaf, own[name]) for name, leaf in found.items())
+    original, initial = flatten(rv.load_weights(weights)[1]), started(photos, weights)
+    assert all(np.array_equal(leaf, original[name]) for name, leaf in initial.items())
     assert capsys.readouterr().err == ""
 
 

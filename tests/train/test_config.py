@@ -1,4 +1,4 @@
-"""Claim: a run goes on only with the options it was started with, whatever version wrote them down."""
+"""Claim: a run continues only with the options it was started with, whichever version wrote them."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from train.recipe import Recipe, RunOptions
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A folder whose run has come to its first checkpoint, and its options."""
+    """A folder whose run has reached its first checkpoint, and its options."""
     config = Recipe(run=RunOptions(workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
@@ -25,7 +25,7 @@ def without(tree, group, name):
     return tree | {group: {key: value for key, value in tree[group].items() if key != name}}
 
 
-def test_a_run_older_than_an_option_did_what_it_does_by_default(workdir):
+def test_a_run_older_than_an_option_has_its_default(workdir):
     path, config = workdir
     saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps(without(saved, "model", "dropout")), encoding="utf-8")
@@ -36,7 +36,7 @@ def test_a_run_older_than_an_option_did_what_it_does_by_default(workdir):
     assert json.loads((path / "config.json").read_text(encoding="utf-8")) == saved
 
 
-def test_a_changed_option_is_refused_unless_it_moves_no_weight(workdir):
+def test_a_changed_option_is_refused_if_it_affects_weights(workdir):
     path, config = workdir
     optimizer = dataclasses.replace(config.optimizer, batch_size=32)
     with pytest.raises(rv.RepVGGError, match=r"other options \(batch_size 256 -> 32\)"):
@@ -62,7 +62,7 @@ OF_AN_EARLIER_VERSION = """
   "checkpoint_every": 1000, "keep_checkpoints": 2, "profile": false},
  "cluster": {"coordinator_address": null, "num_processes": null, "process_id": null}}
 """
-"""What an earlier version wrote for `PHOTOS_RUN`, before a net could come from a file and a data set had its sizes."""
+"""Written for `PHOTOS_RUN` by a version in which nets could not come from files and data sets had no sizes."""
 
 PHOTOS_RUN = ["--preset", "imagenet_120", "--data", "photos", "--model", "RepVGG-B0"]
 PHOTOS_RUN += ["--block", "qarepvgg", "--stem-stride", "1", "--dense-copies", "2"]
@@ -70,13 +70,13 @@ PHOTOS_RUN += ["--block", "qarepvgg", "--stem-stride", "1", "--dense-copies", "2
 
 @pytest.fixture
 def old_run(tmp_path):
-    """The folder of a run that an earlier version began."""
+    """The folder of a run that an earlier version started."""
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "config.json").write_text(OF_AN_EARLIER_VERSION, encoding="utf-8")
     return tmp_path
 
 
-def test_a_run_that_an_earlier_version_began_goes_on(old_run):
+def test_a_run_started_by_an_earlier_version_continues(old_run):
     for _ in range(2):  # the second time, with what this version has written
         save_or_compare(parse(PHOTOS_RUN), old_run)
 
@@ -92,14 +92,14 @@ def test_a_run_that_an_earlier_version_began_goes_on(old_run):
         (["--mean", "0.5", "0.5", "0.5"], r"mean None -> \[0.5, 0.5, 0.5\]"),
     ],
 )
-def test_it_is_held_to_its_net_and_its_images(options, says, old_run):
+def test_such_a_run_must_keep_its_net_and_its_images(options, says, old_run):
     for _ in range(2):
         with pytest.raises(rv.RepVGGError, match=rf"other options \({says}\)"):
             save_or_compare(parse([*PHOTOS_RUN, *options]), old_run)
         save_or_compare(parse(PHOTOS_RUN), old_run)
 
 
-def test_a_net_is_the_same_however_it_is_named_and_another_one_is_refused(tmp_path):
+def test_the_same_net_may_be_named_differently_and_another_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     small = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 16), name="small")
     net = write_variant(tmp_path, small)

@@ -1,4 +1,4 @@
-"""Claim: a net is evaluated at its own published size and crop, unless told otherwise, and its files say which."""
+"""Claim: a net is evaluated at its own published size and crop unless told otherwise, and its files record which."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from train.presets import PRESETS, parse
 from train.recipe import Recipe
 from train.run import set_up
 
-# Wants 48 pixels and no cropping, as D2se wants 320.
+# Published for 48 pixels without cropping, as D2se is for 320.
 WHOLE = rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8), name="Whole", image_size=48, crop_fraction=1.0)
 
 
@@ -34,7 +34,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def preprocessing_of(photos: Path, *options: object) -> Preprocessing:
-    """What a run with these options evaluates with, and labels its files with."""
+    """Return the preprocessing that a run with these options evaluates with and stores in its files."""
     words = ["--data", photos, "--workdir", photos.parent / "run", "--batch-size", 4, *options]
     return set_up(parse([str(word) for word in words])).dataset.preprocessing
 
@@ -42,16 +42,16 @@ def preprocessing_of(photos: Path, *options: object) -> Preprocessing:
 @pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGG-B3g4", "RepVGG-D2se", "RepVGGplus-L2pse"])
 def test_training_evaluates_at_the_variants_published_size_and_crop(photos: Path, name: str) -> None:
     size, crop = (320, 1.0) if name in ("RepVGG-D2se", "RepVGGplus-L2pse") else (224, 0.875)
-    found = preprocessing_of(photos, "--preset", "imagenet_120", "--model", name)
-    assert (found.image_size, found.crop_fraction) == (size, crop)
+    preprocessing = preprocessing_of(photos, "--preset", "imagenet_120", "--model", name)
+    assert (preprocessing.image_size, preprocessing.crop_fraction) == (size, crop)
     assert rv.create_model(name).variant.image_size == size
 
 
 def test_the_recipe_of_repvggplus_resizes_to_320_and_crops_320(photos: Path) -> None:
-    found = preprocessing_of(photos, "--preset", "plus_300")
+    preprocessing = preprocessing_of(photos, "--preset", "plus_300")
     (photos / "val" / "garden" / "000.jpg").write_bytes(encode(PHOTO, "PNG"))
     source = data.open_dataset(str(photos), variant=rv.create_model("RepVGGplus-L2pse").variant).test
-    (batch,) = evaluation(source, preprocessing=found)
+    (batch,) = evaluation(source, preprocessing=preprocessing)
     transform = torchvision.transforms
     theirs = transform.Compose([transform.Resize(320), transform.CenterCrop(320)])
     with Image.open(photos / "val" / "garden" / "000.jpg") as image:
@@ -60,11 +60,11 @@ def test_the_recipe_of_repvggplus_resizes_to_320_and_crops_320(photos: Path) -> 
 
 def test_options_override_the_size_and_the_crop(photos: Path) -> None:
     def size_and_crop(*options: object) -> tuple[int, float]:
-        found = preprocessing_of(photos, "--preset", "imagenet_120", *options)
-        return found.image_size, found.crop_fraction
+        preprocessing = preprocessing_of(photos, "--preset", "imagenet_120", *options)
+        return preprocessing.image_size, preprocessing.crop_fraction
 
     d2se = ("--model", "RepVGG-D2se")
-    assert size_and_crop(*d2se, "--test-image-size", 224) == (224, 0.875)  # where its 81.82 % were measured
+    assert size_and_crop(*d2se, "--test-image-size", 224) == (224, 0.875)  # at which its 81.82 % were measured
     assert size_and_crop(*d2se, "--crop-fraction", 0.9) == (320, 0.9)
     assert size_and_crop("--test-image-size", 320) == (320, 1.0)
     assert size_and_crop("--test-image-size", 192, "--crop-fraction", 1) == (192, 1.0)
@@ -82,7 +82,7 @@ def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("own", "size", "resized"),
+    ("published", "size", "resized"),
     [
         ((224, 0.875), 224, 256),
         ((224, 0.875), 320, 320),  # the authors: Resize(320), CenterCrop(320)
@@ -95,12 +95,12 @@ def test_digits_and_synthetic_images_are_not_cropped_unless_told_to(tmp_path: Pa
         ((224, 0.95), 256, 269),
     ],
 )
-def test_another_size_is_cropped_by_the_authors_rule(own: tuple[int, float], size: int, resized: int) -> None:
-    assert Preprocessing(*own).at_size(size).resize_size == resized
-    assert Preprocessing(*own).at_size(size).image_size == size
+def test_other_sizes_are_cropped_by_the_authors_rule(published: tuple[int, float], size: int, resized: int) -> None:
+    assert Preprocessing(*published).at_size(size).resize_size == resized
+    assert Preprocessing(*published).at_size(size).image_size == size
 
 
-def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(photos: Path) -> None:
+def test_a_runs_files_record_its_evaluation_preprocessing(photos: Path) -> None:
     workdir = photos.parent / "run"
     net = write_variant(photos.parent, WHOLE)
     options = ("--preset", "imagenet_120", "--model", net, "--data", photos, "--workdir", workdir)
@@ -115,7 +115,7 @@ def test_a_runs_files_are_labelled_with_what_it_was_evaluated_with(photos: Path)
     assert "evaluating at" not in done.stderr
 
 
-def test_evaluation_at_another_size_says_what_it_does(photos: Path) -> None:
+def test_evaluation_at_another_size_reports_it(photos: Path) -> None:
     model, path = rv.create_model(WHOLE, 2), photos.parent / "w.safetensors"
     rv.save_weights(path, model, random_variables(model), class_names=("garden", "pagoda"))
     done = command("train.evaluate", photos, "train", path, "-r", 64, "--crop-fraction", 0.5)
@@ -126,7 +126,7 @@ def test_evaluation_at_another_size_says_what_it_does(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["digits", "imagenet_120", "plus_300"])
-def test_a_run_from_before_the_crop_was_an_option_resumes(tmp_path: Path, preset: str) -> None:
+def test_a_run_older_than_the_crop_option_resumes(tmp_path: Path, preset: str) -> None:
     config = dataclasses.replace(PRESETS[preset], run=dataclasses.replace(Recipe().run, workdir=str(tmp_path)))
     save_or_compare(config, tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)

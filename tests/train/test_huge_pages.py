@@ -1,4 +1,4 @@
-"""Claim: `python -m train.main` gets its memory in huge pages where the system has them, whoever starts it."""
+"""Claim: `python -m train.main` gets its memory in huge pages if the system has them, whoever starts it."""
 
 import os
 import subprocess
@@ -25,27 +25,27 @@ print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), int(huge[0]) >= 32 * 2**10,
 
 
 def environment(tunables: str | None = None, *paths: Path) -> dict[str, str]:
-    """Variables of a process with these tunables of glibc, and folders to import from before the checkout."""
+    """Return variables for a process with these glibc tunables, and folders to import from before the checkout."""
     variables = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     variables["PYTHONPATH"] = os.pathsep.join(map(str, [*paths, ROOT]))
     return variables if tunables is None else variables | {"GLIBC_TUNABLES": tunables}
 
 
 def started(*arguments: str, tunables: str | None = None) -> tuple[int, list[str]]:
-    """The process's number, and what the program says."""
+    """Return the process id, and the words that the program prints."""
     words, pipe = [sys.executable, *arguments], subprocess.PIPE
     process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment(tunables))
-    said, _ = process.communicate("input")
+    output, _ = process.communicate("input")
     assert process.returncode == 0
-    return process.pid, said.split()
+    return process.pid, output.split()
 
 
 @needs_huge_pages
-def test_it_is_the_same_process_with_the_same_arguments_and_input(tmp_path: Path) -> None:
+def test_the_restart_keeps_process_arguments_and_input(tmp_path: Path) -> None:
     (tmp_path / "show.py").write_text(SHOW, encoding="utf-8")
     for how in (["-c", SHOW], ["-X", "utf8", str(tmp_path / "show.py")]):
-        pid, said = started(*how, "a", "b")
-        assert said == [str(pid), "glibc.malloc.hugetlb=1", "True", "['a',", "'b']", "input"]
+        pid, printed = started(*how, "a", "b")
+        assert printed == [str(pid), "glibc.malloc.hugetlb=1", "True", "['a',", "'b']", "input"]
 
 
 @needs_huge_pages
@@ -56,22 +56,22 @@ def test_it_is_the_same_process_with_the_same_arguments_and_input(tmp_path: Path
         ("glibc.malloc.perturb=5", "glibc.malloc.perturb=5:glibc.malloc.hugetlb=1", "True"),
     ],
 )
-def test_what_the_user_has_set_stays(tunables: str, becomes: str, huge: str) -> None:
-    _, said = started("-c", SHOW, tunables=tunables)
-    assert said[1:3] == [becomes, huge]
+def test_the_users_tunables_are_kept(tunables: str, becomes: str, huge: str) -> None:
+    _, printed = started("-c", SHOW, tunables=tunables)
+    assert printed[1:3] == [becomes, huge]
 
 
 @needs_huge_pages
-def test_training_is_started_so(tmp_path: Path) -> None:
-    """Without an import of JAX before: the first start costs no more than Python itself."""
+def test_training_restarts_with_huge_pages(tmp_path: Path) -> None:
+    """JAX is not imported before the restart, so the first start costs no more than Python itself."""
     spy = "import sys, os; os.execv = lambda path, words: print(words[1:], 'jax' in sys.modules) or sys.exit(0)"
     (tmp_path / "sitecustomize.py").write_text(spy, encoding="utf-8")
     words = ["-m", "train.main", "--preset", "digits"]
-    said = subprocess.run([sys.executable, *words], env=environment(None, tmp_path), capture_output=True, text=True)
-    assert said.stdout.strip() == f"{words} False", said.stderr
+    done = subprocess.run([sys.executable, *words], env=environment(None, tmp_path), capture_output=True, text=True)
+    assert done.stdout.strip() == f"{words} False", done.stderr
 
 
-def test_systems_without_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systems_without_huge_pages_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("restarted"))
     for version in ("musl 1.2", "glibc 2.34", ""):

@@ -1,7 +1,7 @@
 """Claim: Ctrl-C, SIGTERM and SIGHUP end a command cleanly at any moment, and a run saves its state first.
 
-The commands here are small ones that do what the real ones do at such a moment; `tests/attack/interrupts.py` takes the
-real training at random ones.
+The commands here are small ones that do what the real ones do at such a moment; `tests/attack/interrupts.py` interrupts
+real training at random moments.
 """
 
 import os
@@ -35,7 +35,7 @@ PRELUDE = """
 
 
 class Command:
-    """A command of one file, in a folder of its own."""
+    """A command in one file, in its own folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,7 +43,7 @@ class Command:
         self.environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 
     def write(self, body: str) -> None:
-        """Write its module; `ready()` in it says that the moment has come."""
+        """Write its module, which calls `ready()` when it can be interrupted."""
         (self.folder / "command.py").write_text(textwrap.dedent(PRELUDE) + textwrap.dedent(body), encoding="utf-8")
 
     def start(self, words: list[str] | None = None, **options) -> subprocess.Popen:
@@ -63,7 +63,7 @@ def command(tmp_path) -> Command:
 
 
 def ends(process: subprocess.Popen, status: int) -> tuple[str, str]:
-    """What it printed, once it is sure that it ended with `status` and without a traceback."""
+    """Wait for the end, check status and the absence of a traceback, and return what it printed."""
     out, err = process.communicate(timeout=30)
     assert process.returncode == status, (out, err)
     assert "Traceback" not in err
@@ -81,7 +81,7 @@ MOMENTS = {
             lock.acquire()
             lock.acquire()
     """,
-    # Exceptions of a callback of the garbage collector are dropped: so the Ctrl-C of one run in six was.
+    # Exceptions in a callback of the garbage collector are dropped, and so was the Ctrl-C of one run in six.
     "collecting garbage": """
         def main():
             gc.callbacks.append(lambda phase, info: time.sleep(0.1))
@@ -126,7 +126,7 @@ def test_other_signals_end_it_with_their_own_status(number, status, command):
     assert ends(process, status) == ("", f"stopped by {number.name}\n")
 
 
-def test_what_was_printed_is_not_lost_and_nothing_half_written_is_left(command):
+def test_printed_output_is_kept_and_nothing_half_written_is_left(command):
     command.write("""
         def main():
             print("an answer")
@@ -150,8 +150,8 @@ def test_what_was_printed_is_not_lost_and_nothing_half_written_is_left(command):
 
 
 @pytest.mark.parametrize("attempt", range(5))
-def test_who_goes_on_writing_leaves_nothing_either(attempt, command):
-    """The main thread does not hear of the signal: it may open its file again after that was removed."""
+def test_a_thread_that_keeps_writing_leaves_nothing_either(attempt, command):
+    """The main thread does not see the signal: it may open its file again after it was removed."""
     command.write("""
         def main():
             with files.atomic_path("curves.png") as file, files.scratch_folder(".scratch-", ".") as scratch:
@@ -168,8 +168,8 @@ def test_who_goes_on_writing_leaves_nothing_either(attempt, command):
 
 
 @pytest.mark.parametrize("attempt", range(5))
-def test_files_and_folders_are_whole_or_not_there(attempt, command):
-    """A signal may come while one is put in its place."""
+def test_files_and_folders_are_complete_or_absent(attempt, command):
+    """The signal may come while a file or folder is being put in place."""
     command.write("""
         def main():
             ready()
@@ -206,7 +206,7 @@ SAVING = """
 @pytest.mark.parametrize(
     "signals", [("SIGINT",), ("SIGTERM",), ("SIGHUP",), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")]
 )
-def test_while_a_state_is_to_be_saved_a_signal_asks_for_it(signals, command):
+def test_a_deferred_signal_requests_that_the_state_be_saved(signals, command):
     command.write(SAVING.replace("SECONDS", "0.5"))
     process = command.start()
     for name in signals:
@@ -227,8 +227,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_state(command):
     assert not (command.folder / "saved").exists()
 
 
-def test_a_closed_terminal_does_not_keep_the_state_from_being_saved(command):
-    """Whoever prints to one gets an error."""
+def test_a_closed_terminal_does_not_prevent_saving_the_state(command):
+    """Printing to a closed terminal is an error."""
     command.write("""
         def main():
             interrupts.defer()
@@ -251,8 +251,8 @@ def test_a_closed_terminal_does_not_keep_the_state_from_being_saved(command):
     assert (command.folder / "saved").exists()
 
 
-def test_what_the_parent_ignores_stays_ignored(command):
-    """`nohup`, and a script's background jobs."""
+def test_signals_that_the_parent_ignores_stay_ignored(command):
+    """As with `nohup`, or in a script's background jobs."""
     command.write("def main():\n    ready()\n    time.sleep(0.5)\n    print('done')")
     script = 'trap "" HUP INT; exec "$@"'
     process = command.start(["sh", "-c", script, "sh", *command.words])
@@ -261,7 +261,7 @@ def test_what_the_parent_ignores_stays_ignored(command):
     assert ends(process, 0)[0] == "done\n"
 
 
-def test_a_forked_child_s_signals_are_its_own(command):
+def test_a_forked_childs_signals_do_not_affect_the_parent(command):
     command.write("""
         def main():
             child = os.fork()
@@ -275,12 +275,12 @@ def test_a_forked_child_s_signals_are_its_own(command):
     process = command.start()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
-        pytest.skip("no list of a process's children here")
+        pytest.skip("no list of a process's children on this system")
     os.kill(int(children.read_text(encoding="utf-8")), signal.SIGTERM)
     assert ends(process, 0)[0] == "the parent goes on\n"
 
 
-def test_the_terminal_s_cursor_comes_back(command):
+def test_the_terminals_cursor_is_restored(command):
     command.write("""
         def main():
             from train.progress import RunProgress
@@ -303,11 +303,11 @@ def test_the_terminal_s_cursor_comes_back(command):
     os.close(its)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_ctrl_c_under_make_ends_both_and_starts_nothing_else(command):
     command.write("def main():\n    ready()\n    time.sleep(100)")
     (command.folder / "Makefile").write_text(f"demo:\n\t@{' '.join(command.words)}\n\t@touch next\n", encoding="utf-8")
-    process = command.start(["make", "--no-print-directory", "demo"])  # `make test` may be what runs this
+    process = command.start(["make", "--no-print-directory", "demo"])  # `make test` may be running this
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) != 0
     with pytest.raises(ProcessLookupError):
@@ -338,12 +338,12 @@ class Pause:
 
 sys.meta_path.insert(0, Pause())
 """
-"""Stops a process where it imports tyro, which every command does."""
+"""Stops a process when it imports tyro, which every command does."""
 
 
 @pytest.mark.parametrize("module", list(REAL))
 def test_ctrl_c_during_the_imports_of_a_real_command(module, command):
-    """None takes signals over later than its imports begin, and none prints a traceback."""
+    """Every command handles signals by the time its imports begin, and none prints a traceback."""
     (command.folder / "sitecustomize.py").write_text(PAUSE, encoding="utf-8")
     command.environment["PYTHONPATH"] += os.pathsep + str(command.folder)
     process = command.start([sys.executable, "-m", module, *REAL[module]])
@@ -351,7 +351,7 @@ def test_ctrl_c_during_the_imports_of_a_real_command(module, command):
     assert ends(process, 130) == ("", "interrupted\n")
 
 
-def test_a_run_s_loop_hears_of_a_signal_between_its_steps(command):
+def test_a_runs_loop_sees_a_signal_between_its_steps(command):
     command.write("""
         def main():
             from train.cluster import Preemption, stop_signal
@@ -374,15 +374,15 @@ def test_a_run_s_loop_hears_of_a_signal_between_its_steps(command):
     assert "SIGINT: saving the state after this step" in err
 
 
-def test_a_signal_that_one_process_hears_after_the_last_step_stops_all(monkeypatch):
+def test_a_signal_to_one_process_after_the_last_step_stops_all(monkeypatch):
     from train import cluster
 
-    monkeypatch.setattr(cluster, "sum_over_processes", lambda heard: heard + 1)  # as another process's
+    monkeypatch.setattr(cluster, "sum_over_processes", lambda heard: heard + 1)  # as if another process had
     assert cluster.Preemption().stopping()
 
 
-def test_outside_a_command_handlers_stay_as_they_are(command):
-    """Also after training has asked about signals: SIGTERM alone is taken over there, and given back."""
+def test_outside_a_command_signal_handlers_are_unchanged(command):
+    """Even after training has asked about signals: only SIGTERM is handled there, and its handler is restored."""
     (command.folder / "command.py").write_text(
         textwrap.dedent("""
         import signal

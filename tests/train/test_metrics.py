@@ -1,4 +1,4 @@
-"""Claim: curves are drawn from whole rows, into a picture of the format asked for, or one line says why not."""
+"""Claim: curves are drawn from complete rows, into a picture of the requested format, or one line says why not."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_the_suffix_chooses_the_format(out, written, kind, workdir, tmp_path):
         ("ftp://bucket/x.png", "--out ftp://bucket/x.png: only folders and files of this machine"),
     ],
 )
-def test_a_picture_that_cannot_be_written_is_one_line(out, says, workdir, tmp_path, monkeypatch):
+def test_an_unwritable_picture_is_one_line(out, says, workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = command("train.plot", workdir, "--out", out)
     assert done.returncode == 2
@@ -73,8 +73,8 @@ def test_a_url_is_not_a_run():
     assert "RUN ftp://b/r: only" in command("train.plot", "ftp://b/r").stderr
 
 
-def test_what_is_left_out_is_said(workdir, tmp_path):
-    """Folders that are not runs, as `runs/*` has them, and a last line that was cut short."""
+def test_skipped_folders_and_lines_are_reported(workdir, tmp_path):
+    """Folders that are not runs, as matched by `runs/*`, and a truncated last line."""
     (tmp_path / "runs" / "data").mkdir()
     write(workdir, ROWS, end='{"step": 44, "epo')
     done = command("train.plot", tmp_path / "runs" / "data", workdir, "--out", tmp_path / "c.png")
@@ -86,7 +86,7 @@ def test_what_is_left_out_is_said(workdir, tmp_path):
     assert (tmp_path / "c.png").exists()
 
 
-def test_a_run_goes_on_behind_a_last_line_cut_short(workdir):
+def test_a_run_continues_after_a_truncated_last_line(workdir):
     write(workdir, ROWS, end='{"step": 44, "epo')
     notes = []
     log = MetricsLog(workdir, 33, note=notes.append)
@@ -126,7 +126,7 @@ def test_a_run_with_a_damaged_line_does_not_overwrite_it(workdir):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_rows_go_to_a_new_file_when_somebody_has_removed_the_old_one(workdir):
+def test_rows_go_to_a_new_file_if_the_old_one_was_removed(workdir):
     log = MetricsLog(workdir, 33)
     (workdir / "metrics.jsonl").unlink()
     log.write({"step": 44, "epoch": 2.0, "loss": 0.5}, "train")

@@ -1,4 +1,4 @@
-"""Claim: mixup and CutMix on the device are timm's, with lambda drawn as the papers draw it."""
+"""Claim: mixup and CutMix on the device equal timm's, with lambda drawn as in the papers."""
 
 import functools
 from typing import Any
@@ -33,7 +33,7 @@ def draw(seed: int, **alphas: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.7, 1.0])
-def test_mixup_is_timms(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixup_equals_timms(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = mixing.Mixup(mixup_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
     monkeypatch.setattr(reference, "_params_per_batch", lambda: (share, False))
     expected = reference(torch.tensor(IMAGES.transpose(0, 3, 1, 2).copy()), torch.tensor(LABELS))
@@ -44,7 +44,7 @@ def test_mixup_is_timms(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("center", [(5, 4), (0, 0), (11, 9), (3, 9)])
-def test_cutmix_is_timms(share: float, center: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cutmix_equals_timms(share: float, center: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     reference = mixing.Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
     monkeypatch.setattr(reference, "_params_per_batch", lambda: (share, True))
     places = iter(center)
@@ -63,7 +63,7 @@ MODES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("alphas", MODES)
-def test_every_target_sums_to_what_it_did_and_the_pixels_average_stays(alphas: dict[str, float]) -> None:
+def test_target_sums_and_the_average_pixel_are_unchanged(alphas: dict[str, float]) -> None:
     for seed in range(20):
         images, targets = draw(seed, **alphas)
         np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-5)
@@ -90,7 +90,7 @@ def test_alpha_0_changes_nothing() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_lambda_is_beta_distributed(alpha: float) -> None:
-    images = jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1)  # of these, the second becomes lambda
+    images = jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1)  # mixed, the second becomes lambda
     keys = jax.random.split(jax.random.key(0), 4000)
     mixed = jax.jit(jax.vmap(lambda key: mix(key, images, jnp.eye(2), mixup_alpha=alpha)))(keys)
     shares = np.asarray(mixed[0][:, 1, 0, 0, 0])
@@ -101,7 +101,7 @@ def test_lambda_is_beta_distributed(alpha: float) -> None:
     assert np.isfinite(shares).all()
 
 
-def test_cutmix_takes_a_rectangle_from_anywhere_and_its_area_from_the_target() -> None:
+def test_cutmix_pastes_rectangles_anywhere_and_weights_targets_by_area() -> None:
     images, targets = jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1) * jnp.ones((2, 16, 16, 1)), jnp.eye(2)
     keys = jax.random.split(jax.random.key(1), 1500)
     mixed, labels = (
@@ -113,11 +113,11 @@ def test_cutmix_takes_a_rectangle_from_anywhere_and_its_area_from_the_target() -
         rows, columns = image.any(1), image.any(0)
         assert np.array_equal(image, np.outer(rows, columns))
     often = pasted.mean(0)
-    assert often.min() > 0.1, "also in the corners"
+    assert often.min() > 0.1, "even in the corners"
     assert abs(often - often[::-1, ::-1]).max() < 0.08
 
 
-def test_both_are_drawn_alike_often() -> None:
+def test_both_are_drawn_equally_often() -> None:
     keys = jax.random.split(jax.random.key(2), 800)
     images = jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1) * jnp.ones((2, 8, 8, 1))
     drawn = jax.jit(jax.vmap(lambda key: mix(key, images, jnp.eye(2), mixup_alpha=0.5, cutmix_alpha=1.0)[0]))

@@ -1,4 +1,4 @@
-"""Claim: on four devices, gradients are the mean over them, weights stay one set, every test image counts once.
+"""Claim: on four devices, gradients are averaged, all have the same weights, and every test image counts once.
 
 Four virtual CPU devices (`conftest.py`).
 """
@@ -29,7 +29,7 @@ from train.state import TrainState
 from train.step import make_train_step
 
 DEVICES, CLASSES = 4, 3
-# Without a mean, and with a power of two, the same numbers whatever they are compiled with.
+# No mean, and a power of two: these give the same numbers whatever they are compiled with.
 PREPROCESSING = Preprocessing(16, 1.0, mean=(0.0, 0.0, 0.0), std=(0.25, 0.25, 0.25))
 VARIANT = rv.Variant((1, 2, 1, 1), (4, 4, 8, 8, 8))
 
@@ -49,13 +49,13 @@ def new_state(model: rv.RepVGG, optimizer: optax.GradientTransformation, dtype: 
 
 
 def device_copies(tree: Any) -> list[Any]:
-    """A tree with a leading axis of devices as one tree a device."""
+    """Return a tree with a leading axis of devices as one tree per device."""
     host = jax.device_get(tree)
     return [jax.tree.map(lambda leaf, number=number: leaf[number], host) for number in range(DEVICES)]
 
 
 def keep_gradient() -> optax.GradientTransformation:
-    """No optimizer at all: its state is the last gradient, the weights stay."""
+    """Return a stand-in for an optimizer: its state is the last gradient, and the weights stay."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del state, params
@@ -64,9 +64,9 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def largest(expected: Any, found: Any) -> float:
-    """The largest relative difference of any leaf."""
-    return max(jax.tree.leaves(jax.tree.map(relative_difference, expected, found)))
+def largest(expected: Any, actual: Any) -> float:
+    """Return the largest relative difference of any leaf."""
+    return max(jax.tree.leaves(jax.tree.map(relative_difference, expected, actual)))
 
 
 def test_gradients_and_metrics_are_means_over_the_devices():
@@ -104,13 +104,13 @@ def test_weights_stay_identical_while_statistics_differ_until_averaged(caplog):
     start = new_state(model, optimizer)
     step = parallel(make_train_step(model, optimizer, schedule, PREPROCESSING, axis_name=AXIS), donate=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # of JAX, Flax and optax, in anything that the step calls
+        warnings.simplefilter("error", DeprecationWarning)  # from JAX, Flax and optax, in anything that the step calls
         state, _ = step(replicate(start), random_batch(0))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for seed in range(1, 5):
             state, _ = step(state, random_batch(seed))
     again = [message[:60] for message in caplog.messages]
-    assert not again, "compiled again: steps give states that are laid out otherwise than the replicated one"
+    assert not again, "compiled again: a step returns a state with another layout than the replicated one"
 
     copies = device_copies(state)
     assert largest(start.params, copies[0].params) > 0.01, "nothing was learned"
@@ -153,7 +153,7 @@ class Photos:
 
 
 def evaluate_all(model: rv.RepVGG, variables: Any, source: Photos) -> dict[str, Any]:
-    """What an evaluation must find: all readable images at once, on one device, without padding."""
+    """Return the expected result of an evaluation: all readable images at once, on one device, without padding."""
     readable = [index for index in range(len(source)) if index not in source.unreadable]
     logits = np.asarray(run(model.apply, variables, normalize(source.images[readable], PREPROCESSING)), np.float64)
     labels = source.labels[readable]
@@ -167,7 +167,7 @@ def evaluate_all(model: rv.RepVGG, variables: Any, source: Photos) -> dict[str, 
 
 @pytest.mark.parametrize("unreadable", [(), (2, 7)], ids=["all readable", "two unreadable"])
 def test_evaluation_counts_every_image_once(unreadable):
-    """Whatever the number of images and the batch, also one that the devices do not divide."""
+    """For any number of images and any batch size, also one that the devices do not divide."""
     model = rv.create_model(VARIANT, CLASSES)
     variables = random_variables(model)
     replicated = replicate(variables)
@@ -196,7 +196,7 @@ def test_padding_is_masked_on_every_device(length):
     assert [number for number, counts in zip(numbers(batches), masks, strict=True) if counts] == list(range(length))
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused_with_one_that_they_do():
+def test_an_indivisible_batch_size_is_refused_with_a_divisible_one():
     assert per_device_batch(8) == 2
     for size in (1, 3, 6, 7, 255, 257):
         with pytest.raises(rv.ConfigError, match=rf"--batch-size {size} .* {DEVICES} devices; (\d+) could$") as caught:

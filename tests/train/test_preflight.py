@@ -1,4 +1,4 @@
-"""Claim: `--preflight TARGET` compiles the run's own step for machines that are not here, and counts what it costs."""
+"""Claim: `--preflight TARGET` compiles the run's own step for machines that are not present, and counts its cost."""
 
 import dataclasses
 import json
@@ -35,28 +35,28 @@ SMALL = ["--preset", "imagenet_120", "--num-blocks", "1", "1", "1", "1", "--widt
 SMALL += ["--image-size", "32", "--batch-size", "32"]
 
 
-# What a compiled program costs.
+# Cost of a compiled program.
 
 
 def program(name: str) -> str:
     return (Path(__file__).parent / "programs" / name).read_text(encoding="utf-8")
 
 
-def test_a_tpu_program_is_counted_without_what_stays_on_the_chip():
+def test_a_tpu_programs_count_excludes_what_stays_on_the_chip():
     cost = program_cost(program("tpu.txt"), on_chip=True)
-    # A 1x1 convolution's gradient: 28 x 28 of the 56 x 56 places meet one of the spread gradient's numbers.
+    # A 1x1 convolution's gradient: 28 x 28 of the 56 x 56 positions meet one of the spread-out gradient's values.
     assert cost.flops == 2 * 128 * 48 * 96 * 28 * 28
     gradients, result = 2 * 128 * 28 * 28 * 96 * 2, 128 * 56 * 56 * 48 * 2
-    sliced = 128 * 14 * 14 * 192 * 2  # two slices, read once each
-    vector, kernel = 128 * 4, 48 * 128 * 4  # 96 channels fill a row of 128
+    sliced = 128 * 14 * 14 * 192 * 2  # two slices, each read once
+    vector, kernel = 128 * 4, 48 * 128 * 4  # 96 channels are padded to a row of 128
     classifier = 2 * 1280 * 1000 * 4  # to the chip and back
     assert cost.traffic == gradients + result + sliced + vector + kernel + classifier
     assert (cost.collectives, cost.collective_bytes) == (1, 4 * (96 + 1280 * 1000))
 
 
-def test_a_gpu_program_is_counted_with_a_slice_as_long_as_itself():
+def test_a_gpu_programs_count_includes_only_the_length_of_a_slice():
     cost = program_cost(program("gpu.txt"), on_chip=False)
-    inside = 3 * 28 - 2  # of the 3 x 28 pairs of a tap and a place along one axis, 2 lie in the padding
+    inside = 3 * 28 - 2  # of the 3 x 28 pairs of a tap and a position along one axis, 2 are in the padding
     assert cost.flops == 3 * 2 * 128 * 96 * 96 * inside**2 + 2 * 4 * 128 * 1280 * 252
     image, kernel = 128 * 28 * 28 * 96 * 2, 96 * 3 * 3 * 96 * 2
     convolutions = 3 * (2 * image + kernel)
@@ -67,7 +67,7 @@ def test_a_gpu_program_is_counted_with_a_slice_as_long_as_itself():
 
 
 @pytest.mark.parametrize("says_how_often", [True, False])
-def test_a_loop_counts_as_often_as_it_runs(says_how_often):
+def test_a_loop_counts_once_per_iteration(says_how_often):
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -82,8 +82,8 @@ def test_a_loop_counts_as_often_as_it_runs(says_how_often):
     assert program_cost(text, on_chip=False).flops == 5 * 2 * 2 * 8 * 8 * 28**2
 
 
-def test_a_loop_that_ends_when_it_likes_counts_once():
-    """As those that draw a Beta distribution's numbers for mixup."""
+def test_a_loop_of_unknown_length_counts_once():
+    """Like those that draw a Beta distribution's samples for mixup."""
 
     def loop(x):
         return jax.lax.while_loop(lambda x: (x.sum() > 7) & (x.max() < 12345), lambda x: x @ x, x)
@@ -102,19 +102,19 @@ def test_a_loop_that_ends_when_it_likes_counts_once():
         ((3, 5), "1,0", 3 * 5 * 2),
     ],
 )
-def test_tiles_are_stored_whole(shape, layout, stored):
+def test_tiles_are_stored_completely(shape, layout, stored):
     assert Array("bf16", shape, layout).stored == stored
 
 
-def test_other_text_is_refused():
+def test_text_that_is_not_a_program_is_refused():
     with pytest.raises(ValueError, match="not the text of a compiled program"):
         program_cost("HloModule empty\n", on_chip=False)
 
 
-# What machines can do.
+# Capabilities of machines.
 
 
-def test_every_target_has_its_peaks_and_gpus_their_description():
+def test_every_target_has_peak_rates_and_every_gpu_a_description():
     for family in FAMILIES.values():
         chip = CHIPS[family.chip]
         assert None not in (chip.hbm, chip.hbm_bandwidth, chip.link)
@@ -142,11 +142,11 @@ def test_every_target_has_its_peaks_and_gpus_their_description():
         ("cpu", "float32", None),
     ],
 )
-def test_utilization_and_preflight_know_the_same_peaks(kind, dtype, peak):
+def test_utilization_and_preflight_use_the_same_peak_rates(kind, dtype, peak):
     assert peak_flops(kind, dtype) == peak
 
 
-def test_a_slice_is_bound_by_the_slowest_of_three():
+def test_a_slice_is_bound_by_the_slowest_of_three_limits():
     target = find_target("v5e:16x16")
     limits = roofline(target, 256, Cost(197e9, 819e6 * 2, 1, 200e6 * 256 / 255), "bfloat16")
     assert [limits.compute, limits.memory, limits.network] == pytest.approx([1e-3, 2e-3, 2e-3])
@@ -170,7 +170,7 @@ def test_float32_runs_at_half_the_rate_on_gpus():
     assert roofline(find_target("h200:8"), 8, cost, "bfloat16").compute == 1
 
 
-def test_a_gpu_gives_jax_what_its_environment_says(monkeypatch):
+def test_the_environment_sets_jaxs_share_of_gpu_memory(monkeypatch):
     target = find_target("h100:8")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     assert target.usable == 0.75 * 84942979072
@@ -191,12 +191,12 @@ def test_a_gpu_gives_jax_what_its_environment_says(monkeypatch):
         ("RESOURCE_EXHAUSTED: something else", 0),
     ],
 )
-def test_the_compiler_says_what_it_had_needed(message, needed):
+def test_needed_memory_is_read_from_the_compilers_message(message, needed):
     assert needed_bytes(message, given=2**20) == needed
 
 
 class Chips:
-    """Stands for a compiler: memory grows with the batch, a bit less than linearly."""
+    """Stands in for a compiler: memory grows a bit less than linearly with the batch."""
 
     def __init__(self, says_what_it_needs: bool = True, base: float = 100) -> None:
         self.compiled: list[int] = []
@@ -213,17 +213,17 @@ class Chips:
 @pytest.mark.parametrize(("asked", "says"), [(5000, True), (10, True), (900, True), (1500, False)])
 def test_the_largest_batch_is_found_in_a_few_compilations_and_verified(asked, says):
     chips = Chips(says)
-    found = find_largest(chips, chips(asked), 1000, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip in chips.compiled
-    assert found.fitting.fits(1000)
-    assert found.fitting.per_chip >= 15 / 16 * 930  # 930 images take 999.5
+    result = find_largest(chips, chips(asked), 1000, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip in chips.compiled
+    assert result.fitting.fits(1000)
+    assert result.fitting.per_chip >= 15 / 16 * 930  # 930 images take 999.5
     assert len(chips.compiled) <= 5
-    assert found.memory_limit
+    assert result.memory_limit
 
 
-def test_memory_that_grows_in_steps_is_searched_in_few_compilations_too():
-    """As on TPUs: a share is padded to a multiple of 128, and the messages count less than a fitting step needs."""
+def test_memory_that_grows_in_steps_also_takes_few_compilations():
+    """As on TPUs: a share is padded to a multiple of 128, and the messages report less than a fitting step needs."""
     compiled = []
 
     def chips(per_chip: int) -> Compiled:
@@ -233,24 +233,26 @@ def test_memory_that_grows_in_steps_is_searched_in_few_compilations_too():
             return Compiled(per_chip, peak, 1)
         return Compiled(per_chip, peak + 300, 1, Memory(peak + 300, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(4096), 15750, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip >= 15 / 16 * 2176
+    result = find_largest(chips, chips(4096), 15750, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip >= 15 / 16 * 2176
     assert len(compiled) <= 5
 
 
-def test_memory_that_does_not_grow_evenly_is_searched_to_the_end():
-    """As A0's step does on an H100: 8192 images need little more than 7424, and 3968 far less than half of it."""
+def test_memory_that_grows_unevenly_is_searched_to_the_end():
+    """Like A0's step on an H100: 8192 images need little more than 7424, and 3968 far less than half of that."""
     needs = {3968: 33.2, 7424: 60.1, 8192: 63.35}
 
     def chips(per_chip: int) -> Compiled:
         peak = float(np.interp(per_chip, [0, *needs], [0.5, *needs.values()]))
         return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(8192), 59.33, step=1, most=10**5)
-    assert found.fitting is not None
-    assert found.failing is not None
-    assert found.failing.per_chip - found.fitting.per_chip <= found.fitting.per_chip / 16 or found.fitting.peak > 58.1
+    result = find_largest(chips, chips(8192), 59.33, step=1, most=10**5)
+    assert result.fitting is not None
+    assert result.failing is not None
+    assert (
+        result.failing.per_chip - result.fitting.per_chip <= result.fitting.per_chip / 16 or result.fitting.peak > 58.1
+    )
 
 
 def test_memory_that_jumps_is_searched_to_within_a_sixteenth():
@@ -261,32 +263,32 @@ def test_memory_that_jumps_is_searched_to_within_a_sixteenth():
         peak = per_chip * 0.1 + 1000 * (per_chip > 777)
         return Compiled(per_chip, peak, 1, Memory(peak, 0, 0, 0, 0), Cost())
 
-    found = find_largest(chips, chips(1024), 500, step=1, most=10**6)
-    assert found.fitting is not None
-    assert found.fitting.per_chip >= 15 / 16 * 777
+    result = find_largest(chips, chips(1024), 500, step=1, most=10**6)
+    assert result.fitting is not None
+    assert result.fitting.per_chip >= 15 / 16 * 777
     assert len(compiled) <= 1 + MAX_COMPILATIONS
 
 
-def test_a_share_divides_into_the_portions_of_accumulate():
+def test_a_share_is_divisible_into_the_portions_of_accumulate():
     chips = Chips()
-    found = find_largest(chips, chips(3000), 1000, step=3, most=10**6)
+    result = find_largest(chips, chips(3000), 1000, step=3, most=10**6)
     assert all(images % 3 == 0 for images in chips.compiled)
-    assert found.fitting is not None
+    assert result.fitting is not None
 
 
 def test_the_largest_batch_may_be_the_data_set():
     chips = Chips()
-    found = find_largest(chips, chips(10), 1000, step=4, most=302)
-    assert found.fitting is not None
-    assert (found.fitting.per_chip, found.memory_limit) == (300, False)
+    result = find_largest(chips, chips(10), 1000, step=4, most=302)
+    assert result.fitting is not None
+    assert (result.fitting.per_chip, result.memory_limit) == (300, False)
 
 
-def test_not_even_one_image_may_fit():
+def test_even_one_image_may_be_too_many():
     chips = Chips(base=2000)
-    found = find_largest(chips, chips(4), 1000, step=1, most=100)
-    assert found.fitting is None
-    assert found.failing is not None
-    assert found.failing.per_chip == 1
+    result = find_largest(chips, chips(4), 1000, step=1, most=100)
+    assert result.fitting is None
+    assert result.failing is not None
+    assert result.failing.per_chip == 1
 
 
 # The command.
@@ -294,7 +296,7 @@ def test_not_even_one_image_may_fit():
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """Lets a target be this process's virtual CPU devices, and the current folder an empty one."""
+    """Allows this process's virtual CPU devices as a target, in an empty current folder."""
     target = Target("cpu:4", Family("cpu", "H100"), (1, jax.device_count()))
     monkeypatch.setattr(preflight, "find_target", lambda name: target if name == "cpu:4" else find_target(name))
     monkeypatch.setattr(preflight, "prepare", lambda _: None)
@@ -304,7 +306,7 @@ def here(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_command_says_what_fits_without_data_and_writes_nothing(here):
+def test_the_command_reports_what_fits_without_data_and_writes_nothing(here):
     done = command("train.main", *SMALL, "--data-dir", here / "no", "--ema-decay", "0.9", "--preflight", "cpu:4")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
@@ -324,7 +326,7 @@ def test_the_command_says_what_fits_without_data_and_writes_nothing(here):
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_fit_comes_with_the_largest_that_does(here, monkeypatch):
+def test_a_batch_that_does_not_fit_is_reported_with_the_largest_that_does(here, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.00005")  # 4 MB
     done = command("train.main", *SMALL, "--batch-size", "512", "--preflight", "cpu:4")
     assert done.returncode == 1, done.stderr
@@ -351,7 +353,7 @@ def test_a_step_that_the_compiler_cannot_fit_is_reported_with_what_it_needed(her
     assert 15 / 16 * 3720 <= summary["largest_batch_size"] <= 3720
 
 
-def test_the_step_is_the_run_s_own_to_the_letter(tmp_path):
+def test_the_step_is_exactly_the_runs_own(tmp_path):
     options = ["--data", "digits", "--data-dir", str(tmp_path), "--mixup", "0.2", "--accumulate", "2"]
     recipe = parse([*SMALL, *options, "--ema-decay", "0.9"])
 
@@ -366,7 +368,7 @@ def test_the_step_is_the_run_s_own_to_the_letter(tmp_path):
     assert fitting.make_parallel_step is make_parallel_step
 
 
-def test_shapes_are_those_of_the_batches(tmp_path):
+def test_shapes_match_the_batches(tmp_path):
     from train.run import training_batches
 
     run = set_up(parse(["--preset", "digits", "--data-dir", str(tmp_path)]))
@@ -379,7 +381,7 @@ def test_shapes_are_those_of_the_batches(tmp_path):
 
 
 @pytest.mark.parametrize(("spec", "classes"), [("imagenet2012", 1000), ("imagenet2012:5.1.0", 1000), ("cifar10", 10)])
-def test_data_whose_numbers_are_known_are_not_opened(spec, classes, tmp_path):
+def test_data_in_the_table_is_not_opened(spec, classes, tmp_path):
     dataset = open_data(parse([*SMALL, "--data", spec, "--data-dir", str(tmp_path / "no")]), unopened=True)
     assert (dataset.num_classes, dataset.has_class_names) == (classes, False)
     assert len(dataset.train) >= 50_000
@@ -388,7 +390,7 @@ def test_data_whose_numbers_are_known_are_not_opened(spec, classes, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["digits", "synthetic"])
-def test_numbers_that_rows_state_are_those_of_the_data(spec, tmp_path):
+def test_the_tables_numbers_match_the_data(spec, tmp_path):
     recipe = parse([*SMALL, "--data", spec, "--data-dir", str(tmp_path)])
     opened, unopened = open_data(recipe), open_data(recipe, unopened=True)
     for one, other in ((opened.train, unopened.train), (opened.test, unopened.test)):
@@ -396,14 +398,14 @@ def test_numbers_that_rows_state_are_those_of_the_data(spec, tmp_path):
     assert dataclasses.replace(opened, train=unopened.train, test=unopened.test) == unopened
 
 
-def test_a_folder_is_asked_for_its_classes(tmp_path):
+def test_a_folders_classes_are_read_from_the_folder(tmp_path):
     write_photos(tmp_path / "train", 8)
     write_photos(tmp_path / "val", 4)
     recipe = parse([*SMALL, "--data", str(tmp_path)])
     assert open_data(recipe, unopened=True).class_names == open_data(recipe).class_names
 
 
-def test_a_run_s_config_does_not_know_of_it(tmp_path):
+def test_a_runs_config_does_not_record_it(tmp_path):
     save_or_compare(parse([*SMALL, "--workdir", str(tmp_path)]), tmp_path)
     assert "preflight" not in (tmp_path / "config.json").read_text(encoding="utf-8")
 
@@ -427,7 +429,7 @@ def test_a_run_s_config_does_not_know_of_it(tmp_path):
         (("--preflight", "h100:8", "--data", "./nowhere"), "./nowhere does not exist"),
     ],
 )
-def test_mistakes_are_one_line(options, says, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(options, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(preflight, "prepare", lambda _: None)
@@ -436,12 +438,12 @@ def test_mistakes_are_one_line(options, says, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_batch_that_the_chips_do_not_divide_is_refused(here):
+def test_a_batch_that_the_chips_cannot_share_is_refused(here):
     error = error_of(command("train.main", *SMALL, "--batch-size", "30", "--preflight", "cpu:4"))
     assert "--batch-size 30 cannot be shared by 4 devices; 28 could" in error
 
 
-def test_a_share_of_memory_that_is_none_is_refused(here, monkeypatch):
+def test_an_invalid_share_of_memory_is_refused(here, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "2")
     error = error_of(command("train.main", *SMALL, "--preflight", "cpu:4"))
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, not 2" in error
@@ -451,7 +453,7 @@ def test_a_share_of_memory_that_is_none_is_refused(here, monkeypatch):
 
 
 def rehearse(variable: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the command with a Python that has the compiler, in an environment without settings for JAX."""
+    """Run the command with a Python that has the compiler, in an environment without JAX settings."""
     python = os.environ.get(variable)
     if not python:
         pytest.skip(f"{variable} names no Python with the compiler")
@@ -484,7 +486,7 @@ def test_the_compiler_of_the_target_compiles_the_step(variable, target, chips):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variable", "target"), [("REPVGG_TPU_PYTHON", "v5e:2x2"), ("REPVGG_CUDA_PYTHON", "h100:4")])
-def test_accumulation_costs_memory_less_and_arithmetic_as_much(variable, target):
+def test_accumulation_takes_less_memory_and_as_much_arithmetic(variable, target):
     options = ("--batch-size", "1024", "--preflight", target)
     summaries = []
     for portions in ("1", "4"):

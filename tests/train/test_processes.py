@@ -1,4 +1,4 @@
-"""Claim: two processes train as one with as many devices does, and neither hangs when the other dies."""
+"""Claim: two processes train like one with as many devices, and neither hangs when the other dies."""
 
 import contextlib
 import socket
@@ -33,7 +33,7 @@ def test_two_processes_of_two_devices_train_as_one_process_of_four(runs, tmp_pat
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "4 cpu device(s) in 2 processes" in " ".join(outputs[0][0].split())
     spoken = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
-    assert spoken == [], "only the first process speaks"
+    assert spoken == [], "only the first process prints"
     assert runs.finish(tmp_path / "one", 4).returncode == 0
 
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")

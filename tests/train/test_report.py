@@ -1,4 +1,4 @@
-"""Claim: `train.evaluate --report` counts as scikit-learn does, and its files name the images that they speak of."""
+"""Claim: `train.evaluate --report` counts like scikit-learn, and its files name the images that they describe."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 class Labelled(Numbers):
-    """Images with labels and names of one's own."""
+    """Images with given labels and names."""
 
     def __init__(self, labels: np.ndarray, names: list[str]):
         super().__init__(len(labels))
@@ -53,7 +53,7 @@ def report_of(
     return indices, probabilities
 
 
-def test_figures_are_scikit_learns(tmp_path):
+def test_figures_equal_scikit_learns(tmp_path):
     """With a class that is never predicted, one without images, and one with neither."""
     rng = np.random.default_rng(0)
     labels = rng.choice([0, 1, 2, 3], 120)
@@ -70,7 +70,7 @@ def test_figures_are_scikit_learns(tmp_path):
     counts = confusion_matrix(labels, predictions, labels=range(6))
     np.testing.assert_array_equal(np.array([row[1:] for row in rows[1:]], int), counts)
 
-    undefined: Any = np.nan  # scikit-learn's annotation forgets numbers
+    undefined: Any = np.nan  # scikit-learn's annotation omits numbers
     expected: Any = classification_report(
         labels, predictions, labels=range(6), target_names=names, output_dict=True, zero_division=undefined
     )
@@ -139,17 +139,17 @@ def weights(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
-def test_every_image_has_the_prediction_that_predict_gives_it(form, photos, weights, tmp_path):
+def test_every_image_has_the_prediction_of_predict(form, photos, weights, tmp_path):
     folder = tmp_path / "report"
     done = command("train.evaluate", photos, form, weights, "--report", folder, "-b", 4)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    summary = json.loads(done.stdout.splitlines()[-1])
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert said == {name: report[name] for name in ("top1", "top5", "images")}
+    assert summary == {name: report[name] for name in ("top1", "top5", "images")}
     assert (report["images"], report["skipped"], report["form"]) == (9, 1, form)
     rows = table(folder / "predictions.csv")
     assert [row["label_name"] for row in rows] == [Path(row["image"]).parent.name for row in rows]
-    assert np.mean([int(row["correct"]) for row in rows]) == pytest.approx(said["top1"])
+    assert np.mean([int(row["correct"]) for row in rows]) == pytest.approx(summary["top1"])
     assert all((row["label"] == row["prediction"]) == (row["correct"] == "1") for row in rows)
 
     done = command("repvgg_jax.__main__", "predict", weights, photos / "val", "--top", 1, "--format", "csv")
@@ -157,12 +157,12 @@ def test_every_image_has_the_prediction_that_predict_gives_it(form, photos, weig
     assert [(row["image"], row["prediction"], row["prediction_name"]) for row in rows] == [
         (answer["image"], answer["class"], answer["name"]) for answer in answers
     ]
-    found, expected = ([float(row["probability"]) for row in side] for side in (rows, answers))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    actual, expected = ([float(row["probability"]) for row in side] for side in (rows, answers))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
-def test_a_predictor_on_one_device_says_what_the_model_says(weights):
-    """Of classes, probabilities and sums; the commands of these tests run on four devices, which use the model."""
+def test_a_predictor_on_one_device_agrees_with_the_model(weights):
+    """For classes, probabilities and sums; the commands of these tests run on four devices, which use the model."""
     (model, variables), preprocessing = rv.load_weights(weights), rv.Preprocessing(32, 1.0)
     predict = rv.make_predictor(model, variables, 6, 32, preprocessing=preprocessing)
     rng = np.random.default_rng(0)
@@ -172,16 +172,16 @@ def test_a_predictor_on_one_device_says_what_the_model_says(weights):
         "mask": np.array([1, 1, 0, 1, 1, 0], np.float32),
     }
     expected = jax.jit(make_eval_step(model, preprocessing))(variables, batch)
-    found = predictor_step(predict)({}, {name: array[None] for name, array in batch.items()})
-    assert found.keys() == expected.keys()
+    actual = predictor_step(predict)({}, {name: array[None] for name, array in batch.items()})
+    assert actual.keys() == expected.keys()
     logits = np.float64(predict(batch["image"]))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(found["probability"][0], shares.max(1), rtol=1e-5)
+    np.testing.assert_allclose(actual["probability"][0], shares.max(1), rtol=1e-5)
     for name in expected:
-        np.testing.assert_allclose(np.ravel(found[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(np.ravel(actual[name]), np.ravel(expected[name]), rtol=1e-4, err_msg=name)
 
 
-def test_a_home_folder_that_no_shell_has_expanded_is_the_home_folder(photos, weights, tmp_path, monkeypatch):
+def test_a_tilde_that_the_shell_did_not_expand_is_the_home_folder(photos, weights, tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -190,7 +190,7 @@ def test_a_home_folder_that_no_shell_has_expanded_is_the_home_folder(photos, wei
     assert (home / "report" / "report.json").is_file()
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_evaluation(photos, weights, tmp_path):
+def test_an_unwritable_report_is_an_error_before_the_evaluation(photos, weights, tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for folder, words in ((tmp_path / "file", "it is not a folder"), (tmp_path / "no" / "r", "there is no folder")):
         done = command("train.evaluate", photos, "deploy", weights, "--report", folder)

@@ -1,4 +1,4 @@
-"""Claim: a training run that Ctrl-C or another signal stops has saved its state, and ends later in the same bits."""
+"""Claim: a training run stopped by Ctrl-C or another signal saves its state, and later ends with the same weights."""
 
 import json
 import os
@@ -26,15 +26,15 @@ def until_it_trains(process: subprocess.Popen, workdir) -> None:
 
 
 def stopped_after(out: str, name: str) -> int:
-    """The step that a run says it has stopped after."""
-    said = " ".join(out.split())
-    assert f"{name}: stopped after step " in said, said
-    assert "state saved; the same command again goes on from there" in said
-    return int(said.split("stopped after step ")[1].split(",")[0])
+    """Return the step after which a run says it stopped."""
+    words = " ".join(out.split())
+    assert f"{name}: stopped after step " in words, words
+    assert "state saved; the same command again goes on from there" in words
+    return int(words.split("stopped after step ")[1].split(",")[0])
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_a_signal_saves_at_once_and_the_same_command_goes_on(name, runs, uninterrupted, tmp_path):
+def test_a_signal_saves_at_once_and_the_same_command_continues(name, runs, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     process = runs.start(workdir, ema_decay=0.99)
     until_it_trains(process, workdir)
@@ -50,7 +50,7 @@ def test_a_signal_saves_at_once_and_the_same_command_goes_on(name, runs, uninter
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_that_worker_processes_hear_too_is_the_run_s_affair(name, runs, uninterrupted, tmp_path):
+def test_a_signal_that_worker_processes_get_too_is_handled_by_the_run(name, runs, uninterrupted, tmp_path):
     """Ctrl-C reaches every process of a terminal's group, and Slurm's signals every process of a job step."""
     workdir = tmp_path / "run"
     process = runs.start(workdir, ema_decay=0.99, worker_processes=2)
@@ -69,8 +69,8 @@ def test_a_signal_that_worker_processes_hear_too_is_the_run_s_affair(name, runs,
     same_result(workdir, uninterrupted)
 
 
-def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
-    """The first one would wait for a step that never comes."""
+def test_a_second_ctrl_c_ends_a_run_whose_data_hangs(runs, tmp_path):
+    """After the first, it would wait for a step that never comes."""
     script = tmp_path / "hanging.py"
     script.write_text(
         "if __name__ == '__main__':\n"
@@ -133,7 +133,7 @@ def test_ctrl_c_stops_all_processes_of_a_run_at_one_step(everybody, runs, tmp_pa
     assert steps_in(workdir)[-1] == step
 
 
-def test_on_a_terminal_the_bar_goes_and_the_cursor_comes_back(runs, tmp_path):
+def test_on_a_terminal_the_bar_disappears_and_the_cursor_is_restored(runs, tmp_path):
     workdir = tmp_path / "run"
     ours, its = pty.openpty()
     command = runs.command(workdir, epochs=30)
@@ -147,15 +147,15 @@ def test_on_a_terminal_the_bar_goes_and_the_cursor_comes_back(runs, tmp_path):
     while True:
         try:
             shown += os.read(ours, 1 << 16)
-        except OSError:  # nobody is at the other end any more
+        except OSError:  # the other end is closed
             break
     assert process.wait(timeout=30) == 130
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
     assert b"Traceback" not in shown
 
 
-def test_interrupts_at_random_moments(tmp_path):
-    """A few of those that `python -m tests.attack.interrupts` sends by the hundred."""
+def test_interrupts_at_random_moments_end_cleanly(tmp_path):
+    """A few of the hundreds that `python -m tests.attack.interrupts` sends."""
     words = [sys.executable, "-m", "tests.attack.interrupts", "--count", "8", "--resumed", "2", "--seed", "7"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
@@ -163,8 +163,8 @@ def test_interrupts_at_random_moments(tmp_path):
     assert (once["attempts"], once["failed"], again["failed"]) == (10, 0, 0)
 
 
-def test_a_run_stopped_after_its_last_step_has_only_its_end_left(runs, uninterrupted, tmp_path):
-    """The signal is not lost in the moments between the last step and the last evaluation."""
+def test_a_run_stopped_after_its_last_step_resumes_with_its_end(runs, uninterrupted, tmp_path):
+    """A signal between the last step and the last evaluation is not lost."""
     script = tmp_path / "last_step.py"
     script.write_text(
         "if __name__ == '__main__':\n"

@@ -1,4 +1,4 @@
-"""Claim: accumulation, moving averages, clipping and freezing do what PyTorch's recipes with them do."""
+"""Claim: accumulation, moving averages, clipping and freezing match the same recipes in PyTorch."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def stepper(
     built: Mapping[str, Any] | None = None,
     **more: Any,
 ):
-    """A step at a constant learning rate, and a state with random weights to start from."""
+    """Return a step with a constant learning rate, and a state with random weights to start from."""
     tuning = fine_tune or FineTuneOptions()
     model = rv.create_model(SMALL, 5, frozen_stages=tuning.freeze_stages, frozen_bn=tuning.freeze_bn, **(built or {}))
     schedule = optax.constant_schedule(options.learning_rate)
@@ -56,7 +56,7 @@ def plain_stepper():
 
 @jax.jit
 def loss_and_gradient(params: Any, stats: Any, batch: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """The loss, its gradient and the new BN statistics, without a train step."""
+    """Return the loss, its gradient and the new BN statistics, without a train step."""
 
     def loss_of(params: Any) -> tuple[Any, Any]:
         images, targets = normalize(batch["image"], Preprocessing(32)), smooth_targets(batch["label"], 5)
@@ -79,7 +79,7 @@ def test_accumulated_gradients_are_the_mean_over_the_portions_and_bn_sees_each_p
     step, start = stepper(accumulate=3)
     after, metrics = step(start, batch)
 
-    # By hand: three smaller batches, BN statistics handed on, one update with the mean gradient.
+    # By hand: three smaller batches, with BN statistics passed on, and one update with the mean gradient.
     gradients, losses, stats = [], [], start.batch_stats
     for portion in range(3):
         part = {name: value[4 * portion : 4 * portion + 4] for name, value in batch.items()}
@@ -95,7 +95,7 @@ def test_accumulated_gradients_are_the_mean_over_the_portions_and_bn_sees_each_p
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
     plain, _ = plain_stepper()
     whole, _ = plain(start, batch)
-    assert changed(whole.batch_stats, after.batch_stats), "portions and whole see different batch statistics"
+    assert changed(whole.batch_stats, after.batch_stats), "portions and the whole batch have different statistics"
 
 
 def test_the_moving_average_follows_weights_and_statistics():
@@ -131,7 +131,7 @@ def test_clipping_limits_the_step_and_the_log_shows_the_norm_before_it():
     assert length(after_free) > 10 * length(after_clipped)
 
 
-def test_frozen_stages_keep_weights_and_statistics_in_spite_of_decay():
+def test_frozen_stages_keep_weights_and_statistics_despite_decay():
     step, start = stepper(fine_tune=FineTuneOptions(freeze_stages=2))
     state = start
     for number in range(2):
@@ -155,12 +155,12 @@ def test_frozen_bn_keeps_statistics_and_trains_the_rest():
 
 
 @pytest.mark.parametrize("block", [pytest.param("repvgg", marks=pytest.mark.slow), "qarepvgg"])
-def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_stays(block):
+def test_every_branch_of_other_blocks_trains_and_the_identitys_constant_does_not(block):
     built = dict(block=block, branches=rv.Branches(2, True, True), activation="silu", dropout=0.5)
     step, start = stepper(built=built, accumulate=2)
     after, _ = step(start, batch_of(8))
     everything, constants = set(flatten(start.variables)), set()
-    # A BN takes away what the BNs before it add: their biases' gradients are zero, or rounding.
+    # A BN removes what the BNs before it add: the gradients of their biases are zero, up to rounding.
     before_bn = ["dbb_1x1_3x3/bn1/bias", "dbb_1x1_avg/bn1/bias"]
     if block == "qarepvgg":
         constants = {"batch_stats/stage3_1/rbr_identity/scale"}

@@ -1,5 +1,5 @@
-"""Claim: with `--tracker wandb` Weights & Biases gets a run's rows, a resumption goes on in the same run there, and
-whatever fails there costs the run nothing but one warning.
+"""Claim: with `--tracker wandb` Weights & Biases gets a run's rows, a resumed run continues as the same run there, and
+whatever fails there causes one warning and nothing else.
 """
 
 import json
@@ -24,7 +24,7 @@ ROW = {"step": 11, "epoch": 0.5, "loss": 2.0, "form": "train"}
 
 
 class FakeWandb:
-    """Stands for the package: keeps what it is told, and fails where `broken` says so."""
+    """Stands in for the package: records its calls, and fails where `broken` says so."""
 
     url: str | None = None
 
@@ -71,7 +71,7 @@ def fake(monkeypatch):
     return put
 
 
-def test_rows_have_tensorboards_names_and_the_runs_options_go_along(workdir, fake):
+def test_rows_have_tensorboards_names_and_the_options_are_the_config(workdir, fake):
     wandb, notes = fake(), []
     with Tracker(workdir, 0, notes.append) as tracker:
         tracker.write(ROW, "test_train")
@@ -81,14 +81,14 @@ def test_rows_have_tensorboards_names_and_the_runs_options_go_along(workdir, fak
     assert (wandb.started[0]["name"], wandb.started[0]["resume"]) == ("run", "allow")
 
 
-def test_the_runs_address_is_told(workdir, fake):
+def test_the_runs_address_is_printed(workdir, fake):
     wandb, notes = fake(), []
     wandb.url = "https://wandb.test/run"
     Tracker(workdir, 0, notes.append)
     assert notes == ["Weights & Biases: https://wandb.test/run"]
 
 
-def test_a_resumption_keeps_the_id_and_a_new_start_in_the_folder_does_not(workdir, fake):
+def test_a_resumed_run_keeps_its_id_and_a_new_one_in_the_folder_does_not(workdir, fake):
     wandb = fake()
     for start_step in (0, 20, 40, 0):
         Tracker(workdir, start_step, print)
@@ -96,7 +96,7 @@ def test_a_resumption_keeps_the_id_and_a_new_start_in_the_folder_does_not(workdi
     assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
-def test_rows_that_it_has_are_not_sent_again(workdir, fake):
+def test_rows_that_were_sent_are_not_sent_again(workdir, fake):
     wandb = fake()
     tracker = Tracker(workdir, 10, print)
     wandb.run.step = 12
@@ -106,7 +106,7 @@ def test_rows_that_it_has_are_not_sent_again(workdir, fake):
     assert [step for step, _ in wandb.logged] == [12]
 
 
-def test_an_error_of_the_run_is_one_there(workdir, fake):
+def test_an_error_in_the_run_is_recorded_as_one(workdir, fake):
     wandb = fake()
     with pytest.raises(ZeroDivisionError), Tracker(workdir, 0, print):
         raise ZeroDivisionError
@@ -114,7 +114,7 @@ def test_an_error_of_the_run_is_one_there(workdir, fake):
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
-def test_a_failure_is_one_warning_and_the_end_of_it(broken, workdir, fake):
+def test_a_failure_gives_one_warning_and_ends_the_tracking(broken, workdir, fake):
     wandb, notes = fake(broken), []
     with Tracker(workdir, 0, notes.append) as tracker:
         tracker.write(ROW, "train")
@@ -124,7 +124,7 @@ def test_a_failure_is_one_warning_and_the_end_of_it(broken, workdir, fake):
 
 
 def records(path: Path) -> Iterator[Any]:
-    """What W&B has written into a `.wandb` file: LevelDB's log format, behind seven bytes of its own."""
+    """Yield what W&B has written to a `.wandb` file: LevelDB's log format, after a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
     data, position, parts = path.read_bytes(), 7, b""
@@ -136,7 +136,7 @@ def records(path: Path) -> Iterator[Any]:
         _, size, kind = struct.unpack_from("<IHB", data, position)
         parts += data[position + 7 : position + 7 + size]
         position += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
@@ -144,20 +144,22 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> dict[int, dict[str, float]]:
-    """Step -> numbers, from such a file that was finished."""
-    found, finished = {}, False
+    """Return the numbers by step, from such a file, which must be finished."""
+    numbers_by_step, finished = {}, False
     for record in records(path):
         finished |= record.WhichOneof("record_type") == "exit"
         if record.WhichOneof("record_type") == "history":
             items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            found[json.loads(items["_step"])] = {name: json.loads(v) for name, v in items.items() if "/" in name}
+            numbers_by_step[json.loads(items["_step"])] = {
+                name: json.loads(v) for name, v in items.items() if "/" in name
+            }
     assert finished, path
-    return found
+    return numbers_by_step
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> None:
-    """The real package, writing to disk alone."""
+    """The real package, writing only to disk."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
@@ -167,7 +169,7 @@ def offline(monkeypatch, tmp_path) -> None:
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
@@ -183,7 +185,7 @@ def test_the_real_package_has_every_row_of_a_run_interrupted_and_resumed(runs, t
     process = subprocess.Popen(
         command,
         env=environment(cache=runs.cache),
-        start_new_session=True,  # Ctrl-C reaches the whole group: the package's own process too
+        start_new_session=True,  # Ctrl-C reaches the whole group, the package's own process too
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -231,7 +233,7 @@ def test_a_run_whose_wandb_process_is_killed_warns_once_and_ends_well(runs, tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("offline")
-def test_of_two_processes_the_first_alone_reports(runs, tmp_path):
+def test_of_two_processes_only_the_first_reports(runs, tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,7 +1,7 @@
-"""Claim: training follows PyTorch's step for step: the same losses, weights and running statistics.
+"""Claim: training follows PyTorch's step by step: the same losses, weights and running statistics.
 
-Both sides start from the same weights and see the same batches of real photographs; ours runs the functions that
-`train.main` runs.
+Both sides start from the same weights and see the same batches of real photographs; ours uses the functions that
+`train.main` uses.
 """
 
 import dataclasses
@@ -48,16 +48,16 @@ STEPS, CLASSES, SIZE = 10, 6, 32
 PLAIN = OptimizerOptions(epochs=2, batch_size=16, learning_rate=0.32, weight_decay=0.01)
 FULL = dataclasses.replace(PLAIN, nesterov=True, warmup_epochs=0.6, label_smoothing=0.1)
 
-# In float64 the input must be the same to the last bit. XLA may divide by 255 or multiply by 1 / 255, and subtract a
-# mean with or without rounding in between; with no mean and a power of two only the former is left, and that is the
-# same wherever XLA compiles it.
+# In float64 the input must be identical to the last bit. XLA may divide by 255 or multiply by 1 / 255, and may or may
+# not round before it subtracts a mean; with no mean and a power of two, only the former choice is left, and that is
+# the same wherever XLA compiles it.
 EXACT = Preprocessing(SIZE, mean=(0.0, 0.0, 0.0), std=(0.25, 0.25, 0.25))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def photograph_batches(size: int = SIZE, batch_size: int = 16, seed: int = 0) -> list[Batch]:
-    """Cuts of two photographs, labelled by photograph and by third of its width."""
+    """Return crops of two photographs, labelled by photograph and by third of its width."""
     photographs, rng = load_sample_images().images, np.random.default_rng(seed)
 
     def cut() -> tuple[np.ndarray, int]:
@@ -76,9 +76,9 @@ def photograph_batches(size: int = SIZE, batch_size: int = 16, seed: int = 0) ->
 
 
 def rates_of(config: OptimizerOptions) -> np.ndarray:
-    """The schedule's learning rate for each step, float32 [STEPS].
+    """Return the schedule's learning rate for each step, float32 [STEPS].
 
-    Both sides look it up, since a cosine's last bit depends on what it is compiled with.
+    Both sides look it up, since the last bit of a cosine depends on the code compiled around it.
     """
     with jax.enable_x64(False):
         schedule = learning_rate_schedule(config, STEPS // config.epochs)
@@ -93,7 +93,7 @@ def train_ours(
     preprocessing: Preprocessing,
     mixing: Mixing | None = None,
 ) -> tuple[list[float], TrainState]:
-    """The loss before each step, and the final state."""
+    """Return the loss before each step, and the final state."""
     rates = jnp.asarray(rates_of(config))
     schedule = lambda step: rates[step]  # noqa: E731
     optimizer = make_optimizer(config, schedule)
@@ -126,7 +126,7 @@ def train_oracle(
     preprocessing: Preprocessing,
     **options: Any,
 ) -> list[float]:
-    """The same with `torch.optim.SGD`, autograd and torch's cross-entropy."""
+    """Return the losses with `torch.optim.SGD`, autograd and torch's cross-entropy."""
     prepare = jax.jit(lambda images: normalize(images, preprocessing))
     dtype = str(oracle.linear.weight.dtype).removeprefix("torch.")
     return torch_oracle.sgd_steps(
@@ -144,8 +144,8 @@ def train_oracle(
 
 
 CASES = {"plus": FULL}
-# Of 22 and 28 layers. Long steps and a BN over 16 values would amplify the last bit of a float32 weight to a third of
-# the loss, in PyTorch alone.
+# With 22 and 28 layers, long steps and a BN over 16 values would amplify the last bit of a float32 weight to a third of
+# the loss, even in PyTorch alone.
 DEEP_CASES = {
     "RepVGG-A0": dataclasses.replace(FULL, learning_rate=0.03),
     "RepVGG-B0": dataclasses.replace(PLAIN, learning_rate=0.03),
@@ -156,12 +156,12 @@ SLOW_CASES = {"grouped": PLAIN, "SE before ReLU": FULL} | DEEP_CASES
 
 
 def size_of(name: str) -> int:
-    """Pixels of a side: enough for the last stage's BN."""
+    """Return the image side in pixels, enough for the last stage's BN."""
     return 2 * SIZE if name in DEEP_CASES else SIZE
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)])
-def test_ten_steps_in_float64(name, tmp_path):
+def test_ten_steps_in_float64_follow_pytorchs(name, tmp_path):
     config = (CASES | SLOW_CASES)[name]
     oracle, batches = make_oracle(name, CLASSES), photograph_batches(size_of(name))
     start = to_flax(oracle, name, tmp_path)
@@ -181,15 +181,15 @@ def test_ten_steps_in_float64(name, tmp_path):
     "name",
     ["plus", "grouped", "SE before ReLU"],
 )
-def test_ten_steps_in_float32(name, tmp_path):
-    """To rounding: about as far from exact arithmetic as PyTorch in float32 is, with the real preprocessing.
+def test_ten_steps_in_float32_follow_pytorchs(name, tmp_path):
+    """Up to rounding: about as far from exact arithmetic as PyTorch in float32, with the real preprocessing.
 
-    Within ten steps a rounding now and then decides on which side of zero a ReLU's input falls, and the loss jumps, by
-    the same amount here and there but not in the same run. So steps are short, and PyTorch runs several times, from
-    weights that differ in their last two bits, as much as a Winograd convolution rounds; what its runs differ from
-    exact arithmetic is granted.
+    Within ten steps, rounding occasionally decides on which side of zero a ReLU's input is, and the loss jumps, by the
+    same amount in both libraries but not in the same run. So steps are short, and PyTorch runs several times, from
+    weights that differ in their last two bits, as much as a Winograd convolution rounds. Ours may be as far from exact
+    arithmetic as those runs are.
 
-    Not for the full-size nets: there PyTorch's own float32 moves some weights by percents within ten steps.
+    Not for the full-size nets, where PyTorch's own float32 moves some weights by several per cent within ten steps.
     """
     config = dataclasses.replace(CASES[name], learning_rate=0.01)
     batches, preprocessing = photograph_batches(), Preprocessing(SIZE)
@@ -213,7 +213,7 @@ def test_ten_steps_in_float32(name, tmp_path):
 
 
 def in_the_last_bits(oracle: torch_oracle.RepVGG, seed: int) -> torch_oracle.RepVGG:
-    """Its weights moved by up to four roundings, at random; seed 0 leaves them alone."""
+    """Move the weights by up to four roundings, at random; seed 0 leaves them unchanged."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in oracle.parameters():
@@ -225,7 +225,7 @@ def in_the_last_bits(oracle: torch_oracle.RepVGG, seed: int) -> torch_oracle.Rep
 @pytest.mark.parametrize(
     "name", ["plus", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "SE before ReLU"))]
 )
-def test_mixup_accumulation_and_the_moving_average_in_float64(name, tmp_path):
+def test_mixup_accumulation_and_the_moving_average_follow_pytorchs(name, tmp_path):
     share, decay = 0.3, 0.6
     config = dataclasses.replace(FULL, accumulate=2, ema_decay=decay)
     oracle, batches = make_oracle(name, CLASSES), photograph_batches()
@@ -236,36 +236,37 @@ def test_mixup_accumulation_and_the_moving_average_in_float64(name, tmp_path):
         losses, state = train_ours(model, cast(start, "float64"), batches, config, EXACT, mixing)
 
     def average(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-        kept = np.minimum(np.float32(decay), np.float32(int(count) / (9 + int(count))))  # the start counts as one
+        # The initial weights count as one.
+        kept = np.minimum(np.float32(decay), np.float32(int(count) / (9 + int(count))))
         return old + float(1 - kept) * (new - old)
 
     oracle = oracle.double()
     averaged = AveragedModel(oracle, avg_fn=average, use_buffers=True)
-    averaged.update_parameters(oracle)  # the first time, it copies
+    averaged.update_parameters(oracle)  # the first call copies
     expected_losses = train_oracle(oracle, batches, config, EXACT, mixup=share, average=averaged)
     assert relative_difference(expected_losses, losses) <= 1e-10
     assert largest_difference(leaves_of(oracle, variant_of(name)), state.variables) <= 1e-10
     expected = leaves_of(cast_module(averaged.module), variant_of(name))
     assert largest_difference(expected, state.ema_variables) <= 1e-10
-    assert largest_difference(expected, state.variables) > 1e-3, "the average is no other than the weights"
+    assert largest_difference(expected, state.variables) > 1e-3, "the average equals the weights"
 
 
 def cast_module(module: Any) -> torch_oracle.RepVGG:
-    """What `AveragedModel` wraps, by its own type."""
+    """Return what `AveragedModel` wraps, with its own type."""
     assert isinstance(module, torch_oracle.RepVGG)
     return module
 
 
 def mask_by_leaf(variant: rv.Variant) -> dict[str, bool]:
-    """The decay mask of the variant's parameter tree."""
+    """Return the decay mask of the variant's parameter tree, by leaf."""
     without_numbers = unflatten({leaf: np.empty(0) for leaf in expected_shapes(variant, False, 10, 3)})
     mask: Any = decay_mask(without_numbers["params"])
     return flatten({"params": mask})
 
 
 @pytest.mark.parametrize("name", rv.list_models())
-def test_weight_decay_falls_where_the_recipe_says(name):
-    """On every leaf that the oracle's rule names, in every variant, and on no other."""
+def test_weight_decay_applies_where_the_recipe_says(name):
+    """In every variant, exactly the leaves that the oracle's rule names are decayed."""
     with torch.device("meta"):
         oracle = make_oracle(name, seed=None)
     decayed, spared = torch_oracle.recipe_parameter_groups(oracle, 0.1)
@@ -282,7 +283,7 @@ def test_weight_decay_falls_where_the_recipe_says(name):
     }
 
 
-def test_the_rule_in_words():
+def test_the_decay_rule_by_example():
     mask = mask_by_leaf(variant_of("plus"))
     for leaf, decays in {
         "stage0/rbr_dense/conv/kernel": True,
@@ -306,7 +307,7 @@ def test_the_rule_in_words():
 
 
 def test_decay_comes_before_momentum_and_the_learning_rate_after():
-    """Without gradients, two steps: -lr * decay * w, then -lr * (momentum + 1) * decay * w, in decayed leaves only."""
+    """Two steps without gradients: -lr * decay * w, then -lr * (momentum + 1) * decay * w, in decayed leaves only."""
     params = {"linear": {"kernel": np.array([2.0, -3.0]), "bias": np.array([5.0])}}
     config = OptimizerOptions(momentum=0.9, weight_decay=0.01)
     optimizer = make_optimizer(config, optax.constant_schedule(0.5))
@@ -319,7 +320,7 @@ def test_decay_comes_before_momentum_and_the_learning_rate_after():
 
 
 def expected_rate(config: OptimizerOptions, steps_per_epoch: int, step: int) -> float:
-    """Linear warm-up from 0, then half a cosine to 0; the peak is for a batch of 256."""
+    """Return a linear warm-up from 0, then half a cosine to 0; the peak is for a batch of 256."""
     peak = config.learning_rate * config.batch_size / 256
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
     if step < warmup:
@@ -333,7 +334,7 @@ def rate_at(config: OptimizerOptions, steps_per_epoch: int, step: int) -> float:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("batch_size", [256, 1024])
-def test_the_schedule_of_every_preset(preset, batch_size):
+def test_the_schedule_of_every_preset_matches_the_formula(preset, batch_size):
     config = dataclasses.replace(PRESETS[preset].optimizer, batch_size=batch_size)
     steps_per_epoch = 1_281_167 // batch_size
     warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
@@ -348,7 +349,7 @@ def test_the_schedule_of_every_preset(preset, batch_size):
     assert 0 < expected_rate(config, steps_per_epoch, total - 1) < 1e-6 * peak
 
 
-def test_the_paper_starts_at_a_tenth_and_scales_with_the_batch():
+def test_the_papers_rate_is_a_tenth_and_scales_with_the_batch():
     paper = PRESETS["imagenet_120"].optimizer
     assert (paper.batch_size, paper.epochs, paper.momentum, paper.weight_decay) == (256, 120, 0.9, 1e-4)
     assert rate_at(paper, 5004, 0) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""Claim: `--whiten-stem` gives a first stage whose outputs are uncorrelated over the images, and leaves it alone."""
+"""Claim: `--whiten-stem` gives a first stage whose outputs are uncorrelated over the images, and keeps it frozen."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ GREY = Preprocessing(image_size=12, crop_fraction=1.0, mean=(0.5,), std=(0.25,))
 
 
 class Clouds:
-    """Images with smooth structure, so that neighbouring pixels are alike; more of them than are looked at."""
+    """Smooth images, in which neighbouring pixels are alike; more of them than the whitening reads."""
 
     def __init__(self, images: int = 4100, channels: int = 3, size: int = 12) -> None:
         self.class_names = ["a"]
@@ -33,7 +33,7 @@ class Clouds:
 
 
 @pytest.mark.parametrize(("channels", "features"), [(3, 8), (3, 54), (1, 18)])
-def test_its_filters_are_uncorrelated_over_the_images(channels, features):
+def test_the_filters_outputs_are_uncorrelated_over_the_images(channels, features):
     clouds = Clouds(channels=channels)
     preprocessing = GREY if channels == 1 else Preprocessing(12, 1.0, (0.4, 0.5, 0.6), (0.25, 0.2, 0.3))
     whitening = whitening_of(clouds, preprocessing, features)
@@ -52,7 +52,7 @@ def test_its_filters_are_uncorrelated_over_the_images(channels, features):
     np.testing.assert_allclose(y.mean(0), whitening.mean[:half], atol=0.03 * y[:, 0].std())
     covariance = np.cov(y.T)
     np.testing.assert_allclose(np.diag(covariance), whitening.variance[:half], rtol=0.05, atol=0.006)
-    correlation = np.corrcoef(y[:, : half // 2].T)  # of the larger ones: the smallest hold pixels' rounding
+    correlation = np.corrcoef(y[:, : half // 2].T)  # of the larger half: the smallest contain the pixels' rounding
     np.testing.assert_allclose(correlation, np.eye(half // 2), atol=0.06)
 
 
@@ -81,7 +81,7 @@ def test_stage_0_is_the_whitening_convolution_whatever_its_branches(words):
         np.testing.assert_allclose(fused["bias"], -whitening.mean / np.sqrt(whitening.variance + 1e-5), atol=1e-4)
 
 
-def test_it_begins_alike_in_every_process_and_whatever_the_seed():
+def test_it_is_the_same_in_every_process_and_for_every_seed():
     one, other = (fresh_state(run_of("--seed", seed)).params for seed in "12")
 
     def kernels(block):
@@ -91,14 +91,14 @@ def test_it_begins_alike_in_every_process_and_whatever_the_seed():
     assert np.abs(np.subtract(*kernels("stage1_0"))).max() > 0
 
 
-def test_a_width_that_it_cannot_have_is_named():
+def test_an_impossible_width_is_named():
     with pytest.raises(rv.ConfigError, match="even number of channels in stage 0, at most 18, not 20: set --widths"):
         whitening_of(Clouds(40, channels=1), GREY, 20)
     with pytest.raises(rv.ConfigError, match="not 7: set --widths, or --no-whiten-stem"):
         whitening_of(Clouds(40, channels=1), GREY, 7)
 
 
-def test_it_is_kept_as_it_is_in_weights_to_start_from(tmp_path):
+def test_initial_weights_keep_their_whitening(tmp_path):
     before = fresh_state(run_of())
     rv.save_weights(tmp_path / "a.safetensors", run_of().model, before.variables, preprocessing=GREY)
     after = fresh_state(run_of("--init", str(tmp_path / "a.safetensors"), "--data", "digits"))

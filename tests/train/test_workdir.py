@@ -1,4 +1,4 @@
-"""Claim: one run writes to a workdir at a time, a resumed one may log otherwise, a failed start leaves nothing."""
+"""Claim: one run writes to a workdir at a time, a resumed one may log differently, a failed start leaves nothing."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ HOLDER = textwrap.dedent(
 
 @pytest.fixture
 def hold():
-    """Starts processes that hold a workdir until their stdin is closed, and ends them."""
+    """Starts processes that hold a workdir until their stdin is closed, and ends them afterwards."""
     started = []
 
     def start(workdir: Path) -> subprocess.Popen:
@@ -58,7 +58,7 @@ def hold():
         process.communicate()
 
 
-def test_a_second_run_is_told_whose_the_folder_is_until_that_one_ends_or_is_killed(hold, tmp_path):
+def test_a_second_run_is_refused_until_the_first_ends_or_is_killed(hold, tmp_path):
     workdir = tmp_path / "run [1]"
     process = hold(workdir)
     before = {path.name: path.read_bytes() for path in workdir.iterdir()}
@@ -70,14 +70,14 @@ def test_a_second_run_is_told_whose_the_folder_is_until_that_one_ends_or_is_kill
     assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
     process.kill()
     process.wait()
-    assert (workdir / LOCK).read_bytes(), "its name is still there, the lock is not"
+    assert (workdir / LOCK).read_bytes(), "the holder's name remains, the lock does not"
     for _ in range(2):
         with claimed(Recipe(), workdir):
             assert str(os.getpid()).encode() in (workdir / LOCK).read_bytes()
         assert (workdir / LOCK).read_bytes() == b""
 
 
-def test_the_command_says_so_in_one_line(tmp_path):
+def test_the_command_refuses_it_in_one_line(tmp_path):
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     options = ("--data", tmp_path / "photos", "--batch-size", 4, "--workdir", tmp_path / "run", "--image-size", 32)
@@ -90,7 +90,7 @@ def test_the_command_says_so_in_one_line(tmp_path):
 
 @pytest.fixture
 def begun(tmp_path) -> tuple[Path, Recipe]:
-    """A folder whose run has come to its first checkpoint, and its options."""
+    """A folder whose run has reached its first checkpoint, and its options."""
     config = Recipe(input=InputOptions(data="/here/photos"), run=RunOptions(workdir=str(tmp_path / "run")))
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     save_or_compare(config, tmp_path / "run")
@@ -111,7 +111,7 @@ def changed(config: Recipe, group: str, **values: object) -> Recipe:
         ("input", {"data": "/moved/photos"}),
     ],
 )
-def test_options_that_move_no_weight_may_change(group, values, begun):
+def test_options_that_do_not_affect_weights_may_change(group, values, begun):
     workdir, config = begun
     save_or_compare(changed(config, group, **values), workdir)
 
@@ -124,21 +124,21 @@ def test_for_more_epochs_the_message_says_what_to_do(begun):
         save_or_compare(changed(config, "run", seed=1), workdir)
 
 
-def test_a_moved_data_folder_is_known_by_its_images_and_another_one_too(tmp_path):
+def test_a_moved_data_folder_is_recognised_by_its_images(tmp_path):
     write_photos(tmp_path / "a", 8)
     before = FolderSource(tmp_path / "a")
-    known = data_fingerprint(before)
+    fingerprint = data_fingerprint(before)
     (tmp_path / "a").rename(tmp_path / "b")
     moved = FolderSource(tmp_path / "b")
-    assert data_fingerprint(moved) == known
+    assert data_fingerprint(moved) == fingerprint
     write_photos(tmp_path / "c", 8, offset=30)
-    assert data_fingerprint(FolderSource(tmp_path / "c")) != known
+    assert data_fingerprint(FolderSource(tmp_path / "c")) != fingerprint
     first = sorted((tmp_path / "b").iterdir())[0]
     first.rename(first.with_name("zzz"))
-    assert data_fingerprint(FolderSource(tmp_path / "b")) != known, "another order of classes is another data set"
+    assert data_fingerprint(FolderSource(tmp_path / "b")) != fingerprint, "a different class order is different data"
 
 
-def test_checkpoints_of_earlier_versions_know_nothing_of_the_images():
+def test_checkpoints_of_earlier_versions_do_not_record_the_images():
     old = RunFacts(seed=0, batch_size=4, train_images=8, devices=1)
     assert (old.classes, old.images) == ("", "")
 
@@ -160,12 +160,12 @@ def test_urls_are_refused_in_one_line(url, option, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_of_the_hub_stay_an_address():
+def test_a_hub_address_is_kept_as_it_is():
     address = "hf://timm/repvgg_a0.rvgg_in1k"
     assert parse(["--preset", "imagenet_120", "--init", address]).fine_tune.init == address
 
 
-def test_a_tilde_is_the_home_folder_also_where_no_shell_has_made_it_that(tmp_path, monkeypatch):
+def test_a_tilde_that_the_shell_did_not_expand_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos" / "train", 8)
@@ -181,7 +181,7 @@ def test_a_tilde_is_the_home_folder_also_where_no_shell_has_made_it_that(tmp_pat
         parse(["--preset", "digits", "--workdir", "~nobody-here/x"])
 
 
-def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_failed_start_leaves_no_workdir(tmp_path):
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     (tmp_path / "weights.pth").write_bytes(b"no weights")
@@ -199,7 +199,7 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, 8), (2, 4)])
-def test_evaluation_takes_no_larger_portions_than_training(accumulate, expected, tmp_path, monkeypatch):
+def test_evaluation_uses_portions_no_larger_than_trainings(accumulate, expected, tmp_path, monkeypatch):
     write_photos(tmp_path / "photos" / "train", 8)
     write_photos(tmp_path / "photos" / "val", 4)
     seen = []
@@ -220,7 +220,7 @@ def test_the_preset_must_be_named():
 
 
 @pytest.mark.parametrize("wrong", [("--crop-area", "0.3", "1"), ("--horizontal-flip", "0")])
-def test_options_for_photographs_are_refused_where_there_are_none(wrong, tmp_path):
+def test_options_for_photographs_are_refused_for_other_data(wrong, tmp_path):
     config = parse(["--preset", "digits", "--data-dir", str(tmp_path / "tfds"), *wrong])
     with pytest.raises(rv.ConfigError, match=f"{wrong[0]} is for photographs, and the data set digits has none"):
         set_up(config)
@@ -234,15 +234,15 @@ def test_options_for_photographs_are_refused_where_there_are_none(wrong, tmp_pat
     ("preset", "epochs", "warmup"),
     [("digits", 1, 0.0667), ("digits", 2, 0.1333), ("digits", 3, 2), ("plus_300", 4, 0.0667)],
 )
-def test_a_presets_warm_up_is_shortened_where_it_does_not_fit(preset, epochs, warmup, capsys):
+def test_a_presets_warm_up_is_shortened_if_it_does_not_fit(preset, epochs, warmup, capsys):
     config = parse(["--preset", preset, "--epochs", str(epochs)])
     assert config.optimizer.warmup_epochs == pytest.approx(warmup)
-    said = capsys.readouterr().err
-    assert ("shortened to" in said) == (warmup < 1)
-    assert said.count("\n") == (warmup < 1)
+    stderr = capsys.readouterr().err
+    assert ("shortened to" in stderr) == (warmup < 1)
+    assert stderr.count("\n") == (warmup < 1)
 
 
 @pytest.mark.parametrize("spelled", ["--warmup-epochs", "--warmup_epochs"])
-def test_a_warm_up_that_was_asked_for_and_does_not_fit_is_an_error(spelled):
+def test_an_explicit_warm_up_that_does_not_fit_is_an_error(spelled):
     with pytest.raises(rv.ConfigError, match="--warmup-epochs 2 leaves nothing of 1 --epochs"):
         parse(["--preset", "digits", "--epochs", "1", spelled, "2"])

@@ -1,4 +1,4 @@
-"""Claim: a workdir that fills up, at whatever moment, is one clear line, and what lies in it is whole."""
+"""Claim: a workdir that fills up, at any moment, gives one clear line, and everything in it is complete."""
 
 import json
 import os
@@ -30,13 +30,13 @@ MODEL = rv.create_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 8, 8)), 3)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a disk of so many KB, once, and takes it away again."""
+    """Mounts a disk of some KB, once, and unmounts it afterwards."""
     mounted = []
 
     def mount(kilobytes: int) -> Path:
         command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(tmp_path)]
         if subprocess.run(command, check=False, capture_output=True).returncode:
-            pytest.skip("mounting is not allowed here")
+            pytest.skip("mounting is not allowed on this system")
         mounted.append(tmp_path)
         return tmp_path
 
@@ -53,7 +53,7 @@ def state_at(step: int) -> TrainState:
 
 
 def run_to_the_end(workdir: Path) -> None:
-    """Write everything that a run writes, in its order."""
+    """Write everything that a run writes, in the same order."""
     with claimed(Recipe(), workdir), Checkpoints(workdir, 2, print) as checkpoints:
         log = MetricsLog(workdir, 0)
         for step in range(1, 15):
@@ -67,7 +67,7 @@ def run_to_the_end(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize("kilobytes", [40, 60, 80, 120, 160, 200, 220, 240, 260, 400, 1000])
-def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(kilobytes, small_disk):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(kilobytes, small_disk):
     workdir, error = small_disk(kilobytes) / "run", None
     try:
         run_to_the_end(workdir)
@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(kilobyt
     if (workdir / "final.safetensors").exists():
         rv.load_weights(workdir / "final.safetensors")
     complete = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-    if complete and kilobytes >= 160:  # opening them takes a few bytes, too
+    if complete and kilobytes >= 160:  # opening them also writes a few bytes
         with Checkpoints(workdir, 2, print) as checkpoints:
             state = to_host(checkpoints.restore(state_at(0), FACTS))
         np.testing.assert_array_equal(state.params["kernel"], state_at(int(state.step)).params["kernel"])

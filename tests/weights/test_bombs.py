@@ -1,4 +1,4 @@
-"""Claim: a small file that asks for endless work or memory is refused in seconds, within a GB, in one line."""
+"""Claim: a small file that demands endless work or memory is refused in seconds, within a GB, in one line."""
 
 import io
 import pickle
@@ -77,7 +77,7 @@ TENSOR = (
 
 
 def pickles() -> dict[str, bytes]:
-    """Programs of a megabyte or two that ask for far more than that."""
+    """Return programs of a megabyte or two that demand far more than that."""
     ten_million_digits = LONG4 + struct.pack("<i", 4 << 20) + b"\x7f" * (4 << 20)
     memo_1_under_many_names = dict_of(*(number(i) + GET_1 for i in range(100_000)))
     return {
@@ -122,14 +122,14 @@ def pickles() -> dict[str, bytes]:
 
 
 def legacy_file(storage_keys: bytes) -> bytes:
-    """A file as PyTorch made them before 1.6: five pickles, the last of which lists the storages."""
+    """Return a file in PyTorch's format before 1.6: five pickles, the last of which lists the storages."""
     magic = pickle.dumps(MAGIC_NUMBER, 2) + pickle.dumps(PROTOCOL_VERSION, 2)
     byte_order = START + EMPTY_DICT + text("little_endian") + NEWTRUE + SETITEM + STOP
     return magic + byte_order + START + EMPTY_DICT + STOP + START + storage_keys + STOP
 
 
 def headers() -> dict[str, bytes]:
-    """Safetensors headers."""
+    """Return safetensors headers."""
     tensor = {"a": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}
     entry = b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     return {
@@ -163,7 +163,7 @@ for path in sys.argv[2:]:
 
 
 def zipped(**records: bytes) -> bytes:
-    """A file as PyTorch makes them."""
+    """Return a file in PyTorch's current format."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, data in records.items():
@@ -172,7 +172,7 @@ def zipped(**records: bytes) -> bytes:
 
 
 def bombs(large: bool) -> dict[str, bytes]:
-    """Files, of up to 20 kB or larger."""
+    """Return files, of up to 20 kB or larger."""
     programs = {name: program for name, program in pickles().items() if (len(program) > 20_000) == large}
     files = {f"{n}.pth": zipped(**{"data.pkl": START + p + STOP, "data/0": bytes(4)}) for n, p in programs.items()}
     files |= {f"{name}.safetensors": h for name, h in headers().items() if (len(h) > 20_000) == large}
@@ -185,7 +185,7 @@ def bombs(large: bool) -> dict[str, bytes]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs a limit on address space")
 @pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "large"])
-def test_bombs_fizzle(large, tmp_path):
+def test_bombs_are_refused(large, tmp_path):
     for name, content in bombs(large).items():
         (tmp_path / name).write_bytes(content)
     files = sorted(map(str, tmp_path.iterdir()))

@@ -1,4 +1,4 @@
-"""Claim: a training run, or one of its checkpoints, is a weight file for every command."""
+"""Claim: every command accepts a training run, or one of its checkpoints, as a weight file."""
 
 import dataclasses
 import json
@@ -30,30 +30,30 @@ GREY = rv.Preprocessing(32, 1.0, (0.3053,), (0.3783,))
 VARIANT = rv.Variant((1, 1, 1, 1), (8, 8, 8, 16, 16), activation="silu", strides=(1, 2, 2, 2, 2))
 MODEL = rv.create_model(VARIANT, 10)
 TOP1 = {3: 0.5, 6: 0.9, 8: 0.7}
-"""By step; step 9 has not been evaluated."""
+"""Top-1 by step; step 9 has not been evaluated."""
 
 
 def stats_of_each_device(stats: dict) -> dict:
-    """`[devices, …]`: other ones on each device, which average to `stats`."""
+    """Return `[devices, …]`: statistics that differ between devices and average to `stats`."""
     devices = jax.device_count()
     offsets = np.arange(devices, dtype=np.float32) - (devices - 1) / 2
     return jax.tree.map(lambda leaf: np.stack([leaf + offset / 64 for offset in offsets]), stats)
 
 
 def state_at(step: int) -> tuple[TrainState, dict, dict]:
-    """A state as the parallel step has it, its variables, and their moving average."""
+    """Return a state as in the parallel step, its variables, and their moving average."""
     trained, average = (random_variables(MODEL, seed, in_channels=1) for seed in (step, 100 + step))
     optimizer = optax.sgd(0.1, momentum=0.9).init(trained["params"])
     shared = (np.int32(step), trained["params"], optimizer, average["params"])
     number, params, opt_state, ema_params = (replicate(tree) for tree in shared)
-    own = (distribute(stats_of_each_device(v["batch_stats"])) for v in (trained, average))
-    stats, ema_stats = own
+    per_device = (distribute(stats_of_each_device(v["batch_stats"])) for v in (trained, average))
+    stats, ema_stats = per_device
     return TrainState(number, params, stats, opt_state, ema_params, ema_stats), trained, average
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, dict, dict]:
-    """A run's folder, and by step its variables and their averages."""
+    """A run's folder, and its variables and their averages by step."""
     workdir = tmp_path_factory.mktemp("runs") / "lr=[0.1]"
     workdir.mkdir()
     net = Header(TRAINING, VARIANT, 10, GREY, NAMES).to_json()
@@ -68,17 +68,17 @@ def run(tmp_path_factory) -> tuple[Path, dict, dict]:
     return workdir, trained, averages
 
 
-def assert_same(expected: dict, found: dict) -> None:
-    """Parameters bit for bit; statistics up to the rounding of their average."""
-    assert_same_bits({"params": expected["params"]}, {"params": found["params"]})
+def assert_same(expected: dict, actual: dict) -> None:
+    """Check that parameters are equal bit for bit, and statistics up to the rounding of their average."""
+    assert_same_bits({"params": expected["params"]}, {"params": actual["params"]})
     jax.tree.map(
         lambda e, f: np.testing.assert_allclose(f, e, rtol=2e-6, atol=2e-6),
         expected["batch_stats"],
-        found["batch_stats"],
+        actual["batch_stats"],
     )
 
 
-def test_a_run_is_its_best_checkpoint_and_a_checkpoint_is_itself(run):
+def test_a_run_stands_for_its_best_checkpoint_and_a_checkpoint_for_itself(run):
     workdir, trained, averages = run
     for folder, step in (
         (workdir, 6),
@@ -95,8 +95,8 @@ def test_a_run_is_its_best_checkpoint_and_a_checkpoint_is_itself(run):
         rv.load_weights(workdir)
 
 
-def test_it_says_what_it_is_without_reading_a_number(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)  # an import of it fails
+def test_a_run_is_inspected_without_reading_its_weights(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)  # importing it fails
     info = rv.inspect_weights(run[0])
     assert (info.preprocessing, info.class_names, info.variant, info.deploy) == (GREY, NAMES, VARIANT, False)
     assert (info.in_channels, info.num_classes, info.num_batches_tracked) == (1, 10, 6)
@@ -105,7 +105,7 @@ def test_it_says_what_it_is_without_reading_a_number(run, monkeypatch):
     assert "training form, native names, 10 classes, 1 input channels" in shown
 
 
-def test_without_an_evaluation_it_is_the_newest(run, tmp_path):
+def test_without_an_evaluation_a_run_stands_for_its_newest_checkpoint(run, tmp_path):
     for step in (8, 9):
         shutil.copytree(run[0] / "checkpoints" / str(step), tmp_path / "run" / "checkpoints" / str(step))
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "metrics", ignore_errors=True)
@@ -113,7 +113,7 @@ def test_without_an_evaluation_it_is_the_newest(run, tmp_path):
         assert_same(run[1][9], rv.load_weights(tmp_path / "run")[1])
 
 
-def test_every_command_takes_a_run(run, tmp_path):
+def test_every_command_accepts_a_run(run, tmp_path):
     workdir, trained, averages = run
     assert convert(workdir, tmp_path / "best.safetensors", "--keep-training-form").returncode == 0
     info = rv.inspect_weights(tmp_path / "best.safetensors")
@@ -133,7 +133,7 @@ def test_every_command_takes_a_run(run, tmp_path):
     assert evaluation(workdir, *names) == evaluation(tmp_path / "best.safetensors", *names)
 
 
-def test_folders_that_are_no_checkpoints_are_one_line(tmp_path):
+def test_a_folder_without_checkpoints_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoints of a training run" in refused(tmp_path / "empty")
     (tmp_path / "begun" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_folders_that_are_no_checkpoints_are_one_line(tmp_path):
 
 
 class Copy:
-    """A copy of the checkpoint of step 6 to damage, whose step is 7."""
+    """A copy of the checkpoint of step 6, to be damaged, in a folder that says step 7."""
 
     def __init__(self, run: Path, folder: Path):
         self.path = Path(shutil.copytree(run / "checkpoints" / "6", folder / "7"))
@@ -150,7 +150,7 @@ class Copy:
         self.facts = json.loads(self.facts_file.read_text(encoding="utf-8"))
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Replace what the checkpoint says of itself."""
+        """Replace what the checkpoint says about itself."""
         self.facts_file.write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -168,9 +168,9 @@ def checkpoint(run, tmp_path) -> Copy:
         lambda facts: {"shapes": 3},
         lambda facts: {"facts": {**facts["facts"], "net": {"version": 1}}},
     ],
-    ids=["another checksum", "another shape", "a stage less", "no shapes", "no net"],
+    ids=["another checksum", "another shape", "a missing stage", "no shapes", "no net"],
 )
-def test_a_checkpoint_whose_facts_do_not_fit_is_named_in_one_line(changed, checkpoint):
+def test_a_checkpoint_with_wrong_facts_is_named_in_one_line(changed, checkpoint):
     checkpoint.write(checkpoint.facts | changed(checkpoint.facts))
     assert "/7" in refused(checkpoint.path)
 
@@ -180,26 +180,26 @@ def test_facts_that_are_not_json_are_a_damaged_checkpoint(checkpoint):
     assert "damaged checkpoint" in refused(checkpoint.path)
 
 
-def test_a_cut_file_of_numbers_is_a_damaged_checkpoint(checkpoint):
+def test_a_truncated_state_file_is_a_damaged_checkpoint(checkpoint):
     files = [path for path in (checkpoint.path / "state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     assert "damaged checkpoint" in refused(checkpoint.path)
 
 
-def test_a_checkpoint_that_does_not_say_its_net_is_refused_with_the_reason(checkpoint):
+def test_a_checkpoint_without_its_net_is_refused_with_the_reason(checkpoint):
     del checkpoint.facts["facts"]["net"]
     checkpoint.write(checkpoint.facts)
     assert "does not say which net it is" in refused(checkpoint.path)
 
 
-def test_a_moving_average_that_a_checkpoint_does_not_hold_is_refused(checkpoint):
+def test_a_missing_moving_average_is_refused(checkpoint):
     shapes = {name: shape for name, shape in checkpoint.facts["shapes"].items() if "ema" not in name}
     checkpoint.write(checkpoint.facts | {"shapes": shapes})
     assert "has no moving average" in refused(checkpoint.path, ema=True)
 
 
-def test_ranges_of_quantisation_aware_training_are_left_out(tmp_path):
+def test_ranges_of_quantisation_aware_training_are_ignored(tmp_path):
     state, trained, _ = state_at(5)
     ranges = {"batch_stats/stage0/input_range": np.ones(jax.device_count(), np.float32)}
     stats = unflatten(flatten({"batch_stats": jax.device_get(state.batch_stats)}) | ranges)["batch_stats"]
@@ -214,5 +214,5 @@ def test_the_last_checkpoint_of_a_real_run_is_its_final_weights(uninterrupted):
     last = max((uninterrupted / "checkpoints").iterdir(), key=lambda path: int(path.name))
     for ema, name in ((False, "final"), (True, "ema")):
         assert_same_bits(rv.load_weights(uninterrupted / f"{name}.safetensors")[1], rv.load_weights(last, ema=ema)[1])
-    found, expected = rv.inspect_weights(last), rv.inspect_weights(uninterrupted / "final.safetensors")
-    assert found == expected
+    actual, expected = rv.inspect_weights(last), rv.inspect_weights(uninterrupted / "final.safetensors")
+    assert actual == expected

@@ -1,4 +1,4 @@
-"""Claim: where a file has checksums, no damage to it goes unnoticed; where it has none, it still loads."""
+"""Claim: if a file has checksums, no damage to it goes unnoticed; if it has none, it still loads."""
 
 import json
 import struct
@@ -33,7 +33,7 @@ def with_bit_flipped(content: bytes, position: int, bit: int = 0) -> bytes:
 
 
 def data_of(path: Path, name: str) -> int:
-    """Where a record's bytes begin, as Python's own reader finds them."""
+    """Return where a record's bytes begin, according to Python's own reader."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         record = next(r for r in archive.infolist() if r.filename.endswith(name))
         file.seek(record.header_offset + 26)
@@ -44,19 +44,19 @@ def data_of(path: Path, name: str) -> int:
     ("record", "name"),
     [("/data/0", "stage0.rbr_dense.conv.weight"), ("/data/7", "stage0.rbr_1x1.bn.weight"), ("/data.pkl", "data.pkl")],
 )
-def test_a_flipped_bit_in_a_zip_is_named_by_its_checksum(record, name, tmp_path):
+def test_a_flipped_bit_in_a_zip_file_is_found_by_its_checksum(record, name, tmp_path):
     torch.save({"model": torch_state(TINY), "epoch": 9}, tmp_path / "w.pth")
     sound = (tmp_path / "w.pth").read_bytes()
     for bit in (0, 3, 7):
         (tmp_path / "bad.pth").write_bytes(with_bit_flipped(sound, data_of(tmp_path / "w.pth", record) + 5, bit))
         with zipfile.ZipFile(tmp_path / "bad.pth") as archive:
-            assert str(archive.testzip()).endswith(record)  # Python's reader sees the same
+            assert str(archive.testzip()).endswith(record)  # Python's reader agrees
         message = refused(tmp_path / "bad.pth")
         assert "CRC-32 does not match" in message
         assert f"{name} is damaged" in message
 
 
-def test_a_checksum_that_is_damaged_itself_is_damage(tmp_path):
+def test_a_damaged_checksum_is_damage_too(tmp_path):
     torch.save(torch_state(TINY), tmp_path / "w.pth")
     sound = (tmp_path / "w.pth").read_bytes()
     entry = sound.rindex(b"PK\x01\x02", 0, sound.rindex(b"/data/3"))
@@ -64,7 +64,7 @@ def test_a_checksum_that_is_damaged_itself_is_damage(tmp_path):
     assert "CRC-32 does not match" in refused(tmp_path / "bad.pth")
 
 
-def test_tensors_that_lie_in_one_storage_are_covered_by_its_checksum(tmp_path):
+def test_tensors_in_one_storage_are_covered_by_its_checksum(tmp_path):
     state = torch_state(TINY)
     one = torch.arange(40.0) + 1
     for number, leaf in enumerate(("weight", "bias", "running_mean", "running_var")):
@@ -78,13 +78,13 @@ def test_tensors_that_lie_in_one_storage_are_covered_by_its_checksum(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         shared = next(r.filename for r in archive.infolist() if r.file_size == 160)
     start = data_of(tmp_path / "w.pth", shared)
-    for element in (0, 9, 39):  # the last is no tensor's
+    for element in (0, 9, 39):  # the last belongs to no tensor
         sound = (tmp_path / "w.pth").read_bytes()
         (tmp_path / "bad.pth").write_bytes(with_bit_flipped(sound, start + 4 * element))
         assert "stage1.1.rbr_dense.bn" in refused(tmp_path / "bad.pth")
 
 
-def test_zips_without_checksums_load(tmp_path):
+def test_zip_files_without_checksums_load(tmp_path):
     """`torch.serialization.set_crc32_options(False)` writes zeros."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -96,7 +96,7 @@ def test_zips_without_checksums_load(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["training", "deploy", "int8"])
-def test_no_single_bit_of_a_native_file_can_change_what_it_says(form, tmp_path):
+def test_no_single_bit_of_a_native_file_can_change_its_meaning(form, tmp_path):
     path, rng = tmp_path / "w.safetensors", np.random.default_rng(0)
     model, variables = random_model(SMALL, deploy=form != "training")
     if form == "int8":
@@ -110,7 +110,7 @@ def test_no_single_bit_of_a_native_file_can_change_what_it_says(form, tmp_path):
     info, sound = rv.inspect_weights(path), path.read_bytes()
     end = 8 + struct.unpack("<Q", sound[:8])[0]
     positions = [*rng.choice(end, 150, replace=False), *(end + rng.choice(len(sound) - end, 50, replace=False))]
-    # Where it matters most: the numbers of the preprocessing, and the checksums themselves.
+    # The most critical ones: the values of the preprocessing, and the checksums themselves.
     positions += [sound.index(b"0.485") + 2, sound.index(b"0.229") + 3, sound.index(b"crc32") + 30, sound.rindex(b'"}')]
     refusals = 0
     for position in positions:
@@ -134,7 +134,7 @@ def test_a_native_file_names_the_damaged_tensor(tmp_path):
     assert "params/stage2_0/rbr_1x1/bn/bias is damaged" in refused(tmp_path / "bad.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(sound.replace(b"0.485", b"0.785"))
     assert "damaged header (ValueError: its CRC-32 does not match" in refused(tmp_path / "bad.safetensors")
-    # Names that change places keep their shapes: only the checksums see it.
+    # Names that are swapped keep their shapes: only the checksums reveal it.
     one, other = (f"params/stage2_0/rbr_1x1/bn/{leaf}" for leaf in ("bias", "scale"))
     header[one], header[other] = header[other], header[one]
     (tmp_path / "bad.safetensors").write_bytes(safetensors_bytes(header, sound[8 + length :]))
@@ -142,7 +142,7 @@ def test_a_native_file_names_the_damaged_tensor(tmp_path):
 
 
 def test_native_files_without_checksums_load(tmp_path):
-    """As releases before 0.1 wrote them."""
+    """Written by releases before 0.1."""
     model, variables = random_model(SMALL)
     rv.save_weights(tmp_path / "w.safetensors", model, variables, class_names=NAMES)
     content = (tmp_path / "w.safetensors").read_bytes()

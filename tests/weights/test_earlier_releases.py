@@ -1,6 +1,6 @@
-"""Claim: files that earlier releases wrote load, and one of a later release is refused with its name.
+"""Claim: files of earlier releases load, and a file of a later release is refused with that release's name.
 
-`files/` holds what release 0.1.0 wrote before stages had strides of their own: a net with every option that it knew.
+`files/` holds files of release 0.1.0, before stages had their own strides: a net with every option of that release.
 """
 
 import json
@@ -23,7 +23,7 @@ LOGITS = [
     [-4.190155506134033, 0.24242518842220306, -1.4777796268463135],
     [-0.5422484874725342, 0.04830321669578552, 0.05917717516422272],
 ]
-"""Of the training form, as that release computed them."""
+"""Logits of the training form, as computed by that release."""
 INT8_LOGITS = [
     [-0.034581203013658524, 0.02581896260380745, -0.16758570075035095],
     [-0.03707345202565193, 0.023662984371185303, -0.16831007599830627],
@@ -47,7 +47,7 @@ VARIANT = rv.Variant(
 
 
 @pytest.mark.parametrize("form", ["training", "deploy"])
-def test_a_file_of_release_0_1_0_is_the_net_that_it_was(form):
+def test_a_file_of_release_0_1_0_gives_the_same_net(form):
     path = FILES / f"release_0_1_0_{form}.safetensors"
     model, variables = rv.load_weights(path)
     assert model == rv.RepVGG(VARIANT, 3, deploy=form == "deploy")
@@ -57,19 +57,19 @@ def test_a_file_of_release_0_1_0_is_the_net_that_it_was(form):
     assert info.preprocessing == rv.Preprocessing(32, 0.9, (0.5,) * 3, (0.25,) * 3)
 
 
-def test_a_quantised_file_of_release_0_1_0_is_the_net_that_it_was():
+def test_a_quantised_file_of_release_0_1_0_gives_the_same_net():
     net = rv.load_quantized(FILES / "release_0_1_0_int8.safetensors")
     assert net.variant == rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8), strides=(1, 2, 2, 2, 2))
     np.testing.assert_allclose(net(IMAGES), INT8_LOGITS, rtol=1e-5, atol=1e-6)
 
 
 def described(path: Path) -> dict:
-    """What a native file says of itself."""
+    """Return what a native file says about itself."""
     with safe_open(path, "numpy") as file:
         return json.loads(file.metadata()["repvgg_jax"])
 
 
-def test_a_field_at_its_default_is_not_written_and_the_release_is(tmp_path):
+def test_default_fields_are_omitted_and_the_release_is_written(tmp_path):
     model = rv.create_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8), branches=rv.Branches(point=False)), 3)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     fields = described(tmp_path / "w.safetensors")
@@ -88,7 +88,7 @@ def test_a_field_at_its_default_is_not_written_and_the_release_is(tmp_path):
     ],
     ids=str,
 )
-def test_a_field_of_a_later_release_is_named_with_the_release_that_wrote_it(place, name, tmp_path, monkeypatch):
+def test_a_field_of_a_later_release_is_named_with_that_release(place, name, tmp_path, monkeypatch):
     to_json = header.Header.to_json
 
     def later(self) -> dict[str, Any]:

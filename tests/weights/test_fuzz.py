@@ -1,14 +1,14 @@
-"""Claim: whatever is done to a weight file, loading it gives a whole model or a `RepVGGError`, and runs nothing.
+"""Claim: loading any mutated weight file gives a complete model or a `RepVGGError`, and never executes anything.
 
-Where the file has checksums, the model is the one that was saved, to the bit.
+If the file has checksums, the model is the one that was saved, to the bit.
 
-Some hundred mutations in CI; by hand `FUZZ_EXAMPLES=100000 pytest tests/weights/test_fuzz.py`.
+A few hundred mutations in CI; manually: `FUZZ_EXAMPLES=100000 pytest tests/weights/test_fuzz.py`.
 """
 
 import codecs
 import contextlib
 import dataclasses
-import encodings.cp437  # noqa: F401 (zipfile's codec for odd names: imported now, not while watching)
+import encodings.cp437  # noqa: F401 (zipfile's codec for odd names: imported before watching)
 import functools
 import io
 import json
@@ -41,7 +41,7 @@ from tests.helpers.weight_files import TINY, assert_same_bits, bits, random_mode
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 FUZZ = settings(
     max_examples=EXAMPLES,
-    deadline=timedelta(seconds=20),  # nothing here takes a tenth of a second: more is a hang
+    deadline=timedelta(seconds=20),  # nothing here takes a tenth of a second, so more is a hang
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example),
 )
 FORBIDDEN = (
@@ -57,10 +57,10 @@ FORBIDDEN = (
 
 
 class Watch:
-    """Notes what the interpreter reports of code being run or imported while it is on."""
+    """Records the interpreter's audit events for code being run or imported, while it is on."""
 
     on = False
-    seen: list[str] = []  # noqa: RUF012 (one audit hook a process: it cannot be taken off)
+    seen: list[str] = []  # noqa: RUF012 (one audit hook per process: it cannot be removed)
 
     @classmethod
     def hook(cls, name: str, details: tuple) -> None:
@@ -79,7 +79,7 @@ class Watch:
         assert not cls.seen
 
 
-# Python imports a text encoding of its own when it first meets one; a file can name these.
+# Python imports a text encoding when it first meets it, and a file can name one.
 for _encoding in ("ascii", "cp437", "latin-1", "utf-8", "raw_unicode_escape", "unicode_escape"):
     codecs.lookup(_encoding)
 
@@ -101,14 +101,14 @@ def originals(tmp_path_factory) -> dict[str, bytes]:
     rv.save_weights(folder / "timm.safetensors", model, variables, family="timm")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)
-        for path in folder.iterdir():  # whatever is imported on the way, is now
+        for path in folder.iterdir():  # whatever loading imports is imported here
             rv.load_weights(path, tensors_only=True)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def int8_file(tmp_path_factory):
-    """A place for mutated files, a sound quantised one's content, and its net."""
+    """A path for mutated files, the content of a sound quantised file, and its net."""
     path = tmp_path_factory.mktemp("int8") / "w.safetensors"
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     net = rv.quantize(*random_model(TINY, deploy=True), images, "naive", class_names=tuple("abcde"))
@@ -117,7 +117,7 @@ def int8_file(tmp_path_factory):
 
 
 def structure(content: bytes) -> list[tuple[int, int]]:
-    """The parts of a file that say what it is: its first bytes, its pickle, its directory."""
+    """Return the parts of a file that define its structure: its first bytes, its pickle, its directory."""
     pickle = content.find(b"data.pkl")
     parts = [(0, min(8000, len(content))), (max(0, len(content) - 8000), len(content))]
     return parts + ([(pickle, min(pickle + 12_000, len(content)))] if pickle >= 0 else [])
@@ -132,7 +132,7 @@ TEXTS = (b"9" * 18, b"-1", b"1e9", b"[]", b"{", b'"', b"null", b"cos\nsystem\n",
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One thing done to a file; small to print, whatever the size of the file."""
+    """One change to a file; prints briefly, whatever the size of the file."""
 
     kind: str
     part: int
@@ -142,7 +142,7 @@ class Change:
     data: bytes
 
     def apply(self, content: bytes) -> bytes:
-        """`content` after the change, most often where its structure is."""
+        """Return `content` after the change, which is most often made in its structure."""
         parts = [*structure(content), (0, len(content))]
         start, stop = parts[self.part % len(parts)]
         at = start + int(self.place * (stop - start))
@@ -180,12 +180,12 @@ CHANGES = st.lists(
 
 
 def assert_torch_agrees(path: Path) -> None:
-    """PyTorch does not refuse the file as unsafe and, if it reads it, finds the same tensors in it."""
+    """Check that PyTorch does not refuse the file as unsafe and, if it reads it, finds the same tensors."""
     try:
         root = torch.load(path, weights_only=True)
     except pickle.UnpicklingError:
         raise
-    except Exception as damage:  # of a kind that concerns torch alone
+    except Exception as damage:  # of a kind that concerns only torch
         event(f"torch: {type(damage).__name__}")
         return
     if any_entry_is_marked_as_folder(path):
@@ -194,9 +194,11 @@ def assert_torch_agrees(path: Path) -> None:
     event("torch reads it too")
     with path.open("rb", buffering=0) as handle:
         ours = read_torch_file(handle, path)
-        found = [(name, ours.read(tensor).tobytes()) for name, tensor in ours.tensors.items()]
+        our_tensors = [(name, ours.read(tensor).tobytes()) for name, tensor in ours.tensors.items()]
     states = [root, *root.values()]
-    assert found in [[(name, bits(tensor)) for name, tensor in state.items()] for state in states if is_state(state)]
+    assert our_tensors in [
+        [(name, bits(tensor)) for name, tensor in state.items()] for state in states if is_state(state)
+    ]
 
 
 def any_entry_is_marked_as_folder(path: Path) -> bool:
@@ -216,7 +218,7 @@ WITHOUT_CHECKSUMS = ("legacy.pth", "timm.safetensors")
 
 @pytest.mark.parametrize("name", SOUND)
 @pytest.mark.parametrize("tensors_only", [False, True])
-def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals, tmp_path):
+def test_a_mutated_file_is_loaded_completely_or_refused(name, tensors_only, originals, tmp_path):
     path = tmp_path / name
     path.write_bytes(originals[name])
     with warnings.catch_warnings():
@@ -253,28 +255,28 @@ def test_a_mutated_file_is_loaded_whole_or_refused(name, tensors_only, originals
 
 @FUZZ
 @given(changes=CHANGES)
-def test_a_mutated_int8_file_is_loaded_as_it_was_or_refused(changes, int8_file):
+def test_a_mutated_int8_file_is_loaded_unchanged_or_refused(changes, int8_file):
     path, content, net = int8_file
     path.write_bytes(functools.reduce(lambda content, change: change.apply(content), changes, content))
     for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
         message: str | None = None
-        found: Any = None
+        loaded: Any = None
         try:
             with warnings.catch_warnings(), Watch.watching():
                 warnings.simplefilter("ignore", WeightsWarning)
-                found = load(path)
+                loaded = load(path)
         except rv.RepVGGError as error:
             message = str(error)
-        if found is None:
+        if loaded is None:
             assert message
             assert "\n" not in message
             assert len(message) < 4000
         else:
             assert load is not rv.load_weights
-            found = cast(Any, found)
-            assert (found.preprocessing, found.class_names) == (net.preprocessing, net.class_names)
+            loaded = cast(Any, loaded)
+            assert (loaded.preprocessing, loaded.class_names) == (net.preprocessing, net.class_names)
             if load is rv.load_quantized:
-                assert_same_bits(net.variables, found.variables)
+                assert_same_bits(net.variables, loaded.variables)
 
 
 def test_a_header_without_metadata_is_refused(int8_file):

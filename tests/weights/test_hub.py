@@ -29,7 +29,7 @@ CONFIG = {
 
 
 class Cache:
-    """A cache folder as huggingface_hub lays it out: blobs, a snapshot of links to them, a reference to it."""
+    """A cache folder in huggingface_hub's layout: blobs, a snapshot of links to them, a reference to it."""
 
     def __init__(self, root: Path, repository: str):
         self.folder = root / f"models--{repository.replace('/', '--')}"
@@ -39,7 +39,7 @@ class Cache:
         (self.folder / "refs" / "main").write_text(COMMIT, encoding="utf-8")
 
     def add(self, name: str, content: bytes) -> None:
-        """Put a file into it."""
+        """Add a file."""
         blob = self.folder / "blobs" / f"blob-{len(list((self.folder / 'blobs').iterdir()))}"
         blob.write_bytes(content)
         (self.snapshot / name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
@@ -57,7 +57,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def written(tmp_path: Path, suffix: str = ".safetensors"):
-    """A timm file of RepVGG-A0 and what is in it."""
+    """Return a timm file of RepVGG-A0, and its contents."""
     model, variables = random_model("RepVGG-A0")
     rv.save_weights(tmp_path / f"w{suffix}", model, variables, family="timm")
     return (tmp_path / f"w{suffix}").read_bytes(), variables
@@ -79,7 +79,7 @@ def test_a_cached_repository_loads_by_name(hub, tmp_path):
         assert info.class_names == ("ant", "bee", "cat", "dog", "eel")
 
 
-def test_older_repositories_and_those_without_a_config_load_too(hub, tmp_path):
+def test_old_repositories_and_those_without_a_config_load_too(hub, tmp_path):
     content, variables = written(tmp_path, ".pth")
     Cache(hub, "someone/own").add("pytorch_model.bin", content)
     assert_same_bits(variables, rv.load_weights("hf://someone/own")[1])
@@ -89,7 +89,7 @@ def test_older_repositories_and_those_without_a_config_load_too(hub, tmp_path):
 
 
 @pytest.mark.usefixtures("hub")
-def test_without_network_and_cached_copy_the_error_is_one_line():
+def test_without_a_network_or_a_cached_copy_the_error_is_one_line():
     assert "cannot fetch hf://timm/repvgg_b3.rvgg_in1k" in refused("hf://timm/repvgg_b3.rvgg_in1k")
     for address in ("hf://", "hf://timm", "hf://timm/", "hf://a/b@c@d"):
         assert "is no hub address" in refused(address)
@@ -116,7 +116,7 @@ def test_a_damaged_config_is_named(config, hub, tmp_path):
     assert "hf://someone/damaged has a damaged config.json" in refused("hf://someone/damaged")
 
 
-def test_class_names_of_another_count_are_left_alone(tmp_path):
+def test_class_names_of_another_count_are_ignored(tmp_path):
     rv.save_weights(tmp_path / "w.safetensors", *random_model("RepVGG-A0", num_classes=3))
     info = rv.inspect_weights(tmp_path / "w.safetensors")
     assert HubConfig(None, ("a", "b")).apply(info) == info

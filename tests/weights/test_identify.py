@@ -1,4 +1,4 @@
-"""Claim: a file says by itself what it is, whatever wraps it, and is loaded whole or not at all."""
+"""Claim: a file is identified by its contents, whatever wraps it, and is loaded completely or not at all."""
 
 import dataclasses
 import re
@@ -30,12 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarni
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_family_and_form_shows_in_keys_and_shapes(name, deploy):
+def test_every_variant_family_and_form_is_identified_by_keys_and_shapes(name, deploy):
     for family in families_of(VARIANTS[name]):
         for channels, classes in ((3, 1000), (1, 7)):
-            found = identify(file_shapes(family, VARIANTS[name], deploy, classes, channels), "file")
-            assert (found.family, found.variant, found.deploy) == (family, VARIANTS[name], deploy)
-            assert (found.in_channels, found.num_classes) == (channels, classes)
+            identified = identify(file_shapes(family, VARIANTS[name], deploy, classes, channels), "file")
+            assert (identified.family, identified.variant, identified.deploy) == (family, VARIANTS[name], deploy)
+            assert (identified.in_channels, identified.num_classes) == (channels, classes)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_every_variant_family_and_form_shows_in_keys_and_shapes(name, deploy):
         dataclasses.replace(TINY, squeeze_excite="after_relu", squeeze_excite_ratio=2, auxiliary_heads=True),
     ],
 )
-def test_variants_nobody_published_are_inferred_and_said_to_be_custom(custom, tmp_path):
+def test_unpublished_variants_are_inferred_and_reported_as_custom(custom, tmp_path):
     family = families_of(custom)[0] if custom.squeeze_excite != "after_relu" else FAMILIES["authors-plus"]
     torch.save(torch_state(custom, family=family), tmp_path / "w.pth")
     with pytest.warns(WeightsWarning, match="no published variant"):
@@ -59,7 +59,7 @@ def test_variants_nobody_published_are_inferred_and_said_to_be_custom(custom, tm
 
 @pytest.mark.parametrize("key", [*MODEL_KEYS, *EMA_KEYS, "any"])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module._orig_mod.net.body."])
-def test_wrappers_and_prefixes_are_seen_through(key, prefix, tmp_path):
+def test_wrappers_and_prefixes_are_removed(key, prefix, tmp_path):
     state = {prefix + name: tensor for name, tensor in torch_state(TINY).items()}
     optimizer = {"state": {0: {"step": torch.tensor(1.0)}}}
     torch.save({"epoch": 3, key: state, "best_acc1": torch.tensor(72.4), "optimizer": optimizer}, tmp_path / "w.tar")
@@ -70,8 +70,8 @@ def test_wrappers_and_prefixes_are_seen_through(key, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
-def test_prefixes_that_look_like_another_familys_are_told_apart(prefix, tmp_path):
-    """MMPretrain's own names begin with `backbone.`, timm's go on with `stages.`."""
+def test_prefixes_that_look_like_another_familys_are_distinguished(prefix, tmp_path):
+    """MMPretrain's own names begin with `backbone.`, and timm's continue with `stages.`."""
     for family in families_of(TINY):
         state = {prefix + name: tensor for name, tensor in torch_state(TINY, family=family).items()}
         torch.save(state, tmp_path / "w.pth")
@@ -79,12 +79,12 @@ def test_prefixes_that_look_like_another_familys_are_told_apart(prefix, tmp_path
         assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "w.pth")[1])
 
 
-def test_two_networks_in_one_file_are_not_guessed_between(tmp_path):
+def test_two_networks_in_one_file_are_refused(tmp_path):
     torch.save({"student": torch_state(TINY), "teacher": torch_state(TINY)}, tmp_path / "w.pth")
     assert "several of its entries hold tensors: student, teacher" in refused(tmp_path / "w.pth")
 
 
-def test_the_moving_average_is_loaded_on_request_only(tmp_path):
+def test_the_moving_average_is_loaded_only_on_request(tmp_path):
     trained, averaged = torch_state(TINY), torch_state(TINY, seed=1)
     torch.save({"model": trained, "ema": {f"module.{k}": v for k, v in averaged.items()}}, tmp_path / "w.pth")
     assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "w.pth")[1])
@@ -113,7 +113,7 @@ def test_any_float_dtype_becomes_float32(dtype, suffix, tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_all_formats_layouts_and_missing_counters_load_alike(legacy, protocol, tmp_path):
+def test_all_formats_layouts_and_missing_counters_load_the_same(legacy, protocol, tmp_path):
     state = {k: v for k, v in torch_state(TINY).items() if not k.endswith("num_batches_tracked")}
     state = {k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in state.items()}
     state = {k: torch.nn.Parameter(v) if k.endswith("weight") else v for k, v in state.items()}
@@ -131,7 +131,7 @@ def test_a_name_is_checked_against_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_another_class_count_gets_a_fresh_head_out_loud(suffix, tmp_path):
+def test_another_class_count_gets_a_new_head_and_a_warning(suffix, tmp_path):
     torch.save(torch_state(TINY), tmp_path / "w.pth")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", WeightsWarning)
@@ -152,7 +152,7 @@ def test_another_class_count_gets_a_fresh_head_out_loud(suffix, tmp_path):
         rv.load_weights(path, num_classes=0)
 
 
-def test_fresh_auxiliary_heads_and_files_without_a_head(tmp_path):
+def test_new_auxiliary_heads_and_files_without_a_head(tmp_path):
     plus = dataclasses.replace(TINY, squeeze_excite="after_relu", squeeze_excite_ratio=2, auxiliary_heads=True)
     state = torch_state(plus, family=FAMILIES["authors-plus"])
     torch.save(state, tmp_path / "w.pth")
@@ -180,7 +180,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_in_one_error(tmp_path)
         assert message.count("rbr_dense.bn.bias") == 10
 
 
-def test_another_family_is_another_table(tmp_path, monkeypatch):
+def test_a_new_family_needs_only_a_table(tmp_path, monkeypatch):
     stages = {stage: path.replace("stage", "level") for stage, path in FAMILIES["authors"].stages.items()}
     fifth = dataclasses.replace(FAMILIES["authors"], name="fifth", stages=stages, heads={"linear": "top"})
     torch.save(torch_state(TINY, family=fifth), tmp_path / "w.pth")
@@ -192,7 +192,7 @@ def test_another_family_is_another_table(tmp_path, monkeypatch):
     assert rv.inspect_weights(tmp_path / "again.pth").family == "fifth"
 
 
-def test_a_part_of_a_network_is_no_network(tmp_path):
+def test_a_part_of_a_network_is_refused(tmp_path):
     state = torch_state(VARIANTS["RepVGG-A0"])
     torch.save({k: v for k, v in state.items() if not k.startswith("stage4")}, tmp_path / "w.pth")
     assert refused(tmp_path / "w.pth").endswith("not all of a RepVGG's: nothing of stage4")

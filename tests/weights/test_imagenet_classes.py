@@ -1,4 +1,4 @@
-"""Claim: class i of a published net is called what ImageNet calls it."""
+"""Claim: the classes of a published net have ImageNet's names."""
 
 import zipfile
 
@@ -9,10 +9,10 @@ from tests.helpers import torchvision_reference  # noqa: F401 (timm imports torc
 from tests.helpers.repository import ROOT, shared_data
 
 TOLD_APART = {134: "crane (bird)", 517: "crane (machine)", 639: "tank suit"}
-"""Classes whose first word is another class's too."""
+"""Classes whose first word also names another class."""
 
 
-def test_names_are_the_first_of_their_wordnet_synsets():
+def test_names_are_the_first_words_of_their_wordnet_synsets():
     info = pytest.importorskip("timm.data").ImageNetInfo()
     lemmas = [info.label_name_to_description(synset, detailed=False) for synset in info.label_names()]
     expected = [TOLD_APART.get(index, lemma.split(", ")[0]) for index, lemma in enumerate(lemmas)]
@@ -20,8 +20,8 @@ def test_names_are_the_first_of_their_wordnet_synsets():
     assert len(set(expected)) == 1000
 
 
-def test_photographs_are_filed_under_these_names():
-    """Each of the 200 is called SYNSET_NAME.JPEG."""
+def test_photographs_are_named_after_these_classes():
+    """The file name of each of the 200 is SYNSET_NAME.JPEG."""
     lines = (ROOT / "repvgg_jax" / "weights" / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
     filed = {line.replace(" ", "_").lower() for line in lines}
     with zipfile.ZipFile(shared_data("photos.zip")) as archive:

@@ -1,4 +1,4 @@
-"""Claim: what is no weight file, or no net's variables, is named in one line."""
+"""Claim: anything that is not a weight file, or not a net's variables, is named in one line."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ SMALL = rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8), image_size=32)
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
-    """Real exports, by suffix, and a folder like a SavedModel."""
+    """Real exports by suffix, and a folder like a SavedModel."""
     folder = tmp_path_factory.mktemp("exports")
     net = random_model(SMALL, deploy=True)
     rv.export_onnx(folder / "d.onnx", *net)
@@ -26,7 +26,7 @@ def exports(tmp_path_factory) -> dict[str, Path]:
     return {path.suffix: path for path in folder.iterdir()}
 
 
-def test_an_export_is_said_to_be_one_whatever_its_name(exports, tmp_path):
+def test_an_export_is_recognised_whatever_its_name(exports, tmp_path):
     for suffix, words in (
         (".onnx", "an ONNX export, for another runtime, not weights"),
         (".stablehlo", "a StableHLO export (jax.export), for another runtime, not weights"),
@@ -41,7 +41,7 @@ def test_an_export_is_said_to_be_one_whatever_its_name(exports, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["https://example.com/RepVGG-A0-train.pth", "http://x/y", "abfss://bucket/w.pth"])
-def test_addresses_are_not_fetched(url, tmp_path):
+def test_urls_are_not_fetched(url, tmp_path):
     assert f"{url} is not fetched: download it first" in refused(url)
     assert "is not fetched" in error_of(convert(url, tmp_path / "out.pth"))
     assert "is not fetched" in error_of(convert("--inspect", url))
@@ -68,7 +68,7 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
-def test_variables_of_something_else_are_named(tmp_path):
+def test_variables_of_something_else_are_refused(tmp_path):
     model, variables = random_model(TINY)
     deploy_model, deploy_variables = random_model(TINY, deploy=True)
     other = random_model(rv.Variant((1, 1, 1, 1), (4, 4, 4, 4, 8)))[1]
@@ -77,7 +77,7 @@ def test_variables_of_something_else_are_named(tmp_path):
     flat = jax.tree.map(lambda leaf: leaf, variables)
     flat["params"]["stage0"]["rbr_dense"]["conv"]["kernel"] = np.zeros(3, np.float32)
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
-        for given, words in (
+        for wrong, words in (
             (other, "does not fit the model; missing: params/stage1_1"),
             (deploy_variables, "missing: params/stage0/rbr_dense/conv/kernel"),
             (variables["params"], 'must be a dict with "params", as model.init gives, not stage0'),
@@ -90,7 +90,7 @@ def test_variables_of_something_else_are_named(tmp_path):
             (flat, "params/stage0/rbr_dense/conv/kernel is [3], not [3, 3, 3, 8]"),
         ):
             with pytest.raises(rv.WeightsError) as caught:
-                rv.save_weights(path, model, cast(Any, given))
+                rv.save_weights(path, model, cast(Any, wrong))
             assert words in str(caught.value)
             assert "\n" not in str(caught.value)
         with pytest.raises(rv.WeightsError, match="missing: params/stage0/rbr_reparam/kernel"):

@@ -1,4 +1,4 @@
-"""Claim: a file that is written has the permissions that `open` gives, or those of the file that it replaces."""
+"""Claim: a written file has the permissions that `open` gives, or those of the file that it replaces."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def colleagues_may_read():
 
 @pytest.mark.usefixtures("colleagues_may_read")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weight_files(suffix, tmp_path):
+def test_weight_files_get_the_usual_permissions(suffix, tmp_path):
     model = rv.create_model(TINY, 3)
     path = tmp_path / f"w{suffix}"
     rv.save_weights(path, model, random_variables(model), family="timm" if suffix == ".pth" else None)
@@ -36,10 +36,10 @@ def test_weight_files(suffix, tmp_path):
 
 
 @pytest.mark.usefixtures("colleagues_may_read")
-def test_any_file(tmp_path):
+def test_every_file_gets_the_usual_permissions(tmp_path):
     with atomic_path(tmp_path / "a.txt") as temporary:
         temporary.write_text("a", encoding="utf-8")
-        temporary.chmod(0o600)  # as some writers leave theirs
+        temporary.chmod(0o600)  # as some writers do
     assert permissions(tmp_path / "a.txt") == 0o644
     with atomic_path(tmp_path / "secret", mode=0o600) as temporary:
         temporary.write_text("a", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Claim: a RepVGG inside another model's file is found by its prefix, and what does not belong to it is named."""
+"""Claim: a RepVGG inside another model's file is found by its prefix, and tensors outside it are named."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def without_head(variables: dict) -> dict:
 
 
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_a_lightning_checkpoint_with_a_stray_loss_names_the_stray(where, tmp_path):
+def test_stray_tensors_in_a_lightning_checkpoint_are_named(where, tmp_path):
     stray = {"criterion.weight": torch.ones(5), "metrics.total": torch.zeros(1)}
     net = under("model.", torch_state(TINY))
     state = stray | net if where == "first" else net | stray
@@ -35,7 +35,7 @@ def test_a_lightning_checkpoint_with_a_stray_loss_names_the_stray(where, tmp_pat
     message = refused(tmp_path / "w.ckpt")
     assert "other tensors: criterion.weight, metrics.total;" in message
     assert 'prefix="model." (--prefix model.)' in message
-    assert "rbr_dense" not in message  # none of the hundred good keys
+    assert "rbr_dense" not in message  # none of the hundred valid keys
     assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(tmp_path / "w.ckpt", prefix="model.")[1])
     assert "criterion.weight" in error_of(convert(tmp_path / "w.ckpt", tmp_path / "out.pth"))
     kept = (tmp_path / "out.safetensors", "--prefix", "model.", "--keep-training-form")
@@ -46,8 +46,8 @@ def test_a_lightning_checkpoint_with_a_stray_loss_names_the_stray(where, tmp_pat
 
 @pytest.mark.parametrize("prefix", ["encoder.", "backbone.", "module.detector.backbone."])
 @pytest.mark.parametrize("family", [family.name for family in families_of(TINY)])
-def test_an_encoder_or_backbone_without_classifier_comes_out(family, prefix, tmp_path):
-    """A U-Net's, or a detector's; MMDetection's own names have the prefix in them."""
+def test_an_encoder_or_backbone_without_a_classifier_is_loaded(family, prefix, tmp_path):
+    """In a U-Net or a detector; MMDetection's own names include the prefix."""
     net = body(torch_state(TINY, family=FAMILIES[family]))
     if family == "mmpretrain":
         net = {key.removeprefix("backbone."): tensor for key, tensor in net.items()}
@@ -66,7 +66,7 @@ def test_an_encoder_or_backbone_without_classifier_comes_out(family, prefix, tmp
     assert rv.inspect_weights(tmp_path / "w.pth", prefix=prefix).num_classes == 0
 
 
-def test_several_networks_are_chosen_between(tmp_path):
+def test_the_prefix_chooses_between_several_networks(tmp_path):
     state = under("student.", torch_state(TINY)) | under("teacher.", torch_state(TINY, seed=1))
     torch.save(state, tmp_path / "w.pth")
     assert "holds several networks: student., teacher.; choose one with prefix=" in refused(tmp_path / "w.pth")
@@ -79,7 +79,7 @@ def test_several_networks_are_chosen_between(tmp_path):
     )
 
 
-def test_a_prefix_is_sought_behind_what_wraps_everything(tmp_path):
+def test_a_prefix_is_also_found_after_a_common_wrapper(tmp_path):
     state = under("module.", under("encoder.", torch_state(TINY)) | {"decoder.weight": torch.ones(2)})
     torch.save(state, tmp_path / "w.pth")
     for prefix in ("encoder.", "module.encoder."):
@@ -91,7 +91,7 @@ def test_native_files_have_no_prefix(tmp_path):
     assert "is a native file" in refused(tmp_path / "w.safetensors", prefix="encoder.")
 
 
-def test_timms_feature_extractor_is_read_and_another_head_is_not_invented(tmp_path):
+def test_timms_feature_extractor_is_loaded_without_a_made_up_head(tmp_path):
     timm = pytest.importorskip("timm")
     net = timm.create_model("repvgg_a0", features_only=True)
     torch.save(net.state_dict(), tmp_path / "features.pth")

@@ -1,4 +1,4 @@
-"""Claim: published weights come by a variant's name from the hub, whole or not at all; every failure is one line."""
+"""Claim: published weights load from the hub by a variant's name, completely or not at all; failures are one line."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 
 @pytest.fixture
 def small(monkeypatch) -> rv.Variant:
-    """A small net under the names of two variants, for tests that are not about its numbers."""
+    """A small net under the names of two variants, for tests in which the values do not matter."""
     from repvgg_jax.net.variants import VARIANTS
 
     variant = rv.Variant((1, 1, 2, 1), (8, 8, 8, 16, 20), name=NAME)
@@ -38,7 +38,7 @@ def small(monkeypatch) -> rv.Variant:
 
 
 def timm_file(folder: Path, name: str = NAME, num_classes: int = 1000):
-    """timm's file of a variant with random weights, its model and what is in it."""
+    """Return timm's file of a variant with random weights, its model and its variables."""
     model = rv.create_model(name, num_classes)
     variables = random_variables(model)
     rv.save_weights(folder / "timm.safetensors", model, variables, family="timm")
@@ -46,7 +46,7 @@ def timm_file(folder: Path, name: str = NAME, num_classes: int = 1000):
 
 
 def refused(name: str = NAME) -> str:
-    """The one line with which a variant is refused."""
+    """Return the one-line error for a variant."""
     with pytest.raises(rv.WeightsError) as caught:
         rv.load_pretrained(name)
     assert "\n" not in f"{caught.value}"
@@ -54,11 +54,11 @@ def refused(name: str = NAME) -> str:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The files of the hub's cache that hold something: no links, locks and references."""
+    """Return the files in the hub's cache that hold data: no links, locks and references."""
     return [path.name for path in folder.glob("hub-cache/models--*/blobs/*")]
 
 
-def test_the_logits_are_those_of_the_net_that_the_file_was_made_from(fake_hub, tmp_path):
+def test_the_logits_equal_those_of_the_original_net(fake_hub, tmp_path):
     content, model, variables = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content, "config.json": b'{"architecture": "repvgg_a0"}'})
     loaded_model, loaded = rv.load_pretrained("repvgg-a0")
@@ -70,10 +70,10 @@ def test_the_logits_are_those_of_the_net_that_the_file_was_made_from(fake_hub, t
 
     assert_same_bits(loaded, rv.load_weights("hf://RepVGG-A0")[1])
     assert rv.inspect_weights("hf://RepVGG-A0").preprocessing == rv.Preprocessing()
-    assert fake_hub.downloads("model.safetensors") == 1, "later loads are the cache's"
+    assert fake_hub.downloads("model.safetensors") == 1, "later loads use the cache"
 
 
-def test_another_class_count_gets_a_fresh_classifier(fake_hub, small, tmp_path):
+def test_another_class_count_gets_a_new_classifier(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content})
     with pytest.warns(WeightsWarning, match="has 1000 classes, not 7: the classifier is a fresh one") as caught:
@@ -86,7 +86,7 @@ def test_another_class_count_gets_a_fresh_classifier(fake_hub, small, tmp_path):
         rv.load_pretrained(NAME, num_classes=0)
 
 
-def test_the_cache_serves_without_a_network_be_it_ours_or_timm_s(fake_hub, small, tmp_path, monkeypatch):
+def test_the_cache_works_offline_whether_filled_by_us_or_by_timm(fake_hub, small, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     content, _, variables = timm_file(tmp_path)
@@ -106,20 +106,20 @@ def test_the_cache_serves_without_a_network_be_it_ours_or_timm_s(fake_hub, small
 
 
 def _cache_as_timm(repository: str) -> None:
-    """Put a repository's file into the cache as timm does, which knows of no pinned revision."""
+    """Put a repository's file into the cache as timm does, without a pinned revision."""
     from huggingface_hub import hf_hub_download
 
     assert Path(hf_hub_download(repository, "model.safetensors")).is_symlink()
 
 
-def test_the_revision_of_the_table_is_taken_where_there_is_one(fake_hub, small, tmp_path):
+def test_the_tables_revision_is_used_if_there_is_one(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path, PINNED)
     fake_hub.add(PINNED_REPOSITORY, {"model.safetensors": content}, commit=find_pretrained(PINNED).revision)
     fake_hub.add(PINNED_REPOSITORY, {"model.safetensors": b"something newer"})
     assert_same_bits(variables, rv.load_pretrained(PINNED)[1])
 
 
-def test_without_that_revision_main_is_taken_and_said(fake_hub, small, tmp_path):
+def test_without_that_revision_main_is_used_with_a_warning(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path, PINNED)
     fake_hub.add(PINNED_REPOSITORY, {"model.safetensors": content})
     with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not to be had; main was taken instead"):
@@ -127,7 +127,7 @@ def test_without_that_revision_main_is_taken_and_said(fake_hub, small, tmp_path)
     assert_same_bits(variables, loaded)
 
 
-def test_a_variant_without_weights_on_the_hub_says_where_the_authors_are(fake_hub):
+def test_a_variant_without_weights_on_the_hub_points_to_the_authors(fake_hub):
     for name in set(rv.list_models()) - set(PRETRAINED):
         message = refused(name)
         assert f"no weights of {name} on the Hugging Face hub" in message
@@ -137,7 +137,7 @@ def test_a_variant_without_weights_on_the_hub_says_where_the_authors_are(fake_hu
         rv.load_pretrained("RepVGG-A00")
 
 
-def test_the_hub_s_refusals_are_told_apart(fake_hub, small, tmp_path, monkeypatch):
+def test_the_hubs_refusals_are_distinguished(fake_hub, small, tmp_path, monkeypatch):
     where = fake_hub.url
     assert refused().endswith(" is missing or may not see it")
     assert f"{where} has no repository {REPOSITORY}, or the token of HF_TOKEN or `hf auth login`" in refused()
@@ -173,15 +173,15 @@ def test_offline_without_the_file_says_so(fake_hub, tmp_path, monkeypatch):
 
 def test_an_unreachable_hub_says_so(fake_hub, tmp_path, monkeypatch):
     use_endpoint(monkeypatch, "http://127.0.0.1:9", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's attempts
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # no waiting between huggingface_hub's attempts
     message = refused()
     assert "http://127.0.0.1:9 cannot be reached (" in message
     assert message.endswith(f"and the cache ({tmp_path / 'hub-cache'}) does not have it")
 
 
 @pytest.mark.parametrize(("name", "sent"), [("cut short", lambda c: c[:-99]), ("changed", lambda c: c[:-1] + b"\x7f")])
-def test_a_download_that_is_not_what_the_hub_has_leaves_nothing(name, sent, fake_hub, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's attempts
+def test_a_corrupted_download_leaves_no_files(name, sent, fake_hub, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # no waiting between huggingface_hub's attempts
     content, _, variables = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content})
     fake_hub.sent = lambda path, content: sent(content)
@@ -192,7 +192,7 @@ def test_a_download_that_is_not_what_the_hub_has_leaves_nothing(name, sent, fake
     assert_same_bits(variables, rv.load_pretrained(NAME)[1])
 
 
-def test_a_cached_file_that_was_damaged_since_is_named(fake_hub, small, tmp_path):
+def test_a_damaged_cached_file_is_named(fake_hub, small, tmp_path):
     content, _, _ = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content})
     rv.load_pretrained(NAME)
@@ -217,7 +217,7 @@ def test_a_full_disk_says_so(fake_hub, small, tmp_path, monkeypatch):
     assert not leftovers(tmp_path)
 
 
-def test_a_process_of_its_own_takes_endpoint_cache_and_token_from_the_environment(fake_hub, tmp_path):
+def test_endpoint_cache_and_token_come_from_the_environment(fake_hub, tmp_path):
     content, _, _ = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content}).private = True
     script = (
@@ -227,15 +227,15 @@ def test_a_process_of_its_own_takes_endpoint_cache_and_token_from_the_environmen
     )
     environment = os.environ | {"HF_ENDPOINT": fake_hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    said = []
+    outputs = []
     for more in ({}, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment | more, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said[0] == said[1]
-    assert said[0].startswith("RepVGG-A0 ")
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("RepVGG-A0 ")
     assert fake_hub.downloads("model.safetensors") == 1
 
 

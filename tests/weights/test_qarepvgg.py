@@ -1,6 +1,6 @@
-"""Claim: QARepVGG's checkpoints, under its authors' names, go in and out strictly and compute what PyTorch computes.
+"""Claim: QARepVGG checkpoints, under their authors' names, load and save strictly and compute what PyTorch computes.
 
-The module below is written from the papers' formulas and the names of its authors' state dicts (`QARepVGGBlockV2` of
+The module below is written from the papers' formulas and the names in its authors' state dicts (`QARepVGGBlockV2` of
 cxxgtxy/QARepVGG, which YOLOv6 calls `QARepVGGBlock`); it shares no code with either.
 """
 
@@ -85,7 +85,7 @@ def randomized(net: Net) -> Net:
 
 
 def ours() -> tuple[rv.RepVGG, dict]:
-    """A model of the same shape, and random variables; what scales the identity is the constant 1."""
+    """Return a model of the same shape, and random variables; the identity's scale is the constant 1."""
     model = rv.create_model(rv.Variant(BLOCKS, WIDTHS), 5, block="qarepvgg")
     variables = flatten(random_variables(model))
     identities = {name: np.float32(1) for name in variables if name.endswith("rbr_identity/scale")}
@@ -102,7 +102,7 @@ def logits_of(net: Net) -> np.ndarray:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_what_they_write_is_read_and_computes_the_same_in_both_forms(groups, tmp_path):
+def test_their_files_load_and_compute_the_same_in_both_forms(groups, tmp_path):
     theirs = randomized(Net(groups=groups))
     torch.save({"model": theirs.state_dict(), "epoch": 119}, tmp_path / "theirs.pth")
     info = rv.inspect_weights(tmp_path / "theirs.pth")
@@ -124,7 +124,7 @@ def test_what_they_write_is_read_and_computes_the_same_in_both_forms(groups, tmp
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_we_write_they_load_strictly(suffix, tmp_path):
+def test_they_load_our_files_strictly(suffix, tmp_path):
     model, variables = ours()
     rv.save_weights(tmp_path / f"ours{suffix}", model, variables, family="authors", num_batches_tracked=3)
     if suffix == ".pth":
@@ -138,9 +138,9 @@ def test_what_we_write_they_load_strictly(suffix, tmp_path):
     if suffix == ".pth":
         assert list(state) == list(theirs.state_dict())
     assert relative_difference(logits_of(theirs), model.apply(variables, IMAGES)) < 2e-6
-    again, found = rv.load_weights(tmp_path / f"ours{suffix}")
+    again, loaded = rv.load_weights(tmp_path / f"ours{suffix}")
     assert again == model
-    assert_same_bits(dict(sorted(flatten(variables).items())), dict(sorted(flatten(found).items())))
+    assert_same_bits(dict(sorted(flatten(variables).items())), dict(sorted(flatten(loaded).items())))
 
 
 def test_a_published_variant_is_recognised_with_these_blocks(tmp_path):
@@ -155,18 +155,18 @@ def test_a_published_variant_is_recognised_with_these_blocks(tmp_path):
     assert "holds RepVGG-A0, not RepVGG-A1" in refused(tmp_path / "a0.pth", name="RepVGG-A1")
 
 
-def test_a_file_of_half_such_blocks_is_refused(tmp_path):
+def test_a_file_with_incomplete_blocks_is_refused(tmp_path):
     state = Net().state_dict()
     del state["stage3.1.bn.running_var"]
     torch.save(state, tmp_path / "w.pth")
     assert "missing: stage3.1.bn.running_var" in refused(tmp_path / "w.pth")
-    # YOLOv6 keeps the last BN beside the fused convolution: neither form.
+    # YOLOv6 keeps the last BN next to the fused convolution, which is neither form.
     state = Net(deploy=True).state_dict() | {f"stage0.bn.{leaf}": torch.ones(8) for leaf in ("weight", "bias")}
     torch.save(state, tmp_path / "w.pth")
     assert "unexpected: stage0.bn.weight, stage0.bn.bias" in refused(tmp_path / "w.pth")
 
 
-def test_what_the_family_has_no_name_for_is_said(tmp_path):
+def test_anything_the_family_has_no_name_for_is_refused(tmp_path):
     gated = rv.create_model(
         rv.Variant(BLOCKS, WIDTHS, squeeze_excite="before_relu", squeeze_excite_ratio=4), 5, block="qarepvgg"
     )

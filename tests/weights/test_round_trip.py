@@ -1,4 +1,4 @@
-"""Claim: weights go in and out under everybody's names without a bit changed, and the authors' code takes them."""
+"""Claim: weights load and save under every family's names without changing a bit, and the authors' code reads them."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ LARGE = 15e6
 
 
 def variants_by_size():
-    """Every published variant, the larger ones marked slow."""
+    """Return every published variant, the larger ones marked slow."""
     for name, variant in VARIANTS.items():
         large = summarize(variant).train_params > LARGE
         yield pytest.param(name, marks=pytest.mark.slow if large else ())
@@ -53,7 +53,7 @@ def test_round_trips_through_every_family_keep_every_bit(name, deploy, tmp_path)
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_written_keys_order_shapes_and_dtypes_are_the_authors(name, deploy):
+def test_written_keys_order_shapes_and_dtypes_match_the_authors(name, deploy):
     with torch.device("meta"):
         theirs = torch_oracle.create(name, 10, deploy).state_dict()
     ours = file_shapes(families_of(VARIANTS[name])[0], VARIANTS[name], deploy)
@@ -61,9 +61,9 @@ def test_written_keys_order_shapes_and_dtypes_are_the_authors(name, deploy):
     assert ours == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGGplus-L2pse"])  # for the others timm is the oracle
+@pytest.mark.parametrize("name", ["RepVGG-A0", "RepVGGplus-L2pse"])  # for the others, timm is the oracle
 @pytest.mark.slow
-def test_the_oracle_takes_our_files_strictly_and_computes_the_same(name, tmp_path):
+def test_the_oracle_loads_our_files_strictly_and_computes_the_same(name, tmp_path):
     from tests.helpers.comparison import relative_difference
     from tests.helpers.random_weights import random_variables
 
@@ -81,7 +81,7 @@ def test_the_oracle_takes_our_files_strictly_and_computes_the_same(name, tmp_pat
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
-def test_expected_shapes_are_those_of_the_flax_modules(deploy):
+def test_expected_shapes_match_the_flax_modules(deploy):
     plus = dataclasses.replace(TINY, squeeze_excite="after_relu", squeeze_excite_ratio=2, auxiliary_heads=True)
     for variant in (
         VARIANTS["RepVGG-A0"],
@@ -112,7 +112,7 @@ def test_step_counts_are_zero_unless_known(tmp_path):
     assert all(tensor.dtype == torch.int64 and tensor.shape == () and tensor == 0 for tensor in counters)
 
 
-def test_names_that_a_family_lacks_are_an_error(tmp_path):
+def test_parts_without_a_name_in_a_family_are_an_error(tmp_path):
     model, variables = random_model("RepVGG-A0")
     plus, plus_variables = rv.create_model("RepVGGplus-L2pse", 5, deploy=True), None
     plus_variables = random_model(plus.variant, deploy=True)[1]

@@ -1,4 +1,4 @@
-"""Claim: no file runs code, none costs more memory than it is long, and every bad one is refused in one line."""
+"""Claim: no file runs code or takes more memory than its length, and every bad one is refused in one line."""
 
 import importlib
 import io
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::repvgg_jax.weights.WeightsWarni
 
 
 def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
-    """Copy a PyTorch zip file with another `data.pkl`."""
+    """Copy a PyTorch zip file, replacing `data.pkl` by its changed content."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for record in old.infolist():
             data = old.read(record)
@@ -45,7 +45,7 @@ def rewrite_pickle(source: Path, target: Path, change: Callable[[bytes], bytes])
 
 
 class Attack:
-    """Unpickles to a call that leaves a file behind."""
+    """Unpickles to a call that creates a file."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -56,7 +56,7 @@ class Attack:
 
 @pytest.fixture
 def config_module(monkeypatch):
-    """A module like yacs, which the authors' trainer pickles its config with, and which remembers being used."""
+    """A module like yacs, with which the authors' trainer pickles its config, and which records being used."""
     module = types.ModuleType("yacs_config")
 
     class CfgNode(dict):
@@ -72,9 +72,7 @@ def config_module(monkeypatch):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_trainers_checkpoint_is_refused_with_a_reason_and_its_tensors_come_out_safely(
-    legacy, config_module, tmp_path, monkeypatch
-):
+def test_a_trainers_checkpoint_is_refused_and_its_tensors_load_safely(legacy, config_module, tmp_path, monkeypatch):
     config = config_module.CfgNode(model=config_module.CfgNode(name="tiny"), lr=0.1)
     config.marked = True
     checkpoint = {
@@ -119,7 +117,7 @@ def test_code_in_a_file_never_runs(legacy, tensors_only, tmp_path):
             rv.load_weights(tmp_path / "w.pth", tensors_only=tensors_only)
         assert not mark.exists()
         torch.load(tmp_path / "w.pth", weights_only=False)
-        assert mark.exists(), "the attack itself is no attack"
+        assert mark.exists(), "the attack itself does not work"
         mark.unlink()
 
 
@@ -148,12 +146,12 @@ def test_raw_pickle_attacks_are_refused(which, tensors_only, tmp_path):
     refused(tmp_path / "raw.pth", tensors_only=tensors_only)
 
 
-def test_declared_sizes_beyond_the_file_are_refused_before_memory_is_taken(tmp_path):
+def test_declared_sizes_beyond_the_file_are_refused_before_allocation(tmp_path):
     torch.save(torch_state(TINY), tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as archive:
         name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
         data = archive.read(name)
-    first = data.index(b"K\xd8")  # 216 = 8 x 3 x 3 x 3 numbers of the first kernel
+    first = data.index(b"K\xd8")  # 216 = 8 x 3 x 3 x 3 values of the first kernel
     changes = {
         "declares": data[:first] + b"\x8a\x05\x00\x00\x00\x00\x19" + data[first + 2 :],
         "beyond its storage": data.replace(b"(K\x08K\x03K\x03K\x03t", b"(M\xff\xffK\x03K\x03K\x03t", 1),
@@ -168,7 +166,7 @@ def test_declared_sizes_beyond_the_file_are_refused_before_memory_is_taken(tmp_p
         assert reason in refused(tmp_path / "bad.pth")
 
 
-def test_legacy_files_are_held_to_their_size(tmp_path):
+def test_declared_sizes_in_legacy_files_are_checked_too(tmp_path):
     torch.save(torch_state(TINY), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
     data = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "short.pth").write_bytes(data[:-100])
@@ -206,10 +204,10 @@ def zip_file(tmp_path) -> Path:
 
 
 def with_record(source: Path, name: str, data: bytes = b"", comment: bytes = b"") -> bytes:
-    """Return a zip file's bytes with one record more, and perhaps a comment at the end."""
+    """Return a zip file's bytes with one more record, and optionally a comment at the end."""
     content = io.BytesIO()
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(content, "w") as new, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's, of names that come twice
+        warnings.simplefilter("ignore")  # zipfile's, about duplicate names
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
         new.writestr(name, data)
@@ -217,7 +215,7 @@ def with_record(source: Path, name: str, data: bytes = b"", comment: bytes = b""
     return content.getvalue()
 
 
-def test_zip_files_that_mean_different_things_to_different_readers_are_refused(zip_file, tmp_path):
+def test_zip_files_that_readers_interpret_differently_are_refused(zip_file, tmp_path):
     sound = zip_file.read_bytes()
     with zipfile.ZipFile(zip_file) as archive:
         kernel = next(record for record in archive.infolist() if record.filename.endswith("/data/0"))
@@ -241,7 +239,7 @@ def test_zip_files_that_mean_different_things_to_different_readers_are_refused(z
         assert words in refused(tmp_path / "bad.pth")
 
 
-def test_a_zip_file_with_a_record_that_nobody_reads_is_loaded(zip_file, tmp_path):
+def test_a_zip_file_with_an_unused_record_loads(zip_file, tmp_path):
     with zipfile.ZipFile(zip_file) as archive:
         folder = archive.namelist()[0].split("/")[0]
     (tmp_path / "good.pth").write_bytes(with_record(zip_file, f"{folder}/other"))
@@ -264,7 +262,7 @@ def test_tensors_that_share_storage_are_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_refused(suffix, value, tmp_path):
+def test_weights_with_nan_or_infinity_are_refused(suffix, value, tmp_path):
     from safetensors.torch import save_file
 
     state = torch_state(TINY)
@@ -306,7 +304,7 @@ def test_tensors_of_the_wrong_type_are_refused(tmp_path):
     ],
     ids=["header", "tensor", "shape", "negative", "overlap", "nested", "repeat", "list", "empty", "text", "short"],
 )
-def test_safetensors_headers_that_lie_are_refused(content, tmp_path):
+def test_false_safetensors_headers_are_refused(content, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(content)
     assert refused(tmp_path / "w.safetensors").startswith(f"cannot read {tmp_path / 'w.safetensors'}")
 
@@ -343,7 +341,7 @@ LIES = (
 
 
 @pytest.mark.parametrize(("field", "value", "words"), LIES)
-def test_native_headers_that_lie_are_refused(field, value, words, tmp_path):
+def test_false_native_headers_are_refused(field, value, words, tmp_path):
     rv.save_weights(tmp_path / "w.safetensors", *random_model(TINY))
     content = (tmp_path / "w.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -354,7 +352,7 @@ def test_native_headers_that_lie_are_refused(field, value, words, tmp_path):
     assert words in refused(tmp_path / "bad.safetensors")
 
 
-def test_files_that_are_something_else_are_named(tmp_path):
+def test_other_files_are_named(tmp_path):
     for content, words in (
         (b"", "the file is empty"),
         (b"<!DOCTYPE html><html>", "a web page"),
@@ -378,7 +376,7 @@ def test_files_that_are_something_else_are_named(tmp_path):
 
 
 def test_the_content_decides_not_the_suffix(tmp_path):
-    """Also where a file is neither."""
+    """Even if a file is neither."""
     model, variables = random_model(TINY)
     rv.save_weights(tmp_path / "w.safetensors", model, variables)
     (tmp_path / "w.safetensors").rename(tmp_path / "renamed.pth")
@@ -404,7 +402,7 @@ print([name for name in ("torch", "tensorflow", "huggingface_hub") if name in sy
     assert done.stdout.strip() == "[]"
 
 
-def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path):
+def test_a_file_truncated_while_being_read_is_refused(tmp_path):
     from repvgg_jax.weights.torch_file import read_torch_file
 
     torch.save(torch_state(TINY), tmp_path / "w.pth")

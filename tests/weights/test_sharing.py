@@ -1,4 +1,4 @@
-"""Claim: one's own net goes to the hub in one commit and comes back in the same bits, for timm too if asked."""
+"""Claim: a user's net goes to the hub in one commit and loads from it bit for bit, for timm too on request."""
 
 import json
 from typing import Any
@@ -42,7 +42,7 @@ def page_of(hub) -> str:
 
 
 @pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
-def test_a_net_comes_back_in_the_same_bits(deploy, account):
+def test_a_net_is_loaded_back_bit_for_bit(deploy, account):
     model, variables = small_net()
     if deploy:
         model, variables = rv.to_deploy(model, variables)
@@ -51,7 +51,7 @@ def test_a_net_comes_back_in_the_same_bits(deploy, account):
     repository = account.repositories[REPO]
     assert url == f"{account.url}/{REPO}/commit/{repository.branches['main']}"
     assert set(repository.files()) == {".gitattributes", "README.md", "model.safetensors"}
-    assert len(repository.commits) == 2, "the hub's own first one, and one with everything"
+    assert len(repository.commits) == 2, "the hub's own first commit, and one with everything"
 
     loaded_model, loaded = rv.from_hub(REPO)
     assert loaded_model == model
@@ -61,7 +61,7 @@ def test_a_net_comes_back_in_the_same_bits(deploy, account):
     assert (info.deploy, info.num_batches_tracked) == (deploy, 77)
 
 
-def test_the_page_says_what_it_is_and_how_it_is_loaded(account):
+def test_the_page_describes_the_net_and_how_to_load_it(account):
     model, variables = small_net()
     metrics = {"top1": 0.9889, "top5": 1.0, "calibration error": 0.01}
     described: dict[str, Any] = dict(preprocessing=PREPROCESSING, class_names=NAMES, license="apache-2.0")
@@ -93,7 +93,7 @@ def test_the_page_says_what_it_is_and_how_it_is_loaded(account):
     assert logits.shape == (1, 3)
 
 
-def test_without_licence_and_metrics_the_page_claims_none(account):
+def test_without_licence_and_metrics_the_page_states_none(account):
     rv.push_to_hub(REPO, *small_net())
     data = yaml.safe_load(page_of(account).split("---\n")[1])
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
@@ -123,7 +123,7 @@ def test_timm_loads_its_copy(account, tmp_path, monkeypatch):
     assert (data["crop_pct"], data["crop_mode"]) == (0.9, "center")
 
 
-def test_the_copy_for_timm_is_described_as_timm_describes_its_own(account):
+def test_the_copy_for_timm_has_the_same_config_as_timms_own(account):
     timm = pytest.importorskip("timm")
     model = rv.create_model("RepVGG-A0", 3)
     rv.push_to_hub(REPO, model, random_variables(model), timm=True)
@@ -131,13 +131,13 @@ def test_the_copy_for_timm_is_described_as_timm_describes_its_own(account):
     theirs = timm.get_pretrained_cfg("repvgg_a0").to_dict()
     built = timm.create_model("repvgg_a0", num_classes=3)
     assert (ours["num_features"], ours["global_pool"]) == (built.num_features, built.global_pool)
-    own = {"hf_hub_filename", "custom_load", "num_classes", "fixed_input_size"}
+    skipped = {"hf_hub_filename", "custom_load", "num_classes", "fixed_input_size"}
     for key, value in ours["pretrained_cfg"].items():
-        if key not in own:
+        if key not in skipped:
             assert json.dumps(value) == json.dumps(theirs[key]), key
 
 
-def test_grey_images_reach_timm_too(account):
+def test_a_net_for_grey_images_loads_in_timm_too(account):
     timm = pytest.importorskip("timm")
     model = rv.create_model("RepVGG-A0", 3)
     variables = random_variables(model, in_channels=1)
@@ -159,14 +159,14 @@ def test_nets_that_timm_cannot_build_are_refused_before_anything_is_sent(account
     assert not account.requests
 
 
-def test_a_push_without_the_copy_for_timm_removes_the_one_of_before(account):
+def test_a_push_without_the_copy_for_timm_removes_the_previous_one(account):
     model = rv.create_model("RepVGG-A0", 3)
     rv.push_to_hub(REPO, model, random_variables(model), timm=True)
     rv.push_to_hub(REPO, *small_net())
     assert set(account.repositories[REPO].files()) == {".gitattributes", "README.md", "model.safetensors"}
 
 
-def test_pages_are_written_anew_unless_they_are_somebody_else_s(account):
+def test_a_page_is_rewritten_unless_the_user_wrote_it(account):
     rv.push_to_hub(REPO, *small_net(), metrics={"top1": 0.5})
     rv.push_to_hub(REPO, *small_net(1), metrics={"top1": 0.6})
     assert "| top1 | 0.6 |" in page_of(account)
@@ -178,7 +178,7 @@ def test_pages_are_written_anew_unless_they_are_somebody_else_s(account):
     assert_same_bits(small_net(2)[1], rv.from_hub(REPO)[1])
 
 
-def test_branches_commits_and_private_repositories(account, monkeypatch, tmp_path):
+def test_branches_commits_and_private_repositories_work(account, monkeypatch, tmp_path):
     rv.push_to_hub(REPO, *small_net(), private=True)
     first = account.repositories[REPO].branches["main"]
     rv.push_to_hub(REPO, *small_net(1), revision="longer")
@@ -197,7 +197,7 @@ def test_branches_commits_and_private_repositories(account, monkeypatch, tmp_pat
         rv.from_hub(REPO)
 
 
-def test_another_class_count_or_another_variant_is_treated_as_by_load_weights(account):
+def test_class_counts_and_variants_are_treated_as_by_load_weights(account):
     rv.push_to_hub(REPO, *small_net())
     with pytest.warns(UserWarning, match="the classifier is a fresh one") as caught:
         model, _ = rv.from_hub(REPO, num_classes=5)
@@ -208,14 +208,14 @@ def test_another_class_count_or_another_variant_is_treated_as_by_load_weights(ac
 
 
 def pushing(**options) -> str:
-    """The one line with which a push is refused."""
+    """Return the one-line error of a push."""
     with pytest.raises(rv.WeightsError) as caught:
         rv.push_to_hub(options.pop("repo", REPO), *options.pop("net", small_net()), **options)
     assert "\n" not in f"{caught.value}"
     return f"{caught.value}"
 
 
-def test_a_push_that_cannot_be_done_is_one_line_and_sends_nothing(account):
+def test_an_impossible_push_is_one_line_and_sends_nothing(account):
     for repo in ("flowers", "a/b/c", "a b/c", "", "hf://me/flowers"):
         assert "is no repository of the hub; expected OWNER/REPOSITORY" in pushing(repo=repo)
     assert "metrics must be names with finite numbers, not top1: nan" in pushing(metrics={"top1": float("nan")})
@@ -228,7 +228,7 @@ def test_a_push_that_cannot_be_done_is_one_line_and_sends_nothing(account):
     assert not account.requests
 
 
-def test_the_hub_s_refusals_of_a_push_are_one_line(account, monkeypatch, tmp_path):
+def test_the_hubs_refusals_of_a_push_are_one_line(account, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     account.fault = refusal(403, "", "You don't have the rights to create a model under the namespace me")

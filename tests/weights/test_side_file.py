@@ -1,4 +1,4 @@
-"""Claim: what a file under other people's names cannot say is said aloud, kept beside it, and read back with it."""
+"""Claim: what a file in a foreign format cannot store is reported, written to a side file, and read back with it."""
 
 import json
 import warnings
@@ -33,13 +33,13 @@ def net(channels: int = 3, **options):
 
 @pytest.fixture
 def native(tmp_path) -> Path:
-    """A native file with everything that foreign ones cannot say."""
+    """A native file with everything that foreign formats cannot store."""
     rv.save_weights(tmp_path / "native.safetensors", *net(), preprocessing=COLOUR, class_names=NAMES)
     return tmp_path / "native.safetensors"
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
-def test_preprocessing_names_and_options_come_back(name, family, tmp_path):
+def test_preprocessing_names_and_options_are_restored(name, family, tmp_path):
     model, variables = net(activation="silu", strides=(1, 2, 2, 2, 2))
     with pytest.warns(
         WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), activation silu, image_size, crop_fraction, mean"
@@ -48,12 +48,12 @@ def test_preprocessing_names_and_options_come_back(name, family, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.json"]
     info = rv.inspect_weights(tmp_path / name)
     assert (info.preprocessing, info.class_names, info.variant) == (COLOUR, NAMES, model.variant)
-    loaded, found = rv.load_weights(tmp_path / name)
+    loaded, loaded_variables = rv.load_weights(tmp_path / name)
     assert loaded == model
-    assert_same_bits(variables, found)
+    assert_same_bits(variables, loaded_variables)
 
 
-def test_an_activation_that_is_a_function_is_asked_for(tmp_path):
+def test_an_activation_function_must_be_given(tmp_path):
     model, variables = net(activation=jax.nn.celu)
     with pytest.warns(WeightsWarning, match="cannot say activation celu"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
@@ -62,31 +62,31 @@ def test_an_activation_that_is_a_function_is_asked_for(tmp_path):
     assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
 
 
-def test_nothing_is_written_beside_a_file_that_says_it_all(tmp_path):
+def test_no_side_file_is_written_if_the_file_stores_everything(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rv.save_weights(tmp_path / "w.pth", *net())
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
-def test_a_side_file_speaks_for_no_other_weights(tmp_path):
+def test_a_side_file_applies_only_to_its_own_weights(tmp_path):
     model, variables = net()
     path = tmp_path / "w.pth"
     with pytest.warns(WeightsWarning, match="cannot say"):
         rv.save_weights(path, model, variables, preprocessing=COLOUR)
     state = torch.load(path, weights_only=True)
-    state["linear.bias"] += 1  # trained on by somebody's own script, and saved under the old name
+    state["linear.bias"] += 1  # as if trained further by another script and saved under the old name
     torch.save(state, path)
     with pytest.warns(WeightsWarning, match=r"w\.pth\.json is passed over: it was written for another file"):
         rv.load_weights(path)
     assert rv.inspect_weights(path).preprocessing == rv.Preprocessing()
-    # Moved together, they stay together.
+    # They stay together if both are moved.
     with pytest.warns(WeightsWarning, match="cannot say"):
         rv.save_weights(path, model, variables, preprocessing=COLOUR)
     for suffix in ("", ".json"):
         (tmp_path / f"w.pth{suffix}").rename(tmp_path / f"moved.pth{suffix}")
     assert rv.inspect_weights(tmp_path / "moved.pth").preprocessing == COLOUR
-    # Written again with nothing to say, ours is brought up to date.
+    # Saving again with nothing to store updates our side file.
     rv.save_weights(tmp_path / "moved.pth", model, variables)
     assert rv.inspect_weights(tmp_path / "moved.pth").preprocessing == rv.Preprocessing()
     with warnings.catch_warnings():
@@ -95,18 +95,18 @@ def test_a_side_file_speaks_for_no_other_weights(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"architecture": "repvgg_a0"}', "no json", "[1, 2]", '{"repvgg_jax": 3}'])
-def test_somebody_elses_json_is_neither_read_nor_replaced(content, native, tmp_path):
+def test_an_unrelated_json_file_is_neither_read_nor_replaced(content, native, tmp_path):
     (tmp_path / "w.pth.json").write_text(content, encoding="utf-8")
     message = error_of(convert(native, tmp_path / "w.pth", "--overwrite"))
     assert "w.pth.json, which is to hold what" in message
     assert (tmp_path / "w.pth.json").read_text(encoding="utf-8") == content
     assert not (tmp_path / "w.pth").exists()
-    rv.save_weights(tmp_path / "w.pth", *net())  # nothing to say: nothing in the way
+    rv.save_weights(tmp_path / "w.pth", *net())  # with nothing to store, nothing is in the way
     assert rv.inspect_weights(tmp_path / "w.pth").preprocessing == rv.Preprocessing()
     assert (tmp_path / "w.pth.json").read_text(encoding="utf-8") == content
 
 
-def test_a_damaged_side_file_is_said(native, tmp_path):
+def test_a_damaged_side_file_is_reported(native, tmp_path):
     assert convert(native, tmp_path / "w.pth").returncode == 0
     sound = json.loads((tmp_path / "w.pth.json").read_text(encoding="utf-8"))
     sound["repvgg_jax"]["preprocessing"]["std"] = [0, 0, 0]
@@ -117,7 +117,7 @@ def test_a_damaged_side_file_is_said(native, tmp_path):
         rv.load_weights(tmp_path / "w.pth")
 
 
-def test_convert_says_what_is_lost_and_inspect_shows_what_was_kept(native, tmp_path):
+def test_convert_reports_what_goes_to_the_side_file_and_inspect_shows_it(native, tmp_path):
     done = convert(native, tmp_path / "w.pth")
     assert done.returncode == 0
     assert "w.pth cannot say image_size, crop_fraction, mean, std, class_names: written to" in done.stderr
@@ -125,7 +125,7 @@ def test_convert_says_what_is_lost_and_inspect_shows_what_was_kept(native, tmp_p
     images = "images: 48 pixels, centre crop 0.9 of the shorter side resized to 53"
     assert f"{images}, mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3" in shown
     assert f"class names: {', '.join(NAMES)}" in shown
-    # And back, nothing lost.
+    # And back, without any loss.
     assert convert(tmp_path / "w.pth", tmp_path / "again.safetensors").returncode == 0
     info, before = rv.inspect_weights(tmp_path / "again.safetensors"), rv.inspect_weights(native)
     assert info == before
@@ -144,12 +144,12 @@ def test_the_digits_evaluate_the_same_from_every_format(tmp_path):
     expected = evaluation(tmp_path / "w.safetensors")
     assert evaluation(tmp_path / "w.pth") == expected
     (tmp_path / "w.pth.json").unlink()
-    said = ("--mean", "0.3053", "--std", "0.3783", "--image-size", "32", "--crop-fraction", "1")
+    options_given = ("--mean", "0.3053", "--std", "0.3783", "--image-size", "32", "--crop-fraction", "1")
     assert rv.inspect_weights(tmp_path / "w.pth").preprocessing != GREY
-    assert evaluation(tmp_path / "w.pth", *said, "--class-names", *NAMES) == expected
+    assert evaluation(tmp_path / "w.pth", *options_given, "--class-names", *NAMES) == expected
 
 
-def test_predict_takes_what_a_file_does_not_say(native, tmp_path):
+def test_predict_has_options_for_what_a_file_does_not_store(native, tmp_path):
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
@@ -167,7 +167,7 @@ def test_predict_takes_what_a_file_does_not_say(native, tmp_path):
     assert answers[1] == answers[0]
 
 
-def test_class_names_are_the_names_or_a_file_of_them(native, tmp_path):
+def test_class_names_are_given_as_words_or_as_a_file(native, tmp_path):
     info = rv.inspect_weights(native)
     names = tuple(f"a {number}" for number in range(10))
     for file, text in (("n.json", json.dumps(names)), ("n.txt", "\n".join(names) + "\n\n")):
@@ -177,7 +177,7 @@ def test_class_names_are_the_names_or_a_file_of_them(native, tmp_path):
     assert WeightsOptions().apply(info) == info
 
 
-def test_convert_writes_what_it_is_told(tmp_path):
+def test_convert_writes_the_given_preprocessing_and_names(tmp_path):
     rv.save_weights(tmp_path / "w.pth", *net())
     done = convert(tmp_path / "w.pth", tmp_path / "told.safetensors", *SAID, "--class-names", *NAMES)
     assert done.returncode == 0, done.stderr
@@ -188,7 +188,7 @@ def test_convert_writes_what_it_is_told(tmp_path):
     assert rv.inspect_weights(tmp_path / "fresh.safetensors").class_names == names
 
 
-def test_what_makes_no_sense_is_one_line(native, tmp_path):
+def test_an_invalid_option_is_one_line(native, tmp_path):
     (tmp_path / "bad.json").write_text("[1, 2", encoding="utf-8")
     out = tmp_path / "out.safetensors"
     for options, words in (

@@ -18,7 +18,7 @@ QUICK = ("repvgg_a0",)
 
 
 def timm_models():
-    """Every RepVGG that timm has; all but the smallest marked slow."""
+    """Return every RepVGG in timm, all but the smallest marked slow."""
     names = timm.list_models("repvgg_*")
     return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
@@ -31,8 +31,8 @@ def our_name(name: str) -> str:
 
 @torch.no_grad()
 def random_timm(name: str) -> torch.nn.Module:
-    """timm's model with random weights, BN statistics and affine parameters; logits stay of unit order."""
-    with torch.device("meta"):  # timm's own initialisation takes longer than all the rest
+    """Return timm's model with random weights, BN statistics and affine parameters; logits stay of unit order."""
+    with torch.device("meta"):  # timm's own initialisation takes longer than everything else
         model = timm.create_model(name, num_classes=10)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def timm_logits(model: torch.nn.Module) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", timm_models())
-def test_the_same_file_gives_the_same_logits_and_goes_back_unchanged(name, tmp_path):
+def test_the_same_file_gives_the_same_logits_and_is_written_back_unchanged(name, tmp_path):
     theirs = random_timm(name)
     for form, model in (("deploy", reparameterize_model(theirs)), ("training", theirs)):
         expected = timm_logits(model)
@@ -83,7 +83,7 @@ def test_the_same_file_gives_the_same_logits_and_goes_back_unchanged(name, tmp_p
 
 
 @pytest.mark.slow
-def test_timm_takes_our_deploy_form(tmp_path):
+def test_timm_loads_our_deploy_form(tmp_path):
     theirs = random_timm("repvgg_a0")
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     model, variables = rv.load_weights(tmp_path / "theirs.pth")
@@ -93,7 +93,7 @@ def test_timm_takes_our_deploy_form(tmp_path):
     assert relative_difference(timm_logits(theirs), timm_logits(deployed)) <= 1e-5
 
 
-def test_our_preprocessing_is_what_timm_says_of_its_models():
+def test_our_preprocessing_matches_timms():
     for name in timm.list_models("repvgg_*"):
         theirs = timm.get_pretrained_cfg(name)
         ours = rv.create_model(our_name(name)).variant

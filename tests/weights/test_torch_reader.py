@@ -1,4 +1,4 @@
-"""Claim: PyTorch's files are read as `torch.load(weights_only=True)` reads them, whatever lies beside the weights."""
+"""Claim: PyTorch's files are read as by `torch.load(weights_only=True)`, whatever else they contain."""
 
 import functools
 import io
@@ -33,7 +33,7 @@ def save(value: Any, path: Path, legacy: bool = False) -> Path:
 
 
 def assert_read_as_torch_reads(path: Path, legacy: bool, *keys: str) -> None:
-    """Every tensor of the state dict that `keys` lead to has the same dtype, shape and bits in both readers."""
+    """Check that every tensor of the state dict under `keys` has the same dtype, shape and bits in both readers."""
     theirs = torch.load(path, weights_only=True, mmap=not legacy)
     for key in keys:
         theirs = theirs[key]
@@ -48,7 +48,7 @@ def assert_read_as_torch_reads(path: Path, legacy: bool, *keys: str) -> None:
 
 
 def layouts() -> dict[str, torch.Tensor]:
-    """Tensors that are not simply one number after the other."""
+    """Return tensors that are not simply contiguous."""
     kernel = torch.rand(6, 4, 3, 3)
     flat = torch.arange(100.0)
     return {
@@ -77,12 +77,12 @@ def layouts() -> dict[str, torch.Tensor]:
 
 
 @FORMATS
-def test_layouts(legacy, tmp_path):
+def test_every_layout_is_read(legacy, tmp_path):
     assert_read_as_torch_reads(save(layouts(), tmp_path / "w.pth", legacy), legacy)
 
 
 @FORMATS
-def test_dtypes(legacy, tmp_path):
+def test_every_dtype_is_read(legacy, tmp_path):
     numbers = torch.arange(-3, 9).reshape(3, 4)
     names = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
     names += ["int8", "int16", "int32", "int64", "uint8", "bool"]
@@ -92,7 +92,7 @@ def test_dtypes(legacy, tmp_path):
 
 @st.composite
 def views(draw):
-    """A tensor of up to four dimensions, as a view of a larger one: sliced, stepped, permuted."""
+    """Draw a tensor of up to four dimensions, as a view of a larger one: sliced, stepped, permuted."""
     shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     tensor = torch.arange(float(math.prod(shape))).reshape(shape)
     slices = [
@@ -102,7 +102,7 @@ def views(draw):
 
 
 @FORMATS
-def test_any_view_of_any_storage(legacy, tmp_path):
+def test_any_view_of_any_storage_is_read(legacy, tmp_path):
     @settings(max_examples=60, deadline=None)
     @given(st.lists(views(), min_size=1, max_size=4))
     def check(tensors):
@@ -113,7 +113,7 @@ def test_any_view_of_any_storage(legacy, tmp_path):
 
 
 @FORMATS
-def test_state_dicts_of_real_modules(legacy, tmp_path):
+def test_state_dicts_of_real_modules_are_read(legacy, tmp_path):
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 2))
     for module in (block, torch.nn.parallel.DataParallel(block), block.half()):
@@ -124,8 +124,8 @@ def test_state_dicts_of_real_modules(legacy, tmp_path):
 
 
 @functools.cache
-def things_beside() -> dict[str, Any]:
-    """What trainers keep beside the weights, and `weights_only` allows."""
+def other_entries() -> dict[str, Any]:
+    """Return what trainers keep next to the weights and `weights_only` allows."""
     weight = torch.nn.Parameter(torch.rand(4, 3))
     optimizers = (torch.optim.SGD([weight], 0.1, momentum=0.9), torch.optim.AdamW([weight], amsgrad=True))
     for optimizer in optimizers:
@@ -133,7 +133,7 @@ def things_beside() -> dict[str, Any]:
         optimizer.step()
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], 10)
     shared = torch.rand(4, 3)
-    with warnings.catch_warnings(action="ignore"):  # torch calls it a beta
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it is a beta
         compressed = torch.eye(2).to_sparse_csr()
     tagged = torch.rand(2)
     tagged.note = "an attribute"  # type: ignore[attr-defined]
@@ -159,17 +159,17 @@ def things_beside() -> dict[str, Any]:
 
 
 @FORMATS
-@pytest.mark.parametrize("name", things_beside())
-def test_what_lies_beside_the_weights_is_passed_over(name, legacy, tmp_path):
-    checkpoint = {"state_dict": torch_state(TINY), name: things_beside()[name], "epoch": 119}
+@pytest.mark.parametrize("name", other_entries())
+def test_anything_next_to_the_weights_is_skipped(name, legacy, tmp_path):
+    checkpoint = {"state_dict": torch_state(TINY), name: other_entries()[name], "epoch": 119}
     path = save(checkpoint, tmp_path / "w.pth", legacy)
-    if not (legacy and name in ("eight bits", "unsigned")):  # of its older files with these torch cannot read any
+    if not (legacy and name in ("eight bits", "unsigned")):  # torch itself cannot read legacy files with these
         assert_read_as_torch_reads(path, legacy, "state_dict")
     assert_same_bits(unflatten(random_arrays(TINY)), rv.load_weights(path)[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz.*", "ignore:TypedStorage")
-def test_quantized_tensors_beside_the_weights_are_passed_over(tmp_path):
+def test_quantized_tensors_next_to_the_weights_are_skipped(tmp_path):
     quantized = torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8)
     per_channel = torch.quantize_per_channel(torch.rand(2, 3), torch.ones(2), torch.zeros(2), 0, torch.quint8)
     path = save({"model": torch_state(TINY), "quantized": [quantized, per_channel]}, tmp_path / "w.pth")
@@ -177,7 +177,7 @@ def test_quantized_tensors_beside_the_weights_are_passed_over(tmp_path):
 
 
 @FORMATS
-def test_weights_that_share_storage_with_their_average_or_the_optimizer_are_sound(legacy, tmp_path):
+def test_weights_may_share_storage_with_their_average_or_the_optimizer(legacy, tmp_path):
     state = torch_state(TINY)
     optimizer = {"state": {i: {"momentum_buffer": tensor} for i, tensor in enumerate(state.values())}}
     same = next(iter(state.values()))
@@ -188,7 +188,7 @@ def test_weights_that_share_storage_with_their_average_or_the_optimizer_are_soun
 
 
 @FORMATS
-def test_tensors_with_attributes_are_tensors(legacy, tmp_path):
+def test_tensors_with_attributes_are_read(legacy, tmp_path):
     state = torch_state(TINY)
     state["linear.bias"].note = "kept by torch.save"  # type: ignore[attr-defined]
     parameter = torch.nn.Parameter(state["linear.weight"])
@@ -198,7 +198,7 @@ def test_tensors_with_attributes_are_tensors(legacy, tmp_path):
 
 
 @FORMATS
-def test_a_whole_pickled_network_gives_its_tensors_without_its_code(legacy, tmp_path):
+def test_a_pickled_network_gives_its_tensors_without_running_its_code(legacy, tmp_path):
     from tests.helpers import torch_oracle
 
     network = torch_oracle.create("RepVGG-A0", 5, False)
@@ -213,7 +213,7 @@ def test_a_whole_pickled_network_gives_its_tensors_without_its_code(legacy, tmp_
     assert rv.load_weights(path, tensors_only=True)[0].variant.name == "RepVGG-A0"
 
 
-def test_every_name_that_is_known_here_is_one_that_torch_allows():
+def test_torch_allows_every_name_that_we_allow():
     allowed = set(_get_allowed_globals())
     assert HARMLESS | REBUILDERS.keys() <= allowed
     other = {name for name in allowed - HARMLESS - REBUILDERS.keys() if not name.startswith("torch.")}
@@ -221,7 +221,7 @@ def test_every_name_that_is_known_here_is_one_that_torch_allows():
 
 
 class Sparse(io.FileIO):
-    """A file that has a hole where zeros were written to it."""
+    """A file that leaves a hole where zeros are written to it."""
 
     def write(self, data: Any) -> int:
         view, step = memoryview(data).cast("B"), 1 << 20
@@ -235,8 +235,8 @@ class Sparse(io.FileIO):
 
 
 @pytest.mark.slow
-def test_a_file_of_more_than_four_gigabytes(tmp_path):
-    """Its records need 64-bit zip fields. All its zeros are holes in files, and take neither disk nor memory."""
+def test_a_file_of_more_than_four_gigabytes_is_read(tmp_path):
+    """Its records need 64-bit zip fields. All its zeros are holes in files, so they take neither disk nor memory."""
     path, count = tmp_path / "w.pth", 1_200_000_000
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(4 * count)
@@ -244,6 +244,6 @@ def test_a_file_of_more_than_four_gigabytes(tmp_path):
     with Sparse(path, "wb") as file:
         torch.save({"optimizer": zeros, "model": torch_state(TINY)}, file)
     if path.stat().st_blocks * 512 > 10**9:
-        pytest.skip("this file system has no holes")
+        pytest.skip("this file system has no sparse files")
     assert path.stat().st_size > 2**32
     assert_read_as_torch_reads(path, False, "model")

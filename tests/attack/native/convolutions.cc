@@ -1,6 +1,7 @@
-// `convolutions FIRST COUNT MODE`: the handlers of `conv3x3.cc` on random shapes, groups, strides and tiles, each
-// result compared with the definition in float64. MODE: `alone`, each case with threads of its own and once more on one
-// thread, which must change no bit; `together`, four callers share a pool. Prints `case N` before each and `FAILED …`.
+// `convolutions FIRST COUNT MODE`: run the handlers of `conv3x3.cc` on random shapes, groups, strides and tiles, and
+// compare each result with the definition in float64. MODE `alone`: each case has its own threads, and runs again on
+// one thread, which must not change a bit; `together`: four callers share a pool. Prints `case N` before each, and
+// failures as `FAILED …`.
 
 #include <atomic>
 #include <cmath>
@@ -9,7 +10,7 @@
 #include <random>
 #include <string>
 
-#define private public  // the memory that calls leave to each other is dropped between cases, so that sizes are exact
+#define private public  // drops the memory that calls reuse between cases, so that sizes are exact
 #include "tasks.h"
 #undef private
 
@@ -49,7 +50,7 @@ struct Case {
   }
 };
 
-// Most are small; some are wide, deep or numerous enough to be cut into blocks and panels; some are empty.
+// Most are small; some are wide, deep or numerous enough to be split into blocks and panels; some are empty.
 Case make_case(int64_t seed, int64_t most_work) {
   Case c{seed, {}, 0, {std::mt19937_64(seed)}};
   Random& r = c.random;
@@ -73,8 +74,8 @@ Case make_case(int64_t seed, int64_t most_work) {
 int64_t rows_of(const Shape& s) { return (s.height + s.stride - 1) / s.stride; }
 int64_t columns_of(const Shape& s) { return (s.width + s.stride - 1) / s.stride; }
 
-// `act(out, in, tap, group input, output)` with what each product of the convolution reads: indices into the result,
-// the image and the kernel [3, 3, inputs / groups, outputs].
+// Calls `act(out, in, kernel)` for each product of the convolution, with indices into the result, the image and the
+// kernel [3, 3, inputs / groups, outputs].
 template <typename Act>
 void each_product(const Shape& s, Act act) {
   const int64_t rows = rows_of(s), columns = columns_of(s), inner = s.inputs / s.groups, outer = s.outputs / s.groups;
@@ -95,7 +96,7 @@ void each_product(const Shape& s, Act act) {
 }
 
 struct Sums {
-  std::vector<double> value, size;  // of the terms' absolute values
+  std::vector<double> value, size;  // sum of the terms' absolute values
   explicit Sums(int64_t count) : value(count), size(count) {}
   void add(int64_t at, double term) { value[at] += term, size[at] += std::abs(term); }
 };
@@ -121,7 +122,7 @@ void succeeded(const Case& c, const char* what, const ffi::Error& error) {
   if (!error.success()) c.failed(std::string(what) + ": " + error.message());
 }
 
-// Where the caller's threads and the memory that they keep are the case's own.
+// Unless the pool is shared, gives a case its own caller threads, and drops the memory that they kept.
 struct Threads {
   int pool_size;
   ffi::ThreadPool* shared;
@@ -208,7 +209,7 @@ void attack_floats(Case& c, const std::vector<Threads>& ways) {
   }
 }
 
-// What does not fit together is refused before anything is touched.
+// Arguments that do not fit together must be refused before any memory is accessed.
 void attack_arguments(Case& c, ffi::ThreadPool& pool) {
   Random& r = c.random;
   const Shape& s = c.shape;
@@ -254,11 +255,11 @@ void attack_arguments(Case& c, ffi::ThreadPool& pool) {
       !repvgg::to_kernel(pool, x, y, kernel, stride, groups, tile).success(),
   };
   for (bool one : refused)
-    if (!one) c.failed("arguments that do not fit are taken");
+    if (!one) c.failed("arguments that do not fit are accepted");
 }
 
-// Where a weight lies that is packed in runs which are filled up to a multiple of `run`, `together` input channels side
-// by side; and how many elements a panel has.
+// Position of a weight packed in runs padded to a multiple of `run`, with `together` input channels side by side, and
+// the number of packed elements.
 struct Packing {
   const Shape& s;
   int64_t together, run;
@@ -318,7 +319,7 @@ void attack_halves(Case& c, const std::vector<Threads>& ways) {
                                                      ffi::Buffer<ffi::F32>(bias.data(), {lanes}),
                                                      Halves(y.data(), out), s.stride, s.groups, relu);
       if (s.groups > 1 && s.group_inputs() % 2) {
-        if (error.success()) c.failed("groups that are no pairs are taken");
+        if (error.success()) c.failed("groups of odd size are accepted");
         return;
       }
       succeeded(c, "halves", error);
@@ -361,7 +362,7 @@ void attack_bytes(Case& c, const std::vector<Threads>& ways) {
   std::vector<int32_t> sums(out_size);
   for (int64_t i = 0; i < out_size; i++) {
     sums[i] = bias[lane(i % s.outputs)];
-    // Around the image lies `zero`: every tap counts with it, and those inside are corrected below.
+    // The image is padded with `zero`: add that for every tap, then correct the taps inside the image below.
     for (int64_t k = 0; zero && k < 9 * s.group_inputs(); k++) sums[i] += zero * kernel[k * s.outputs + i % s.outputs];
   }
   each_product(s, [&](int64_t o, int64_t i, int64_t k) { sums[o] += (x[i] - zero) * kernel[k]; });
@@ -375,7 +376,7 @@ void attack_bytes(Case& c, const std::vector<Threads>& ways) {
           ffi::Buffer<ffi::S32>(bias.data(), {lanes}), ffi::Buffer<ffi::F32>(factor.data(), {lanes}),
           ffi::Result<ffi::AnyBuffer>(ffi::AnyBuffer(TYPE, y.data(), out)), s.stride, s.groups, zero);
       if (s.groups > 1 && s.group_inputs() % 4) {
-        if (error.success()) c.failed("groups that are no fours are taken");
+        if (error.success()) c.failed("groups whose size is not a multiple of four are accepted");
         return;
       }
       succeeded(c, "bytes", error);

@@ -1,4 +1,4 @@
-// Memory that notices whoever reads or writes one byte too many.
+// Memory that detects reading or writing one byte too many.
 
 #pragma once
 
@@ -10,9 +10,9 @@
 #include <cstring>
 #include <new>
 
-// `count` elements filled with bytes of `fill`. With GUARD_PAGES defined, a page that may not be touched lies right
-// behind the last one, or right before the first one; it stops vector loads that sanitizers do not see. Without, it
-// comes from malloc, for AddressSanitizer.
+// `count` elements filled with bytes of `fill`. With GUARD_PAGES, an inaccessible page directly after the last element,
+// or directly before the first, catches vector loads that sanitizers do not see. Without it, the memory comes from
+// malloc, for AddressSanitizer.
 template <typename T>
 class Guarded {
  public:

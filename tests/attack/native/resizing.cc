@@ -1,5 +1,6 @@
-// `resizing FIRST COUNT`: `resize.cc` on random images, boxes and sizes, compared with its own two passes in plain
-// loops over the whole image (the tests compare it with PIL). Prints `case N` before each, and `FAILED …`.
+// `resizing FIRST COUNT`: run `resize.cc` on random images, boxes and sizes, and compare it with its own two passes in
+// plain loops over the whole image (the tests compare it with PIL). Prints `case N` before each, and failures as
+// `FAILED …`.
 
 #include <cstdio>
 #include <random>
@@ -26,10 +27,10 @@ void attack(int64_t seed, int& failures) {
     box[2 + axis] = extent;
   }
   const int64_t stride = int64_t(width) * channels + (below(2) ? 0 : below(200));
-  const int64_t bytes = stride * (height - 1) + int64_t(width) * channels;  // the last row ends with its last pixel
+  const int64_t bytes = stride * (height - 1) + int64_t(width) * channels;  // the last row has no padding
   Guarded<uint8_t> pixels(bytes, first), out(int64_t(size) * size * channels, first);
   for (int64_t i = 0; i < bytes; i++) pixels[i] = below(256);
-  // In a thread of its own, whose memory no other case has made larger.
+  // In a new thread, whose reused memory no other case has enlarged.
   std::thread([&] {
     repvgg_resize(pixels.data(), stride, height, width, channels, box, size, mirrored, out.data());
   }).join();

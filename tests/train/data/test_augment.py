@@ -30,13 +30,13 @@ AUTO = transforms.AutoAugment()._augmentation_space(10, (80, 96))
 RAND = transforms.RandAugment()._augmentation_space(31, (80, 96))
 SPACES = ((AUTO, policies.AUTOAUGMENT_SPACE, 10), (RAND, policies.RANDAUGMENT.space, 31))
 
-# PIL blends color and sharpness in single precision and cuts the fraction off; on a whole number, that takes one away
-# or not. The share of values where OpenCV comes out at the other:
+# PIL blends color and sharpness in single precision and truncates; near a whole number, rounding decides whether that
+# subtracts one. The share of values where OpenCV gives the other result:
 OFF_BY_ONE = {"Color": 0.03, "Sharpness": 0.005}
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, C], and an error for whoever writes to it."""
+    """Return read-only uint8 [H, W, C]: writing to it is an error."""
     array = np.array(image)
     array = array[..., None] if array.ndim == 2 else array
     array.flags.writeable = False
@@ -70,7 +70,7 @@ def test_every_operation_at_every_magnitude_gives_torchvisions_pixels(name: str,
 
 
 @pytest.mark.parametrize(("theirs", "ours", "count"), SPACES)
-def test_the_magnitudes_are_torchvisions(
+def test_the_magnitudes_equal_torchvisions(
     theirs: dict[str, Any], ours: dict[str, policies.Magnitude], count: int
 ) -> None:
     assert theirs.keys() == ours.keys()
@@ -82,12 +82,12 @@ def test_the_magnitudes_are_torchvisions(
             continue
         expected = magnitudes.double().numpy()
         if name.startswith("Translate"):
-            expected = expected.astype(int)  # as it is applied
+            expected = expected.astype(int)  # as applied
         result = [magnitude(level, count - 1, (80, 96, 3)) for level in range(count)]
         np.testing.assert_allclose(result, expected, atol=2e-5)
 
 
-def test_the_imagenet_policy_is_torchvisions() -> None:
+def test_the_imagenet_policy_equals_torchvisions() -> None:
     theirs = transforms.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET).policies
     ours = policies.AUTOAUGMENT_IMAGENET
     assert len(ours) == 25
@@ -107,7 +107,7 @@ def test_autoaugment_gives_torchvisions_pixels_for_the_same_draws(monkeypatch: p
         monkeypatch.setattr(theirs, "get_params", lambda count, draws=draws: draws)
         ours = auto_augment(pixels_of(CROP), np.random.default_rng(seed))
         difference = np.abs(ours.astype(int) - pixels_of(theirs(CROP)))
-        # A value that is off by one before Solarize or Contrast may end up further off.
+        # A value that is off by one before Solarize or Contrast may differ by more afterwards.
         assert (difference > 0).mean() < 0.05, (seed, policies.AUTOAUGMENT_IMAGENET[policy])
         assert difference.mean() < 0.1
     assert len(chosen) == 25
@@ -115,7 +115,7 @@ def test_autoaugment_gives_torchvisions_pixels_for_the_same_draws(monkeypatch: p
 
 @pytest.fixture
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What `ops.apply` is asked for: (name, magnitude, interpolation, fill)."""
+    """The calls of `ops.apply`: (name, magnitude, interpolation, fill)."""
     calls: list[tuple[Any, ...]] = []
     apply = ops.apply
 
@@ -127,14 +127,14 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def test_randaugment_draws_every_operation_alike_at_torchvisions_magnitude(applied: list[tuple[Any, ...]]) -> None:
+def test_randaugment_draws_all_operations_equally_at_torchvisions_magnitude(applied: list[tuple[Any, ...]]) -> None:
     for seed in range(1400):
         rand_augment(pixels_of(CROP)[:8, :8], np.random.default_rng(seed), count=2, level=9)
     assert len(applied) == 2800
     for name, (magnitudes, signed) in RAND.items():
         drawn = [magnitude for operation, magnitude, *_ in applied if operation == name]
         assert 150 < len(drawn) < 250
-        if magnitudes.ndim and not name.startswith("Translate"):  # that depends on the size
+        if magnitudes.ndim and not name.startswith("Translate"):  # which depends on the size
             expected = float(magnitudes[9])
             np.testing.assert_allclose(np.abs(drawn), abs(expected), atol=1e-5)
         assert (min(drawn) < 0) == signed
@@ -144,7 +144,7 @@ def test_randaugment_draws_every_operation_alike_at_torchvisions_magnitude(appli
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("augment", [auto_augment, rand_augment])
-def test_augmentation_is_a_function_of_the_random_numbers_and_leaves_its_input_alone(augment: Any, mode: str) -> None:
+def test_augmentation_is_a_function_of_its_draws_and_does_not_modify_its_input(augment: Any, mode: str) -> None:
     pixels = pixels_of(CROP.convert(mode))
     results = [augment(pixels, np.random.default_rng(seed)) for seed in (*range(40), *range(40))]
     assert all(a.shape == pixels.shape and a.dtype == np.uint8 for a in results)
@@ -154,9 +154,9 @@ def test_augmentation_is_a_function_of_the_random_numbers_and_leaves_its_input_a
 
 # The authors' RandAugment for RepVGGplus
 
-AUTHORS = {  # as their code has it: level -> what PIL is told
+AUTHORS = {  # as in their code: level -> PIL's argument
     "Rotate": lambda image, level: image.rotate(level / 10 * 30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3),
-    # `ImageOps.posterize` when they used it; today it refuses to keep none.
+    # `ImageOps.posterize` at the time; today it refuses to keep no bits.
     "Posterize": lambda image, level: image.point(lambda value: value & ~(2 ** (8 - int(level / 10 * 4)) - 1)),
     "Solarize": lambda image, level: ImageOps.solarize(image, int(level / 10 * 256)),
     "Color": lambda image, level: ImageEnhance.Color(image).enhance(level / 10 * 1.8 + 0.1),
@@ -180,7 +180,7 @@ def _authors_affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Imag
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
 
 
-def test_the_operations_for_repvggplus_are_the_authors() -> None:
+def test_the_operations_for_repvggplus_equal_the_authors() -> None:
     pixels = pixels_of(CROP)
     assert AUTHORS.keys() == REPVGGPLUS.space.keys()
     assert AUTHORS.keys() - ops.GEOMETRIC.keys() <= ops.COLOR.keys()
@@ -189,7 +189,7 @@ def test_the_operations_for_repvggplus_are_the_authors() -> None:
             magnitude = REPVGGPLUS.space[name](level, REPVGGPLUS.top, pixels.shape)
             ours = ops.apply(pixels, name, magnitude, ops.BILINEAR, REPVGGPLUS.fill)
             difference = np.abs(ours.astype(int) - pixels_of(authors(CROP, level)))
-            if name in ops.GEOMETRIC:  # OpenCV mixes the outermost pixels with the fill, PIL does not
+            if name in ops.GEOMETRIC:  # OpenCV blends the outermost pixels with the fill, PIL does not
                 assert np.median(difference) <= 1, (name, level)
                 assert difference.mean() < 1.0, (name, level)
             else:
@@ -216,7 +216,7 @@ def test_randaugment_for_repvggplus_draws_levels_interpolations_and_cutouts(appl
     assert min(geometric.values()) > 150
 
 
-def test_cutout_keeps_within_the_image() -> None:
+def test_cutout_stays_inside_the_image() -> None:
     pixels = np.zeros((20, 30, 1), np.uint8)
     painted = [policies.cutout(pixels, np.random.default_rng(seed), 11) for seed in range(300)]
     areas = [(image == ops.luminance((125, 122, 113))).sum() for image in painted]
@@ -236,11 +236,11 @@ def test_jitter_gives_torchvisions_pixels() -> None:
             assert_same(ops.saturation(pixels, factor), functional.adjust_saturation(image, factor), 0.03)
 
 
-def test_hue_turns_as_torchvisions_does() -> None:
+def test_hue_rotates_as_in_torchvision() -> None:
     for turn in (-0.5, -0.2, 0.0, 0.04, 0.1, 0.3, 0.5):
         ours = ops.hue(pixels_of(CROP), turn).astype(int)
         difference = np.abs(ours - pixels_of(functional.adjust_hue(CROP, turn)))
-        # PIL's circle has 255 steps where 256 are wrapped around; saturation and value keep 8 bits in both.
+        # PIL's circle has 255 steps but wraps around at 256; saturation and value keep 8 bits in both.
         assert difference.mean() < 2.0, turn
         assert np.quantile(difference, 0.99) <= 10, turn
     grey = pixels_of(CROP.convert("L"))
@@ -282,7 +282,7 @@ def test_jitter_draws_factors_uniformly_and_the_order_at_random(monkeypatch: pyt
 # Random erasing
 
 
-def test_erasing_paints_torchvisions_rectangles() -> None:
+def test_erasing_fills_torchvisions_rectangles() -> None:
     pixels = np.zeros((60, 60, 3), np.uint8)
     rectangles = []
     for seed in range(3000):

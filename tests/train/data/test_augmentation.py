@@ -1,4 +1,4 @@
-"""Claim: a description of plain values becomes one transform; the default is crop and flip alone."""
+"""Claim: a description made of plain values becomes one transform; the default is only crop and flip."""
 
 import dataclasses
 import sys
@@ -41,10 +41,10 @@ def test_the_default_is_crop_and_flip() -> None:
         assert np.array_equal(transformed(Augmentation(), seed), expected)
 
 
-def test_crop_area_and_flip_are_told() -> None:
+def test_crop_area_and_flip_are_applied() -> None:
     whole = Augmentation(crop_area=(1.0, 1.0), horizontal_flip=0.0)
     crops = [transformed(whole, seed).astype(int) for seed in range(8)]
-    # No crop of the whole area has the right aspect but nearly the image's own.
+    # A crop of (almost) the whole area must have almost the aspect ratio of the image.
     assert np.mean([np.abs(crop - crops[0]).mean() for crop in crops]) < 20
     mirrored = [transformed(dataclasses.replace(whole, horizontal_flip=1.0), seed) for seed in range(8)]
     assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(mirrored, crops, strict=True))
@@ -78,7 +78,7 @@ def test_each_part_follows_the_crop(options: dict[str, Any], step: Any) -> None:
     assert changed >= 5
 
 
-def test_the_parts_come_in_order() -> None:
+def test_the_parts_are_applied_in_order() -> None:
     rng = np.random.default_rng(5)
     pixels = random_resized_crop_flip(IMAGE, rng, 48)
     pixels = color_jitter(pixels, rng, 0.4, 0.4, 0.4, 0.1)
@@ -105,7 +105,7 @@ def test_digits_are_never_mirrored_but_may_be_augmented() -> None:
     assert not np.array_equal(erased, expected)
 
 
-def test_exact_crops_are_pils() -> None:
+def test_exact_crops_equal_pils() -> None:
     transform = make_transform("random_resized_crop_flip", Augmentation(exact_crop=True), IMAGENET_MEAN)
     for seed in range(8):
         result = transform(open_picture(JPEG, "x", 3), np.random.default_rng(seed), 48)
@@ -113,7 +113,7 @@ def test_exact_crops_are_pils() -> None:
         assert np.array_equal(result, expected)
 
 
-def test_batches_with_everything_on_are_a_function_of_seed_and_step(tmp_path: Any) -> None:
+def test_batches_with_all_augmentations_are_a_function_of_seed_and_step(tmp_path: Any) -> None:
     write_photos(tmp_path, 22)
     source = FolderSource(tmp_path)
     options: dict[str, Any] = dict(
@@ -138,7 +138,7 @@ def test_batches_with_everything_on_are_a_function_of_seed_and_step(tmp_path: An
         (dict(randaugment_magnitude=31), "--randaugment-magnitude must lie between 0 and 30"),
     ],
 )
-def test_values_that_make_no_sense_are_told(options: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Augmentation(**options)
 

@@ -1,4 +1,4 @@
-"""Batches are a function of seed and step, show every image when they should, and survive bad ones."""
+"""Claim: batches are a function of seed and step, include every image when they should, and survive unreadable ones."""
 
 import logging
 import threading
@@ -46,7 +46,7 @@ def test_resuming_at_a_step_continues_bit_for_bit(photos: Path, start: int) -> N
     assert same(training(source, 7 - start, start_step=start), training(source, 7)[start:])
 
 
-def test_devices_and_processes_only_cut_the_same_batch(photos: Path) -> None:
+def test_devices_and_processes_only_split_the_same_batch(photos: Path) -> None:
     source = FolderSource(photos / "train")
     whole = training(source, 4)
     assert np.array_equal(flat(training(source, 4, local_device_count=4), "image"), flat(whole, "image"))
@@ -57,7 +57,7 @@ def test_devices_and_processes_only_cut_the_same_batch(photos: Path) -> None:
         assert np.array_equal(flat([{name: batch} for batch in joined], name), flat(whole, name))
 
 
-def test_every_epoch_shows_each_image_at_most_once_in_a_new_order() -> None:
+def test_every_epoch_uses_each_image_at_most_once_in_a_new_order() -> None:
     shown = numbers(training(Numbers(20), 4, **SMALL))
     first, second = shown[:16], shown[16:]
     assert len(set(first)) == len(set(second)) == 16
@@ -65,7 +65,7 @@ def test_every_epoch_shows_each_image_at_most_once_in_a_new_order() -> None:
     assert shown != numbers(training(Numbers(20), 4, **SMALL, seed=4))
 
 
-def test_the_same_image_is_augmented_anew_in_every_epoch(photos: Path) -> None:
+def test_the_same_image_is_augmented_differently_in_every_epoch(photos: Path) -> None:
     images = flat(training(FolderSource(photos / "train"), 22, batch_size=1), "image")
     again = flat(training(FolderSource(photos / "train"), 22, batch_size=1, start_step=22), "image")
     assert len({image.tobytes() for image in np.concatenate([images, again])}) == 44
@@ -82,7 +82,7 @@ def test_the_same_image_is_augmented_anew_in_every_epoch(photos: Path) -> None:
         (dict(seed=-1), "seed and start_step must be 0 or more"),
     ],
 )
-def test_options_that_cannot_be_met_are_errors(options: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         training(Numbers(20), 1, **(SMALL | options))
 
@@ -99,7 +99,7 @@ def test_fewer_images_than_a_batch_is_an_error() -> None:
     ("images", "batch_size", "devices"), [(1, 1, 1), (1, 8, 4), (7, 8, 2), (8, 8, 8), (13, 6, 3), (33, 8, 4)]
 )
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_shows_every_image_exactly_once(images: int, batch_size: int, devices: int, processes: int) -> None:
+def test_evaluation_uses_every_image_exactly_once(images: int, batch_size: int, devices: int, processes: int) -> None:
     shown, steps = [], set()
     for index in range(processes):
         options: dict[str, Any] = dict(process_count=processes, process_index=index)
@@ -114,7 +114,7 @@ def test_evaluation_shows_every_image_exactly_once(images: int, batch_size: int,
         assert np.array_equal(flat(batches, "label")[mask == 1], np.array(numbers(batches))[mask == 1] % 2)
         assert not flat(batches, "image")[mask == 0].any()
     assert sorted(shown) == list(range(images))
-    assert len(steps) == 1, "every process takes part in as many steps"
+    assert len(steps) == 1, "every process takes part in the same number of steps"
 
 
 def test_evaluation_is_in_order_and_does_not_depend_on_the_number_of_workers(photos: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_corrupt_file_is_named_once_and_counted(photos: Path, caplog: pytest.L
     assert [str(corrupt) in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_a_corrupt_file_is_masked_out_of_evaluation_and_named_once_over_the_epochs(
+def test_a_corrupt_file_is_masked_in_evaluation_and_named_only_once(
     photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (photos / "val" / "pagoda" / "003.jpg").write_bytes(b"not an image")
@@ -169,7 +169,7 @@ def test_strict_fails_on_an_unreadable_image(photos: Path) -> None:
         evaluation(Numbers(9, unreadable=(5,)), **SMALL_EVAL, strict=True)
 
 
-def test_nothing_readable_is_an_error_and_not_an_endless_loop() -> None:
+def test_no_readable_image_is_an_error_and_not_an_endless_loop() -> None:
     source = Numbers(20, unreadable=tuple(range(20)))
     for attempt in (lambda: training(source, 1, **SMALL), lambda: evaluation(source, **SMALL_EVAL)):
         with pytest.raises(DataError, match="none of the 20 images can be read; the first: number 0 cannot be read"):
@@ -186,14 +186,14 @@ def test_an_unforeseen_exception_in_a_worker_reaches_the_caller() -> None:
 # Memory
 
 
-def test_memory_of_batches_that_were_dropped_is_used_again() -> None:
+def test_memory_of_dropped_batches_is_reused() -> None:
     with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:
         addresses = {next(batches)["image"].ctypes.data for _ in range(40)}
         assert len(addresses) <= 7
 
 
 @pytest.mark.parametrize("keep", [lambda batch: batch, lambda batch: batch["image"][1, :1, 2:], jax.device_put])
-def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
+def test_any_part_of_a_batch_that_is_kept_keeps_its_contents(keep: Any) -> None:
     with train_batches(Numbers(40), batch_size=4, local_device_count=2, seed=0, **SMALL) as batches:
         kept = [keep(next(batches)) for _ in range(3)]
         before = jax.tree.map(lambda array: np.array(array), kept)
@@ -206,7 +206,7 @@ def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
 
 
 def decoding_threads() -> list[str]:
-    """Ours and Grain's; Grain does not wait for its own, which have nothing to do then."""
+    """Return our threads and Grain's, after up to a second: Grain does not wait for its own, which are idle."""
     deadline, names = time.monotonic() + 1, ["decode"]
     while names and time.monotonic() < deadline:
         names = [
@@ -264,7 +264,7 @@ def test_batches_are_prepared_ahead_but_not_without_bound() -> None:
         assert len(read) == 16, "the batch that was taken and three more"
 
 
-def test_opencvs_threads_are_switched_off_while_ours_run_and_no_longer() -> None:
+def test_opencvs_threads_are_off_only_while_ours_run() -> None:
     import cv2
 
     from train.data import augment

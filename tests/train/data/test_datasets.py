@@ -1,4 +1,4 @@
-"""Claim: what is known of a data set is one row of a table, and a recipe overrides each of its columns."""
+"""Claim: everything about a data set is one row of a table, and a recipe can override each of its columns."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ OWN: dict[str, Any] = dict(
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Photographs in the folder `mine`, which is the current folder's."""
+    """Photographs in the folder `mine` of the current folder."""
     write_photos(tmp_path / "mine" / "train", 8)
     write_photos(tmp_path / "mine" / "val", 4, offset=20)
     monkeypatch.chdir(tmp_path)
@@ -32,11 +32,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def columns(dataset: datasets.DataSet) -> dict[str, Any]:
     how = dataset.preprocessing
-    own = dict(mean=how.mean, std=how.std, test_size=how.image_size, crop_fraction=how.crop_fraction)
-    return own | dict(train_size=dataset.train_size, train_transform=dataset.train_transform)
+    evaluation = dict(mean=how.mean, std=how.std, test_size=how.image_size, crop_fraction=how.crop_fraction)
+    return evaluation | dict(train_size=dataset.train_size, train_transform=dataset.train_transform)
 
 
-def test_a_data_set_with_a_mean_and_a_crop_of_its_own_is_one_row(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_with_its_own_mean_and_crop_is_one_row(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(datasets.DATA_SETS, "mine", datasets.Row(datasets.PHOTOGRAPHS.source, **OWN))
     for spec in ("mine", "mine:1.0.0"):
         assert columns_of_row(spec) == OWN
@@ -58,7 +58,7 @@ def test_a_recipe_overrides_every_column(spec: str, photos: Path) -> None:
     assert columns(open_data(parse(["--preset", "imagenet_120", *words]))) == OWN
 
 
-def test_digits_have_their_own_numbers_under_any_preset(tmp_path: Path) -> None:
+def test_digits_keep_their_own_preprocessing_under_any_preset(tmp_path: Path) -> None:
     options = ["--data", "digits", "--data-dir", str(tmp_path)]
     dataset = open_data(parse(["--preset", "imagenet_120", *options]))
     assert dataset.preprocessing == Preprocessing(32, 1.0, (0.306,) * 3, (0.376,) * 3)
@@ -76,14 +76,14 @@ def test_digits_have_their_own_numbers_under_any_preset(tmp_path: Path) -> None:
         (("--train-transform", "mirror"), "--train-transform must be one of random_resized_crop_flip, "),
     ],
 )
-def test_values_that_make_no_sense_are_one_line(options: tuple[str, ...], says: str, tmp_path: Path) -> None:
+def test_invalid_values_are_one_line(options: tuple[str, ...], says: str, tmp_path: Path) -> None:
     done = command("train.main", "--preset", "digits", "--workdir", tmp_path / "run", *options)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: {says}")
     assert not list(tmp_path.iterdir())
 
 
-def test_padding_and_cropping_shifts_and_mirrors_and_does_nothing_else() -> None:
+def test_padding_and_cropping_only_shifts_and_mirrors() -> None:
     image = PHOTO.crop((0, 0, 32, 32))
     pixels = as_is(image, np.random.default_rng(0), 32)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
@@ -100,7 +100,7 @@ def test_padding_and_cropping_shifts_and_mirrors_and_does_nothing_else() -> None
     assert all(pad_and_crop_flip(image, rng, 32, horizontal_flip=0).tobytes() in expected for _ in range(20))
 
 
-def test_a_transform_takes_the_options_that_it_has_and_no_others(photos: Path) -> None:
+def test_a_transform_accepts_only_its_own_options(photos: Path) -> None:
     image, dataset = PHOTO.crop((0, 0, 32, 32)), open_dataset(str(photos), train_transform="pad_and_crop_flip")
     still = make_transform(dataset.train_transform, Augmentation(horizontal_flip=0), IMAGENET_MEAN)
     expected = pad_and_crop_flip(image, np.random.default_rng(3), 32, horizontal_flip=0)

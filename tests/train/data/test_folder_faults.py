@@ -1,4 +1,4 @@
-"""Claim: what a data folder lacks, or what of it is left out, is said once, and the advice leads somewhere."""
+"""Claim: anything missing in a data folder or skipped is reported once, and the advice in the message works."""
 
 import re
 import shutil
@@ -42,25 +42,23 @@ def empty(folder: Path) -> None:
 @pytest.mark.parametrize("side", ["val", "train"])
 @pytest.mark.parametrize("with_folder", [True, False])
 @pytest.mark.parametrize("advice", ["add", "remove"])
-def test_either_advice_on_a_class_without_images_leads_to_a_data_set(
-    photos: Path, side: str, with_folder: bool, advice: str
-) -> None:
-    """Do what the message says, and the same command works."""
+def test_either_advice_on_a_class_without_images_works(photos: Path, side: str, with_folder: bool, advice: str) -> None:
+    """After doing what the message says, the same command works."""
     folder, other = (photos / name / "pagoda" for name in (side, "val" if side == "train" else "train"))
     empty(folder)
     if not with_folder:
         folder.rmdir()
     with pytest.raises(DataError) as caught:
         open_dataset(str(photos))
-    said = str(caught.value)
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "\n" not in message
     if with_folder:
-        match = re.search(r"class folder (\S+) holds no images; add some .* or remove both it and (\S+)$", said)
-        assert match is not None, said
+        match = re.search(r"class folder (\S+) holds no images; add some .* or remove both it and (\S+)$", message)
+        assert match is not None, message
         add_to, remove = match[1], [match[1], match[2]]
     else:
-        match = re.search(r"only in (?:train|val)/: pagoda\).* add some to (\S+), or remove (\S+)$", said)
-        assert match is not None, said
+        match = re.search(r"only in (?:train|val)/: pagoda\).* add some to (\S+), or remove (\S+)$", message)
+        assert match is not None, message
         add_to, remove = match[1], [match[2]]
     assert add_to == str(folder)
     assert remove[-1] == str(other)
@@ -73,8 +71,8 @@ def test_either_advice_on_a_class_without_images_leads_to_a_data_set(
     assert open_dataset(str(photos)).num_classes == (2 if advice == "add" else 1)
 
 
-def test_evaluation_alone_takes_an_empty_class_folder(photos: Path, weights: Path) -> None:
-    """Its class is one of the net's, and removing the folder would number the classes anew."""
+def test_evaluation_alone_accepts_an_empty_class_folder(photos: Path, weights: Path) -> None:
+    """Its class is one of the net's, and removing the folder would renumber the classes."""
     empty(photos / "val" / "garden")
     done = command("train.evaluate", photos, "train", weights)
     assert done.returncode == 0, done.stderr
@@ -99,8 +97,8 @@ def test_files_that_are_not_images_are_counted_once(photos: Path, weights: Path)
 
 
 @pytest.mark.slow
-def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(photos: Path, weights: Path) -> None:
-    """Two evaluations while training, and four forms at the end."""
+def test_an_unreadable_validation_image_is_named_only_once(photos: Path, weights: Path) -> None:
+    """Met in two evaluations while training, and in four forms at the end."""
     broken = photos / "val" / "garden" / "broken.jpg"
     broken.write_bytes(b"xx")
     options = ("--preset", "imagenet_120", "--model", weights, "--data", photos, "--image-size", 32, "--epochs", 2)
@@ -117,11 +115,11 @@ def test_an_unreadable_validation_image_is_named_once_however_often_it_is_met(ph
     )
 
 
-# Folders by other names, and folders that are not divided yet
+# Folders with other names, and folders that are not split yet
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "test"])
-def test_the_evaluation_split_may_be_called_otherwise(photos: Path, weights: Path, name: str) -> None:
+def test_the_evaluation_split_may_have_other_names(photos: Path, weights: Path, name: str) -> None:
     (photos / "val").rename(photos / name)
     dataset = open_dataset(str(photos))
     assert (len(dataset.train), len(dataset.test), dataset.notes) == (8, 6, ())
@@ -131,7 +129,7 @@ def test_the_evaluation_split_may_be_called_otherwise(photos: Path, weights: Pat
         open_dataset(str(photos))
 
 
-def test_of_several_evaluation_splits_the_first_is_taken_and_named(photos: Path) -> None:
+def test_of_several_evaluation_splits_the_first_is_used_and_named(photos: Path) -> None:
     for name in ("valid", "test"):
         write_photos(photos / name, 4)
     assert open_dataset(str(photos)).notes == (f"{photos}: evaluation on val/, not on valid/, test/",)
@@ -141,7 +139,7 @@ def test_of_several_evaluation_splits_the_first_is_taken_and_named(photos: Path)
     assert len(dataset.test) == 4
 
 
-def test_photographs_that_are_not_divided_point_to_the_splitter(photos: Path, tmp_path: Path) -> None:
+def test_an_unsplit_folder_gets_the_command_that_splits_it(photos: Path, tmp_path: Path) -> None:
     (photos / "train").rename(tmp_path / "unsplit")
     command_line = f"; to divide its class folders: python -m examples.finetune.split {tmp_path / 'unsplit'} OUT"
     with pytest.raises(DataError) as caught:
@@ -163,7 +161,7 @@ def test_a_url_is_one_line(spec: str, weights: Path) -> None:
     assert f"{spec}: only folders and files of this machine can be used" in done.stderr
 
 
-def test_images_replaced_or_removed_while_training_are_skipped_or_taken_as_they_are(photos: Path) -> None:
+def test_images_replaced_or_removed_during_training_are_read_or_skipped(photos: Path) -> None:
     source = FolderSource(photos / "train")
     (before,) = training(source, 1)
     paths = [Path(source[index].name) for index in range(len(source))]

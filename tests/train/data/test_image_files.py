@@ -1,4 +1,4 @@
-"""Claim: a folder holds the same images for every command, in torchvision's order, and the rest is counted."""
+"""Claim: a folder holds the same images for every command, in torchvision's order, and other files are counted."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def place(root: Path, *names: str) -> None:
 
 
 def in_torchvision(root: Path) -> list[tuple[str, int]]:
-    """(path, label) of the images of torchvision's `ImageFolder`."""
+    """Return (path, label) of the images of torchvision's `ImageFolder`."""
     return torchvision.datasets.ImageFolder(os.fspath(root)).samples
 
 
@@ -39,9 +39,9 @@ def in_ours(root: Path) -> list[tuple[str, int]]:
     "names",
     [
         ("dog/1.jpg", "dog/more/2.jpg", "cat/3.jpg", "cat/a/b/c/4.png", "cat/notes.txt"),
-        # Tiny-ImageNet: nothing but a folder of images, and a list of boxes.
+        # Tiny-ImageNet: class folders that contain only a folder of images and a list of boxes.
         ("n01443537/images/n01443537_1.JPEG", "n01443537/boxes.txt", "n01629819/images/n01629819_0.JPEG"),
-        # Names that sort differently as strings and as lists of folders.
+        # Names that sort differently as strings and as path components.
         (
             "x/a/1.jpg",
             "x/a-b/1.jpg",
@@ -54,13 +54,13 @@ def in_ours(root: Path) -> list[tuple[str, int]]:
         ),
     ],
 )
-def test_images_at_any_depth_come_in_torchvisions_order(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_images_at_any_depth_are_in_torchvisions_order(tmp_path: Path, names: tuple[str, ...]) -> None:
     place(tmp_path, *names)
     assert in_ours(tmp_path) == in_torchvision(tmp_path)
     assert len(in_ours(tmp_path)) == sum(not name.endswith(".txt") for name in names)
 
 
-def test_linked_folders_and_files_are_followed_as_torchvision_follows_them(tmp_path: Path) -> None:
+def test_linked_folders_and_files_are_followed_as_in_torchvision(tmp_path: Path) -> None:
     place(tmp_path, "store/a/1.jpg", "store/2.jpg", "set/dog/3.jpg")
     (tmp_path / "set" / "dog" / "more").symlink_to(tmp_path / "store")
     (tmp_path / "set" / "dog" / "4.jpg").symlink_to(tmp_path / "store" / "2.jpg")
@@ -69,16 +69,16 @@ def test_linked_folders_and_files_are_followed_as_torchvision_follows_them(tmp_p
     assert len(in_ours(tmp_path / "set")) == 6
 
 
-def test_a_link_back_up_is_not_followed_for_ever(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path: Path) -> None:
     place(tmp_path, "dog/deep/1.jpg")
     (tmp_path / "dog" / "deep" / "again").symlink_to(tmp_path / "dog")
     (tmp_path / "dog" / "self").symlink_to(".")
     assert image_files(tmp_path / "dog").paths == [f"{tmp_path}/dog/deep/1.jpg"]
 
 
-def test_what_is_not_an_image_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_skipped_and_counted(tmp_path: Path) -> None:
     place(tmp_path, "1.JPG", "a/2.heic", "a/3.HEIC", "a/notes.txt", "a/README", "._1.jpg", ".cache/4.jpg")
-    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would not end
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would block forever
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     paths, left_out = image_files(tmp_path)
     assert [Path(path).name for path in paths] == ["1.JPG", "gone.jpg"]
@@ -86,7 +86,7 @@ def test_what_is_not_an_image_is_left_out_and_counted(tmp_path: Path) -> None:
     assert describe_left_out(left_out).startswith("5 files that are not images (2 .heic, 1 ")
 
 
-def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path) -> None:
+def test_a_broken_link_is_an_unreadable_image(tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     with pytest.raises(DataError, match=r"gone\.jpg: cannot be read \(No such file"):
@@ -98,10 +98,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
         image_files(tmp_path / "absent")
 
 
-# Formats: what is listed is decoded, and nothing else is
+# Formats: every file that is listed can be decoded, and no others
 
 
-def test_suffixes_are_pils_own_of_the_formats_that_are_decoded() -> None:
+def test_suffixes_are_pils_for_the_formats_that_are_decoded() -> None:
     Image.init()
     of_pil = {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
     assert set(IMAGE_SUFFIXES) == of_pil - {".pfm"}
@@ -111,7 +111,7 @@ def test_suffixes_are_pils_own_of_the_formats_that_are_decoded() -> None:
 @pytest.mark.parametrize(
     "name", ["a.jfif", "a.jpe", "a.avif", "a.gif", "a.jp2", "a.tga", "a.webp", "a.dib", "a.qoi", "a.pcx", "a.sgi"]
 )
-def test_every_suffix_is_taken_wherever_pil_decodes_it(tmp_path: Path, name: str) -> None:
+def test_every_suffix_is_listed_if_pil_decodes_it(tmp_path: Path, name: str) -> None:
     path = tmp_path / "class" / "sub" / name.upper()
     path.parent.mkdir(parents=True)
     SMALL.save(path, Image.registered_extensions()[Path(name).suffix])
@@ -122,7 +122,7 @@ def test_every_suffix_is_taken_wherever_pil_decodes_it(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "FITS", "XPM"])
-def test_a_file_of_another_format_under_an_images_name_starts_no_program(
+def test_a_file_of_another_format_with_an_image_suffix_starts_no_program(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*arguments: object, **options: object) -> None:
@@ -137,7 +137,7 @@ def test_a_file_of_another_format_under_an_images_name_starts_no_program(
 
 
 def bomb(kind: str, side: int) -> bytes:
-    """A small file whose header says that the image is `side` pixels square."""
+    """Return a small file whose header says that the image is `side` pixels square."""
     data = bytearray(encode(SMALL, kind))
     if kind == "PNG":
         data[16:24] = side.to_bytes(4, "big") * 2
@@ -158,14 +158,14 @@ def bomb(kind: str, side: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "WEBP"])
-def test_a_bomb_is_refused_before_it_is_decoded(kind: str) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(kind: str) -> None:
     side = 16_000 if kind == "WEBP" else 60_000
     with pytest.raises(DataError, match=r"^trip/1\.jpg: refused as a decompression bomb \(") as caught:
         decode_image(bomb(kind, side), "trip/1.jpg")
     assert f"{side}x{side}" in str(caught.value) or f"{side**2} pixels" in str(caught.value)
 
 
-def test_the_warning_of_many_pixels_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warning_about_too_many_pixels_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.warns(
         Image.DecompressionBombWarning, match=r"^trip/1\.png: 40x30 pixels, more than PIL's safety limit of 1000"
@@ -174,12 +174,12 @@ def test_the_warning_of_many_pixels_names_the_file(monkeypatch: pytest.MonkeyPat
     assert len(caught) == 1
 
 
-# EXIF orientation: ignored unless asked for
+# EXIF orientation: ignored by default
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation_is_honoured_on_request_as_pil_honours_it(tmp_path: Path, orientation: int, kind: str) -> None:
+def test_exif_orientation_is_applied_on_request_as_by_pil(tmp_path: Path, orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "phone.jpg"
@@ -193,13 +193,13 @@ def test_exif_orientation_is_honoured_on_request_as_pil_honours_it(tmp_path: Pat
 
 
 def exif_block(*entries: tuple[int, int, int, int]) -> bytes:
-    """EXIF data of (tag, type, count, value or offset)."""
+    """Return EXIF data with entries (tag, type, count, value or offset)."""
     body = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(20)
 
 
-def test_odd_tags_beside_the_orientation_do_not_matter() -> None:
-    data = encode(SMALL, "JPEG", exif=exif_block((0x0112, 3, 1, 6), (0x0132, 5, 1, 40)))  # a date that is a fraction
+def test_odd_tags_next_to_the_orientation_do_not_matter() -> None:
+    data = encode(SMALL, "JPEG", exif=exif_block((0x0112, 3, 1, 6), (0x0132, 5, 1, 40)))  # a date stored as a fraction
     with Image.open(io.BytesIO(data)) as image, pytest.raises(AttributeError):
         ImageOps.exif_transpose(image)
     assert (
@@ -212,6 +212,6 @@ def test_odd_tags_beside_the_orientation_do_not_matter() -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0no TIFF header", b"Exif\0\0II", exif_block((0x0112, 2, 9000, 60)), exif_block((0x0112, 3, 1, 9))]
 )
-def test_damaged_exif_data_do_not_make_an_image_unreadable(exif: bytes) -> None:
+def test_damaged_exif_data_does_not_make_an_image_unreadable(exif: bytes) -> None:
     data = encode(SMALL, "JPEG", exif=exif)
     assert decode_image(data, "x", exif=True).tobytes() == decode_image(data, "x").tobytes()

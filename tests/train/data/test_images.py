@@ -1,4 +1,4 @@
-"""One image on its way to the network has torchvision's pixels, whatever its file looked like."""
+"""Claim: an image reaches the network with torchvision's pixels, whatever its file format and mode."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from train.data.transforms import affine, random_affine, random_crop_box, random
     [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG")]
     + [("LA", "PNG"), ("1", "PNG"), ("P", "GIF"), ("RGB", "WEBP"), ("F", "TIFF")],
 )
-def test_every_image_mode_decodes_as_torchvision_decodes_it(mode: str, kind: str) -> None:
+def test_every_image_mode_decodes_as_in_torchvision(mode: str, kind: str) -> None:
     image = PHOTO.convert("RGB").resize((64, 48)).convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -50,7 +50,7 @@ def test_16_bit_grey_keeps_its_high_byte(kind: str) -> None:
     assert np.array_equal(np.asarray(image)[..., 0], wide >> 8)
 
 
-def test_exif_orientation_is_ignored_as_torchvision_ignores_it() -> None:
+def test_exif_orientation_is_ignored_as_in_torchvision() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(encode(PHOTO, "JPEG", exif=exif), "x").size == PHOTO.size
@@ -111,7 +111,7 @@ def test_eval_transform_gives_torchvisions_pixels(mode: str, size: int, fraction
         assert np.array_equal(eval_transform(image, preprocessing), torchvision_eval(image, resize, size))
 
 
-def test_normalize_agrees_between_numpy_jax_and_jit() -> None:
+def test_normalize_agrees_in_numpy_jax_and_jit() -> None:
     preprocessing = Preprocessing()
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     expected = (images / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
@@ -132,7 +132,7 @@ def test_preprocessing_survives_json() -> None:
     "fields",
     [{"image_size": 0}, {"crop_fraction": 0}, {"mean": [0.5]}, {"std": [0, 1, 1]}, {"mean": 3}, {"image_size": "x"}],
 )
-def test_preprocessing_refuses_nonsense(fields: dict[str, Any]) -> None:
+def test_preprocessing_refuses_invalid_values(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"image_size|crop_fraction|mean|std|preprocessing"):
         Preprocessing.from_dict(fields)
 
@@ -185,7 +185,7 @@ def test_affine_at_identity_is_the_evaluation_transform(size: int, channels: int
         assert difference.mean() < 0.6
 
 
-def test_affine_turns_clockwise_scales_and_shifts_about_the_centre() -> None:
+def test_affine_rotates_clockwise_scales_and_shifts_about_the_centre() -> None:
     image = PHOTO.resize((8, 8))
     plain = affine(image, 32).astype(int)
     assert np.abs(affine(image, 32, rotation=np.pi / 2) - np.rot90(plain, -1)).max() <= 1
@@ -193,7 +193,7 @@ def test_affine_turns_clockwise_scales_and_shifts_about_the_centre() -> None:
     assert np.abs(affine(image, 32, scale=2.0) - affine(image, 64)[16:48, 16:48].astype(int)).max() <= 1
 
 
-def test_random_affine_moves_but_never_mirrors() -> None:
+def test_random_affine_never_mirrors() -> None:
     corner = np.zeros((8, 8), np.uint8)
     corner[1:3, 1:3] = 255
     results = [random_affine(Image.fromarray(corner), np.random.default_rng(seed), 32)[..., 0] for seed in range(200)]

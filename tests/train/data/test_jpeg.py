@@ -1,4 +1,4 @@
-"""Claim: a JPEG file of which only the crop is decoded gives torchvision's crop, or the error that PIL gives."""
+"""Claim: decoding only the crop of a JPEG file gives torchvision's crop, or the error that PIL gives."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ from train.data import jpeg, pictures
 from train.data.pictures import open_picture, resized_crop, to_pil
 from train.data.transforms import random_crop_box, random_resized_crop_flip
 
-TYPICAL = PHOTO.resize((500, 375), Image.Resampling.BICUBIC)  # of ImageNet's size
+TYPICAL = PHOTO.resize((500, 375), Image.Resampling.BICUBIC)  # a typical ImageNet size
 SMALL = PHOTO.resize((100, 75), Image.Resampling.BICUBIC)
 
 
@@ -37,7 +37,7 @@ def boxes(image: Image.Image, count: int, area: tuple[float, float] = (0.08, 1.0
 
 
 def detail(pixels: np.ndarray) -> float:
-    """How much neighbouring pixels differ: it tells a blurred or an aliased image from a good one."""
+    """Return how much neighbouring pixels differ: much less in a blurred image, much more in an aliased one."""
     return float(
         np.abs(np.diff(pixels.astype(int), axis=0)).mean() + np.abs(np.diff(pixels.astype(int), axis=1)).mean()
     )
@@ -45,7 +45,7 @@ def detail(pixels: np.ndarray) -> float:
 
 @pytest.fixture
 def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what libjpeg-turbo decoded, as they come."""
+    """Shapes that libjpeg-turbo decoded, in order."""
     shapes: list[tuple[int, ...]] = []
     decode = simplejpeg.decode_jpeg
 
@@ -58,7 +58,7 @@ def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def pil_is_not_asked(*arguments: Any) -> Image.Image:
+def pil_must_not_open(*arguments: Any) -> Image.Image:
     raise AssertionError("went through PIL")
 
 
@@ -66,7 +66,7 @@ def pil_is_not_asked(*arguments: Any) -> Image.Image:
 
 
 @pytest.mark.parametrize(("size", "tolerance"), [(224, 0.8), (160, 1.2), (64, 1.7)])
-def test_random_crops_of_a_photograph_are_torchvisions_to_about_a_grey_level(size: int, tolerance: float) -> None:
+def test_random_crops_of_a_photograph_equal_torchvisions_to_about_a_grey_level(size: int, tolerance: float) -> None:
     data = encode(TYPICAL, "JPEG", quality=92)
     means, biases, details = [], [], []
     for box in boxes(TYPICAL, 60):
@@ -89,12 +89,12 @@ def test_random_crops_of_a_photograph_are_torchvisions_to_about_a_grey_level(siz
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_kind_of_file_is_decoded_alike(
+def test_every_kind_of_file_is_decoded_like_pil(
     options: dict[str, Any], mode: str, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encode(TYPICAL.convert(mode), "JPEG", **options)
     references = {box: torchvision_crop(data, box, 96, "RGB" if channels == 3 else "L") for box in boxes(TYPICAL, 8)}
-    monkeypatch.setattr(jpeg, "decode_image", pil_is_not_asked)
+    monkeypatch.setattr(jpeg, "decode_image", pil_must_not_open)
     for box, theirs in references.items():
         ours = resized_crop(open_picture(data, "x", channels), box, 96)
         assert ours.shape == (96, 96, channels)
@@ -102,11 +102,11 @@ def test_every_kind_of_file_is_decoded_alike(
         assert abs((ours - theirs).mean()) < 0.5
 
 
-def test_other_orientations_in_exif_and_a_thumbnail_change_nothing() -> None:
+def test_exif_orientation_and_thumbnail_have_no_effect() -> None:
     thumbnail = encode(PHOTO.rotate(180).resize((160, 120)), "JPEG")
     exif = Image.Exif()
     exif[0x0112] = 6
-    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail  # a whole JPEG inside of it
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail  # contains a whole JPEG
     plain = encode(TYPICAL, "JPEG", quality=92)
     rotated = encode(TYPICAL, "JPEG", quality=92, exif=exif)
     for data in (plain[:2] + segment + plain[2:], rotated):
@@ -118,7 +118,7 @@ def test_other_orientations_in_exif_and_a_thumbnail_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("quarters", [(1, 1), (3, 2), (4, 4), (7, 6), (13, 9)])
-def test_large_images_are_decoded_smaller_and_stay_torchvisions(
+def test_large_images_are_decoded_at_a_reduced_size_and_match_torchvisions(
     quarters: tuple[int, int], decoded_sizes: list[tuple[int, ...]]
 ) -> None:
     size = 64
@@ -134,8 +134,8 @@ def test_large_images_are_decoded_smaller_and_stay_torchvisions(
 
 
 @pytest.mark.parametrize("offset", range(4))
-def test_a_crop_that_begins_inside_a_pixel_of_the_smaller_image_is_not_shifted(offset: int) -> None:
-    """On a ramp a shift by a pixel of the source is a change by one grey level; half a level is rounding."""
+def test_a_crop_that_begins_inside_a_pixel_of_the_reduced_image_is_not_shifted(offset: int) -> None:
+    """On a ramp, a shift by one source pixel changes values by one grey level; half a level is rounding."""
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
     for turned in (False, True):
         image = Image.fromarray(np.ascontiguousarray(ramp.T if turned else ramp))
@@ -146,7 +146,7 @@ def test_a_crop_that_begins_inside_a_pixel_of_the_smaller_image_is_not_shifted(o
         assert np.abs(difference).max() <= 2
 
 
-# Only what the crop needs
+# Decoding only what the crop needs
 
 
 def test_rows_below_the_crop_are_not_decoded(decoded_sizes: list[tuple[int, ...]]) -> None:
@@ -170,7 +170,7 @@ def test_the_size_is_known_before_anything_is_decoded(decoded_sizes: list[tuple[
     assert not decoded_sizes
 
 
-# What only PIL can do
+# Files that only PIL can decode
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,12 @@ def test_the_size_is_known_before_anything_is_decoded(decoded_sizes: list[tuple[
         encode(TYPICAL, "JPEG") + b"something after the end",
     ],
 )
-def test_other_files_are_torchvisions_to_the_pixel(data: bytes) -> None:
+def test_other_files_equal_torchvisions_to_the_pixel(data: bytes) -> None:
     box = (13, 7, 301, 222)
     assert np.array_equal(resized_crop(open_picture(data, "x", 3), box, 96), torchvision_crop(data, box, 96))
 
 
-def test_without_the_libraries_everything_is_torchvisions_to_the_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_libraries_everything_equals_torchvisions_to_the_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(TYPICAL, "JPEG")
     monkeypatch.setattr(pictures, "jpeg", None)
     picture = open_picture(data, "x", 3)
@@ -199,7 +199,7 @@ def test_without_the_libraries_everything_is_torchvisions_to_the_pixel(monkeypat
         assert np.array_equal(random_resized_crop_flip(picture, np.random.default_rng(seed), 96), expected)
 
 
-def test_both_roads_take_the_same_crops_and_flips() -> None:
+def test_both_paths_take_the_same_crops_and_flips() -> None:
     data = encode(TYPICAL, "JPEG", quality=95)
     for seed in range(30):
         fast = random_resized_crop_flip(open_picture(data, "x", 3), np.random.default_rng(seed), 64)
@@ -208,7 +208,7 @@ def test_both_roads_take_the_same_crops_and_flips() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_mirrored_crop_is_the_crop_mirrored(channels: int) -> None:
+def test_flipping_mirrors_the_crop(channels: int) -> None:
     data, box = encode(TYPICAL, "JPEG"), (31, 20, 300, 222)
     for picture in (open_picture(data, "x", channels), decode_image(data, "x", channels)):
         straight = resized_crop(picture, box, 96)
@@ -219,7 +219,7 @@ def test_a_mirrored_crop_is_the_crop_mirrored(channels: int) -> None:
 
 
 def attempt(open_file: Callable[[bytes, str, int], pictures.Picture], data: bytes) -> str:
-    """What became of a crop from the middle: "fine", or the error."""
+    """Return the outcome of cropping the middle: "fine", or the error."""
     try:
         picture = open_file(data, "x.jpg", 3)
         resized_crop(picture, (picture.width // 4, picture.height // 4, picture.width // 2, picture.height // 2), 32)
@@ -230,7 +230,7 @@ def attempt(open_file: Callable[[bytes, str, int], pictures.Picture], data: byte
 
 @pytest.mark.parametrize("kept", [0.99, 0.9, 0.5, 0.1, 0.02])
 @pytest.mark.parametrize("options", [{}, dict(progressive=True)])
-def test_a_truncated_file_is_refused_whatever_the_crop_needs(kept: float, options: dict[str, Any]) -> None:
+def test_a_truncated_file_is_refused_whichever_part_the_crop_needs(kept: float, options: dict[str, Any]) -> None:
     data = encode(TYPICAL, "JPEG", **options)
     data = data[: int(kept * len(data))]
     message = attempt(open_picture, data)
@@ -241,7 +241,7 @@ def test_a_truncated_file_is_refused_whatever_the_crop_needs(kept: float, option
             resized_crop(open_picture(data, "x.jpg", 3), (0, top, 20, 20), 16)
 
 
-def test_a_header_that_lies_about_the_size_is_no_way_around_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_false_size_in_the_header_does_not_bypass_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="decompression bomb"):
         open_picture(encode(SMALL, "JPEG"), "x", 3)
@@ -262,7 +262,7 @@ FILES = [
     st.floats(0, 0.2),
 )
 @settings(deadline=None, max_examples=300)
-def test_damage_is_refused_only_where_pil_refuses_it(
+def test_damage_is_refused_only_if_pil_refuses_it(
     data: bytes, changes: list[tuple[float, int]], cut_at: float, cut: float
 ) -> None:
     damaged = bytearray(data)
@@ -271,15 +271,15 @@ def test_damage_is_refused_only_where_pil_refuses_it(
     first = int(cut_at * len(damaged))
     del damaged[first : first + int(cut * len(damaged))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, about what it met
+        warnings.simplefilter("ignore")  # PIL's, about the damage
         ours, theirs = attempt(open_picture, bytes(damaged)), attempt(decode_image, bytes(damaged))
-    # Of damage below the crop the fast road may know nothing; of a file without an end it does.
+    # The fast path may miss damage below the crop, but not a missing end of the file.
     assert ours in ("fine", theirs)
     if not damaged.endswith(b"\xff\xd9"):
         assert ours == theirs
 
 
-def test_undecoded_files_become_pil_images_where_those_are_wanted() -> None:
+def test_undecoded_files_become_pil_images_if_needed() -> None:
     data = encode(SMALL, "JPEG")
     assert np.array_equal(np.asarray(to_pil(open_picture(data, "x", 3))), np.asarray(decode_image(data, "x")))
     assert np.array_equal(np.asarray(to_pil(open_picture(data, "x", 1))), np.asarray(decode_image(data, "x", 1)))

@@ -1,4 +1,4 @@
-"""Claim: batches reach the device ahead of time, in order, without bound on neither memory nor threads nor errors."""
+"""Claim: batches reach the device ahead of time, in order, with bounded memory; any error ends their thread."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def threads() -> list[str]:
 
 
 def until(condition: Any) -> bool:
-    """Whether the condition comes true within a few seconds."""
+    """Return whether the condition comes true within a few seconds."""
     deadline = time.monotonic() + 5
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -41,7 +41,7 @@ def test_batches_come_in_order_and_end(ahead: int) -> None:
     assert not threads()
 
 
-def test_training_batches_reach_the_device_as_they_were() -> None:
+def test_training_batches_reach_the_device_unchanged() -> None:
     def open_batches() -> Any:
         return train_batches(Numbers(20), batch_size=8, local_device_count=1, seed=3, **SMALL)
 
@@ -73,7 +73,7 @@ def test_no_more_batches_than_asked_for_are_on_the_device(ahead: int) -> None:
 
 
 @pytest.mark.parametrize("error", [DataError("image 7 cannot be read"), ZeroDivisionError("seven")])
-def test_an_exception_comes_at_its_batch_and_ends_the_thread(error: Exception) -> None:
+def test_an_exception_is_raised_at_its_batch_and_ends_the_thread(error: Exception) -> None:
     def failing() -> Iterator[int]:
         yield from range(3)
         raise error
@@ -119,9 +119,9 @@ def test_waiting_for_data_is_measured_and_computing_is_not() -> None:
             yield number
 
     def data_wait(batches: Iterator[int], computing: float) -> float:
-        """The share of five steps' time that a training loop would report as waiting."""
+        """Return the share of five steps' time that a training loop would report as waiting."""
         window, metrics = Window(1), dict.fromkeys(("loss", "top1", "gradient_norm", "learning_rate"), 0.0)
-        for step in range(6):  # the first one compiles, and is not counted
+        for step in range(6):  # the first step compiles, and is not counted
             window.next(batches)
             time.sleep(computing)
             window.add(step, metrics)

@@ -1,4 +1,4 @@
-"""Claim: resizing is PIL's to the bit, with a compiler and without, on every processor."""
+"""Claim: resizing equals PIL's to the bit, with and without a compiler, on every processor."""
 
 import platform
 
@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def pil(pixels: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """Rows, then columns, each resized by PIL."""
+    """Resize rows, then columns, with PIL."""
     left, top, width, height = box
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     rows = image.resize((size, image.height), Image.Resampling.BILINEAR, (left, 0, left + width, image.height))
@@ -39,12 +39,12 @@ def architecture(request, monkeypatch, tmp_path) -> None:
 
 
 def sides(rng: np.random.Generator, length: int) -> tuple[float, float]:
-    """Start and extent of a part, in eighths of a pixel; half of them begin and end between pixels."""
+    """Return start and extent of a part, in eighths of a pixel; half of them begin and end between pixels."""
     first, last = sorted(rng.choice(np.arange(8 * length + 1), 2, replace=False) / 8)
     return (float(first), float(last - first)) if rng.random() < 0.5 else (0.0, float(length))
 
 
-def test_the_result_is_pils_on_every_architecture(architecture) -> None:
+def test_the_result_equals_pils_on_every_architecture(architecture) -> None:
     rng = np.random.default_rng(1)
     for case in range(300):
         channels, size = (1, 3)[case % 2], int(rng.integers(1, 300))
@@ -59,7 +59,7 @@ def test_the_result_is_pils_on_every_architecture(architecture) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.sampled_from([1, 3]), st.integers(0, 1000))
 @settings(deadline=None, max_examples=200)
-def test_with_and_without_a_compiler_it_is_the_same(height, width, size, channels, seed) -> None:
+def test_the_result_is_the_same_with_and_without_a_compiler(height, width, size, channels, seed) -> None:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, channels), np.uint8)
     (left, across), (top, down) = sides(rng, width), sides(rng, height)
@@ -68,22 +68,22 @@ def test_with_and_without_a_compiler_it_is_the_same(height, width, size, channel
         assert np.array_equal(here, resizing._by_pil(pixels, (left, top, across, down), size, mirrored))
 
 
-def test_it_can_be_switched_off(monkeypatch) -> None:
+def test_the_compiled_function_can_be_switched_off(monkeypatch) -> None:
     monkeypatch.setenv(compiler.SWITCH, "0")
     assert resizing._native() is None
     pixels = RNG.integers(0, 256, (20, 30, 3), np.uint8)
     assert np.array_equal(resize(pixels, (0, 0, 30, 20), 7), pil(pixels, (0, 0, 30, 20), 7))
 
 
-def test_what_lies_beside_a_crop_does_not_count() -> None:
-    """A crop is a view: its rows lie apart, and its last pixel may be the last of the memory."""
+def test_pixels_outside_a_crop_have_no_effect() -> None:
+    """A crop is a view: its rows are not contiguous, and its last pixel may be the last of the memory."""
     photo = np.asarray(PHOTO)
     for top, left in ((0, 0), (11, 17), (photo.shape[0] - 90, photo.shape[1] - 120)):
         crop = photo[top : top + 90, left : left + 120]
         assert np.array_equal(resize(crop, (0, 0, 120, 90), 64), pil(np.ascontiguousarray(crop), (0, 0, 120, 90), 64))
 
 
-def test_pils_own_order_makes_a_grey_levels_difference_at_most() -> None:
+def test_pils_own_order_differs_by_at_most_one_grey_level() -> None:
     for width, height in ((53, 223), (300, 200), (200, 300)):
         crop = PHOTO.resize((width, height))
         whole = np.asarray(crop.resize((128, 128), Image.Resampling.BILINEAR)).astype(int)

@@ -1,4 +1,4 @@
-"""Data sets: opened from wherever they are, real, complete, and with errors that say what to do."""
+"""Claim: data sets open from wherever they are, are real and complete, and their errors say what to do."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ def digits(data_dir: Path) -> DataSet:
     return open_dataset("digits", image_size=32, data_dir=data_dir)
 
 
-# Digits: real, written once, split fairly
+# Digits: real, written once, split proportionally
 
 
 def test_digits_are_scikit_learns_scans(digits: DataSet) -> None:
@@ -86,7 +86,7 @@ def test_digits_are_written_once(data_dir: Path) -> None:
     before = stamps()
     open_dataset("digits", image_size=32, data_dir=data_dir)
     assert stamps() == before
-    assert not list(data_dir.glob(".*")), "nothing half-written is left"
+    assert not list(data_dir.glob(".*")), "nothing half-written remains"
 
 
 def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
@@ -99,13 +99,13 @@ def test_two_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sklearn_digits"]
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(DataError, match=r"cannot write the digits data set under .*--data-dir"):
         open_dataset("digits", image_size=32, data_dir=tmp_path / "file")
 
 
-def test_digits_train_through_the_same_pipeline(digits: DataSet) -> None:
+def test_digits_use_the_same_training_pipeline(digits: DataSet) -> None:
     options = dict(transform=get_transform(digits.train_transform), preprocessing=digits.preprocessing)
     batch = training(digits.train, 1, batch_size=128, local_device_count=4, **options)[0]
     assert batch["image"].shape == (4, 32, 32, 32, 3)
@@ -145,7 +145,7 @@ def test_synthetic_images_are_random_and_repeatable() -> None:
 
 @pytest.mark.parametrize("spec", ["digits", "photos", "synthetic"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_and_colour_are_both_served(photos: Path, data_dir: Path, spec: str, channels: int) -> None:
+def test_grey_and_colour_images_are_both_available(photos: Path, data_dir: Path, spec: str, channels: int) -> None:
     dataset = open_dataset(
         str(photos) if spec == "photos" else spec, image_size=16, data_dir=data_dir, channels=channels
     )
@@ -186,7 +186,7 @@ def tfrecords(data_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_tfrecord_files_are_read_at_random_without_tensorflow(tfrecords: Path, digits: DataSet) -> None:
+def test_tfrecord_files_are_read_in_any_order_without_tensorflow(tfrecords: Path, digits: DataSet) -> None:
     source = TfdsSource(tfrecords, "test")
     assert len(source) == 360
     for index in (0, 359, 199, 200, 7):
@@ -196,7 +196,7 @@ def test_tfrecord_files_are_read_at_random_without_tensorflow(tfrecords: Path, d
     assert "tensorflow" not in sys.modules
 
 
-def test_a_tfds_name_loads_whichever_version_is_on_disk(tfrecords: Path) -> None:
+def test_a_tfds_name_loads_the_version_on_disk(tfrecords: Path) -> None:
     for name in ("digits_tfrecord", "digits_tfrecord:1.0.0"):
         dataset = open_dataset(name, image_size=16, data_dir=tfrecords.parents[1], evaluation_only=True)
         assert (len(dataset.test), dataset.num_classes) == (360, 10)
@@ -207,7 +207,7 @@ def test_data_dir_comes_from_the_environment(tfrecords: Path, monkeypatch: pytes
     assert len(open_dataset("digits_tfrecord", image_size=16, evaluation_only=True).test) == 360
 
 
-def test_record_offsets_are_those_of_the_writer(tmp_path: Path) -> None:
+def test_record_offsets_match_the_writers(tmp_path: Path) -> None:
     records = [b"", b"one", bytes(5000), b"last"]
     path = tmp_path / "x.tfrecord"
     writer = RecordWriter(str(path))
@@ -220,7 +220,7 @@ def test_record_offsets_are_those_of_the_writer(tmp_path: Path) -> None:
     assert [part[index] for index in range(len(part))] == [b"one", bytes(5000), b""]
 
 
-def test_of_a_truncated_record_file_what_is_whole_is_read(tfrecords: Path) -> None:
+def test_complete_records_of_a_truncated_file_are_read(tfrecords: Path) -> None:
     path = tfrecords / "digits_tfrecord-test.tfrecord-00001-of-00002"
     path.write_bytes(path.read_bytes()[:-5])
     source = TfdsSource(tfrecords, "test")
@@ -246,7 +246,7 @@ def test_damaged_records_are_unreadable_images(data_dir: Path, tmp_path: Path) -
     assert counted == 360 - batches.skipped
 
 
-def test_evaluation_takes_validation_else_test(data_dir: Path) -> None:
+def test_evaluation_uses_validation_or_else_test(data_dir: Path) -> None:
     directory = find_dataset("sklearn_digits", data_dir)
     assert TEST_SPLITS == ("validation", "test")
     assert find_split(directory, TEST_SPLITS) == "test"
@@ -262,7 +262,7 @@ def remove(path: Path) -> None:
 
 
 def broken_folders(root: Path) -> Iterator[tuple[str, str]]:
-    """(spec, pattern of the message), each after another change to the folder."""
+    """Yield (spec, pattern of the message), each after another change to the folder."""
     yield str(root / "absent"), "absent does not exist; give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
     yield str(root / "val" / "garden" / "000.jpg"), r"000\.jpg is a file, not a folder"
     yield str(root / "train"), r"train holds no train/ and no val/; expected .*train.CLASS.IMAGE and "
@@ -279,7 +279,7 @@ def broken_folders(root: Path) -> Iterator[tuple[str, str]]:
     yield str(root), r"photos holds no val/; expected "
 
 
-def test_every_flaw_of_a_folder_is_told(photos: Path) -> None:
+def test_every_flaw_of_a_folder_is_reported(photos: Path) -> None:
     for spec, message in broken_folders(photos):
         with pytest.raises(DataError, match=message) as caught:
             open_dataset(spec, image_size=16)
@@ -297,13 +297,13 @@ def test_every_flaw_of_a_folder_is_told(photos: Path) -> None:
         ("a b/c:d", "cannot open the TFDS data set 'a b/c:d'"),
     ],
 )
-def test_a_tfds_name_that_is_not_there_is_told_with_what_to_do(spec: str, message: str, data_dir: Path) -> None:
+def test_a_missing_tfds_data_set_is_reported_with_advice(spec: str, message: str, data_dir: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
         open_dataset(spec, image_size=16, data_dir=data_dir)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tfds_data_set_that_is_damaged_or_of_another_kind_is_told(tfrecords: Path) -> None:
+def test_a_damaged_or_unsuitable_tfds_data_set_is_reported(tfrecords: Path) -> None:
     def attempt(message: str) -> None:
         with pytest.raises(DataError, match=message):
             open_dataset("digits_tfrecord", image_size=16, data_dir=tfrecords.parents[1])
@@ -331,6 +331,6 @@ def test_a_file_that_vanishes_is_an_unreadable_image(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"image_size": 0}, {"channels": 2}, {"crop_fraction": 1.5}])
-def test_numbers_out_of_range_are_value_errors(options: dict[str, Any]) -> None:
+def test_out_of_range_numbers_are_value_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"image_size|channels|crop_fraction"):
         open_dataset("synthetic", **(dict[str, Any](image_size=16) | options))

@@ -1,4 +1,4 @@
-"""Claim: of a TFDS data set any split, or slice of one, is taken; one that cannot be is refused at the start."""
+"""Claim: any split of a TFDS data set, or slice of one, can be used; an unusable one is refused at the start."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CLASSES = ("cat", "dog", "fox", "owl")
 
 
 class Animals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Twenty labelled images to train on, and splits as the test wants them."""
+    """Twenty labelled images to train on, and splits as the test sets them."""
 
     VERSION = tfds.core.Version("1.2.0")
     name = "animals"
@@ -55,7 +55,7 @@ class Animals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def build(data_dir: Path, **splits: list[int]) -> Path:
-    """The data set `animals` under `data_dir`; returns its folder."""
+    """Build the data set `animals` under `data_dir`; return its folder."""
     builder = Animals(data_dir=data_dir, file_format="array_record")
     builder.splits = splits
     builder.download_and_prepare()
@@ -73,7 +73,7 @@ def only_train(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shades(source: Any) -> list[int]:
-    """Which images a source holds: image i is of the grey 10 i."""
+    """Return which images a source holds: image i has the grey value 10 i."""
     return [np.asarray(Image.open(io.BytesIO(source[i].image)))[0, 0, 0] // 10 for i in range(len(source))]
 
 
@@ -89,7 +89,7 @@ def test_a_data_set_with_only_a_train_split_says_how_to_divide_it(only_train: Pa
     assert dataset.notes == ()
 
 
-def test_slices_are_tfdss_own(only_train: Path) -> None:
+def test_slices_equal_those_of_tfds(only_train: Path) -> None:
     builder: Any = tfds.builder_from_directory(only_train / "animals" / "1.2.0")
     for split in ("train", "train[3:7]", "train[-25%:]", "train[:2]+train[10:12]"):
         theirs = [example["image"][0, 0, 0] // 10 for example in builder.as_data_source(split)]
@@ -98,7 +98,7 @@ def test_slices_are_tfdss_own(only_train: Path) -> None:
         assert [ours[i].label for i in range(len(ours))] == [LABELS[shade] for shade in theirs]
 
 
-def test_images_that_are_in_both_splits_are_counted_aloud(only_train: Path) -> None:
+def test_images_in_both_splits_are_counted_in_a_warning(only_train: Path) -> None:
     dataset = open_dataset("animals", data_dir=only_train, test_split="train[75%:]")
     assert dataset.notes == ("5 of 5 evaluation images (train[75%:]) are training images too (train)",)
     dataset = open_dataset("animals", data_dir=only_train, train_split="train[:16]", test_split="train[15:]")
@@ -113,7 +113,7 @@ def test_images_that_are_in_both_splits_are_counted_aloud(only_train: Path) -> N
         ("train[:0]", r"cannot take the split 'train\[:0\]' of animals/1\.2\.0 \("),
     ],
 )
-def test_a_split_that_is_not_there_is_one_line(only_train: Path, split: str, message: str) -> None:
+def test_a_missing_split_is_one_line(only_train: Path, split: str, message: str) -> None:
     cases: list[dict[str, Any]] = [dict(test_split=split), dict(train_split=split, test_split="train")]
     for options in cases:
         with pytest.raises(DataError, match=message) as caught:
@@ -155,7 +155,7 @@ def test_the_options_reach_both_commands(only_train: Path, tmp_path: Path) -> No
     assert done.stderr == "error: 8 training images do not fill one batch of 12; use a smaller batch size\n"
 
 
-def test_splits_of_what_is_not_a_tfds_data_set_are_refused(tmp_path: Path) -> None:
+def test_splits_of_other_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "val" / "a").mkdir(parents=True)
     for spec in ("synthetic", str(tmp_path)):
         with pytest.raises(DataError, match=r"--test-split train\[:5\] is for TFDS data sets"):
@@ -166,7 +166,7 @@ def test_splits_of_what_is_not_a_tfds_data_set_are_refused(tmp_path: Path) -> No
     assert abs(len(digits.train) - len(digits.test)) <= 1
 
 
-# Builds that are not there, or not whole
+# Builds that are missing or incomplete
 
 
 def test_an_unfinished_build_is_named(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_unfinished_build_is_named(tmp_path: Path) -> None:
         open_dataset("animals", data_dir=tmp_path)
 
 
-def test_a_build_whose_splits_were_never_written_down_is_named(tmp_path: Path) -> None:
+def test_a_build_that_does_not_record_its_splits_is_named(tmp_path: Path) -> None:
     folder = build(tmp_path, train=LABELS)
     info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     del info["splits"]
@@ -192,7 +192,7 @@ def test_a_build_whose_splits_were_never_written_down_is_named(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["animals:9.9.9", "animals/big", "animals/big:1.2.0", "animal", "animals_"])
-def test_what_is_proposed_is_there_and_is_not_what_was_given(only_train: Path, name: str) -> None:
+def test_a_suggested_name_exists_and_differs_from_the_given_one(only_train: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
         open_dataset(name, data_dir=only_train)
     proposed = str(caught.value).rpartition("did you mean ")[2].rstrip("?").split(" or ")

@@ -1,4 +1,4 @@
-"""Claim: worker processes make the batches that threads make, and none hangs: not killed, failing, nor cramped."""
+"""Claim: worker processes make the same batches as threads, and never hang: killed, failing, or short of memory."""
 
 import gc
 import logging
@@ -31,7 +31,7 @@ TWO: dict[str, Any] = dict(processes=2, num_workers=2)
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Neither processes nor shared memory that has come from them survive a test."""
+    """Check that neither processes nor the shared memory that they sent survive a test."""
     names = []
 
     class Recorded(shared_memory.SharedMemory):
@@ -49,7 +49,7 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert not left
 
 
-def test_batches_do_not_depend_on_worker_processes_nor_on_where_they_begin(tmp_path: Path) -> None:
+def test_batches_depend_neither_on_worker_processes_nor_on_the_start_step(tmp_path: Path) -> None:
     write_photos(tmp_path, 22)
     augmentation = Augmentation(auto_augment="randaugment", random_erasing=0.5, jitter_hue=0.1)
     options: dict[str, Any] = dict(transform=make_transform("random_resized_crop_flip", augmentation, (0.5,) * 3))
@@ -59,7 +59,7 @@ def test_batches_do_not_depend_on_worker_processes_nor_on_where_they_begin(tmp_p
     assert same(resumed, reference[3:])
 
 
-def test_each_host_s_worker_processes_make_its_share_of_the_batch() -> None:
+def test_each_hosts_worker_processes_make_its_share_of_the_batch() -> None:
     whole = numbers(training(Numbers(20), 2, **SMALL))
     halves = [training(Numbers(20), 2, **SMALL, **TWO, process_count=2, process_index=index) for index in (0, 1)]
     assert [number for pair in zip(*halves, strict=True) for half in pair for number in numbers([half])] == whole
@@ -85,7 +85,7 @@ def test_an_error_reaches_the_caller() -> None:
 
 
 class NotPicklableError(Exception):
-    """An exception that holds what cannot be pickled."""
+    """An exception that holds something that cannot be pickled."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -93,13 +93,13 @@ class NotPicklableError(Exception):
 
 
 @pytest.mark.slow
-def test_an_error_that_cannot_be_pickled_does_too() -> None:
+def test_an_error_that_cannot_be_pickled_reaches_the_caller_too() -> None:
     with pytest.raises(RuntimeError, match="NotPicklableError: number 6 cannot be read"):
         training(Numbers(20, unreadable=(6,), error=NotPicklableError), 5, **SMALL, **TWO)
 
 
 @pytest.mark.parametrize("killer", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)])
-def test_a_killed_worker_process_is_an_error_and_never_a_hang(killer: signal.Signals) -> None:
+def test_a_killed_worker_process_is_an_error_not_a_hang(killer: signal.Signals) -> None:
     with train_batches(Numbers(20), batch_size=8, local_device_count=1, seed=3, **SMALL, **TWO) as batches:
         next(batches)
         victim = multiprocessing.active_children()[0]
@@ -118,12 +118,12 @@ def test_signals_that_stop_a_command_do_not_reach_worker_processes() -> None:
         for process in multiprocessing.active_children():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 assert process.pid is not None
-                os.kill(process.pid, number)  # while it starts
+                os.kill(process.pid, number)  # while it is starting
         taken = list(islice(batches, 5))
     assert same(taken, training(Numbers(20), 5, **SMALL))
 
 
-def test_an_interrupt_in_the_middle_of_a_batch_ends_the_processes() -> None:
+def test_an_interrupt_during_a_batch_ends_the_processes() -> None:
     def interrupted() -> None:
         source = train_batches(Numbers(20), batch_size=4, local_device_count=1, seed=0, **SMALL, **TWO)
         with source, Prefetch(source, jax.device_put) as batches:
@@ -142,7 +142,7 @@ def test_an_interrupt_in_the_middle_of_a_batch_ends_the_processes() -> None:
         jax.device_put,
     ],
 )
-def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
+def test_any_part_of_a_batch_that_is_kept_keeps_its_contents(keep: Any) -> None:
     with train_batches(Numbers(40), batch_size=8, local_device_count=1, seed=0, **SMALL, **TWO) as batches:
         kept = [keep(next(batches)) for _ in range(3)]
         before = jax.tree.map(lambda array: np.array(array), kept)
@@ -151,7 +151,7 @@ def test_what_is_kept_of_a_batch_keeps_its_contents(keep: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, kept, before)
 
 
-def test_shared_memory_that_is_too_small_is_said_before_it_kills(
+def test_too_little_shared_memory_is_reported_before_it_kills(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = namedtuple("room", "total used free")(64 << 20, 0, 64 << 20)
@@ -166,7 +166,7 @@ def test_shared_memory_that_is_too_small_is_said_before_it_kills(
         assert "decoding in threads of one process" in caplog.text
 
 
-def test_processes_are_taken_where_one_is_the_limit_and_more_than_cores_are_named(
+def test_worker_processes_follow_the_cores_and_too_many_are_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "cores", lambda: 64)
@@ -178,7 +178,7 @@ def test_processes_are_taken_where_one_is_the_limit_and_more_than_cores_are_name
     assert "4 worker processes share 2 cores" in caplog.text
 
 
-def test_a_million_file_names_are_cheap_to_give_to_a_worker(tmp_path: Path) -> None:
+def test_a_million_file_names_are_cheap_to_send_to_a_worker(tmp_path: Path) -> None:
     write_photos(tmp_path, 4)
     source = FolderSource(tmp_path)
     source._paths = [f"{tmp_path}/class/{number}.jpg" for number in range(1_000_000)]

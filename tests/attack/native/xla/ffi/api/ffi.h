@@ -1,5 +1,5 @@
-// As much of XLA's foreign function interface as `conv3x3.cc` uses, so that a program calls its handlers without XLA
-// and without Python: under sanitizers, with buffers of exactly the size that they should have.
+// The part of XLA's foreign function interface that `conv3x3.cc` uses, so that a program can call its handlers without
+// XLA and Python, under sanitizers, with buffers of exactly the right size.
 
 #pragma once
 
@@ -97,7 +97,7 @@ class Result {
 template <DataType TYPE>
 using ResultBuffer = Result<Buffer<TYPE>>;
 
-// Threads that take tasks from a queue; copies are the same pool, as XLA's are.
+// Threads that take tasks from a queue; a copy is the same pool, as in XLA.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads) : state_(std::make_shared<State>(threads)) {}
@@ -145,5 +145,5 @@ class ThreadPool {
 
 }  // namespace xla::ffi
 
-// Nobody looks for the handlers by name here.
+// The handlers are not looked up by name here.
 #define XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, ...) static_assert(true)
