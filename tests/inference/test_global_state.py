@@ -1,4 +1,4 @@
-"""Claim: importing the library changes no state that belongs to the whole process, such as other libraries' settings."""
+"""Claim: importing the library changes no process-wide state, such as other libraries' settings."""
 
 import json
 import os
