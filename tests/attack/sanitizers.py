@@ -29,7 +29,7 @@ ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One way to build a program, and the number of cases to try; for another processor, with the emulator to run it."""
+    """One way to build a program, the number of cases to try, and, for another processor, the emulator to run it."""
 
     program: str
     name: str
