@@ -29,7 +29,7 @@ def stopped_after(out: str, name: str) -> int:
     """The step that a run says it has stopped after."""
     said = " ".join(out.split())
     assert f"{name}: stopped after step " in said, said
-    assert "state saved; the same command again goes on from there" in said
+    assert "state saved; run the same command again to resume" in said
     return int(said.split("stopped after step ")[1].split(",")[0])
 
 
