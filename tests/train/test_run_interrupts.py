@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hang(runs, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 130, (out, err)
-    assert "Ctrl-C again stops without that" in err
+    assert "press Ctrl-C again to stop without saving" in err
     assert err.endswith("interrupted\n")
 
 
