@@ -102,7 +102,7 @@ def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
     runs = []
     for workdir in workdirs:
         if not is_run[workdir]:
-            _warn(f"{workdir} holds no metrics.jsonl and is left out")
+            _warn(f"{workdir} holds no metrics.jsonl and is skipped")
             continue
         path = workdir / "metrics.jsonl"
         rows = read_rows(path, _warn)
