@@ -150,11 +150,15 @@ def open_dataset(
         `data_dir`. An existing folder wins over a TFDS name.
       variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as for most variants.
       image_size: height and width of the network's input in evaluation.
-      train_size, crop_fraction, mean, std, train_transform: values that override those of the data set's row.
+      train_size: height and width of the training crops; like the next four, None takes the value of the row.
+      crop_fraction: share of the resized shorter side that an evaluation crop keeps.
+      mean: mean of each colour, for pixel values in 0..1.
+      std: standard deviation of each colour, for pixel values in 0..1.
+      train_transform: a key of `transforms.TRANSFORMS`.
       channels: 3 for RGB, 1 for grey.
       data_dir: folder of the TFDS data sets; None takes $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-      train_split, test_split: splits of a TFDS data set, or slices of splits, such as "train[:90%]" and "train[90%:]".
-        None takes `train`, and `validation` or else `test`.
+      train_split: training split of a TFDS data set, or a slice of one, such as "train[:90%]"; None takes `train`.
+      test_split: evaluation split, such as "train[90%:]"; None takes `validation`, or else `test`.
       evaluation_only: open no training split.
       unopened: do not open the data if the row has counts of its classes and images; the splits cannot be read then,
         and numbers stand for the class names. A folder is always opened.
