@@ -218,7 +218,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         if exported is not None:
             row["onnxruntime_agrees"] = int((exported.argmax(-1) == outputs.argmax(-1)).sum())
             row["ties"] = int((np.diff(np.sort(outputs)[:, -2:]) == 0).sum())
-            text += f" {row['onnxruntime_agrees']} of {len(images)} predictions as in ONNX Runtime, {row['ties']} ties |"
+            text += f" {row['onnxruntime_agrees']} of {len(images)} the same in ONNX Runtime, {row['ties']} ties |"
         rows.append(row)
         print(text, flush=True)
 

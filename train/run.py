@@ -61,10 +61,10 @@ class Form:
 FORMS = {
     form.name: form
     for form in (
-        Form("train", "final", "train form", "training form", "train_form"),
+        Form("train", "final", "training form", "training form", "train_form"),
         Form("deploy", "deploy", "deploy form", "deploy form", "deploy_form"),
         Form("ema", "ema", "moving average", "training form", "ema_train_form"),
-        Form("ema_deploy", "ema_deploy", "its deploy form", "deploy form", "ema_deploy_form"),
+        Form("ema_deploy", "ema_deploy", "deploy form of the average", "deploy form", "ema_deploy_form"),
         Form("int8", "int8", "INT8 form", "INT8", "int8"),
     )
 }

@@ -151,7 +151,7 @@ def test_the_forms_of_a_run_in_bfloat16_are_compared_in_float32(runs, tmp_path):
     done = runs.finish(tmp_path / "run", dtype="bfloat16", accumulate=2)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert "train form and deploy form, both computed in float32, predict the same class for 360 of 360" in said
+    assert "training form and deploy form, both computed in float32, predict the same class for 360 of 360" in said
     printed = json.loads(done.stdout.splitlines()[-1])
     for form, name in (("train", "final"), ("deploy", "deploy")):
         arguments = ("digits", form, tmp_path / "run" / f"{name}.safetensors", "--data-dir", runs.data)
