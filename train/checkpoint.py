@@ -151,7 +151,7 @@ class Checkpoints:
             except Exception as error:  # a damaged checkpoint fails anywhere in orbax, tensorstore or json
                 self._orbax_failed = True
                 problems.append(f"step {step}: {_line(error)}")
-                self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the one before")
+                self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the previous one")
                 continue
             self._compare(step, saved, facts)
             self._set_aside(steps[steps.index(step) + 1 :])
@@ -190,11 +190,11 @@ class Checkpoints:
         if saved.classes and saved.classes != facts.classes:
             raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set has different classes")
         if saved.images and saved.images != facts.images:
-            self._note("the training images are not those that the run began with, so it is no longer bit-exact")
+            self._note("the training images are not those at the run's start, so it is no longer bit-exact")
         if saved.devices != facts.devices:
             self._note(
-                f"resuming on {facts.devices} devices a run of {saved.devices}: the same global batches, but BN "
-                "statistics are averaged now and sums are ordered differently, so it is no longer bit-exact"
+                f"resuming a run of {saved.devices} devices on {facts.devices}: the global batches are the same, but "
+                "BN statistics are now averaged and sums are ordered differently, so it is no longer bit-exact"
             )
 
     def _failed(self, step: int | None, error: Exception) -> RepVGGError:

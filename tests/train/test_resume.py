@@ -253,7 +253,7 @@ def test_another_number_of_devices_resumes_and_says_what_that_means(runs, tmp_pa
     process.communicate()
     done = runs.finish(workdir, devices=4)
     assert done.returncode == 0, done.stderr
-    assert "resuming on 4 devices a run of 2" in " ".join(done.stdout.split())
+    assert "resuming a run of 2 devices on 4" in " ".join(done.stdout.split())
     assert rows(workdir)[-1]["top1"] > 0.2
 
 
