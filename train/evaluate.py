@@ -149,8 +149,8 @@ class Arguments:
     """Images per batch, over all devices."""
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
     """Side of the evaluation crops, pixels; the weight file's if not set.
-    Without --crop-fraction, the shorter side is resized as by the authors.
-    That is to this size if it is 320 or more, and to 8/7 of it otherwise (256 for 224)."""
+    Without --crop-fraction, the image's shorter side is resized as in the authors' code:
+    to this size if that is 320 or more, and to 8/7 of it otherwise (256 for 224)."""
     data_dir: str | None = None
     """Folder of the TFDS data sets; if not set, $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
     test_split: str | None = None

@@ -36,7 +36,7 @@ def _numbers(count: int) -> Limit:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """The network to train. None takes the value of --model."""
+    """The network to train. An option with the value None keeps the setting of --model."""
 
     model: str = "RepVGG-A0"
     """Variant, one of `rv.list_models()`, or a file with the architecture: NET.json or any weight file.
@@ -111,7 +111,7 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class InputOptions:
-    """The images to train and evaluate on. None takes the data set's value, unless the option says otherwise."""
+    """The images to train and evaluate on. None stands for the data set's value, unless the option says otherwise."""
 
     data: str = option("digits", local_path)
     """Data set: a TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
@@ -122,7 +122,7 @@ class InputOptions:
     test_split: str | None = None
     """Evaluation split, such as train[90%:]; if not set, `validation`, or else `test`."""
     image_size: int | None = option(None, *_crop_size)
-    """Side of the training crops, pixels, whatever the variant; 224 for photographs.
+    """Side of the training crops, pixels, for every variant; 224 for photographs.
     The authors, too, train RepVGG-D2se at 224 and evaluate it at 320."""
     test_image_size: int | None = option(None, *_crop_size)
     """Side of the evaluation crops, pixels; if not set, the data set's, or else the variant's published size."""
