@@ -104,7 +104,7 @@ class Options:
       process_index: index of this JAX process.
       process_count: number of JAX processes.
       bad_images: record of unreadable images; None makes a new one.
-      prefetch: number of batches that this process prepares ahead; worker processes prepare more.
+      prefetch: number of batches that this process prepares ahead; each worker process also prepares some.
 
     Raises:
       ConfigError: the batch size is not divisible by the number of devices, or a number is too small.
