@@ -1,12 +1,12 @@
-"""One small net trained on CIFAR-10 here and in PyTorch: `python -m benchmarks.cifar10_pytorch DATA`.
+"""Train a small net on CIFAR-10 with this library and with PyTorch: `python -m benchmarks.cifar10_pytorch DATA`.
 
-Both start from the same weights and take the same batches (this library's pipeline, with augmentation) for an epoch of
-the preset's recipe, 390 steps. The PyTorch side is the independent implementation that the tests use, with
-`torch.optim.SGD` and autograd. Both loss curves go into one picture, and both nets are evaluated on the whole test
-split. The same again from other weights and in another order shows how far apart two seeds are.
+Both start from the same weights and take the same batches (from this library's pipeline, with augmentation) for one
+epoch of the preset's recipe, 390 steps. The PyTorch side is the independent implementation that the tests use, with
+`torch.optim.SGD` and autograd. Both loss curves are drawn in one picture, and both nets are evaluated on the whole test
+split. A second seed, with other weights and another order, shows how much seeds differ.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("benchmarks.cifar10_pytorch")
@@ -35,23 +35,25 @@ from train.run import Run, fresh_state, make_evaluator, set_up, trained_forms, t
 
 BLOCKS, STRIDES, WIDTHS = (2, 3, 6, 1), (1, 2, 2, 2, 1), (16, 16, 32, 64, 160)
 MULTIPLIERS = (0.25, 0.25, 0.25, 0.3125)
-"""The same widths as the oracle has them: of 64, 128, 256 and 512 channels."""
+"""The same widths as the oracle's multipliers, of 64, 128, 256 and 512 channels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train the same net on the same batches here and in PyTorch."""
+    """Train the same net on the same batches with this library and with PyTorch."""
 
     data: tyro.conf.Positional[str]
-    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it."""
+    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` if TFDS has prepared it."""
     seeds: int = 2
+    """Number of seeds to train with."""
     epochs: int = 1
+    """Passes over the training split."""
     picture: str = "cifar10_pytorch.png"
-    """Where the curves are drawn."""
+    """Picture of the loss curves to write."""
 
 
 def prepared_run(arguments: Arguments, seed: int) -> Run:
-    """The preset's recipe for the small net, all of which is trained."""
+    """Return a run of the preset's recipe with the small net, all stages of which are trained."""
     words = ["--data", arguments.data, "--epochs", str(arguments.epochs), "--seed", str(seed)]
     for option, numbers in (("--num-blocks", BLOCKS), ("--widths", WIDTHS), ("--strides", STRIDES)):
         words += [option, *map(str, numbers)]
@@ -60,7 +62,7 @@ def prepared_run(arguments: Arguments, seed: int) -> Run:
 
 
 def train_here(run: Run) -> tuple[list[float], float]:
-    """Return the loss before each step, and the accuracy at the end."""
+    """Train with this library; return the loss before each step, and the accuracy at the end."""
     state, step, losses = replicate(fresh_state(run)), make_parallel_step(run), []
     with training_batches(run, 0) as batches:
         for _ in range(run.total_steps):
@@ -70,7 +72,7 @@ def train_here(run: Run) -> tuple[list[float], float]:
 
 
 def initial_oracle(run: Run) -> torch_oracle.RepVGG:
-    """The PyTorch net with the run's initial weights, which it reads from the authors' file format."""
+    """Return the PyTorch net with the run's initial weights, read from the authors' file format."""
     oracle = torch_oracle.RepVGG(BLOCKS, MULTIPLIERS, 1, run.dataset.num_classes, False, strides=STRIDES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "initial.pth"
@@ -80,13 +82,13 @@ def initial_oracle(run: Run) -> torch_oracle.RepVGG:
 
 
 def torch_images(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-    """uint8 `[devices, N, H, W, C]` as PyTorch's normalised `[N, C, H, W]`."""
+    """Convert uint8 `[devices, N, H, W, C]` to PyTorch's normalised `[N, C, H, W]`."""
     flat = images.reshape(-1, *images.shape[2:])
     return torch.from_numpy(np.array(normalize(flat, preprocessing))).permute(0, 3, 1, 2).contiguous()
 
 
 def train_there(run: Run) -> tuple[list[float], float]:
-    """The same in PyTorch."""
+    """Train with PyTorch; return the loss before each step, and the accuracy at the end."""
     oracle, images_of = initial_oracle(run), run.dataset.preprocessing
     options = run.recipe.optimizer
 
@@ -134,7 +136,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    """The command; its last line on stdout is one JSON object."""
+    """Run the command; the last line on stdout is one JSON object."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.cifar10_pytorch")
     curves, top1 = {}, {}
     for seed in range(arguments.seeds):

@@ -1,7 +1,7 @@
-"""Alternating measurements: each contestant lives in a process of its own and runs when told to, one at a time.
+"""Alternating measurements: each contestant is a separate process that runs on request, one at a time.
 
-A contestant is a worker process that prints `ready` once it has compiled and warmed up, then answers each line on its
-stdin with one JSON object a run, and on `end` with its peak memory.
+A contestant prints `ready` once it has compiled and warmed up. Then it answers each line on its stdin with one JSON
+object per run, and `end` with its peak memory.
 """
 
 import json
@@ -15,18 +15,18 @@ Numbers = dict[str, float]
 
 
 class ContestantDiedError(RuntimeError):
-    """A worker process ended before it was told to."""
+    """A worker process ended before it was asked to."""
 
 
 class Contestant:
-    """A worker process: `python -m MODULE --worker NAME …`, started here.
+    """A worker process, started as `python -m MODULE --worker NAME …`.
 
     Args:
-      name: what it runs.
-      module: the benchmark that it is a worker of.
-      arguments: passed on.
-      environment: its own, if not this process's.
-      ready: wait until it is; else call `expect_ready` later.
+      name: name of the contestant.
+      module: module of the benchmark.
+      arguments: further command-line arguments.
+      environment: environment of the process; None for that of this process.
+      ready: wait until the worker is ready; otherwise, call `expect_ready` later.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class Contestant:
             self.expect_ready()
 
     def expect_ready(self) -> None:
-        """Wait until it has compiled and warmed up."""
-        while self._line() != "ready":  # libraries print what they like before that
+        """Wait until the worker has compiled and warmed up."""
+        while self._line() != "ready":  # libraries may print other lines before
             pass
 
     def run(self) -> None:
-        """One measured run."""
+        """Take one measurement."""
         self.runs.append(self._ask("run"))
 
     def end(self) -> None:
-        """Ask for the peak memory, and leave."""
+        """Ask for the peak memory, and wait for the process to end."""
         self.summary = self._ask("end")
         self._process.wait()
 
     def kill(self) -> None:
-        """End it without asking."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
 
@@ -84,7 +84,7 @@ class Contestant:
 
 
 def alternate(contestants: Sequence[Contestant], rounds: int) -> None:
-    """Let each run once a round, in turn, then end them all."""
+    """Let each contestant run once per round, in turn, then end them all."""
     for _ in range(rounds):
         for contestant in contestants:
             contestant.run()
@@ -93,7 +93,7 @@ def alternate(contestants: Sequence[Contestant], rounds: int) -> None:
 
 
 def serve(run: Callable[[], Numbers], summary: Callable[[], Numbers]) -> None:
-    """A worker's side: `run` is compiled and warm."""
+    """Serve requests in a worker, once `run` is compiled and warmed up."""
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "end":
@@ -103,7 +103,7 @@ def serve(run: Callable[[], Numbers], summary: Callable[[], Numbers]) -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """This process's resident set now (`VmRSS`) or at its peak (`VmHWM`), as Linux counts it."""
+    """Return this process's current (`VmRSS`) or peak (`VmHWM`) resident set, as Linux counts it."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -111,10 +111,10 @@ def resident_bytes(field: str) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident set of this process so far; its parent's, which `getrusage` counts too, left out."""
+    """Return the peak resident set of this process, without its parent's, which `getrusage` would include."""
     return resident_bytes("VmHWM")
 
 
 def versions(*modules: Any) -> str:
-    """`jax 0.10.2, torch 2.13.0`."""
+    """Return the modules' versions, such as `jax 0.10.2, torch 2.13.0`."""
     return ", ".join(f"{module.__name__} {module.__version__}" for module in modules)

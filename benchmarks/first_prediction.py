@@ -1,8 +1,8 @@
-"""The first prediction of a fresh process: import, load RepVGG-A0's weights, compile, predict one image.
+"""Time to the first prediction of a fresh process: import, load RepVGG-A0's weights, compile, predict one image.
 
-`python -m benchmarks.first_prediction`. Beside PyTorch, eager: import, build, `load_state_dict`, predict. They take
-turns, and the whole process counts, from start to end. Ours is measured with the caches of a second start (JAX's
-compilation cache and the compiled convolutions), and once with none (cold).
+Run `python -m benchmarks.first_prediction`. It is compared with eager PyTorch: import, build, `load_state_dict`,
+predict. They take turns, and the whole process counts, from start to end. This library is measured with warm caches
+(JAX's compilation cache and the compiled convolutions), and once without any (cold).
 """
 
 import argparse
@@ -18,13 +18,13 @@ from .inference import Case, make_ours, make_torch, write_files
 
 
 def predict_once(which: str, case: Case) -> None:
-    """What a fresh process does."""
+    """Load the weights and predict one image, in a fresh process."""
     make = {"ours": lambda: make_ours(case, tune=False), "torch": lambda: make_torch(case, compiled=False)}[which]
     assert make()(case.images()).shape == (1, 1000)
 
 
 def seconds(which: str, folder: str, model: str, caches: Path) -> float:
-    """Of one process, with JAX's compilation cache and ours under `caches`."""
+    """Return the duration of one process, with JAX's compilation cache and this library's under `caches`."""
     environment = os.environ | {
         "XDG_CACHE_HOME": str(caches),
         "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
@@ -37,7 +37,7 @@ def seconds(which: str, folder: str, model: str, caches: Path) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="RepVGG-A0")
     parser.add_argument("--rounds", type=int, default=7)

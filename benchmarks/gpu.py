@@ -1,20 +1,20 @@
-"""One script for a GPU: correctness, speed beside `torch.compile`, and what a train step spends its time on.
+"""Benchmark on a GPU: correctness, speed compared with `torch.compile`, and the time of a train step's kernels.
 
-`python -m benchmarks.gpu` takes at most `--minutes` (8) on one H100 or H200. It needs what a CUDA image for JAX and
-PyTorch holds: jax, flax, optax, torch, safetensors, pillow and OpenCV; no tensorflow, tyro or simplejpeg.
+`python -m benchmarks.gpu` takes at most `--minutes` (8) on one H100 or H200. It needs only what a CUDA image for JAX
+and PyTorch has: jax, flax, optax, torch, safetensors, pillow and OpenCV, but not tensorflow, tyro or simplejpeg.
 
-1. `correctness`: every variant, both forms, native and PyTorch files, float32 and bfloat16, one train step
-   against the host's CPU.
-2. `headlines`: the paper's pairs, A2 beside ResNet-50 and B1g4 beside ResNet-101.
+1. `correctness`: every variant, both forms, native and PyTorch files, float32 and bfloat16, and one train step
+   compared with the host's CPU.
+2. `headlines`: the paper's pairs, A2 with ResNet-50 and B1g4 with ResNet-101.
 3. `profile`: the kernels of one train step.
-4. `inference`: bfloat16, TF32 and float32 at several batch sizes, ours alone and then beside
+4. `inference`: bfloat16, TF32 and float32 at several batch sizes, first this library alone, then compared with
    `torch.compile(mode="max-autotune")`.
-5. `training`: the bfloat16 train step beside `torch.compile`.
-6. `cifar10`, with `--cifar10 FOLDER` alone: the preset of that name at full length. It needs tyro and simplejpeg.
+5. `training`: the bfloat16 train step compared with `torch.compile`.
+6. `cifar10`, only with `--cifar10 FOLDER`: the preset of that name at full length. It needs tyro and simplejpeg.
 
-Cheap things come first: ours takes seconds to compile, `torch.compile` minutes. What does not fit into the minutes is
-stopped or left out, and named; `--sections` and `--minutes` spread the rest over several runs. One dated row goes into
-`RESULTS.md`. `--dry` walks through everything on a CPU with small images, without `torch.compile`.
+Fast measurements come first: this library compiles in seconds, `torch.compile` in minutes. Measurements that do not fit
+into the minutes are stopped or skipped, and named; `--sections` and `--minutes` spread them over several runs. One
+dated row is added to `RESULTS.md`. `--dry` runs everything on a CPU with small images, without `torch.compile`.
 """
 
 import argparse
@@ -34,15 +34,15 @@ SECTIONS = ("correctness", "headlines", "profile", "inference", "training", "cif
 
 
 def facts() -> dict[str, Any]:
-    """What `gpu_workers.device_facts` measures, in a process that gives the memory back."""
+    """Return `gpu_workers.device_facts`, measured in a separate process, which frees the memory."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "facts"]
     run = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def append_row(path: Path, device: dict[str, Any], phrases: Sequence[str], clock: Clock) -> None:
-    """Add a dated row after the last one of the table."""
-    left_out = [f"left out for want of time: {', '.join(clock.left_out)}"] if clock.left_out else []
+    """Add a dated row at the end of the table."""
+    left_out = [f"not measured for lack of time: {', '.join(clock.left_out)}"] if clock.left_out else []
     ceilings = f"{device['product_tflops']:.0f} TFLOP/s bfloat16 product, {device['copy_gb_per_second']:.0f} GB/s copy"
     text = "; ".join([*phrases, *left_out]).replace("|", "/")
     date = datetime.datetime.now(datetime.UTC).date()
@@ -53,7 +53,7 @@ def append_row(path: Path, device: dict[str, Any], phrases: Sequence[str], clock
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Be one of the processes that this script starts."""
+    """Run one of the processes that this script starts."""
     from . import gpu_workers
 
     models = json.loads(arguments.models or "[]")
@@ -70,16 +70,16 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure, print, record."""
+    """Measure, print the results and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--minutes", type=float, help="how long all of it may take")
-    parser.add_argument("--training-models", nargs="+", help="which of the train steps to measure")
+    parser.add_argument("--minutes", type=float, help="time limit for everything together")
+    parser.add_argument("--training-models", nargs="+", help="models whose train step is measured")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS))
     parser.add_argument("--batch-sizes", nargs="+", type=int)
     parser.add_argument("--cifar10", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("RESULTS.md"), help="table to add to")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, with small images; records nothing")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("RESULTS.md"), help="table to extend")
+    parser.add_argument("--dry", action="store_true", help="run on a CPU with small images; records nothing")
     for internal in ("--worker", "--models", "--torch-mode"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)

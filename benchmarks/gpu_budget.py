@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures, and the minutes that it has for it."""
+"""Settings of `benchmarks.gpu`, and its time limit."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ PRECISIONS = {"bfloat16": ("bfloat16", False), "tf32": ("float32", True), "float
 
 
 def environment() -> dict[str, str]:
-    """The frameworks share one device: neither may take all of its memory at once."""
+    """Return the environment of a worker; the frameworks share the device, so JAX must not preallocate its memory."""
     return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and for how long."""
+    """Cases to measure, and the duration of a measurement."""
 
     minutes: float
     models: Sequence[str]
@@ -65,19 +65,19 @@ DRY = Settings(
 
 
 class Clock:
-    """The minutes that are left, and what was left out for want of them."""
+    """The time that is left, and the measurements that were skipped for lack of it."""
 
     def __init__(self, minutes: float):
         self._end = time.monotonic() + 60 * minutes
         self.left_out: list[str] = []
 
     def seconds_left(self) -> float:
-        """Until the end; negative after it."""
+        """Return the seconds until the end; negative after it."""
         return self._end - time.monotonic()
 
     @contextmanager
     def stops(self, what: str, contestants: Sequence[Contestant]) -> Iterator[None]:
-        """Kill the contestants when the minutes are over, and note `what` as left out."""
+        """Kill the contestants when the time is over, and record `what` as not measured."""
         timer = threading.Timer(max(self.seconds_left(), 0), lambda: [contestant.kill() for contestant in contestants])
         timer.start()
         try:
@@ -86,14 +86,14 @@ class Clock:
             if self.seconds_left() > 0:
                 raise
             self.left_out.append(what)
-            print(f"{what}: stopped, the minutes are over", flush=True)
+            print(f"{what}: stopped, the time is over", flush=True)
         finally:
             timer.cancel()
 
     def allows(self, what: str, seconds: float) -> bool:
-        """Whether about `seconds` are left; else `what` is noted as left out."""
+        """Return whether about `seconds` are left; if not, record `what` as not measured."""
         if self.seconds_left() >= seconds:
             return True
         self.left_out.append(what)
-        print(f"{what}: left out, {max(self.seconds_left(), 0):.0f} s are not enough", flush=True)
+        print(f"{what}: skipped, {max(self.seconds_left(), 0):.0f} s are not enough", flush=True)
         return False

@@ -1,4 +1,4 @@
-"""The sections of `benchmarks.gpu`: each prints what it measures, and returns phrases for the row in RESULTS.md."""
+"""Sections of `benchmarks.gpu`; each prints its measurements and returns phrases for the row in RESULTS.md."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from .gpu_budget import PRECISIONS, Clock, Settings, environment
 from .inference import HEADLINES, Case, write_files
 
 LIMITS = {"deploy": 1e-5, "bfloat16": 5e-2, "torch": 1e-5}
-"""Largest relative differences of logits that are rounding; the last two of deep nets on random weights."""
+"""Largest relative differences of logits that count as rounding; the last two are for deep nets with random weights."""
 STEP_LIMITS = {"loss": 1e-5, "update": 1e-2, "statistics": 1e-5}
 
 
@@ -24,17 +24,17 @@ class Worker(Contestant):
     """A process that prepares one case after another (`gpu_workers.work`)."""
 
     def prepare(self, case: Case) -> float:
-        """Compile the case; seconds that took."""
+        """Compile the case; return the seconds that this took."""
         return self._ask(json.dumps({"prepare": dataclasses.asdict(case)}))["seconds"]
 
     def measure(self, kind: str) -> float:
-        """Seconds per call."""
+        """Return the seconds per call."""
         return self._ask(json.dumps({"run": kind}))["seconds"]
 
 
 @contextmanager
 def workers(names: Sequence[str], settings: Settings) -> Iterator[dict[str, Worker]]:
-    """One process per framework, for as many cases as there are."""
+    """Start one process per framework, for all cases."""
     options = ["--seconds", str(settings.seconds), "--torch-mode", settings.torch_mode or ""]
     started = {name: Worker(name, "benchmarks.gpu", options, environment()) for name in names}
     try:
@@ -45,7 +45,7 @@ def workers(names: Sequence[str], settings: Settings) -> Iterator[dict[str, Work
 
 
 def take_turns(case: Case, contestants: dict[str, Worker], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds per call, by framework and kind; `compile` is the preparation."""
+    """Return the median seconds per call by framework and kind; `compile` is the preparation."""
     results = {name: {"compile": worker.prepare(case)} for name, worker in contestants.items()}
     for kind in ("throughput", "latency"):
         runs: dict[str, list[float]] = {name: [] for name in contestants}
@@ -58,11 +58,11 @@ def take_turns(case: Case, contestants: dict[str, Worker], rounds: int) -> dict[
 
 
 def inference(settings: Settings, clock: Clock) -> list[str]:
-    """Ours alone, then beside PyTorch's, precision by precision; phrases for the row in RESULTS.md."""
+    """Measure inference by precision, first this library alone, then compared with PyTorch."""
     names = ["ours", "torch.compile" if settings.torch_mode else "torch"]
     model, phrases = settings.models[0] if settings.models else "RepVGG-A0", []
     print(f"\n{model}, {settings.image_size}x{settings.image_size}, inputs on the device")
-    print(f"{'':9} {'batch':>6} {'':14} {'images/s':>10} {'ratio':>7} {'ms a call':>10} {'ratio':>7} {'compile s':>10}")
+    print(f"{'':9} {'batch':>6} {'':14} {'images/s':>10} {'ratio':>7} {'ms/call':>10} {'ratio':>7} {'compile s':>10}")
     with tempfile.TemporaryDirectory() as folder, workers(names, settings) as started:
         write_files(Case(folder, model, 1, settings.image_size), onnx=False)
         cases = [
@@ -85,31 +85,31 @@ def inference(settings: Settings, clock: Clock) -> list[str]:
 
 
 def precision_of(case: Case) -> str:
-    """`bfloat16`, `tf32` or `float32`."""
+    """Return `bfloat16`, `tf32` or `float32`."""
     return "tf32" if case.tf32 else case.dtype
 
 
 def ratios(results: dict[str, dict[str, float]], kind: str) -> str:
-    """How many times as fast ours is; empty if it ran alone."""
+    """Return how many times as fast this library is; empty if it ran alone."""
     ours, *others = (seconds[kind] for seconds in results.values())
     return f"{others[0] / ours:.2f} x" if others else ""
 
 
 def print_inference(case: Case, results: dict[str, dict[str, float]]) -> None:
-    """One line per contestant."""
-    for name, own in results.items():
+    """Print one line per contestant."""
+    for name, seconds in results.items():
         through, latency = (ratios(results, kind) if name == "ours" else "" for kind in ("throughput", "latency"))
         print(
-            f"{precision_of(case):9} {case.batch_size:6} {name:14} {case.batch_size / own['throughput']:10.0f} "
-            f"{through:>7} {1e3 * own['latency']:10.3f} {latency:>7} {own['compile']:10.1f}",
+            f"{precision_of(case):9} {case.batch_size:6} {name:14} {case.batch_size / seconds['throughput']:10.0f} "
+            f"{through:>7} {1e3 * seconds['latency']:10.3f} {latency:>7} {seconds['compile']:10.1f}",
             flush=True,
         )
 
 
 def inference_phrase(case: Case, results: dict[str, dict[str, float]]) -> str:
-    """The same for the row."""
-    rates = " / ".join(f"{case.batch_size / own['throughput']:.0f}" for own in results.values())
-    latencies = " / ".join(f"{1e3 * own['latency']:.2f}" for own in results.values())
+    """Return the measurements of one case for the row in RESULTS.md."""
+    rates = " / ".join(f"{case.batch_size / seconds['throughput']:.0f}" for seconds in results.values())
+    latencies = " / ".join(f"{1e3 * seconds['latency']:.2f}" for seconds in results.values())
     through, latency = (ratios(results, kind) for kind in ("throughput", "latency"))
     return (
         f"{precision_of(case)} {case.batch_size}: {rates}{through and f' ({through})'}, "
@@ -118,12 +118,12 @@ def inference_phrase(case: Case, results: dict[str, dict[str, float]]) -> str:
 
 
 def headlines(settings: Settings, clock: Clock) -> list[str]:
-    """RepVGG beside the ResNet of its accuracy, both under JAX."""
+    """Compare RepVGG with the ResNet of the same accuracy, both with JAX."""
     batch_size, done = max(settings.batch_sizes[:2]), []
     with tempfile.TemporaryDirectory() as folder, workers(["ours"], settings) as started:
         for name, resnet, published in HEADLINES if settings.torch_mode else HEADLINES[:1]:
             for precision in settings.precisions[:2]:
-                if not clock.allows(f"{name} beside {resnet}, {precision}", 20 if settings.torch_mode else 0):
+                if not clock.allows(f"{name} and {resnet}, {precision}", 20 if settings.torch_mode else 0):
                     continue
                 dtype, tf32 = PRECISIONS[precision]
                 case = Case(folder, name, batch_size, settings.image_size, dtype, tf32)
@@ -142,7 +142,7 @@ def headlines(settings: Settings, clock: Clock) -> list[str]:
 
 
 def training(settings: Settings, clock: Clock) -> list[str]:
-    """The train step beside PyTorch's."""
+    """Compare the train step with PyTorch's."""
     names = ["ours", "torch.compile" if settings.torch_mode else "torch"]
     print(f"\n{'train step':12} {'batch':>6} {'':14} {'ms':>9} {'images/s':>9} {'ratio':>7} {'peak GB':>8}")
     done = []
@@ -162,9 +162,9 @@ def training(settings: Settings, clock: Clock) -> list[str]:
         seconds = {c.name: statistics.median(run["seconds"] for run in c.runs) for c in contestants}
         ratio = seconds[names[1]] / seconds["ours"]
         for contestant in contestants:
-            own = seconds[contestant.name]
+            step = seconds[contestant.name]
             print(
-                f"{model:12} {batch_size:6} {contestant.name:14} {1e3 * own:9.1f} {batch_size / own:9.0f} "
+                f"{model:12} {batch_size:6} {contestant.name:14} {1e3 * step:9.1f} {batch_size / step:9.0f} "
                 f"{f'{ratio:.2f} x' if contestant.name == 'ours' else '':>7} {contestant.summary['bytes'] / 1e9:8.2f}",
                 flush=True,
             )
@@ -178,14 +178,14 @@ def training(settings: Settings, clock: Clock) -> list[str]:
 
 
 def correctness(settings: Settings, clock: Clock) -> list[str]:
-    """Every variant; names what is beyond rounding.
+    """Check every variant, and print the differences.
 
     Raises:
-      SystemExit: anything is.
+      SystemExit: a difference is larger than rounding; the message lists all of them.
     """
     if not clock.allows("correctness", 60 if settings.torch_mode else 0):
         return []
-    # Any algorithm will do here: measuring them for a hundred layers would take most of the minutes.
+    # Any algorithm will do here; autotuning a hundred layers would take most of the time.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     models = json.dumps(list(settings.models))
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "correctness", "--models", models]
@@ -209,16 +209,16 @@ def correctness(settings: Settings, clock: Clock) -> list[str]:
         wrong += [f"{name}: {what} {row[what]:.1e}" for what, limit in LIMITS.items() if not row[what] <= limit]
         wrong += [] if row["file"] else [f"{name}: other logits from its file"]
     step = ", ".join(f"{what} {value:.1e}" for what, value in report["train_step"].items())
-    print(f"one train step against the host's CPU, relative differences: {step}", flush=True)
+    print(f"one train step compared with the host's CPU, relative differences: {step}", flush=True)
     if wrong:
-        raise SystemExit("beyond rounding: " + "; ".join(wrong))
+        raise SystemExit("larger than rounding: " + "; ".join(wrong))
     rows = report["variants"].values()
     worst = ", ".join(f"{what} {max(row[what] for row in rows):.0e}" for what in LIMITS)
     return [f"correctness of {len(rows)} variants, largest relative difference: {worst}; train step {step}"]
 
 
 def profile(settings: Settings, clock: Clock) -> list[str]:
-    """How long a train step of the first case takes, and on which kernels."""
+    """Measure the duration of a train step of the first case, and that of its kernels."""
     model, batch_size = settings.training[0]
     if not clock.allows("profile", 60 if settings.torch_mode else 0):
         return []
@@ -237,7 +237,7 @@ def profile(settings: Settings, clock: Clock) -> list[str]:
 
 
 def cifar10(settings: Settings, clock: Clock) -> list[str]:
-    """The preset of that name, at full length, on photographs: minutes, and the fused net's accuracy.
+    """Train the preset of that name at full length, and report the minutes and the fused net's accuracy.
 
     Raises:
       SystemExit: the training fails.
@@ -254,7 +254,7 @@ def cifar10(settings: Settings, clock: Clock) -> list[str]:
             )
         except subprocess.TimeoutExpired:
             clock.left_out.append("cifar10")
-            print("cifar10: stopped, the minutes are over", flush=True)
+            print("cifar10: stopped, the time is over", flush=True)
             return []
     if run.returncode:
         raise SystemExit("the training on CIFAR-10 failed")

@@ -1,8 +1,8 @@
-"""The two sides of `benchmarks.gpu`: processes that hold JAX or PyTorch, prepare a case when told to, and run it.
+"""Worker processes of `benchmarks.gpu`, with JAX or PyTorch, which prepare and run cases on request.
 
 A worker reads one JSON object per line (`{"prepare": case}`, `{"run": "throughput" | "latency"}`) and answers with one.
-Inputs lie on the device. `throughput`: calls follow each other without waiting, one wait at the end. `latency`: each
-call's logits are on the host before the next begins.
+Inputs are on the device. `throughput`: calls follow each other without waiting, with one wait at the end. `latency`:
+each call's logits are copied to the host before the next call.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from .inference import CLASSES, Case, torch_model
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A compiled net on a batch: `start` begins one call, `wait` ends all begun, `fetch` is one call to the host."""
+    """A compiled net with a batch: `start` begins a call, `wait` waits for all calls, `fetch` returns one's logits."""
 
     start: Callable[[], Any]
     wait: Callable[[Any], None]
@@ -30,7 +30,7 @@ class Prepared:
 
 
 def prepare_jax(case: Case) -> Prepared:
-    """`rv.make_predictor`, or a ResNet under `jit`."""
+    """Prepare `rv.make_predictor`, or a ResNet under `jit`."""
     import jax
     import jax.numpy as jnp
 
@@ -54,7 +54,7 @@ def prepare_jax(case: Case) -> Prepared:
 
 
 def prepare_torch(case: Case, mode: str | None) -> Prepared:
-    """The tests' PyTorch net in channels_last, through `torch.compile` in `mode`; eager if None."""
+    """Prepare the tests' PyTorch net in channels_last, with `torch.compile` in `mode`; eager if None."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -80,7 +80,7 @@ def prepare_torch(case: Case, mode: str | None) -> Prepared:
 
 
 def seconds_per_call(prepared: Prepared, kind: str, least: float) -> float:
-    """One measurement of at least `least` seconds, or one call."""
+    """Measure calls for about `least` seconds, or one call if it takes longer; return the seconds per call."""
 
     def calls(count: int) -> float:
         begin = time.perf_counter()
@@ -97,7 +97,7 @@ def seconds_per_call(prepared: Prepared, kind: str, least: float) -> float:
 
 
 def work(name: str, least: float, mode: str | None) -> None:
-    """Serve one framework until stdin ends; only answers go to the real stdout, whatever libraries print."""
+    """Serve requests for one framework until stdin ends; only answers go to stdout, whatever libraries print."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     prepared: Prepared | None = None
@@ -118,7 +118,7 @@ def work(name: str, least: float, mode: str | None) -> None:
 
 
 def device_facts() -> dict[str, Any]:
-    """Name, versions, and the two measured ceilings: copy bandwidth (read plus written) and bfloat16 products."""
+    """Return name, versions, and two measured limits: copy bandwidth (read plus written) and bfloat16 products."""
     import flax
     import jax
     import jax.numpy as jnp
@@ -149,11 +149,11 @@ def device_facts() -> dict[str, Any]:
 
 
 def check_all(names: Sequence[str], image_size: int) -> dict[str, Any]:
-    """Differences that should be rounding: per variant, and of one train step.
+    """Measure differences that should only be rounding, per variant and of one train step.
 
-    Per variant, relative to the norm of the logits: deploy form against training form in float32 at "highest"
-    precision, the same in bfloat16 against float32, and PyTorch's training form, read from the authors' names, against
-    ours. `file`: whether the native file gives the same logits to the bit.
+    Per variant, relative to the norm of the logits: deploy form and training form in float32 at "highest" precision,
+    deploy form in bfloat16 and training form in float32, and the training forms of PyTorch, with a file in the authors'
+    names, and of this library. `file`: whether the native file gives the same logits to the bit.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -164,9 +164,9 @@ def check_all(names: Sequence[str], image_size: int) -> dict[str, Any]:
     return {"variants": rows, "train_step": _check_train_step(image_size)}
 
 
-def _relative(expected: Any, found: Any) -> float:
-    expected, found = np.asarray(expected, np.float64), np.asarray(found, np.float64)
-    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+def _relative(expected: Any, actual: Any) -> float:
+    expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
+    return float(np.linalg.norm(expected - actual) / np.linalg.norm(expected))
 
 
 def _check_variant(name: str, image_size: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _check_variant(name: str, image_size: int) -> dict[str, Any]:
         with jax.default_matmul_precision("highest"):
             return np.asarray(jax.jit(net.apply)(weights, images), np.float32)
 
-    expected, found = logits(model, variables), logits(deploy, fused)
+    expected, from_deploy = logits(model, variables), logits(deploy, fused)
     half = rv.make_predictor(deploy, fused, 4, image_size, dtype=jnp.bfloat16)(images)
     with tempfile.TemporaryDirectory() as folder:
         native, foreign = Path(folder) / "net.safetensors", Path(folder) / "net.pth"
@@ -203,15 +203,15 @@ def _check_variant(name: str, image_size: int) -> dict[str, Any]:
     with torch.inference_mode():
         theirs = oracle.eval().to(device)(torch.from_numpy(images).permute(0, 3, 1, 2).to(device)).cpu().numpy()
     return {
-        "deploy": _relative(expected, found),
+        "deploy": _relative(expected, from_deploy),
         "bfloat16": _relative(expected, half),
         "torch": _relative(theirs, expected),
-        "file": bool(np.array_equal(from_file, found)),
+        "file": bool(np.array_equal(from_file, from_deploy)),
     }
 
 
 def _check_train_step(image_size: int) -> dict[str, float]:
-    """One float32 step of A0 on the accelerator and on the host's CPU, from one state on one batch."""
+    """Compare one float32 step of A0 on the accelerator and on the host's CPU, with the same state and batch."""
     import jax
     import optax
 
@@ -249,8 +249,10 @@ def _check_train_step(image_size: int) -> dict[str, float]:
 
 
 def profile_step(model_name: str, batch_size: int, image_size: int) -> dict[str, Any]:
-    """`seconds` of one bfloat16 train step, and its `kernels`, `(name without numbers, share of the device's time)`,
-    largest first."""
+    """Return the `seconds` of one bfloat16 train step, and its `kernels`.
+
+    They are pairs of a kernel's name, without numbers, and its share of the device's time, largest first.
+    """
     import re
     import tempfile
     from collections import Counter

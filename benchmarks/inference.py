@@ -1,13 +1,13 @@
-"""Deploy inference here and in the runtimes people would use instead: images/s, ratios, agreement, peak memory.
+"""Benchmark of deploy inference with other runtimes: images/s, ratios, agreement, peak memory.
 
-`python -m benchmarks.inference [--models …] [--batch-sizes …]` on a CPU: the predictor against plain `jit`, PyTorch
-(eager, and through `torch.compile`), ONNX Runtime and OpenVINO; `--dtype bfloat16` without plain `jit` and ONNX
-Runtime. `--device gpu`: against
-`torch.compile(mode="max-autotune")` in float32 (with and without TF32) and bfloat16; then the paper's headline, under
-JAX: A2 beside ResNet-50 and B1g4 beside ResNet-101 (83 and 101 % faster there, with PyTorch on a 1080Ti).
+On a CPU, `python -m benchmarks.inference [--models …] [--batch-sizes …]` compares the predictor with plain `jit`,
+PyTorch (eager, and with `torch.compile`), ONNX Runtime and OpenVINO; `--dtype bfloat16` omits plain `jit` and ONNX
+Runtime. `--device gpu` compares it with `torch.compile(mode="max-autotune")` in float32 (with and without TF32) and
+bfloat16, and then the paper's pairs with JAX: A2 with ResNet-50 and B1g4 with ResNet-101 (83 and 101 % faster in the
+paper, with PyTorch on a 1080Ti).
 
-All run the same random weights on the same images, each in a process of its own; they take turns, several rounds, and
-each round of each is one measurement of at least `SECONDS`. The median counts. Outputs are compared with float64.
+All run the same random weights on the same images, each in a separate process. They take turns for several rounds, and
+each turn is one measurement of at least `SECONDS`. The median counts. Outputs are compared with float64.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
 
 CPU_NAMES = ("ours", "ours tuned", "plain jit", "torch", "torch.compile", "onnxruntime", "openvino")
-# ONNX Runtime's CPU has no convolution in bfloat16, and what is measured for plans is float32.
+# ONNX Runtime has no bfloat16 convolution on CPUs, and tuned plans are measured in float32.
 BF16_NAMES = ("ours", "torch", "torch.compile", "openvino")
 OURS = ("ours", "ours tuned")
 GPU_NAMES = ("ours", "torch.compile")
@@ -39,7 +39,7 @@ Predict = Callable[[np.ndarray], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one contestant runs: read back from a JSON line by the worker."""
+    """The net, weights and images that a contestant runs; passed to the worker as JSON."""
 
     folder: str
     model: str
@@ -49,17 +49,17 @@ class Case:
     tf32: bool = False
 
     def images(self) -> np.ndarray:
-        """Random normalised pixels, float32 `[N, H, W, 3]`."""
+        """Return random normalised pixels, float32 `[N, H, W, 3]`."""
         shape = (self.batch_size, self.image_size, self.image_size, 3)
         return np.random.default_rng(0).standard_normal(shape, np.float32)
 
     def file(self, suffix: str) -> Path:
-        """The weights in one of the formats, or a contestant's logits."""
+        """Return the path of the weights in one of the formats, or of a contestant's logits."""
         return Path(self.folder) / f"{self.model}{suffix}"
 
 
 def write_files(case: Case, *, onnx: bool) -> None:
-    """The same deploy-form weights for everybody: fused from a training form with random BatchNorm."""
+    """Write the deploy-form weights for all contestants, fused from a training form with random BatchNorm."""
     import jax
 
     import repvgg_jax as rv
@@ -74,7 +74,7 @@ def write_files(case: Case, *, onnx: bool) -> None:
 
 
 def reference_logits(case: Case) -> np.ndarray:
-    """Logits `[N, classes]` in float64, by PyTorch."""
+    """Return the logits `[N, classes]` that PyTorch computes in float64."""
     import torch
 
     model = torch_model(case).double()
@@ -83,7 +83,7 @@ def reference_logits(case: Case) -> np.ndarray:
 
 
 def torch_model(case: Case) -> Any:
-    """The independent PyTorch implementation that the tests use, in deploy form."""
+    """Return the independent PyTorch implementation that the tests use, in deploy form."""
     import torch
 
     from tests.helpers import torch_oracle
@@ -94,7 +94,7 @@ def torch_model(case: Case) -> Any:
 
 
 def make_ours(case: Case, *, tune: bool) -> Predict:
-    """`rv.make_predictor`."""
+    """Return the predictor of `rv.make_predictor`."""
     import jax.numpy as jnp
 
     import repvgg_jax as rv
@@ -104,7 +104,7 @@ def make_ours(case: Case, *, tune: bool) -> Predict:
 
 
 def make_plain_jit(case: Case) -> Predict:
-    """`lax.conv_general_dilated` throughout, under `jit` with JAX's defaults."""
+    """Return the net under `jit`, with XLA's convolutions only and JAX's defaults."""
     import jax
 
     import repvgg_jax as rv
@@ -115,7 +115,7 @@ def make_plain_jit(case: Case) -> Predict:
 
 
 def make_resnet(case: Case) -> Predict:
-    """A ResNet with random weights, BN folded, under `jit`."""
+    """Return a ResNet with random weights and folded BN, under `jit`."""
     import jax
     import jax.numpy as jnp
 
@@ -128,7 +128,7 @@ def make_resnet(case: Case) -> Predict:
 
 
 def make_torch(case: Case, *, compiled: bool) -> Predict:
-    """channels_last, eager or through `torch.compile`."""
+    """Return the PyTorch net in channels_last, eager or with `torch.compile`."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -142,23 +142,23 @@ def make_torch(case: Case, *, compiled: bool) -> Predict:
 
     def predict(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            x = torch.from_numpy(images).permute(0, 3, 1, 2)  # NHWC in memory already: this is channels_last
+            x = torch.from_numpy(images).permute(0, 3, 1, 2)  # already NHWC in memory, so this is channels_last
             return model(x.to(device=device, dtype=dtype)).float().cpu().numpy()
 
     return predict
 
 
 def make_onnxruntime(case: Case) -> Predict:
-    """ONNX Runtime with its defaults."""
+    """Return the net in ONNX Runtime with its defaults."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(case.file(".onnx"), providers=["CPUExecutionProvider"])
-    images = np.ascontiguousarray(case.images().transpose(0, 3, 1, 2))  # its own layout, outside the clock
+    images = np.ascontiguousarray(case.images().transpose(0, 3, 1, 2))  # the conversion to its layout is not timed
     return lambda _: session.run(None, {"images": images})[0]
 
 
 def make_openvino(case: Case) -> Predict:
-    """OpenVINO in the case's dtype, for latency of one request at a time, as the others run."""
+    """Return the net in OpenVINO in the case's dtype, tuned for the latency of one request at a time."""
     import openvino
 
     core = openvino.Core()
@@ -176,7 +176,7 @@ def make_openvino(case: Case) -> Predict:
 
 
 def contestant_predict(name: str, case: Case) -> Predict:
-    """The function that the contestant `name` is timed with."""
+    """Return the function to time for the contestant `name`."""
     makers: dict[str, Callable[[Case], Predict]] = {
         "ours": lambda case: make_ours(case, tune=False),
         "ours tuned": lambda case: make_ours(case, tune=True),
@@ -191,13 +191,13 @@ def contestant_predict(name: str, case: Case) -> Predict:
 
 
 def work(name: str, case: Case) -> None:
-    """A worker: compile, write the logits for comparison, then time on demand."""
+    """Run a worker: compile, write the logits for comparison, then measure on request."""
     if case.dtype == "float32" and name in OURS and not case.tf32:
         import jax
 
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU; nothing on a CPU
+        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU; no effect on a CPU
     predict, images = contestant_predict(name, case), case.images()
-    baseline = peak_resident_bytes()  # libraries and weights; what follows is the runtime's own
+    baseline = peak_resident_bytes()  # libraries and weights; the rest is used by the runtime
     np.save(case.file(f"-{name}.npy"), predict(images))
 
     def run() -> Numbers:
@@ -212,7 +212,7 @@ def work(name: str, case: Case) -> None:
 
 
 def roofline() -> float:
-    """Multiply-adds a second of the best large float32 matrix product found here: PyTorch's or XLA's."""
+    """Return the multiply-adds per second of a large float32 matrix product, by PyTorch or XLA, whichever is faster."""
     import jax
     import torch
 
@@ -233,7 +233,7 @@ def roofline() -> float:
 
 
 def contest(case: Case, names: Sequence[str], rounds: int) -> dict[str, Contestant]:
-    """All of them on one case, in turn."""
+    """Measure all contestants on one case, in turn."""
     line = json.dumps(dataclasses.asdict(case))
     contestants = [Contestant(name, "benchmarks.inference", ["--case", line]) for name in names]
     alternate(contestants, rounds)
@@ -241,12 +241,12 @@ def contest(case: Case, names: Sequence[str], rounds: int) -> dict[str, Contesta
 
 
 def seconds(contestant: Contestant) -> float:
-    """Median over the rounds, of one call."""
+    """Return the median seconds per call over the rounds."""
     return statistics.median(run["seconds"] for run in contestant.runs)
 
 
 def multiplications(model: str, image_size: int) -> int:
-    """Of the deploy form by the direct sum, for one image."""
+    """Return the multiplications of the deploy form for one image, with direct convolution."""
     import repvgg_jax as rv
     from repvgg_jax.inference.plan import stage_layers
 
@@ -256,34 +256,35 @@ def multiplications(model: str, image_size: int) -> int:
 
 
 def report(case: Case, contestants: dict[str, Contestant], peak: float | None, reference: np.ndarray | None) -> None:
-    """One block of the table."""
+    """Print the results of one case as a block of the table."""
     peers = {name: seconds(c) for name, c in contestants.items() if name not in OURS}
     best = min(peers.values()) if peers else None
     title = f"{case.model}, batch {case.batch_size}, {case.image_size}x{case.image_size}, {case.dtype}"
     title += " (TF32)" if case.tf32 else ""
     print(f"\n{title}\n{'':14} {'ms':>9} {'images/s':>9} {'best peer':>10} {'roofline':>9} {'peak MB':>8} {'error':>8}")
     for name, contestant in contestants.items():
-        own = seconds(contestant)
-        ratio = f"{best / own:.2f} x" if best else ""
+        call = seconds(contestant)
+        ratio = f"{best / call:.2f} x" if best else ""
         bound = ""
         if peak is not None:
             direct = multiplications(case.model, case.image_size) * case.batch_size
-            bound = f"{direct / own / peak:.2f}"
+            bound = f"{direct / call / peak:.2f}"
         error = ""
         if reference is not None:
             logits = np.load(case.file(f"-{name}.npy"))
             error = f"{np.linalg.norm(logits - reference) / np.linalg.norm(reference):.0e}"
         memory = contestant.summary["bytes"] / 1e6
         print(
-            f"{name:14} {1e3 * own:9.2f} {case.batch_size / own:9.1f} {ratio:>10} {bound:>9} {memory:8.0f} {error:>8}",
+            f"{name:14} {1e3 * call:9.2f} {case.batch_size / call:9.1f} {ratio:>10} {bound:>9} "
+            f"{memory:8.0f} {error:>8}",
             flush=True,
         )
 
 
 def run_cpu(arguments: argparse.Namespace) -> None:
-    """The table for a CPU."""
+    """Measure and print the table for a CPU."""
     peak = roofline()
-    print(f"matrix product: {peak / 1e9:.0f} G multiply-adds/s; `roofline`: direct multiplications a second over that")
+    print(f"matrix product: {peak / 1e9:.0f} G multiply-adds/s; `roofline`: direct multiplications/s divided by that")
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             write_files(Case(folder, model, 1, arguments.image_size), onnx=True)
@@ -293,7 +294,7 @@ def run_cpu(arguments: argparse.Namespace) -> None:
 
 
 def run_gpu(arguments: argparse.Namespace) -> None:
-    """The table for a GPU."""
+    """Measure and print the tables for a GPU."""
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             write_files(Case(folder, model, 1, arguments.image_size), onnx=False)
@@ -306,7 +307,7 @@ def run_gpu(arguments: argparse.Namespace) -> None:
 
 
 def report_headlines(batch_size: int, image_size: int, dtype: str, rounds: int) -> None:
-    """RepVGG beside the ResNet of its accuracy, and how much faster it is."""
+    """Measure and print how much faster RepVGG is than the ResNet of the same accuracy."""
     print(f"\nbatch {batch_size}, {image_size}x{image_size}, {dtype}")
     for name, resnet, published in HEADLINES:
         with tempfile.TemporaryDirectory() as folder:
@@ -326,10 +327,10 @@ def report_headlines(batch_size: int, image_size: int, dtype: str, rounds: int) 
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["RepVGG-A0", "RepVGG-A2", "RepVGG-B1"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="1 16 64 on a CPU, 1 128 1024 on a GPU")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="default: 1 16 64 on a CPU, 1 128 1024 on a GPU")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")

@@ -1,12 +1,14 @@
-"""Images/s of the training input: ours beside PyTorch's official recipe, on the same JPEG files and cores.
+"""Images/s of the training input, compared with PyTorch's official recipe on the same JPEG files and cores.
 
 The recipe is torchvision's ImageFolder, RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize in a
-DataLoader with as many workers as cores. (Ours normalises on the device.) The files are 500x375, quality 92, cut
-from photographs that scikit-learn and scikit-image ship; they live in a temporary folder. The contestants take
-turns; a figure is the median over the rounds. Then ours alone with 1, 2 and 4 worker processes, as it is and with
-decoding replaced by a constant: what is left is Python's part, which is the limit of a process with many cores.
-Run: `python -m benchmarks.input`; it needs torch, torchvision and scikit-image besides the `train` extra. (`--alone`
-leaves PyTorch and the augmentations out.)
+DataLoader with as many workers as cores. (This library normalises on the device.) The files are 500x375 JPEGs of
+quality 92, cut from photographs that scikit-learn and scikit-image ship, in a temporary folder. The contestants take
+turns, and figures are medians over the rounds. Afterwards, this library is measured alone with 1, 2 and 4 worker
+processes, unchanged and with decoding replaced by a constant; the rest is Python's part, which limits a process with
+many cores.
+
+Run `python -m benchmarks.input`. It needs torch, torchvision and scikit-image in addition to the `train` extra.
+(`--alone` omits PyTorch and the augmentations.)
 """
 
 import argparse
@@ -35,15 +37,15 @@ from train.data.sources import FolderSource
 from train.data.transforms import Transform, random_crop_box
 
 SIZE, BATCH = 224, 64
-# So many batches are in the making when the clock starts, so that none of them was made before for free.
+# Batches taken before the clock starts, so that no batch prepared before it is counted.
 WARM_UP = 6
-# Of worker processes: Grain keeps four batches of each.
+# The same for each worker process, of which Grain keeps four batches.
 WARM_UP_PER_PROCESS = 5
 PROCESSES = 1, 2, 4
 
 
 def write_photos(folder: Path, count: int) -> float:
-    """`count` JPEG files in two classes; the mean size in bytes."""
+    """Write `count` JPEG files in two classes, and return their mean size in bytes."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 
@@ -65,14 +67,14 @@ def write_photos(folder: Path, count: int) -> float:
 
 
 class Speed(NamedTuple):
-    """Images a second, and what an image costs in milliseconds of processor time, whoever else is using it."""
+    """Images per second, and milliseconds of processor time per image, which other processes do not affect."""
 
     rate: float
     cost: float
 
 
 def processor_seconds() -> float:
-    """Used so far by this process and its children, as Linux counts it."""
+    """Return the processor time of this process and its children so far, as Linux counts it."""
     by_thread = [path.read_text(encoding="utf-8") for path in Path("/proc/self/task").glob("*/children")]
     children = [process for text in by_thread for process in text.split()]
     ticks = 0
@@ -84,7 +86,7 @@ def processor_seconds() -> float:
 
 
 def measure(batches: Iterable[Any], seconds: float, warm_up: int = WARM_UP) -> Speed:
-    """The speed over so many seconds, once the pipeline is full."""
+    """Measure the speed for `seconds`, after `warm_up` batches."""
     iterator, images = iter(batches), 0
     for _ in range(warm_up):
         next(iterator)
@@ -96,12 +98,12 @@ def measure(batches: Iterable[Any], seconds: float, warm_up: int = WARM_UP) -> S
 
 
 def torchvision_speed(folder: Path, workers: int, seconds: float) -> Speed:
-    """Of the official recipe."""
+    """Measure PyTorch's official recipe."""
     import torch
 
     operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        # torchvision's own operators are there only where its build matches torch's; images need none of them.
+        # torchvision's operators exist only if its build matches torch's; images do not need them.
         with contextlib.suppress(RuntimeError):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from torchvision import datasets, transforms
@@ -117,12 +119,12 @@ def torchvision_speed(folder: Path, workers: int, seconds: float) -> Speed:
     loader = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(folder), recipe), BATCH, shuffle=True, num_workers=workers, drop_last=True
     )
-    # One epoch is longer than a measurement, else StopIteration tells: its workers are started once.
+    # An epoch is longer than a measurement (otherwise, StopIteration is raised), so the workers are started once.
     return measure(loader, seconds)
 
 
 def our_speed(folder: Path, workers: int, seconds: float, transform: Transform, processes: int = 1) -> Speed:
-    """Of `train_batches`."""
+    """Measure `train_batches`."""
     with train_batches(
         FolderSource(folder),
         batch_size=BATCH,
@@ -137,7 +139,7 @@ def our_speed(folder: Path, workers: int, seconds: float, transform: Transform, 
 
 
 def our_transform(augmentation: Augmentation) -> Transform:
-    """Return what a run's images go through."""
+    """Return the transform of a run with this augmentation."""
     return make_transform("random_resized_crop_flip", augmentation, IMAGENET_MEAN)
 
 
@@ -145,21 +147,21 @@ _GREY = np.full((SIZE, SIZE, 3), 127, np.uint8)
 
 
 def constant(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
-    """All of a training transform but decoding and resizing: a crop box, and pixels that are there."""
+    """Do the work of a training transform except decoding and resizing: draw a crop box, return constant pixels."""
     random_crop_box(image.width, image.height, rng)
     rng.random()
     return _GREY
 
 
 def print_processes(folder: Path, workers: int, seconds: float, rounds: int) -> None:
-    """Measure and print images/s by the number of worker processes, in turns."""
-    transforms = {"as it is": our_transform(Augmentation()), "decoding replaced by a constant": constant}
+    """Measure and print images/s by the number of worker processes, in turn."""
+    transforms = {"unchanged": our_transform(Augmentation()), "decoding replaced by a constant": constant}
     speeds: dict[tuple[str, int], list[Speed]] = {(name, count): [] for name in transforms for count in PROCESSES}
     for _ in range(rounds):
         for name, count in speeds:
-            # One worker at least in each process, as a run has it.
+            # At least one worker per process, as in a run.
             speeds[name, count].append(our_speed(folder, max(workers, count), seconds, transforms[name], count))
-    print(f"\nours, {workers} workers in 1 process (threads of the run's own) or more; medians of {rounds} rounds")
+    print(f"\nours, {workers} workers in 1 process (the run's own) or more; medians of {rounds} rounds")
     print(f"{'':34}{'processes':>10}{'images/s':>10}{'CPU us/image':>14}")
     for (name, count), values in speeds.items():
         rate, cost = (statistics.median(column) for column in zip(*values, strict=True))
@@ -176,7 +178,7 @@ CONTESTANTS: dict[str, Augmentation] = {
 
 
 def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, float]:
-    """Microseconds of each stage in one thread: the mean over images of the least over repeats."""
+    """Return the microseconds per image of each stage in one thread: minimum over repeats, mean over images."""
     from train.data import jpeg
 
     source, slots = FolderSource(folder), np.zeros((images, SIZE, SIZE, 3), np.uint8)
@@ -200,12 +202,12 @@ def breakdown(folder: Path, images: int = 128, repeats: int = 12) -> dict[str, f
         file._decode(boxes[index][1] + boxes[index][3], reduction)
 
     stages: dict[str, Callable[[int], Any]] = {
-        "in all": all_of_it,
+        "total": all_of_it,
         "  read the file": lambda index: source[index],
         "  random numbers, crop box": lambda index: random_crop_box(500, 375, random_numbers(0, 1, 0, index)),
         "  read the header": lambda index: jpeg.open_jpeg(data[index], "", 3),
         "  decode down to the crop's last row": decode,
-        "    of it, entropy decoding (decoded at 1/8)": functools.partial(decode, reduction=8),
+        "    of that, entropy decoding (decoded at 1/8)": functools.partial(decode, reduction=8),
         "  resize the crop": lambda index: resize(crops[index], (0, 0, *crops[index].shape[1::-1]), SIZE),
         "  copy into the batch": lambda index: slots.__setitem__(index, slots[index - 1]),
         "for comparison, PIL decodes": lambda index: decode_image(data[index], ""),
@@ -229,13 +231,13 @@ def _bytes(image: bytes | np.ndarray) -> bytes:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3, help="of a measurement")
-    parser.add_argument("--images", type=int, default=3072, help="files to make: more than torchvision reads")
-    parser.add_argument("--workers", type=int, default=cores(), help="for both; default: cores")
-    parser.add_argument("--alone", action="store_true", help="measure ours alone, by worker processes")
+    parser.add_argument("--seconds", type=float, default=3, help="duration of a measurement")
+    parser.add_argument("--images", type=int, default=3072, help="number of files, more than a measurement reads")
+    parser.add_argument("--workers", type=int, default=cores(), help="workers of both; default: number of cores")
+    parser.add_argument("--alone", action="store_true", help="measure this library alone, by worker processes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -245,13 +247,13 @@ def main() -> None:
             print_contest(folder, arguments.workers, arguments.seconds, arguments.rounds)
         print_processes(folder, arguments.workers, arguments.seconds, arguments.rounds)
         stages = breakdown(folder)
-    print("\nwhere the time goes, microseconds an image in one thread (least of several repeats)")
+    print("\nbreakdown, microseconds per image in one thread (minimum of several repeats)")
     for name, microseconds in stages.items():
         print(f"{name:46}{microseconds:6.0f}")
 
 
 def print_contest(folder: Path, workers: int, seconds: float, rounds: int) -> None:
-    """Measure and print ours beside PyTorch's official recipe."""
+    """Measure and print the comparison with PyTorch's official recipe."""
     speeds: dict[str, list[Speed]] = {"torchvision, DataLoader": [], **{name: [] for name in CONTESTANTS}}
     theirs = speeds["torchvision, DataLoader"]
     for number in range(rounds):
@@ -260,7 +262,7 @@ def print_contest(folder: Path, workers: int, seconds: float, rounds: int) -> No
             speeds[name].append(our_speed(folder, workers, seconds, our_transform(augmentation)))
         line = ", ".join(f"{values[-1].rate:.0f}" for values in speeds.values())
         print(f"round {number + 1} of {rounds}: {line}", file=sys.stderr)
-    print(f"\nmedians of {rounds} rounds taken in turn; in brackets the least and most of the rounds' ratios")
+    print(f"\nmedians of {rounds} interleaved rounds; in parentheses, the range of the rounds' ratios")
     print(f"{'':34}{'images/s':>8}{'ratio':>23}{'CPU ms/image':>16}{'ratio':>8}")
     for name, values in speeds.items():
         ratios = [a.rate / b.rate for a, b in zip(values, theirs, strict=True)]

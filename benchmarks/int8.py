@@ -1,7 +1,7 @@
-"""A net in float32 and in INT8, in the predictor, ONNX Runtime and OpenVINO (QDQ): images/s, ratios, file sizes.
+"""Compare a net in float32 and INT8 in the predictor, ONNX Runtime and OpenVINO (QDQ): images/s, ratios, file sizes.
 
-`python -m benchmarks.int8 [--model RepVGG-A0] [--batch-size 1]`. Each file in each runtime is a process of its own;
-they take turns, several rounds, and each round of each is one measurement of at least `SECONDS`. The median counts.
+Run `python -m benchmarks.int8 [--model RepVGG-A0] [--batch-size 1]`. Each file in each runtime has a separate process.
+They take turns for several rounds, and each turn is one measurement of at least `SECONDS`. The median counts.
 """
 
 import argparse
@@ -20,7 +20,7 @@ FILES, RUNTIMES = ("float32", "int8"), ("repvgg_jax", "onnxruntime", "openvino")
 
 
 def write_files(folder: Path, name: str, image_size: int) -> None:
-    """A net with random weights, on which speed does not depend: `float32` and `int8`, `.onnx` and `.safetensors`."""
+    """Write a net with random weights (speed does not depend on them) as `float32` and `int8`, in both formats."""
     import repvgg_jax as rv
     from tests.helpers.random_weights import random_variables
 
@@ -36,20 +36,20 @@ def write_files(folder: Path, name: str, image_size: int) -> None:
 
 
 def make_ours(path: Path, images: np.ndarray) -> Callable[[], object]:
-    """The predictor, on the same images in its own layout."""
+    """Return the predictor with the same images in its layout."""
     import repvgg_jax as rv
 
     count, _, height, width = images.shape
-    own = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    channels_last = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
     if path.stem == "int8":
         predict = rv.make_predictor(rv.load_quantized(path), None, count, (height, width))
     else:
         predict = rv.make_predictor(*rv.load_weights(path), count, (height, width))
-    return lambda: predict(own)
+    return lambda: predict(channels_last)
 
 
 def make_onnxruntime(path: Path, images: np.ndarray) -> Callable[[], object]:
-    """ONNX Runtime with its defaults."""
+    """Return the net in ONNX Runtime with its defaults."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -57,7 +57,7 @@ def make_onnxruntime(path: Path, images: np.ndarray) -> Callable[[], object]:
 
 
 def make_openvino(path: Path, images: np.ndarray) -> Callable[[], object]:
-    """OpenVINO for the latency of one request at a time; what is not in 8 bits is in float32."""
+    """Return the net in OpenVINO, tuned for the latency of one request at a time, with float32 where not INT8."""
     import openvino
 
     core = openvino.Core()
@@ -69,7 +69,7 @@ def make_openvino(path: Path, images: np.ndarray) -> Callable[[], object]:
 
 
 def work(contestant: str, folder: Path, batch_size: int, image_size: int) -> None:
-    """A worker: load, warm up, then time on demand."""
+    """Run a worker: load, warm up, then measure on request."""
     file, runtime = contestant.split("-")
     images = np.random.default_rng(0).standard_normal((batch_size, 3, image_size, image_size), np.float32)
     make = {"repvgg_jax": make_ours, "onnxruntime": make_onnxruntime, "openvino": make_openvino}[runtime]
@@ -88,7 +88,7 @@ def work(contestant: str, folder: Path, batch_size: int, image_size: int) -> Non
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="RepVGG-A0")
     parser.add_argument("--batch-size", type=int, default=1)

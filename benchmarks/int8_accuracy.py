@@ -1,19 +1,19 @@
-"""What 8 bits cost in accuracy, by method: `python -m benchmarks.int8_accuracy WORKDIR`.
+"""Accuracy loss of INT8 by quantisation method: `python -m benchmarks.int8_accuracy WORKDIR`.
 
-Trains RepVGG-A0 and the same net of QARepVGG blocks on scikit-learn's digits, fine-tunes the first with
-quantisation-aware training, quantises them every way, and evaluates all on distorted copies of the digits that no
-training has seen. Everything is kept in WORKDIR; the same command again goes on from there.
+This trains RepVGG-A0 and the same net with QARepVGG blocks on scikit-learn's digits, fine-tunes the first with
+quantisation-aware training, quantises both with all methods, and evaluates all nets on distorted copies of the test
+digits. Everything is kept in WORKDIR; run the same command again to resume.
 
-With `--cifar10 FOLDER` the nets are the preset `cifar10`'s, trained on real photographs as its recipe says, and
-evaluated on the whole test split. Nothing is made hard then.
+With `--cifar10 FOLDER`, the nets are those of the preset `cifar10`, trained on real photographs with its recipe and
+evaluated on the whole test split. They are not made hard to quantise.
 
-On digits, the float nets are made hard on purpose, the way in which released RepVGG weights are: before training, the
-BN gammas of a tenth of every block's channels are turned down to a tenth. The next block's identity BN divides by the
-small deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal.
-Training starts there and is the digits recipe otherwise, weight decay included. Both nets are treated alike; `easy` is
-RepVGG without that.
+On digits, the float nets are deliberately made as hard to quantise as released RepVGG weights: before training, the BN
+gammas of a tenth of every block's channels are reduced to a tenth. The next block's identity BN divides by the small
+deviation of such a channel, so its gamma / sigma is large, and the fused kernel has outliers on its diagonal. Training
+starts from there and otherwise follows the digits recipe, including weight decay. Both nets are treated alike; `easy`
+is RepVGG without this change.
 
-Each quantised net is exported in QDQ form too, and ONNX Runtime's predictions are compared with JAX's.
+Each quantised net is also exported in QDQ form, and ONNX Runtime's predictions are compared with JAX's.
 """
 
 import dataclasses
@@ -44,27 +44,29 @@ from train.recipe import Recipe
 
 SIZE = 32
 QUIET_SHARE, QUIET = 0.1, 0.1
-"""How many of a block's channels are turned down before training, and to what."""
+"""Share of a block's channels whose gammas are reduced before training, and the factor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measure what INT8 costs in accuracy."""
+    """Measure the accuracy loss of INT8 by quantisation method."""
 
     workdir: tyro.conf.Positional[str]
-    """Where runs and results are kept."""
+    """Folder of the runs and results."""
     cifar10: str | None = None
-    """A folder with train/CLASS/* and val/CLASS/*; digits if not given."""
+    """Folder of CIFAR-10 with train/CLASS/* and val/CLASS/*; digits if not set."""
     epochs: int | None = None
-    """Of the float nets; the preset's if not given."""
+    """Epochs of the float nets; the preset's if not set."""
     qat_epochs: int = 4
+    """Epochs of the quantisation-aware training."""
     copies: int = 10
-    """Distorted copies of each test digit."""
+    """Number of distorted copies of each test digit."""
     calibration_images: int = 256
+    """Number of training images for calibration."""
 
     @property
     def preset(self) -> Recipe:
-        """What the float nets are trained by."""
+        """Recipe of the float nets."""
         preset = PRESETS["digits" if self.cifar10 is None else "cifar10"]
         where = {"data_dir": str(Path(self.workdir) / "data")} if self.cifar10 is None else {"data": self.cifar10}
         return dataclasses.replace(preset, input=dataclasses.replace(preset.input, **where))
@@ -72,7 +74,7 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A float net: its name in the table, its block, whether it is made hard, how it is quantised besides `naive`."""
+    """A float net: name in the table, block, whether it is made hard, and quantisation methods besides `naive`."""
 
     name: str
     block: BlockKind
@@ -92,16 +94,16 @@ NETS = {
         Net("qarepvgg", "qarepvgg", False, ("per-channel", "full")),
     ),
 }
-"""By data set; the first is fine-tuned with quantisation-aware training, and is quantised per tensor too."""
+"""Nets by data set; the first is also fine-tuned with quantisation-aware training, and quantised per tensor."""
 
 
 def make_hard(model: rv.RepVGG, path: Path) -> None:
-    """Write fresh weights with quiet channels."""
+    """Write fresh weights in which a share of the channels have small gammas."""
     images = np.zeros((1, SIZE, SIZE, 3), np.float32)
     variables: Any = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), images))
     rng = np.random.default_rng(0)
     for name, block in variables["params"].items():
-        # Stage 4 has no identity branch, and what reads it is the classifier.
+        # Stage 4 has no identity branch, and only the classifier reads it.
         if not name.startswith("stage") or name.startswith("stage4"):
             continue
         outputs = [block["bn"]] if "bn" in block else [block["rbr_dense"]["bn"], block["rbr_1x1"]["bn"]]
@@ -114,7 +116,7 @@ def make_hard(model: rv.RepVGG, path: Path) -> None:
 
 
 def run_config(preset: Recipe, workdir: Path, epochs: int | None, init: Path | None, **changes: Any) -> Recipe:
-    """The preset in a folder of its own."""
+    """Return the preset with changes, in a separate folder."""
     optimizer = preset.optimizer
     for name in ("warmup_epochs", "learning_rate"):
         optimizer = dataclasses.replace(optimizer, **{name: changes.pop(name, getattr(optimizer, name))})
@@ -128,7 +130,7 @@ def run_config(preset: Recipe, workdir: Path, epochs: int | None, init: Path | N
 
 
 def trained(workdir: Path, arguments: Arguments, nets: tuple[Net, ...]) -> dict[str, Path]:
-    """Weight files of the trained nets by name; `qat` is the first one after quantisation-aware training."""
+    """Train the nets and return their weight files by name; `qat` is the first after quantisation-aware training."""
     files, preset = {}, arguments.preset
     for net in nets:
         init = workdir / f"{net.name}-init.safetensors" if net.hard else None
@@ -142,13 +144,13 @@ def trained(workdir: Path, arguments: Arguments, nets: tuple[Net, ...]) -> dict[
 
 
 def finish(config: Recipe) -> None:
-    """Train to the end, or leave as SIGTERM asks to."""
+    """Train to the end; exit if a signal stops the run."""
     if train(config) is None:
         sys.exit(128 + stop_signal())
 
 
 def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 `[N * copies, SIZE, SIZE, 3]` and labels: each image rotated, scaled, sheared and shifted at random."""
+    """Return randomly rotated, scaled, sheared and shifted images, uint8 `[N * copies, SIZE, SIZE, 3]`, and labels."""
     rng = np.random.default_rng(0)
     images, labels = [], []
     for index in range(len(source)):
@@ -162,7 +164,7 @@ def distorted(source: Source, copies: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluation_set(arguments: Arguments, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 `[N, SIZE, SIZE, 3]` and labels: distorted digits, or the test split of CIFAR-10 as it is."""
+    """Return images, uint8 `[N, SIZE, SIZE, 3]`, and labels: distorted digits, or CIFAR-10's unchanged test split."""
     spec = arguments.cifar10 or "digits"
     folder = Path(arguments.workdir) / "data"
     source = data.open_dataset(spec, image_size=SIZE, data_dir=folder, evaluation_only=True).test
@@ -176,14 +178,14 @@ def evaluation_set(arguments: Arguments, preprocessing: Preprocessing) -> tuple[
 
 
 def quantized_net(path: Path, make: Callable[[], rv.QuantizedNet]) -> rv.QuantizedNet:
-    """From the file of an earlier run, if there was one."""
+    """Return a quantised net, from the file of an earlier run if there is one."""
     if not path.exists():
         rv.save_quantized(path, make())
     return rv.load_quantized(path)
 
 
 def onnxruntime_logits(path: Path, net: rv.QuantizedNet) -> Callable[[np.ndarray], np.ndarray]:
-    """What the net's QDQ export at `path` says of images `[N, H, W, C]`."""
+    """Export the net in QDQ form to `path`; return ONNX Runtime's function from images `[N, H, W, C]` to logits."""
     import onnxruntime
 
     rv.export_quantized_onnx(path, net, image_size=SIZE)
@@ -192,7 +194,7 @@ def onnxruntime_logits(path: Path, net: rv.QuantizedNet) -> Callable[[np.ndarray
 
 
 def measure(arguments: Arguments) -> list[dict[str, Any]]:
-    """Accuracy of every net and method on the same images, in per cent."""
+    """Return the accuracy of every net and method on the same images, in per cent."""
     workdir = Path(arguments.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     nets = NETS["digits" if arguments.cifar10 is None else "cifar10"]
@@ -206,30 +208,30 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
     def logits(run: Callable[[np.ndarray], Any]) -> np.ndarray:
         return np.concatenate([np.asarray(run(images[start : start + 360])) for start in range(0, len(images), 360)])
 
-    def top1(found: np.ndarray) -> float:
-        return 100 * float((found.argmax(-1) == labels).mean())
+    def top1(outputs: np.ndarray) -> float:
+        return 100 * float((outputs.argmax(-1) == labels).mean())
 
-    def add(net: str, method: str, found: np.ndarray, reference: float, exported: np.ndarray | None = None) -> None:
-        row: dict[str, Any] = {"net": net, "method": method, "top1": top1(found), "images": len(images)}
+    def add(net: str, method: str, outputs: np.ndarray, reference: float, exported: np.ndarray | None = None) -> None:
+        row: dict[str, Any] = {"net": net, "method": method, "top1": top1(outputs), "images": len(images)}
         row["lost"] = reference - row["top1"]
         text = f"| {net} | {method} | {row['top1']:.2f} | {row['lost']:+.2f} |"
         if exported is not None:
-            row["onnxruntime_agrees"] = int((exported.argmax(-1) == found.argmax(-1)).sum())
-            row["ties"] = int((np.diff(np.sort(found)[:, -2:]) == 0).sum())
-            text += f" {row['onnxruntime_agrees']} of {len(images)} alike in ONNX Runtime, {row['ties']} ties |"
+            row["onnxruntime_agrees"] = int((exported.argmax(-1) == outputs.argmax(-1)).sum())
+            row["ties"] = int((np.diff(np.sort(outputs)[:, -2:]) == 0).sum())
+            text += f" {row['onnxruntime_agrees']} of {len(images)} the same in ONNX Runtime, {row['ties']} ties |"
         rows.append(row)
         print(text, flush=True)
 
     def add_quantized(net: str, method: str, path: Path, make: Callable[[], rv.QuantizedNet], reference: float) -> None:
-        found = quantized_net(path, make)
-        exported = onnxruntime_logits(path.with_suffix(".onnx"), found)
-        add(net, method, logits(found), reference, logits(exported))
+        int8_net = quantized_net(path, make)
+        exported = onnxruntime_logits(path.with_suffix(".onnx"), int8_net)
+        add(net, method, logits(int8_net), reference, logits(exported))
 
     for net in nets:
         model, variables = rv.to_deploy(*rv.load_weights(files[net.name]))
-        found = logits(functools.partial(jax.jit(model.apply), variables))
-        reference = top1(found)
-        add(net.name, "float32", found, reference)
+        outputs = logits(functools.partial(jax.jit(model.apply), variables))
+        reference = top1(outputs)
+        add(net.name, "float32", outputs, reference)
         quantized: dict[str, dict[str, Any]] = {name: dict(method=name) for name in ("naive", *net.methods)}
         if net is nets[0]:
             for name in ("equalized", "corrected", "full"):
@@ -246,7 +248,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command; prints rows of a table as they come."""
+    """Run the command, which prints rows of a table as they are measured."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy")
     rows = measure(arguments)
     with atomic_path(Path(arguments.workdir) / "int8_accuracy.json") as temporary:

@@ -1,4 +1,4 @@
-"""A picture of fused weights before and after equalisation: `python -m benchmarks.int8_weights WEIGHTS OUT.png`."""
+"""Plot fused weights before and after equalisation: `python -m benchmarks.int8_weights WEIGHTS OUT.png`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,16 +17,16 @@ from repvgg_jax.quantization.stack import Layers, layers_of
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Draw the ranges of all channels of all layers."""
+    """Plot the ranges of all channels of all layers, before and after equalisation."""
 
     weights: tyro.conf.Positional[str]
-    """A weight file, training or deploy form."""
+    """Weight file in training or deploy form."""
     output: tyro.conf.Positional[str]
-    """The picture: .png or .svg."""
+    """Picture to write: .png or .svg."""
 
 
 def draw(before: Layers, after: Layers, path: Path) -> None:
-    """One point a channel, at its largest weight; a line a layer, at what one scale for the layer rounds to zero."""
+    """Draw one point per channel, at its largest weight, and one line per layer, below which one scale gives zeros."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -51,7 +51,7 @@ def draw(before: Layers, after: Layers, path: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_weights")
     model, variables = rv.load_weights(arguments.weights)
     if not model.deploy:

@@ -1,8 +1,8 @@
-"""Time and memory of loading the authors' RepVGG-B3 file: ours beside `torch.load` and `load_state_dict`.
+"""Time and memory of loading the authors' RepVGG-B3 file, compared with `torch.load` and `load_state_dict`.
 
-Each measurement runs in a process of its own, with imports, JAX's start and PyTorch's model construction outside
-the clock; memory is the peak resident set above what the process has after importing torch (in ours too, although
-loading needs no torch). Run: `python -m benchmarks.load_weights`.
+Each measurement runs in a separate process, and does not include imports, JAX's start and PyTorch's model construction.
+Memory is the peak resident set minus that after importing torch (for this library too, although its loading does not
+need torch). Run `python -m benchmarks.load_weights`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RUNS = 7
 
 
 def write_file(path: Path, name: str) -> None:
-    """An authors' training-form file with random weights."""
+    """Write a training-form file in the authors' format with random weights."""
     import torch
 
     variant, rng = rv.create_model(name).variant, np.random.default_rng(0)
@@ -37,9 +37,9 @@ def write_file(path: Path, name: str) -> None:
 
 
 def measure_ours(path: str) -> dict[str, float]:
-    """Seconds and peak bytes of `rv.load_weights`."""
+    """Measure the seconds and peak bytes of `rv.load_weights`."""
     import jax
-    import torch  # noqa: F401 (part of the baseline that the other measurement has)
+    import torch  # noqa: F401 (part of the other measurement's baseline)
 
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     baseline, start = resident_bytes("VmRSS"), time.perf_counter()
@@ -48,10 +48,10 @@ def measure_ours(path: str) -> dict[str, float]:
 
 
 def measure_torch(path: str) -> dict[str, float]:
-    """Seconds and peak bytes of `torch.load` plus `load_state_dict` into modules of the file's shapes."""
+    """Measure the seconds and peak bytes of `torch.load` and `load_state_dict` into modules of the file's shapes."""
     import torch
 
-    # Parameters with the file's names and shapes, allocated and touched, as a model's are.
+    # Parameters with the file's names and shapes, allocated and touched like a model's.
     described = torch.load(path, weights_only=True, mmap=True, map_location="meta")
     root = torch.nn.Module()
     for key, tensor in described.items():
@@ -68,19 +68,19 @@ def measure_torch(path: str) -> dict[str, float]:
 
 
 def measure(which: str, path: Path) -> dict[str, float]:
-    """One measurement in a fresh process, the file in the page cache."""
+    """Take one measurement in a fresh process, with the file in the page cache."""
     command = [sys.executable, "-m", "benchmarks.load_weights", "--measure", which, "--file", str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def least(runs: list[dict[str, float]]) -> tuple[float, float]:
-    """The least disturbed time, and the largest memory."""
+    """Return the shortest time, which is the least disturbed, and the largest memory."""
     return min(run["seconds"] for run in runs), max(run["bytes"] for run in runs)
 
 
 def main() -> None:
-    """Print both measurements and their ratios."""
+    """Measure, and print both measurements and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="RepVGG-B3")
     parser.add_argument("--measure", choices=("ours", "torch"), help="measure in this process and print JSON")

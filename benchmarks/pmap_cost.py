@@ -1,8 +1,8 @@
-"""What `pmap` costs: the training step pmapped against the same step under `jit`.
+"""Cost of `pmap`: the training step under `pmap`, compared with the same step under `jit`.
 
-`python -m benchmarks.pmap_cost [--devices N]`. On one device the rival is plain `jit`; on several (virtual CPU devices,
-if need be) it is `jit` with the batch sharded over them, whose BN statistics are then those of the whole batch: more
-communication, less memory of each device's own. Runs alternate in one process.
+Run `python -m benchmarks.pmap_cost [--devices N]`. On one device, the comparison is with plain `jit`. On several (CPUs
+are split into virtual devices), it is with `jit` and a batch that is sharded over them. BN statistics are then those of
+the whole batch, which takes more communication and less memory per device. Runs alternate in one process.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def main() -> None:
-    """Measure and print both, and the ratio."""
+    """Measure both, and print them and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--model", default="RepVGG-A0")
@@ -69,8 +69,8 @@ def main() -> None:
             jax.block_until_ready(metrics)
             times[name].append(time.perf_counter() - start)
             contestants[name] = (function, held, inputs)
-    median = {name: statistics.median(own[2:]) for name, own in times.items()}
-    least = {name: min(own[2:]) for name, own in times.items()}
+    median = {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
+    least = {name: min(seconds[2:]) for name, seconds in times.items()}
     device = jax.devices()[0].device_kind
     print(f"{arguments.model}, {count} {device} device(s), batch {arguments.batch_size} at {size}x{size}")
     for name in contestants:

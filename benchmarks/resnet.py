@@ -1,6 +1,6 @@
-"""ResNet-18, -50 and -101 (He et al., CVPR 2016) as they are deployed: BN folded, so convolutions with bias and ReLU.
+"""ResNet-18, -50 and -101 (He et al., CVPR 2016) in deployed form, with BN folded into the convolutions.
 
-What RepVGG's throughput is compared with on GPUs (paper, table 4: A2 beside ResNet-50, B1g4 beside ResNet-101).
+RepVGG's throughput on GPUs is compared with them (paper, table 4: A2 with ResNet-50, B1g4 with ResNet-101).
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class ResNet(nn.Module):
             return module(x)
 
         x = nn.relu(conv(x, 64, 7, 2))
-        x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2))  # behind the ReLU, 0 is least
+        x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2))  # after ReLU, 0 is the minimum
         for stage, count in enumerate(BLOCKS[self.name_]):
             width = 64 * 2**stage
             for block in range(count):

@@ -1,8 +1,8 @@
-"""Throughput of all variants against their published accuracy: `python -m benchmarks.throughput OUT.png`.
+"""Plot the throughput of all variants against their published accuracy: `python -m benchmarks.throughput OUT.png`.
 
-The predictor beside ONNX Runtime (on a GPU, beside `torch.compile`), random weights at the variant's own image size,
-each in a process of its own, in turn. Accuracies are the published ones (paper tables 4 and 5, and the authors'
-repository): speed does not depend on the weights' values.
+The predictor is compared with ONNX Runtime (on a GPU, with `torch.compile`) with random weights at each variant's image
+size; each runs in a separate process, in turn. Accuracies are the published ones (paper tables 4 and 5, and the
+authors' repository), because speed does not depend on the weights' values.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from .inference import Case, contest, seconds, write_files
 
 
 def measure(name: str, batch_size: int, rounds: int, peer: str) -> dict[str, Any]:
-    """Images a second of one variant, ours and the peer's."""
+    """Return the images per second of one variant with this library and with the peer."""
     variant = get_variant(name)
     with tempfile.TemporaryDirectory() as folder:
         case = Case(folder, name, batch_size, variant.image_size)
         write_files(case, onnx=peer == "onnxruntime")
-        found = contest(case, ("ours", peer), rounds)
-    speeds = {who: batch_size / seconds(contestant) for who, contestant in found.items()}
+        contestants = contest(case, ("ours", peer), rounds)
+    speeds = {who: batch_size / seconds(contestant) for who, contestant in contestants.items()}
     top1 = None if variant.published is None else variant.published.top1
     return {"model": name, "image_size": variant.image_size, "top1": top1, **speeds}
 
 
 def draw(rows: list[dict[str, Any]], peer: str, title: str, path: Path) -> None:
-    """One point a variant and runtime."""
+    """Draw one point per variant and runtime."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -49,7 +49,7 @@ def draw(rows: list[dict[str, Any]], peer: str, title: str, path: Path) -> None:
             fontsize=8,
         )
     axes.set_xscale("log")
-    axes.set_xlabel("images a second")
+    axes.set_xlabel("images per second")
     axes.set_ylabel("published ImageNet top-1, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -60,7 +60,7 @@ def draw(rows: list[dict[str, Any]], peer: str, title: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print a table, draw."""
+    """Measure, print a table, and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--models", nargs="+", default=rv.list_models())

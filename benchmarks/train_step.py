@@ -1,9 +1,9 @@
-"""One training step here and in PyTorch: images/s and peak memory, as ratios.
+"""Compare a training step with PyTorch's: images/s and peak memory.
 
-`python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`.
-The PyTorch side is the independent implementation that the tests use, in channels_last (see `--memory-format`); on a
-GPU both compute in bfloat16 (autocast there), and PyTorch runs both eagerly and through `torch.compile`. Same recipe on
-both sides: SGD with momentum and the masked weight decay. Processes alternate, so that all see the same machine.
+Run `python -m benchmarks.train_step [--models …] [--batch-size N] [--image-size N]`. The PyTorch side is the
+independent implementation that the tests use, in channels_last (see `--memory-format`), eager and, with `--compile`,
+with `torch.compile`. On a GPU, both sides compute in bfloat16 (PyTorch by autocast). Both use the same recipe: SGD with
+momentum and masked weight decay. Processes alternate, so changes in the machine's speed affect all of them.
 """
 
 import argparse
@@ -21,13 +21,13 @@ WARM_UP, STEPS = 2, 3
 
 
 def batch(size: int, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random pixels uint8 `[N, H, W, 3]` and labels `[N]`."""
+    """Return random pixels, uint8 `[N, H, W, 3]`, and labels, int32 `[N]`."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (images, size, size, 3), np.uint8), rng.integers(0, CLASSES, images).astype(np.int32)
 
 
 def timed(step: Callable[[], None], wait: Callable[[], None]) -> Callable[[], Numbers]:
-    """`STEPS` steps as one measurement: seconds a step."""
+    """Warm up, and return a function that measures `STEPS` steps and returns the seconds per step."""
 
     def run() -> Numbers:
         start = time.perf_counter()
@@ -42,7 +42,7 @@ def timed(step: Callable[[], None], wait: Callable[[], None]) -> Callable[[], Nu
 
 
 def make_ours(model_name: str, batch_size: int, size: int) -> tuple[Callable[[], None], dict[str, Any]]:
-    """This library's pmapped step on one device: what takes one step, and the `state` and `metrics` it leaves."""
+    """Return a function that takes one pmapped step on one device, and the dict in which it puts state and metrics."""
     import jax
 
     import repvgg_jax as rv
@@ -71,7 +71,7 @@ def make_ours(model_name: str, batch_size: int, size: int) -> tuple[Callable[[],
 
 
 def serve_ours(arguments: argparse.Namespace) -> None:
-    """This library's pmapped step on one device."""
+    """Serve requests with this library's pmapped step on one device."""
     import jax
 
     import repvgg_jax as rv
@@ -96,7 +96,7 @@ def serve_ours(arguments: argparse.Namespace) -> None:
 
 
 def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
-    """The same step in PyTorch."""
+    """Serve requests with the same step in PyTorch."""
     import torch
     import torch.nn.functional as F
 
@@ -133,18 +133,18 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
 
 
 def main() -> None:
-    """Measure and print one table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["RepVGG-A0", "RepVGG-B1", "RepVGG-D2se"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also PyTorch through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also measure PyTorch with torch.compile")
     parser.add_argument(
         "--memory-format",
         choices=("channels_last", "contiguous_format"),
         default="channels_last",
-        help="PyTorch's; 2.13 on AVX-512 CPUs corrupts its heap in the backward pass in channels_last",
+        help="of PyTorch, whose version 2.13 corrupts its heap in channels_last's backward pass on AVX-512 CPUs",
     )
     parser.add_argument("--worker", help="internal")
     parser.add_argument("--model", help="internal")
@@ -165,11 +165,11 @@ def main() -> None:
         alternate(contestants, arguments.rounds)
         seconds = {c.name: statistics.median(run["seconds"] for run in c.runs) for c in contestants}
         for contestant in contestants:
-            own = seconds[contestant.name]
-            ratio = "" if contestant.name == "ours" else f"{own / seconds['ours']:.2f} x"
+            step = seconds[contestant.name]
+            ratio = "" if contestant.name == "ours" else f"{step / seconds['ours']:.2f} x"
             memory = contestant.summary["bytes"] / 1e9
             print(
-                f"{model:16} {contestant.name:14} {1e3 * own:9.1f} {arguments.batch_size / own:9.1f} {memory:8.2f} "
+                f"{model:16} {contestant.name:14} {1e3 * step:9.1f} {arguments.batch_size / step:9.1f} {memory:8.2f} "
                 f"{ratio:>14}"
             )
         utilization = contestants[0].summary["utilization_a_second"] / seconds["ours"]

@@ -1,0 +1,1 @@
+"""Training and evaluation of RepVGG nets: data, recipes, the training loop and its commands."""

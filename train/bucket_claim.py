@@ -1,8 +1,9 @@
-"""One run at a time in a bucket's folder, as far as that is possible there: nobody releases a dead process's claim.
+"""Exclusive use of a bucket's folder by one run, although nothing there releases the claim of a dead process.
 
-The claim is an object, `.lock`, that says whose it is and changes every `BEAT_SECONDS`. Who finds one waits whether it
-still changes: if it does, its run is alive; if not, it is taken over. A run that finds itself replaced stops before its
-next checkpoint. Two runs that start in the same moment are told apart by the service, which creates an object once.
+The claim is an object, `.lock`, that names its holder and changes every `BEAT_SECONDS`. A new run that finds a claim
+waits for a change: if there is one, the holder is alive; if not, the new run takes the claim over. A run whose claim
+was taken over stops before its next checkpoint. If two runs start at the same moment, only one of them can create the
+object.
 """
 
 import json
@@ -19,7 +20,7 @@ from repvgg_jax.storage import BucketPath
 
 BEAT_SECONDS = 10
 PATIENCE_SECONDS = 35
-"""After so long without a change, a claim's run is taken for dead."""
+"""The holder of a claim that has not changed for this long counts as dead."""
 
 
 class BucketClaim:
@@ -52,7 +53,7 @@ class BucketClaim:
         except FileExistsError as error:
             raise self._in_use(self._read()) from error
         now = self._read()
-        if not self._is_own(now):  # a service that takes the condition for none
+        if not self._is_own(now):  # a service that ignores the condition
             raise self._in_use(now)
         self._thread.start()
         return self
@@ -67,10 +68,10 @@ class BucketClaim:
             pass
 
     def check(self) -> None:
-        """Fail if another run has taken this one for dead.
+        """Check that no other run has taken the claim over.
 
         Raises:
-          RepVGGError: it has.
+          RepVGGError: another run has.
         """
         if self._taken_by:
             raise RepVGGError(f"{self._workdir} has been taken over by {self._taken_by}: this run stops")
@@ -85,7 +86,7 @@ class BucketClaim:
                     return
                 number += 1
                 self._write(number)
-            except OSError:  # of this moment, perhaps; checkpoints say so if it lasts
+            except OSError:  # perhaps a short failure; if it lasts, a checkpoint will raise it
                 continue
 
     def _is_own(self, claim: Any) -> bool:
@@ -95,7 +96,7 @@ class BucketClaim:
         self._object.write_bytes(json.dumps(self._holder | {"beat": beat}).encode(), only_if_new=only_if_new)
 
     def _read(self) -> Any:
-        """Return the claim that is there; None if there is none."""
+        """Return the present claim; None if there is none."""
         try:
             return json.loads(self._object.read_bytes())
         except FileNotFoundError:
@@ -117,7 +118,7 @@ def _name(holder: Any) -> str:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return who this is: containers on one machine may share its name, and each count their processes themselves."""
+    """Return this process's identity; containers on one machine may share its host name, but number processes apart."""
     try:
         counted_in = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:  # not Linux
@@ -126,7 +127,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_dead(holder: Any) -> bool:
-    """Whether it was a process of this machine that is no more."""
+    """Return whether the holder was a process on this machine that no longer exists."""
     if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
         return False
     if any(holder.get(name) != value for name, value in _this_process().items() if name != "pid"):

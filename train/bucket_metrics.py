@@ -1,4 +1,4 @@
-"""A run's numbers in a bucket, where nothing can be appended to: files of this machine, copied whole now and then."""
+"""A run's metrics in a bucket, where objects cannot be appended to: local files, copied whole at intervals."""
 
 import tempfile
 import time
@@ -13,13 +13,13 @@ from repvgg_jax.storage import BucketPath
 from .metrics import MetricsLog, Row
 
 UPLOAD_SECONDS = 30
-"""So long, at most, rows of training wait for their copy into the bucket, if there is a next row by then."""
+"""A training row that is written this long after the last copy triggers the next one."""
 
 
 class BucketMetricsLog:
     """A `MetricsLog` whose files are copied into a bucket: every `UPLOAD_SECONDS`, and at every evaluation.
 
-    Arguments as for `MetricsLog`.
+    The arguments are those of `MetricsLog`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BucketMetricsLog:
         self.flush()
 
     def write(self, row: Row, prefix: str) -> None:
-        """Do as `MetricsLog.write`.
+        """Write a row as `MetricsLog.write` does.
 
         Raises:
           RepVGGError: the bucket cannot be written to.
@@ -56,7 +56,7 @@ class BucketMetricsLog:
             self.flush()
 
     def flush(self) -> None:
-        """Copy what is written so far.
+        """Copy everything written so far.
 
         Raises:
           RepVGGError: the bucket cannot be written to.
@@ -72,7 +72,7 @@ class BucketMetricsLog:
         self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Copy the rest, and remove the files of this machine.
+        """Copy the rest and remove the local files.
 
         Raises:
           RepVGGError: the bucket cannot be written to.
@@ -92,5 +92,5 @@ class BucketMetricsLog:
         try:
             self.close()
         except RepVGGError:
-            if error is None:  # what has gone wrong first is what the user should read
+            if error is None:  # the user should read the first error
                 raise

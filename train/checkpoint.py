@@ -1,6 +1,6 @@
-"""Checkpoints of a run, by orbax: written in the background, complete or not there at all, verified when read.
+"""Checkpoints of a run, by orbax: written in the background, complete or absent, verified when read.
 
-`checkpoint_folder.py` and `checkpoint_bucket.py` know where they lie; this module, what is in them.
+`checkpoint_folder.py` and `checkpoint_bucket.py` store them; this module defines their content.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from .parallel import distribute, gather_to_host, replicate, to_host
 from .state import TrainState
 from .window import DivergedError
 
-# What each device has of its own, and a checkpoint therefore keeps for each of them.
+# Fields that differ between devices; a checkpoint keeps them for each device.
 PER_DEVICE = ("batch_stats", "ema_batch_stats")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What the position in the input depends on, kept in every checkpoint and compared on resumption.
+    """Facts that a run's input depends on, stored in every checkpoint and compared when the run resumes.
 
     Attributes:
-      seed: of order and augmentation.
-      batch_size: global.
-      train_images: images in the training split.
-      devices: over all processes; may change, but then the resumption is not bit-exact.
+      seed: seed of the order and the augmentation.
+      batch_size: global batch size.
+      train_images: number of images in the training split.
+      devices: number of devices of all processes; if it changes, the resumed run is not bit-exact.
       classes, images: fingerprints of the training split's class names and of a sample of its images; empty in
         checkpoints of earlier versions.
       net: the trained net as a native weight file's header describes it, so that a checkpoint is a weight file.
@@ -52,9 +52,9 @@ class RunFacts:
 
 
 class Checkpoints:
-    """The checkpoints in `workdir/checkpoints`: the newest `keep` of them, and the one of the best evaluation.
+    """The checkpoints in `workdir/checkpoints`: the newest `keep`, and the one with the best evaluation.
 
-    Every process must call every method. `note` receives what a user should read.
+    Every process must call every method. `note` receives messages for the user.
     """
 
     def __init__(self, workdir: Place, keep: int, note: Callable[[str], None] = print):
@@ -71,33 +71,33 @@ class Checkpoints:
         self._cleanup, self._orbax_failed = contextlib.ExitStack(), False
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return self._store.steps()
 
     def save(self, state: TrainState, facts: RunFacts, top1: float | None = None) -> None:
-        """Save a state as the parallel step has it (leading axis of devices); returns once a copy is taken.
+        """Save a state in the background; return once a copy is taken.
 
         Args:
-          state: what to save, under its own step.
-          facts: kept beside it.
-          top1: the step's evaluation, if there was one: the best one's checkpoint outlives the newer ones.
+          state: state of the parallel step, with a leading axis of devices; it is saved under its step.
+          facts: facts to store with it.
+          top1: accuracy of the step's evaluation, if there was one; the checkpoint with the best one is kept.
 
         Raises:
-          RepVGGError: this checkpoint, or the one before in the background, could not be written.
+          RepVGGError: this checkpoint, or the previous one in the background, could not be written.
         """
         tree = _to_host(state)
         step = int(tree["step"])
         described = {"facts": dataclasses.asdict(facts), "shapes": _shapes(tree), "crc32": checksum(_flat(tree))}
         try:
             self._store.save(step, tree, described, top1)
-        except Exception as error:  # tensorstore and orbax raise what they like for a full disk
+        except Exception as error:  # tensorstore and orbax raise various types for a full disk
             raise self._failed(step, error) from error
 
     def wait(self) -> None:
-        """Until the last save is complete.
+        """Wait until the last save is complete.
 
         Raises:
-          RepVGGError: it could not be written.
+          RepVGGError: the checkpoint could not be written.
         """
         try:
             self._store.wait()
@@ -115,28 +115,28 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Complete the save that is under way, also when something else has gone wrong, and release the folder.
+        """Complete the save in progress, even after another error, and release the folder.
 
-        Other processes may take part in a save: it is then waited for only if they are known to do the same.
+        If other processes take part in the save, wait for it only if they certainly do the same.
         """
         with self._cleanup:
             if error is None:
                 self.wait()
                 self._store.close()
             elif self._saves_alone or isinstance(error, DivergedError):
-                with contextlib.suppress(Exception):  # what has gone wrong first is what the user should read
+                with contextlib.suppress(Exception):  # the user should read the first error
                     self._store.close()
             if error is not None and self._orbax_failed:
                 time.sleep(GRACE_SECONDS)
 
     def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
-        """The newest readable checkpoint's state on the devices; `fresh` (one host copy) if there is none.
+        """Return the newest readable checkpoint's state on the devices, or `fresh` (one host copy) if there is none.
 
-        A checkpoint that cannot be read, or whose numbers are not those that were saved, is passed over for the one
-        before, with a note, and set aside: a new save of that step must find its place free.
+        A checkpoint that cannot be read, or whose checksum does not match, is skipped with a note in favour of the
+        previous one, and renamed, because a new save of that step needs its name.
 
         Raises:
-          RepVGGError: no checkpoint can be read, or they belong to another model or input.
+          RepVGGError: no checkpoint can be read, or it belongs to another model or input.
         """
         with system_errors(RepVGGError, f"cannot read {self._directory}"):
             steps = self.steps()
@@ -146,12 +146,12 @@ class Checkpoints:
                 tree, saved = self._read(step, fresh)
             except _UnfittingError as error:
                 raise RepVGGError(f"cannot resume from {self._directory}/{step}: {error}") from error
-            except RepVGGError:  # it cannot be reached, which says nothing about it
+            except RepVGGError:  # it cannot be reached, but it may be intact
                 raise
             except Exception as error:  # a damaged checkpoint fails anywhere in orbax, tensorstore or json
                 self._orbax_failed = True
                 problems.append(f"step {step}: {_line(error)}")
-                self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the one before")
+                self._note(f"checkpoint {self._directory}/{step} is damaged ({_line(error)}); trying the previous one")
                 continue
             self._compare(step, saved, facts)
             self._set_aside(steps[steps.index(step) + 1 :])
@@ -177,7 +177,7 @@ class Checkpoints:
         return tree, saved
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        """Rename checkpoints that could not be read: another program, or another day, may be able to."""
+        """Rename checkpoints that could not be read, instead of deleting them."""
         if steps:
             for step, name in self._store.set_aside(steps).items():
                 self._note(f"{self._directory}/{step} is now {name}")
@@ -190,11 +190,11 @@ class Checkpoints:
         if saved.classes and saved.classes != facts.classes:
             raise RepVGGError(f"cannot resume from {self._directory}/{step}: the data set has different classes")
         if saved.images and saved.images != facts.images:
-            self._note("the training images are not those that the run began with, so it is no longer bit-exact")
+            self._note("the training images are not those at the run's start, so it is no longer bit-exact")
         if saved.devices != facts.devices:
             self._note(
-                f"resuming on {facts.devices} devices a run of {saved.devices}: the same global batches, but BN "
-                "statistics are averaged now and sums are ordered differently, so it is no longer bit-exact"
+                f"resuming a run of {saved.devices} devices on {facts.devices}: the global batches are the same, but "
+                "BN statistics are now averaged and sums are ordered differently, so it is no longer bit-exact"
             )
 
     def _failed(self, step: int | None, error: Exception) -> RepVGGError:
@@ -209,7 +209,7 @@ class Checkpoints:
 
 
 class _UnfittingError(Exception):
-    """A sound checkpoint of something else."""
+    """Raised for an intact checkpoint of another model or optimizer."""
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
@@ -221,10 +221,9 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """A state as nested dicts alone; what is None is left out.
+    """Return a state as nested dicts, without the fields that are None.
 
-    An optimizer's state is of named tuples, which orbax would give back as something else: its leaves, numbered in
-    the tree's order, say as much.
+    orbax would not restore the named tuples of an optimizer's state, so its leaves are stored by number in tree order.
     """
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     fields["opt_state"] = {f"{number:04}": leaf for number, leaf in enumerate(jax.tree.leaves(state.opt_state))}
@@ -232,12 +231,12 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 
 def _to_host(state: TrainState) -> dict[str, Any]:
-    """NumPy copies: one of what all devices share, and every device's of what is its own."""
+    """Return NumPy copies: one of what all devices share, and one per device of what differs."""
     return {name: (gather_to_host if name in PER_DEVICE else to_host)(value) for name, value in _fields(state).items()}
 
 
 def _template(fresh: TrainState, devices: int) -> dict[str, Any]:
-    """A fresh host state in the shape of a checkpoint written with so many devices."""
+    """Return a fresh host state in the shape of a checkpoint that was written with `devices` devices."""
 
     def for_each_device(leaf: np.ndarray) -> np.ndarray:
         return np.broadcast_to(leaf, (devices, *leaf.shape))
@@ -249,7 +248,7 @@ def _template(fresh: TrainState, devices: int) -> dict[str, Any]:
 
 
 def _to_devices(tree: dict[str, Any], fresh: TrainState) -> TrainState:
-    """A checkpoint's content as the parallel step takes it."""
+    """Return a checkpoint's content as a state for the parallel step."""
     leaves = [tree["opt_state"][key] for key in sorted(tree["opt_state"])]
     tree = tree | {"opt_state": jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)}
     return TrainState(
@@ -258,7 +257,7 @@ def _to_devices(tree: dict[str, Any], fresh: TrainState) -> TrainState:
 
 
 def _to_each_device(stats: Any) -> Any:
-    """Each device its own statistics, or all of them the average where they were those of more or fewer devices."""
+    """Give each device its statistics, or the average to all if the number of devices has changed."""
     devices = jax.device_count()
     if len(jax.tree.leaves(stats)[0]) != devices:
         stats = jax.tree.map(lambda leaf: np.broadcast_to(leaf.mean(0), (devices, *leaf.shape[1:])), stats)
@@ -266,6 +265,6 @@ def _to_each_device(stats: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """An error's text on one line of bounded length: its beginning, and its end, where the system's reason stands."""
+    """Return an error's text as one line of bounded length: its beginning, and its end with the system's reason."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

@@ -1,8 +1,8 @@
-"""Checkpoints in a bucket: orbax writes each into a folder of this machine, and its files become objects.
+"""Checkpoints in a bucket: orbax writes each to a folder on this machine, and its files are uploaded as objects.
 
-orbax itself speaks `gs://` alone, and there removes a checkpoint's objects in any order. Here the object that says that
-a checkpoint is complete, `commit_success.txt` as orbax has it for buckets, is the last to be written and the first to
-be removed, so that a process can be killed at any moment. orbax reads such checkpoints in `gs://` itself too.
+orbax itself supports only `gs://`, and removes a checkpoint's objects there in any order. Here, `commit_success.txt`,
+orbax's marker of a complete checkpoint in a bucket, is the last object written and the first removed, so a process can
+be killed at any moment. orbax can read such checkpoints in `gs://`.
 """
 
 import shutil
@@ -27,10 +27,10 @@ from .checkpoint_folder import free_name
 
 
 class BucketStore:
-    """A run's checkpoints in a bucket: the newest `keep` of them, and the best one.
+    """A run's checkpoints in a bucket: the newest `keep`, and the best one.
 
-    Processes need not share anything else: the first one writes, each of them reads for itself. Every process must call
-    every method but `steps`. Errors are as for `FolderStore`.
+    Processes need to share nothing but the bucket: the first process writes, and each process reads by itself. Every
+    process must call every method except `steps`. Errors are as for `FolderStore`.
     """
 
     def __init__(self, directory: BucketPath, keep: int):
@@ -39,7 +39,7 @@ class BucketStore:
         self._saving: Future[None] | None = None
 
     def begin(self) -> None:
-        """Take up what is in the bucket now, and remove what a process that was killed has left."""
+        """Start from what is in the bucket, and remove incomplete checkpoints of a killed process."""
         if cluster.is_leader():
             complete = complete_steps(self._directory)
             for path in self._directory.iterdir():
@@ -53,23 +53,23 @@ class BucketStore:
             self._cleanup = stack.pop_all()
 
     def close(self) -> None:
-        """Complete the save that is under way."""
+        """Complete the save in progress."""
         with self._cleanup:
             self.wait()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return complete_steps(self._directory)
 
     def save(self, step: int, tree: Any, facts: Mapping[str, Any], top1: float | None) -> None:
-        """Write a checkpoint in the background; returns once a copy of `tree` is taken."""
+        """Write a checkpoint in the background; return once a copy of `tree` is taken."""
         self.wait()
         if cluster.is_leader():
             copy = jax.tree.map(lambda leaf: np.array(leaf), tree)
             self._saving = self._thread.submit(self._write, step, copy, dict(facts), top1)
 
     def wait(self) -> None:
-        """Until the last save is complete; raises what went wrong in it."""
+        """Wait until the last save is complete, and raise its error, if any."""
         saving, self._saving = self._saving, None
         if saving is not None:
             try:
@@ -82,12 +82,12 @@ class BucketStore:
         return self._orbax.restore(self._copy(step), args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
 
     def state(self, step: int, template: Any) -> Any:
-        """Return the state of a checkpoint, as arrays of the template's shapes."""
+        """Return the state of a checkpoint, as arrays with the template's shapes."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
         return self._orbax.restore(self._copy(step), args=args)["state"]
 
     def set_aside(self, steps: Sequence[int]) -> dict[int, str]:
-        """Rename checkpoints and return their new names, in the first process."""
+        """Rename checkpoints; return their new names in the first process, and nothing in the others."""
         cluster.barrier("damaged checkpoints read")
         names = {}
         if cluster.is_leader():
@@ -98,13 +98,13 @@ class BucketStore:
         return names
 
     def _copy(self, step: int) -> Path:
-        """Return a checkpoint's copy on this machine; the one before is removed."""
+        """Return a copy of a checkpoint on this machine; the previous copy is removed."""
         copy = self._scratch / "read" / str(step)
         if not copy.exists():
             shutil.rmtree(copy.parent, ignore_errors=True)
             try:
                 (self._directory / str(step)).download(copy)
-            except OSError as error:  # which says nothing about the checkpoint
+            except OSError as error:  # the checkpoint itself may be intact
                 shutil.rmtree(copy, ignore_errors=True)
                 reason = error.strerror or error
                 raise RepVGGError(f"cannot read {self._directory / str(step)}: {reason}") from error
@@ -135,7 +135,7 @@ class BucketStore:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """orbax for this process alone, without the barriers by which several of them write one folder."""
+    """Return an orbax checkpointer for this process alone, without barriers between processes."""
     number = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process{number}"

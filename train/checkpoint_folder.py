@@ -1,4 +1,4 @@
-"""Checkpoints in a folder of this machine or a shared one, as orbax's manager keeps them."""
+"""Checkpoints in a local or shared folder, kept by orbax's manager."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,39 +15,39 @@ from .orbax_support import LiteralPath
 
 
 class FolderStore:
-    """A run's checkpoints in a folder: the newest `keep` of them, and the best one.
+    """A run's checkpoints in a folder: the newest `keep`, and the best one.
 
-    Every process must call every method but `steps`.
+    Every process must call every method except `steps`.
     """
 
     def __init__(self, directory: Path, keep: int):
         self._directory, self._keep = directory, keep
 
     def begin(self) -> None:
-        """Take up what is in the folder now, and remove what a process that was killed has left.
+        """Start from what is in the folder, and remove incomplete checkpoints of a killed process.
 
         Raises:
-          OSError: it cannot be made or read.
+          OSError: the folder cannot be created or read.
         """
         best = _Best(evaluations(self._directory))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             best_fn=_top1,  # without it, orbax writes no metrics
-            lightweight_initialize=True,  # `evaluations` has read the metrics; orbax would not survive a damaged file
+            lightweight_initialize=True,  # `evaluations` has read the metrics; a damaged file would make orbax fail
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(LiteralPath(self._directory), options=options)
 
     def close(self) -> None:
-        """Complete the save that is under way."""
+        """Complete the save in progress."""
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, tree: Any, facts: Mapping[str, Any], top1: float | None) -> None:
-        """Write a checkpoint in the background; returns once a copy of `tree` is taken. Raises what orbax does."""
+        """Write a checkpoint in the background; return once a copy of `tree` is taken. Raises orbax's exceptions."""
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(tree), facts=ocp.args.JsonSave(dict(facts))),
@@ -55,19 +55,19 @@ class FolderStore:
         )
 
     def wait(self) -> None:
-        """Until the last save is complete; raises what went wrong in it."""
+        """Wait until the last save is complete, and raise its error, if any."""
         self._manager.wait_until_finished()
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return the facts of a checkpoint. Raises anything if it is damaged."""
+        """Return the facts of a checkpoint. Raises any type of exception if it is damaged."""
         return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
 
     def state(self, step: int, template: Any) -> Any:
-        """Return the state of a checkpoint, as arrays of the template's shapes. Raises anything if it is damaged."""
+        """Return the state of a checkpoint, as arrays with the template's shapes; raise any exception if damaged."""
         return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
 
     def set_aside(self, steps: Sequence[int]) -> dict[int, str]:
-        """Rename checkpoints and return their new names, in the first process."""
+        """Rename checkpoints; return their new names in the first process, and nothing in the others."""
         self._manager.close()
         names = {}
         if cluster.is_leader():
@@ -80,7 +80,7 @@ class FolderStore:
 
 
 def free_name(step: int, directory: Any) -> str:
-    """Return what to call a damaged checkpoint in `directory`."""
+    """Return an unused name for a damaged checkpoint in `directory`."""
     names = (f"{step}.damaged{number or ''}" for number in itertools.count())
     return next(name for name in names if not (directory / name).exists())
 
@@ -90,11 +90,10 @@ def _top1(metrics: Mapping[str, float]) -> float:
 
 
 class _Best(policies.PreservationPolicy):
-    """Keep the checkpoint of the best evaluation, the newest of several as good ones.
+    """Keep the checkpoint with the best evaluation; of several with the same accuracy, the newest.
 
     Args:
-      earlier: top-1 by step of the checkpoints that another process has written, of which orbax's manager knows
-        nothing but the step.
+      earlier: top-1 by step of the checkpoints of earlier processes; orbax's manager knows only their steps.
     """
 
     def __init__(self, earlier: Mapping[int, float]):
@@ -103,7 +102,7 @@ class _Best(policies.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
     ) -> Sequence[bool]:
-        """Return for each checkpoint whether it is the best."""
+        """Return, for each checkpoint, whether it is the best."""
         del context
         evaluated = {
             info.step: self._earlier.get(info.step) if info.metrics is None else _top1(info.metrics)

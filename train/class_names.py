@@ -1,4 +1,4 @@
-"""Names of classes, by which a weight file's classifier and a data set's labels are matched."""
+"""Matching of a weight file's classifier with a data set's labels by the names of the classes."""
 
 import unicodedata
 import warnings
@@ -22,10 +22,10 @@ CLASSIFIERS = ("linear", *(f"{name}/linear" for name in AUX_HEADS))
 def class_order(of_file: Sequence[str], of_data: Sequence[str]) -> list[int] | None:
     """Return each data class's index in the file, or None if the two do not name the same classes.
 
-    Names that differ only in how Unicode composes their letters, which some file systems change, are the same.
+    Names that differ only in Unicode normalisation, which some file systems change, count as the same.
     """
     file_names, names = (list(map(_composed, side)) for side in (of_file, of_data))
-    if file_names == names:  # also where a name is there twice, as "crane" is among ImageNet's
+    if file_names == names:  # even if a name occurs twice, as "crane" does in ImageNet
         return list(range(len(names)))
     indices = {name: index for index, name in enumerate(file_names)}
     if len(indices) != len(of_file) or len(set(names)) != len(names) or set(names) != set(indices):
@@ -38,7 +38,7 @@ def _composed(name: str) -> str:
 
 
 def difference(of_file: Sequence[str], of_data: Sequence[str]) -> str:
-    """Describe how two lists of class names differ, such as "the file's cat, dog; the data's car"."""
+    """Describe how two lists of class names differ: "only in the file: cat, dog; only in the data: car"."""
     sides = (("the file", of_file, of_data), ("the data", of_data, of_file))
     parts = []
     for side, names, others in sides:
@@ -47,16 +47,16 @@ def difference(of_file: Sequence[str], of_data: Sequence[str]) -> str:
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             parts.append(f"only in {side}: {', '.join(alone[:3])}{more}")
-    return "; ".join(parts) or "a name stands there twice"
+    return "; ".join(parts) or "a name occurs twice"
 
 
 class Relabelled:
-    """A source whose labels are a net's outputs: `source`'s label i becomes `order[i]`.
+    """A source with its labels mapped to a net's outputs: label i of `source` becomes `order[i]`.
 
     Args:
-      source: what to read from.
-      order: as from `class_order`.
-      class_names: of the net's outputs.
+      source: the source to read from.
+      order: result of `class_order`.
+      class_names: names of the net's outputs.
     """
 
     def __init__(self, source: Source, order: Sequence[int], class_names: Sequence[str]) -> None:
@@ -75,16 +75,16 @@ class Relabelled:
 
 
 def matched_source(dataset: DataSet, info: WeightsInfo, path: str, *, ignore: bool) -> tuple[Source, str]:
-    """Return a data set's evaluation split with the labels that the net in a weight file means by its outputs.
+    """Return a data set's evaluation split with labels that are the output indices of the net in a weight file.
 
     Args:
-      dataset: with as many classes as the file.
-      info: of the weight file.
-      path: of the weight file, for messages.
-      ignore: go on by index where the names differ.
+      dataset: data set with as many classes as the file.
+      info: description of the weight file.
+      path: path of the weight file, for messages.
+      ignore: match by index if the names differ.
 
     Returns:
-      The split, and what a user should know of it ("" if nothing).
+      The split, and a note for the user ("" if there is none).
 
     Raises:
       WeightsError: the file names other classes.
@@ -110,15 +110,15 @@ def fit_classifier(
 ) -> dict[str, Any]:
     """Return a training form's variables with the classifier that training on `dataset` should start from.
 
-    The same classes in another order: the file's classifier, rearranged. Other classes: a fresh one. A
-    `WeightsWarning` says so.
+    If the file has the same classes in another order, that is its classifier, reordered; if it has other classes, a
+    fresh classifier. In both cases a `WeightsWarning` is issued.
 
     Args:
-      variables: as `load_weights` has them, for the data set's number of classes.
-      info: of the file.
-      dataset: to be trained on.
-      path: of the file, for messages.
-      keep: keep the file's classifier although it names other classes.
+      variables: variables from `load_weights`, for the data set's number of classes.
+      info: description of the file.
+      dataset: data set to train on.
+      path: path of the file, for messages.
+      keep: keep the file's classifier even if it names other classes.
 
     Raises:
       ConfigError: `keep`, and the file's classifier has another number of classes.
@@ -127,7 +127,7 @@ def fit_classifier(
     if info.num_classes != len(class_names):
         if keep:
             raise ConfigError(f"--keep-classifier: {path} has {info.num_classes} classes, the data {len(class_names)}")
-        return variables  # load_weights has made a fresh classifier, and said so
+        return variables  # load_weights has made a fresh classifier, and warned about it
     if info.class_names is None or not dataset.has_class_names:
         return variables
     order = class_order(info.class_names, class_names)
@@ -144,7 +144,7 @@ def fit_classifier(
             for leaf in (f"params/{name}/kernel", f"params/{name}/bias"):
                 if leaf in leaves:
                     leaves[leaf] = leaves[leaf][..., np.asarray(order)]
-        message = f"{path} has the data's classes in another order: its classifier is rearranged by name"
+        message = f"{path} has the data's classes in another order: its classifier is reordered by name"
     else:
         return variables
     warnings.warn(message, WeightsWarning, stacklevel=2)

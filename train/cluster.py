@@ -1,4 +1,4 @@
-"""Several processes as one run: JAX's own distributed runtime, started from flags or from the cluster's environment."""
+"""Runs with several processes: JAX's distributed runtime, started from flags or from the cluster's environment."""
 
 import os
 import signal
@@ -15,17 +15,17 @@ from .parallel import sum_over_processes
 from .recipe import ClusterOptions
 
 HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long counts as dead, and the others stop."""
+"""A process that is silent for this long counts as dead, and the others stop."""
 
-# Set by launchers inside a job step of several tasks; what they mean is left to JAX.
+# Set by launchers inside a job step of several tasks; JAX interprets them.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "MEGASCALE_NUM_SLICES")
 
 
 def start(options: ClusterOptions) -> None:
-    """Join the other processes, if there are any. Must run before anything touches a device.
+    """Join the other processes, if there are any. Must run before any device is used.
 
     Raises:
-      ConfigError: flags that do not fit together, or a cluster that does not answer.
+      ConfigError: the flags are incomplete, or the cluster does not answer.
     """
     flags = (options.coordinator_address, options.num_processes, options.process_id)
     if all(flag is None for flag in flags) and not in_cluster():
@@ -42,14 +42,14 @@ def start(options: ClusterOptions) -> None:
 
 
 def in_cluster() -> bool:
-    """Whether the environment says that this is one of several processes (SLURM, Open MPI, TPU pod, JAX's own)."""
+    """Return whether the environment describes a run of several processes (SLURM, Open MPI, TPU pod, JAX)."""
     counts = [os.environ.get(name, "") for name in _TASK_COUNTS]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return any(count.isdigit() and int(count) > 1 for count in counts) or "," in hosts
 
 
 def is_leader() -> bool:
-    """Whether this process writes logs and weights."""
+    """Return whether this process is the one that writes logs and weights."""
     return jax.process_index() == 0
 
 
@@ -60,19 +60,19 @@ def barrier(name: str) -> None:
 
 
 def abandon(error: BaseException) -> None:
-    """Leave a run whose other processes cannot be reached any more, without waiting for them."""
+    """Exit at once from a run whose other processes can no longer be reached, without waiting for them."""
     reason = " ".join(str(error).split())[:200]
     print(f"error: another process of this run has died or cannot be reached ({reason})", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 class Preemption:
-    """A context manager in which a signal asks for a stop after the next step instead of ending the process.
+    """A context manager in which a signal requests a stop after the current step instead of ending the process.
 
-    In a command these are SIGTERM, SIGINT (Ctrl-C; a second one ends the process at once) and SIGHUP, from the first
-    call of `asked` on: before the first step, there is nothing to save. Elsewhere it is SIGTERM alone.
+    In a command, the signals are SIGTERM, SIGINT (Ctrl-C; a second one ends the process at once) and SIGHUP, from the
+    first call of `asked` on; before the first step, there is nothing to save. Elsewhere, the signal is SIGTERM.
 
-    Among several processes, JAX's preemption service hears SIGTERM and makes all of them stop at the same step.
+    With several processes, JAX's preemption service receives SIGTERM and stops all of them at the same step.
     """
 
     def __init__(self):
@@ -94,25 +94,28 @@ class Preemption:
         self._asked = True
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; every process gets the same answer."""
+        """Return whether to stop after `step`; every process gets the same answer."""
         interrupts.defer(_answer)
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self._asked = True
         return self._asked or (jax.process_count() == 1 and interrupts.requested() is not None)
 
     def stopping(self) -> bool:
-        """Whether a stop was asked for, be it after the last step; every process calls it and gets the same answer."""
+        """Return whether a stop was requested, even after the last step.
+
+        Every process must call it, and gets the same answer.
+        """
         return self._asked or sum_over_processes(int(interrupts.requested() is not None)) > 0
 
 
 def _answer(number: signal.Signals) -> None:
-    """Say what a signal will do, and let the other processes know."""
+    """Print what a signal will do, and pass it on to the other processes."""
     if is_leader():
-        interrupts.say(f"\n{number.name}: saving the state after this step; Ctrl-C again stops without that")
+        interrupts.say(f"\n{number.name}: saving the state after this step; press Ctrl-C again to stop without saving")
     if jax.process_count() > 1 and number != signal.SIGTERM:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_signal() -> signal.Signals:
-    """Return the signal that has stopped the run; SIGTERM if another process of it was told."""
+    """Return the signal that has stopped the run; SIGTERM if another process received it."""
     return interrupts.requested() or signal.SIGTERM

@@ -1,7 +1,7 @@
-"""What one run of a compiled program costs, read from its text: arithmetic, memory traffic, collectives.
+"""Cost of one run of a compiled program, read from its HLO text: arithmetic, memory traffic, collectives.
 
-XLA's own cost analysis exists for some compilers only, and counts a loop's body once. The text (`Compiled.as_text()`)
-is the same language from all of them.
+XLA's own cost analysis exists only for some compilers, and counts a loop's body once. All compilers write the text
+(`Compiled.as_text()`) in the same language.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ _COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one run of a program, or of a part of it, costs one device.
+    """Cost of one run of a program, or of a part of it, on one device.
 
     Attributes:
-      flops: of convolutions and matrix products, two a multiply-add, padding not counted.
-      traffic: bytes read from and written to the device's memory, if what each instruction reads comes from there and
-        what it writes goes there. Memory on the chip (TPU's VMEM) is not counted.
+      flops: floating-point operations of convolutions and matrix products, two per multiply-add, without padding.
+      traffic: bytes read from and written to the device's memory, assuming that each instruction reads its operands
+        from there and writes its result there. On-chip memory (TPU's VMEM) is not counted.
       collectives: number of collective operations.
-      collective_bytes: what they take from this device.
+      collective_bytes: bytes of their operands on this device.
     """
 
     flops: float = 0
@@ -46,13 +46,13 @@ class Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def times(self, count: int) -> "Cost":
-        """That of `count` runs."""
+        """Return the cost of `count` runs."""
         return Cost(*(count * value for value in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of the text, such as `bf16[128,56,56,48]{0,3,2,1:T(8,128)(2,1)S(1)}`."""
+    """An array type in the text, such as `bf16[128,56,56,48]{0,3,2,1:T(8,128)(2,1)S(1)}`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,12 +60,12 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Of its elements."""
+        """Size of the elements, without the padding of tiles."""
         return math.prod(self.shape) * _bits(self.dtype) / 8
 
     @property
     def stored(self) -> float:
-        """Bytes that it takes in memory, where a layout's tiles are full ones."""
+        """Bytes in memory, with every tile of the layout padded to its full size."""
         tile = re.search(r"T\(([\d,]+)\)", self.layout)
         if tile is None:
             return self.bytes
@@ -78,13 +78,13 @@ class Array:
 
     @property
     def space(self) -> int:
-        """The memory that it lies in: 0 is the device's own."""
+        """Number of the memory space; 0 is the device's memory."""
         space = re.search(r"S\((\d+)\)", self.layout)
         return int(space[1]) if space else 0
 
 
 def _bits(dtype: str) -> int:
-    """Bits of an element; none for tokens and other opaque things."""
+    """Return the bits of an element; 0 for tokens and other opaque types."""
     digits = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(digits[0]) if digits else 0
 
@@ -102,46 +102,46 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of what it takes."""
+        """Names of the operands."""
         return tuple(re.findall(r"%([\w.\-]+)", self.inside))
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """What it puts out, a tuple's arrays in their order."""
+        """Arrays of the result; those of a tuple in order."""
         shapes = _ARRAY.findall(self.type)
         return [Array(dtype, tuple(int(n) for n in sizes.split(",") if n), layout) for dtype, sizes, layout in shapes]
 
     @property
     def is_number(self) -> bool:
-        """Whether it is a constant that is one integer."""
+        """Whether this is a constant with one integer."""
         return self.operation == "constant" and self.inside.isdigit()
 
     def attribute(self, pattern: str | re.Pattern[str]) -> str:
-        """The first group of `pattern` in the attributes; "" without one."""
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
+        """Return the first group of `pattern` in the attributes; "" if it does not match."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
 
 
 Computation = dict[str, Instruction]
 
 
 def program_cost(text: str, *, on_chip: bool) -> Cost:
-    """Return what one run of a compiled program costs.
+    """Return the cost of one run of a compiled program.
 
     Args:
-      text: HLO after optimisation, as `jax.stages.Compiled.as_text` gives it.
-      on_chip: whether memory spaces other than the first lie on the chip, as on TPUs; on GPUs they are parts of its
-        memory.
+      text: optimised HLO from `jax.stages.Compiled.as_text`.
+      on_chip: whether memory spaces other than the first are on the chip, as on TPUs; on GPUs they are parts of the
+        device's memory.
 
     Raises:
-      ValueError: it is no such text.
+      ValueError: `text` is not the text of a compiled program.
     """
     computations, entry = _parse(text)
     return _Reader(computations, on_chip).cost(entry)
 
 
 def entry_arrays(text: str) -> list[Array]:
-    """Return the arrays that the instructions of a compiled program's entry put into memory."""
+    """Return the arrays that the instructions of a compiled program's entry write to memory."""
     computations, entry = _parse(text)
     written = (i for i in computations[entry].values() if i.operation not in _FREE)
     return [array for instruction in written for array in instruction.arrays]
@@ -157,8 +157,8 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             if head:
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
-            instruction = _instruction(found)
+        elif current is not None and (match := _LINE.match(line)):
+            instruction = _instruction(match)
             current[instruction.name] = instruction
     if entry is None:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY")
@@ -175,7 +175,7 @@ def _instruction(line: re.Match[str]) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -190,7 +190,7 @@ class _Reader:
         self._inside: dict[str, Cost] = {}
 
     def cost(self, name: str) -> Cost:
-        """Of a computation whose instructions run one by one: the entry, a loop's body, a branch."""
+        """Return the cost of a computation whose instructions run one by one: the entry, a loop's body, a branch."""
         total = Cost()
         for instruction in self._computations[name].values():
             total += self._instruction(instruction, self._computations[name])
@@ -208,14 +208,14 @@ class _Reader:
         return self._within(instruction, around) + Cost(traffic=self._traffic(instruction, around))
 
     def _loop(self, instruction: Instruction) -> Cost:
-        known = instruction.attribute(_TRIPS)
-        trips = int(known) if known else self._limit(instruction.attribute(r"condition=%?([\w.\-]+)"))
+        count = instruction.attribute(_TRIPS)
+        trips = int(count) if count else self._limit(instruction.attribute(r"condition=%?([\w.\-]+)"))
         return self.cost(instruction.attribute(r"body=%?([\w.\-]+)")).times(trips)
 
     def _limit(self, name: str) -> int:
-        """The number that a condition compares a loop's counter with; 1 if it looks at anything else.
+        """Return the number with which a condition compares the loop's counter; 1 for any other condition.
 
-        Loops that draw until they like what they have, as a Beta distribution's, are short ones over single numbers.
+        Other conditions belong to rejection sampling, as for a Beta distribution: short loops over single numbers.
         """
         condition = self._computations[name]
         root = next(i for i in condition.values() if i.is_root)
@@ -225,11 +225,11 @@ class _Reader:
         return limits[0] if root.operation == "compare" and len(limits) == 1 else 1
 
     def _within(self, instruction: Instruction, around: Computation) -> Cost:
-        """Arithmetic and collectives of an instruction and of what it fuses."""
+        """Return the arithmetic and collectives of an instruction and of the computations that it fuses."""
         cost = Cost(flops=_flops(instruction, around))
         if instruction.operation.removesuffix("-start") in _COLLECTIVES:
-            given = [array for name in instruction.operands for array in around[name].arrays]
-            cost += Cost(collectives=1, collective_bytes=sum(array.bytes for array in given))
+            sources = [array for name in instruction.operands for array in around[name].arrays]
+            cost += Cost(collectives=1, collective_bytes=sum(array.bytes for array in sources))
         for name in _CALLED.findall(instruction.attributes):
             cost += self._fused(name)
         return cost
@@ -242,27 +242,30 @@ class _Reader:
 
     def _traffic(self, instruction: Instruction, around: Computation) -> float:
         operation, arrays = instruction.operation, instruction.arrays
-        if operation in _FREE or operation.endswith(("-done", "-update")):  # the second halves of what was started
+        if operation in _FREE or operation.endswith(("-done", "-update")):  # counted at their "-start"
             return 0
         if operation == "custom-call" and "Bitcast" in instruction.attribute(r'custom_call_target="([^"]*)"'):
             return 0
         sources = [around[name].arrays for name in instruction.operands]
-        if operation == "copy-start":  # puts out the copy, what it is copied from, and a context
+        if operation == "copy-start":  # its result holds the copy, the source and a context
             return self._moved(arrays[:2])
         if operation.removesuffix("-start") in _SLICES:
-            # A start puts out what it is cut from, the slice, and a context.
+            # The result of a start holds the source, the slice and a context.
             piece = arrays[1] if operation.endswith("-start") else arrays[0]
             return self._moved([piece, dataclasses.replace(piece, layout=sources[0][0].layout)])
         if operation == "dynamic-update-slice":
             return 2 * self._moved(sources[1])
-        if operation.endswith("-start") and operation != "all-reduce-start":  # both sides are in its result
+        if operation.endswith("-start") and operation != "all-reduce-start":  # its result holds both source and target
             return self._moved(arrays)
         if operation == "fusion":
             return self._fusion_traffic(instruction, sources)
         return self._moved([*arrays, *(array for source in sources for array in source)])
 
     def _fusion_traffic(self, instruction: Instruction, sources: list[list[Array]]) -> float:
-        """Of a fusion: a parameter of which it reads slices counts as those, one that it updates in place as those."""
+        """Return the traffic of a fusion.
+
+        If it only reads slices of a parameter, or updates one in place, only the slices count.
+        """
         inside = self._computations[instruction.attribute(r"calls=%?([\w.\-]+)")]
         parameters = {int(i.inside): i for i in inside.values() if i.operation == "parameter"}
         root = next(i for i in inside.values() if i.is_root)
@@ -282,7 +285,7 @@ class _Reader:
 
 
 def _readers(name: str, inside: Computation) -> Iterator[tuple[Instruction, str]]:
-    """Who reads `name` in a fusion, be it through a bitcast, with the name that they know it by."""
+    """Yield the instructions that read `name` in a fusion, also through bitcasts, each with the name it reads."""
     for instruction in inside.values():
         if name in instruction.operands:
             if instruction.operation == "bitcast" and not instruction.is_root:
@@ -304,7 +307,7 @@ def _flops(instruction: Instruction, around: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, around: Computation, target: str) -> float:
-    """Of a convolution, or of cuDNN's gradients of one, whose window and axes are those of the convolution itself."""
+    """Return the operations of a convolution, or of cuDNN's gradients of one, which have the convolution's window."""
     first, second = (around[name].arrays[0].shape for name in instruction.operands[:2])
     result = instruction.arrays[0].shape
     x, kernel, y = first, second, result
@@ -323,7 +326,7 @@ def _convolution_flops(instruction: Instruction, around: Computation, target: st
 def _places(
     instruction: Instruction, of_x: str, of_kernel: str, of_y: str
 ) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
-    """The spatial axes of input, kernel and output, each with stride, padding before it, and both dilations."""
+    """Yield each spatial axis of input, kernel and output, with its stride, leading padding and both dilations."""
     window = instruction.attribute(r"window=\{([^}]*)\}")
     values = dict(word.split("=") for word in window.split())
     for axis in range(len(values["size"].split("x")) if "size" in values else 0):
@@ -339,6 +342,6 @@ def _places(
 
 @functools.cache
 def _window_products(x: int, kernel: int, y: int, stride: int, before: int, spread: int, dilation: int) -> int:
-    """How many pairs of an output's and the kernel's place along one axis meet an element of the input."""
+    """Count the pairs of output and kernel positions along one axis that fall on an element of the input."""
     starts = (out * stride - before + tap * dilation for out in range(y) for tap in range(kernel))
     return sum(0 <= place < (x - 1) * spread + 1 and place % spread == 0 for place in starts)

@@ -1,4 +1,4 @@
-"""A run's config.json: what it was started with, to which its resumption is held."""
+"""A run's config.json: the options it was started with, which must not change when it resumes."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from repvgg_jax.weights.header import variant_from_json, variant_to_json
 from .data.datasets import row_of
 from .recipe import ClusterOptions, ModelOptions, Recipe, RunOptions
 
-# Options that may change between the start of a run and its resumption: none of them moves the weights. Whether the
-# data are the same ones, in another place or not, is compared by `RunFacts`.
+# Options that may change when a run resumes, because none of them affects the weights. `RunFacts` compares the data
+# themselves, wherever they are stored.
 _FREE = {
     ("input", "data"),
     ("input", "data_dir"),
@@ -30,10 +30,10 @@ _FREE = {
     *(("cluster", field.name) for field in dataclasses.fields(ClusterOptions)),
 }
 
-# Options of `run` with which there is none.
+# Options of `run` that replace training, so no run is started with them.
 _NO_RUN = ("preflight", "preflight_largest")
 
-# Options that say what net it is, in one of several ways: the nets are compared.
+# Options that define the net. Several settings can define the same one, so the nets are compared instead.
 _OF_THE_NET = [
     field.name
     for field in dataclasses.fields(ModelOptions)
@@ -43,12 +43,12 @@ _NET = "architecture"
 
 
 def save_or_compare(recipe: Recipe, workdir: Place) -> None:
-    """Write `workdir/config.json`, or hold `recipe` to the one a run there was started with.
+    """Write `workdir/config.json`, after comparing `recipe` with that of a run that was started there.
 
-    A run that has not come to its first checkpoint has nothing to resume, and gives way.
+    A run without a checkpoint has nothing to resume, so its file is replaced without comparison.
 
     Raises:
-      ConfigError: an option that moves the weights has changed, or the file is damaged or cannot be read.
+      ConfigError: an option that affects the weights has changed, or the file is damaged or cannot be read.
     """
     path = workdir / "config.json"
     current = _as_json(recipe)
@@ -69,7 +69,7 @@ def save_or_compare(recipe: Recipe, workdir: Place) -> None:
 
 
 def _changes(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Describe what moves the weights and differs. A run older than an option did what the option does by default."""
+    """Describe the options that affect the weights and differ; options missing from an older file had their default."""
     earlier = _settled({group: default | earlier.get(group, {}) for group, default in _fields(Recipe()).items()})
     changes = [
         f"{name} {value} -> {current[group][name]}"
@@ -85,7 +85,7 @@ def _changes(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
 
 
 def _net(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The net that a file's model options are for, but for what it is called and how it is evaluated."""
+    """Return the net that a file's model options define, without its name and evaluation settings."""
     if _NET in options:
         variant = variant_from_json({"variant": options[_NET]}, "config.json", MAX_BLOCKS, None)
     else:  # written before architectures could be read from files
@@ -97,21 +97,21 @@ def _net(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _how_to_go_on(workdir: Place, changes: Sequence[str]) -> str:
-    """What to do for more epochs: the schedule that the run has followed is of as many as it was started with."""
+    """Return advice for a changed --epochs: a schedule cannot be extended, but its weights can start another run."""
     if not any(change.startswith("epochs ") for change in changes):
         return ""
     return f", and to train this run's net further, once it is finished, give --init {workdir / 'final.safetensors'}"
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    """As `config.json` has it, with what the model's file and the data set's row say."""
+    """Return the content of `config.json`, including values from the model's file and the data set's row."""
     fields = _settled(_fields(recipe))
     fields["model"][_NET] = variant_to_json(recipe.model.variant)
     return fields
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """The options of a run as JSON types: lists, not tuples."""
+    """Return the options of a run as JSON types: lists, not tuples."""
     fields = json.loads(json.dumps(dataclasses.asdict(recipe)))
     for name in _NO_RUN:
         del fields["run"][name]
@@ -119,7 +119,7 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def _settled(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with what moves the weights of the data set's row, where no option says otherwise."""
+    """Fill options that are not set with the values of the data set's row that affect the weights."""
     options, row = fields["input"], row_of(fields["input"]["data"])
     columns = {"image_size": row.train_size, "mean": row.mean, "std": row.std, "train_transform": row.train_transform}
     for name, value in columns.items():

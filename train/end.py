@@ -1,4 +1,4 @@
-"""The end of a run: its weights written in every form, and every form evaluated."""
+"""The end of a run: writing its weights in every form, and evaluating each form."""
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
@@ -22,20 +22,20 @@ from .state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run: by the name of a form, its evaluation and where its weights are."""
+    """Result of a finished run: each form's evaluation and weight file, by the form's name."""
 
     evaluations: dict[str, Evaluation]
     weights: dict[str, Place]
 
     def summary(self) -> dict[str, float]:
-        """Return the test accuracies by what they are of; under the names of version 0.1 too, until the next one."""
+        """Return the test accuracies by form; under the names of version 0.1 too, until the next version."""
         top1 = {name: evaluation.top1 for name, evaluation in self.evaluations.items()}
         old = {f"test_top1_{FORMS[name].old_result}": value for name, value in top1.items()}
         return old | {f"{name}_top1": value for name, value in top1.items()}
 
 
 def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
-    """Write the weights in all their forms and evaluate each: float nets in float32, as the files hold them."""
+    """Write the weights in every form and evaluate each; float nets are evaluated in float32, the files' dtype."""
     evaluations: dict[str, Evaluation] = {}
     weights: dict[str, Place] = {}
     described: dict[str, Any] = dict(
@@ -87,6 +87,6 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
 
 
 def exact_float32() -> AbstractContextManager[object]:
-    """Return a context in which float32 is computed as such: with TF32, a GPU's own choice, the two forms differ."""
+    """Return a context that computes float32 exactly; with TF32, the default on GPUs, the two forms would differ."""
     on_cpu = jax.default_backend() == "cpu"
     return nullcontext() if on_cpu else jax.default_matmul_precision("float32")

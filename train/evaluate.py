@@ -1,6 +1,6 @@
-"""Evaluation: `python -m train.evaluate DATA {train,deploy} WEIGHTS -a NAME`."""
+"""Evaluate a weight file: `python -m train.evaluate DATA {train,deploy} WEIGHTS -a NAME`."""
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("train.evaluate")
@@ -36,11 +36,16 @@ from .step import make_eval_step, predictor_step
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Accuracy over a data set: `top1` and `top5` as shares, `loss` the mean cross-entropy.
+    """Accuracy over a data set.
 
-    `predictions` holds the predicted class of each image that this process has counted, in the source's order,
-    `probabilities` that class's probability, and `indices` the image's place among those that this process reads;
-    `skipped` counts those that it could not read.
+    Attributes:
+      top1, top5: accuracies as shares in 0..1.
+      loss: mean cross-entropy.
+      images: number of images that were evaluated, over all processes.
+      skipped: number of images that this process could not read.
+      predictions: predicted class of each image that this process has evaluated, in the source's order.
+      probabilities: probability of that class.
+      indices: index of the image among those that this process reads.
     """
 
     top1: float
@@ -54,19 +59,19 @@ class Evaluation:
 
 
 class Evaluator:
-    """Compiles one model's evaluation over a source once, to be called with variables as they train.
+    """Evaluation of one model on a source, compiled once and called repeatedly during training.
 
-    Unreadable images are named once, however often the source is evaluated: once for all evaluators that share
+    An unreadable image is reported once, however often the source is evaluated, by all evaluators that share
     `bad_images`.
 
     Args:
-      model: training or deploy form, or a quantised net; or a predictor, on one device, which has its variables.
-      source: what to evaluate on.
-      preprocessing: how its images are prepared.
-      batch_size: images in a batch over all devices; rounded up to their multiple.
-      workers: decoding threads, None for one each core.
+      model: training or deploy form, or a quantised net; or, on one device, a predictor, which holds its variables.
+      source: the images to evaluate on.
+      preprocessing: preparation of the images.
+      batch_size: images per batch over all devices; rounded up to a multiple of their number.
+      workers: number of decoding threads; None for one per core.
       strict: raise on unreadable images instead of skipping them.
-      bad_images: where unreadable images are recorded; None makes a new record.
+      bad_images: record of unreadable images; None makes a new one.
     """
 
     def __init__(
@@ -100,10 +105,10 @@ class Evaluator:
         )
 
     def __call__(self, replicated_variables: Mapping[str, Any]) -> Evaluation:
-        """Evaluate variables with a leading axis of devices; none for a predictor.
+        """Evaluate variables with a leading axis of devices; an empty mapping for a predictor.
 
         Raises:
-          DataError: no image of the source can be read, or with `strict` any cannot.
+          DataError: no image of the source can be read, or, with `strict`, one cannot.
         """
         totals: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "images"), 0.0)
         predictions, probabilities, masks = [], [], []
@@ -131,41 +136,45 @@ class Evaluator:
 class Arguments:
     """Evaluate a weight file on a data set's evaluation split."""
 
-    data: tyro.conf.Positional[str]
-    """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Data set: a TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
     form: tyro.conf.Positional[Literal["train", "deploy"]]
-    """Form to evaluate; a training-form file is fused for `deploy`."""
-    weights: tyro.conf.Positional[str]
-    """The weight file, here, in a bucket (gs://, s3://) or on the hub (hf://). Or the name of a variant, for its
-    ImageNet weights, unless a file has that name."""
+    """Form to evaluate; for `deploy`, a training-form file is fused first."""
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """Weight file: a local one, or one in a bucket (gs://, s3://) or on the hub (hf://).
+    Unless a file has that name, a variant's name stands for its ImageNet weights."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Variant the file must hold: one of `rv.list_models()`, or NET.json or a weight file for its architecture."""
+    """Require this architecture: a variant of `rv.list_models()`, or that of a NET.json or another weight file."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
+    """Images per batch, over all devices."""
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Side of the evaluation crops, pixels; the weight file's own if not given. As the authors do, the shorter side is
-    resized to this size itself from 320 on, and to 8/7 of it below (256 for 224), unless --crop-fraction says."""
+    """Side of the evaluation crops, pixels; the weight file's if not set.
+    Without --crop-fraction, the image's shorter side is resized as in the authors' code:
+    to this size if that is 320 or more, and to 8/7 of it otherwise (256 for 224)."""
     data_dir: str | None = None
-    """Where TFDS keeps its data sets."""
+    """Folder of the TFDS data sets; if not set, $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
     test_split: str | None = None
-    """Split of a TFDS data set, or a slice of one, such as train[90%:]; `validation`, or else `test`, if not given."""
+    """Split of a TFDS data set, or a slice of one, such as train[90%:]; if not set, `validation`, or else `test`."""
     workers: int | None = None
-    """Decoding threads; one for each core if not given."""
+    """Number of decoding threads; one per core if not set."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping it."""
     ignore_class_names: bool = False
-    """Evaluate by index although the weight file names other classes than the data."""
+    """Match classes by index even if the weight file and the data name them differently."""
     report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Write a report into this folder: per-class accuracy, confusion matrix, every prediction, the worst mistakes."""
-    options: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
+    options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight file")] = (
+        dataclasses.field(default_factory=WeightsOptions)
+    )
 
 
 def evaluate_file(arguments: Arguments) -> Evaluation:
-    """Load, fuse if asked to, and evaluate.
+    """Load a weight file, fuse it if the deploy form is requested, and evaluate it.
 
     Raises:
-      ConfigError: a size that is not positive, a crop fraction outside of 0 to 1.
-      WeightsError: unreadable or unfitting weights, or deploy weights asked for in training form.
-      DataError: unreadable data, or data of other classes.
+      ConfigError: a size is not positive, or a crop fraction is not in 0 to 1.
+      WeightsError: the weights cannot be read or do not fit, or the training form of a deploy file is requested.
+      DataError: the data cannot be read, or have other classes.
       RepVGGError: the report cannot be written.
     """
     for option, value in (
@@ -237,7 +246,7 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
 def _predictor(
     model: rv.RepVGG | rv.QuantizedNet, variables: Mapping[str, Any], batch_size: int, preprocessing: Preprocessing
 ) -> Predictor:
-    """What is deployed: planned, compiled, normalising its images itself."""
+    """Return the compiled predictor of a deploy form, which normalises its images itself."""
     size = preprocessing.image_size
     if isinstance(model, rv.QuantizedNet):
         return rv.make_predictor(None, None, batch_size, size, quantized=model, preprocessing=preprocessing)
@@ -245,7 +254,7 @@ def _predictor(
 
 
 def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.QuantizedNet, Mapping[str, Any]]:
-    """What to evaluate, in the form asked for."""
+    """Return the net and its variables in the requested form."""
     if arguments.form == "train" and info.deploy:
         raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
     expected = expected_variant("--arch", arguments.arch)
@@ -259,12 +268,12 @@ def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.Qu
 
 
 def skipped_line(count: int) -> str:
-    """Say how many images could not be read."""
+    """Return a line with the number of images that could not be read."""
     return f"{count} image{'s' if count > 1 else ''} could not be read and {'were' if count > 1 else 'was'} skipped"
 
 
 def main() -> None:
-    """The command; its last line on stdout is one JSON object."""
+    """Run the command; the last line on stdout is one JSON object."""
     arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
     result = evaluate_file(arguments)
     if result.skipped:

@@ -1,4 +1,4 @@
-"""A run's train step compiled for devices, which need not be here; and the largest batch that fits their memory."""
+"""Compile a run's train step for devices, which need not be present, and find the largest batch that fits them."""
 
 import dataclasses
 import math
@@ -16,22 +16,22 @@ from .state import TrainState
 from .targets import COMPILER_OPTIONS
 
 MAX_COMPILATIONS = 8
-"""That a search for the largest batch may take."""
+"""Most compilations that a search for the largest batch may take."""
 
 CLOSE_ENOUGH = 0.02
-"""A batch that leaves so little of the memory free is taken for the largest, without a look at the ones above it."""
+"""A batch that leaves no more than this share of the memory free counts as the largest; no larger one is tried."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip's memory while it takes a step.
+    """Use of one chip's memory during a step, in bytes.
 
     Attributes:
       state: parameters, BN statistics, the optimizer's state and moving averages.
-      batch: the step's own.
-      prefetched: batches that wait for the steps to come.
+      batch: the step's batch.
+      prefetched: batches of the next steps.
       temporaries: activations, gradients, workspaces.
-      program: the compiled code, where it lies there.
+      program: the compiled code, if it is in this memory.
     """
 
     state: float
@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
@@ -51,11 +51,11 @@ class Compiled:
     """A run's step, compiled for a target.
 
     Attributes:
-      per_chip: images of each chip's share of the batch.
-      peak: bytes that each chip needs; of a step that the compiler could not fit, by its own words, which need not
-        count everything.
-      seconds: that the compilation took.
-      memory, cost: None if the compiler could not fit it.
+      per_chip: images per chip.
+      peak: bytes that each chip needs; if the compiler could not fit the step, as it reports them, which may omit some.
+      seconds: duration of the compilation.
+      memory: None if the compiler could not fit the step.
+      cost: None if the compiler could not fit the step.
     """
 
     per_chip: int
@@ -65,12 +65,12 @@ class Compiled:
     cost: Cost | None = None
 
     def fits(self, usable: float) -> bool:
-        """Whether a chip with so many usable bytes can take it."""
+        """Return whether a chip with `usable` bytes can run the step."""
         return self.memory is not None and self.peak <= usable
 
 
 def with_batch(run: Run, batch_size: int) -> Run:
-    """Return the run at another global batch."""
+    """Return the run with another global batch size."""
     if batch_size == run.recipe.optimizer.batch_size:
         return run
     optimizer = dataclasses.replace(run.recipe.optimizer, batch_size=batch_size)
@@ -78,7 +78,7 @@ def with_batch(run: Run, batch_size: int) -> Run:
 
 
 def compile_step(run: Run, devices: Sequence[Any], platform: str) -> Compiled:
-    """Compile a run's train step for `devices` and read from the result what it costs."""
+    """Compile a run's train step for `devices` and read its cost from the compiled program."""
     per_chip = run.recipe.optimizer.batch_size // len(devices)
     of_batch = tree_bytes(batch_shapes(run, per_chip))
     prefetched = run.recipe.input.prefetch * of_batch
@@ -111,7 +111,6 @@ def compiled_program(run: Run, devices: Sequence[Any], platform: str) -> jax.sta
     Raises:
       JaxRuntimeError: a TPU's compiler cannot fit it into the memory.
     """
-
     batch = batch_shapes(run, run.recipe.optimizer.batch_size // len(devices))
     shapes = shapes_on(len(devices), (state_shapes(run), batch))
     lowered = make_parallel_step(run, devices).lower(*shapes)
@@ -119,17 +118,17 @@ def compiled_program(run: Run, devices: Sequence[Any], platform: str) -> jax.sta
 
 
 def state_shapes(run: Run) -> TrainState:
-    """Return one chip's state without its numbers."""
+    """Return the shapes and dtypes of one chip's state."""
     return jax.eval_shape(lambda: fresh_state(run))
 
 
 def shapes_on(devices: int, tree: Any) -> Any:
-    """Return the shapes of a tree with an axis of so many devices in front."""
+    """Return the shapes of a tree with a leading axis of devices."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype), tree)
 
 
 def tree_bytes(tree: Any) -> float:
-    """Return the bytes of arrays, or of their shapes."""
+    """Return the total bytes of a tree of arrays or of shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -138,27 +137,27 @@ _TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 
 
 def needed_bytes(message: str, given: float = 0) -> float:
-    """Return how much memory a compiler that ran out of it had needed, from its message; 0 if it does not say.
+    """Return the bytes that a compiler would have needed, from its out-of-memory message; 0 if it does not say.
 
     Args:
-      message: of the compiler.
-      given: bytes of the program's arguments, which some messages leave out.
+      message: message of the compiler.
+      given: bytes of the program's arguments, which some messages omit.
     """
-    for pattern, besides in ((_USED, 0), (_TEMPORARIES, given)):
-        found = pattern.search(message)
-        if found is not None:
-            return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")) + besides
+    for pattern, extra in ((_USED, 0), (_TEMPORARIES, given)):
+        match = pattern.search(message)
+        if match is not None:
+            return float(match[1]) * 2 ** (10 * " KMGT".index(match[2] or " ")) + extra
     return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The largest batch that was found to fit.
+    """Result of the search for the largest batch that fits.
 
     Attributes:
-      fitting: at that batch; None if not even the smallest fits.
-      failing: the smallest that does not fit; None if none was met.
-      memory_limit: whether memory is what limits it, and not the number of training images.
+      fitting: step at the largest batch that fits; None if not even the smallest fits.
+      failing: step at the smallest batch that does not fit; None if all fitted.
+      memory_limit: whether memory limits the batch, and not the number of training images.
     """
 
     fitting: Compiled | None
@@ -169,17 +168,17 @@ class Largest:
 def find_largest(
     compiled: Callable[[int], Compiled], asked: Compiled, usable: float, *, step: int, most: int
 ) -> Largest:
-    """Search for the largest share of a batch that a chip can take, to within a sixteenth of it.
+    """Search for the largest number of images per chip that fits, to within a sixteenth of it.
 
-    Memory grows about linearly with the batch: the next one to try lies where the line through two others ends at
-    what is usable, and a compilation says whether that is so.
+    Memory grows about linearly with the batch. The next batch to try is where the line through two tried ones reaches
+    the usable memory; compiling it shows whether it fits.
 
     Args:
-      compiled: compiles the step for so many images a chip.
-      asked: at the batch that was asked for.
-      usable: bytes of a chip.
-      step: images that a share must be a multiple of.
-      most: images that a share can have at most.
+      compiled: function that compiles the step for a number of images per chip.
+      asked: step at the batch size of the recipe.
+      usable: usable bytes per chip.
+      step: number of which the images per chip must be a multiple.
+      most: largest number of images per chip.
     """
     tried = [asked]
     most -= most % step
@@ -193,14 +192,14 @@ def find_largest(
 
 
 def _bounds(tried: Sequence[Compiled], usable: float) -> tuple[Compiled | None, Compiled | None]:
-    """The largest share that fits, and the smallest that does not."""
+    """Return the largest step that fits, and the smallest that does not."""
     low = max((c for c in tried if c.fits(usable)), key=lambda c: c.per_chip, default=None)
     high = min((c for c in tried if not c.fits(usable)), key=lambda c: c.per_chip, default=None)
     return low, high
 
 
 def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) -> int | None:
-    """Images to try next; None if the largest share is known well enough."""
+    """Return the images per chip to try next; None if the largest number is known closely enough."""
     low, high = _bounds(tried, usable)
     if low is not None and low.peak >= (1 - CLOSE_ENOUGH) * usable:
         return None
@@ -208,7 +207,7 @@ def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) 
     images = guess(tried, usable)
     if low and high and _halving_is_due(tried, usable):
         images = (bottom + top) / 2
-    # Round numbers: hardware likes them, and TPUs pad a share to a multiple of 128, so that memory grows in steps.
+    # Round numbers run faster, and TPUs pad the images per chip to a multiple of 128, so memory grows in steps.
     unit = step * 2 ** max(int(math.log2(max((bottom or images) / step / 16, 1))), 0)
     if low and top - bottom <= unit:
         return None
@@ -218,21 +217,21 @@ def _next_share(tried: Sequence[Compiled], usable: float, step: int, most: int) 
 
 
 def _halving_is_due(tried: Sequence[Compiled], usable: float) -> bool:
-    """Whether the last two tries both fitted or both failed: memory does not grow as the line through them says."""
+    """Return whether the last two tries both fitted or both failed, so memory does not follow the line."""
     return len(tried) > 2 and tried[-1].fits(usable) == tried[-2].fits(usable)
 
 
 def guess(tried: Sequence[Compiled], usable: float) -> float:
-    """Return how many images should just fit.
+    """Return the number of images per chip that should just fit.
 
-    The line goes through the largest share that fits and the smallest that does not, or, where there are no such two,
-    through the two that came nearest; of one alone, by proportion.
+    It is on the line through the largest number that fits and the smallest that does not, or else through the two that
+    came nearest to the limit. With one try only, it is proportional.
     """
-    known = sorted((c for c in tried if c.peak > 0), key=lambda c: abs(c.peak - usable))
-    if not known:
+    measured = sorted((c for c in tried if c.peak > 0), key=lambda c: abs(c.peak - usable))
+    if not measured:
         return min(c.per_chip for c in tried) / 2
-    around = [c for c in _bounds(known, usable) if c is not None]
-    a, b = around if len(around) == 2 else (known * 2)[:2]
+    around = [c for c in _bounds(measured, usable) if c is not None]
+    a, b = around if len(around) == 2 else (measured * 2)[:2]
     if a.peak == b.peak:
         return a.per_chip * usable / a.peak
     return a.per_chip + (usable - a.peak) * (b.per_chip - a.per_chip) / (b.peak - a.peak)

@@ -1,4 +1,4 @@
-"""The steps of a run, and what happens between them: rows, evaluations, checkpoints, a stop on request."""
+"""The loop over a run's steps, with logging, evaluation, checkpoints and stops on request."""
 
 import contextlib
 import dataclasses
@@ -28,12 +28,12 @@ from .utilization import peak_flops, training_flops
 from .window import Window
 
 PROFILED_STEPS = range(10, 15)
-"""Steps after the start that `--profile` traces: compilation and warm-up lie before."""
+"""Steps after the start that `--profile` traces, when compilation and warm-up are over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Watchers:
-    """Who hears of a run's progress."""
+    """Receivers of a run's progress: evaluator, log, display, checkpoints and tracker."""
 
     evaluator: Evaluator
     log: MetricsLog | BucketMetricsLog | SilentLog
@@ -43,7 +43,7 @@ class Watchers:
     tracker: Tracker | None = None
 
     def write(self, row: Row, prefix: str) -> None:
-        """One row, to everybody who keeps rows; TensorBoard and the tracker call its numbers `PREFIX/NAME`."""
+        """Write a row to the log and the tracker; TensorBoard and the tracker name its numbers `PREFIX/NAME`."""
         self.log.write(row, prefix)
         if self.tracker is not None:
             self.tracker.write(row, prefix)
@@ -54,11 +54,11 @@ def run_steps(
 ) -> tuple[TrainState, int]:
     """Take the run's steps from `start_step` on.
 
-    Nothing that happens between steps changes the state, so that how often a run is looked at, and where it was
-    interrupted, leave no trace in its result.
+    Nothing between the steps changes the state, so the result does not depend on how often a run is logged and
+    evaluated, or where it was interrupted.
 
     Returns:
-      The state, and the step reached: before the last one if the run was asked to stop. The state is saved.
+      The state, which is saved, and the last step taken; that is an earlier one if the run was asked to stop.
 
     Raises:
       RepVGGError: the loss is not finite, or a checkpoint cannot be written.
@@ -90,7 +90,7 @@ def run_steps(
         if top1 is not None or stop or is_last or step % options.checkpoint_every == 0:
             window.check()
             watchers.check_workdir()
-            watchers.log.flush()  # before the checkpoint: what it leaves out is taken again from there
+            watchers.log.flush()  # before the checkpoint, because steps after it are repeated, but not those before
             watchers.checkpoints.save(state, run.facts, top1)
             window.restart()
         if stop:
@@ -100,12 +100,12 @@ def run_steps(
 
 
 def make_parallel_step(run: Run, devices: Sequence[Any] | None = None) -> Any:
-    """The run's train step on every device, or on `devices`; it takes the state's memory for its result."""
+    """Return the run's train step on all devices, or on `devices`; it reuses the state's memory for its result."""
     return parallel(make_step(run), donate=True, devices=devices)
 
 
 def make_step(run: Run) -> Callable[..., Any]:
-    """The run's train step on one device."""
+    """Return the run's train step on one device."""
     options = run.recipe.optimizer
     mixing = None
     if options.mixup or options.cutmix:
@@ -126,14 +126,14 @@ def make_step(run: Run) -> Callable[..., Any]:
 
 
 def make_window(run: Run) -> Window:
-    """A window that knows what the steps cost and what the devices could do."""
+    """Return a window that can compute the model FLOP utilisation."""
     peak = peak_flops(jax.devices()[0].device_kind, run.recipe.model.dtype)
     cost = training_flops(run.model.variant, run.dataset.train_size, run.dataset.num_classes)
     return Window(run.recipe.optimizer.batch_size, cost, None if peak is None else peak * jax.device_count())
 
 
 def evaluate(run: Run, state: TrainState, step: int, watchers: Watchers) -> float:
-    """Evaluate the trained weights and their moving average; the better top-1."""
+    """Evaluate the trained weights and their moving average, and return the better top-1."""
     results = {form: watchers.evaluator(variables) for form, variables in trained_forms(state).items()}
     for form, result in results.items():
         record_evaluation(result, form, step, step / run.steps_per_epoch, watchers)
@@ -141,7 +141,7 @@ def evaluate(run: Run, state: TrainState, step: int, watchers: Watchers) -> floa
 
 
 def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, watchers: Watchers) -> None:
-    """One evaluation row in the log, one line on the screen."""
+    """Write an evaluation as one row to the log and as one line to the screen."""
     row = {"step": step, "epoch": epoch, "form": form}
     row |= {name: getattr(result, name) for name in ("top1", "top5", "loss", "images")}
     watchers.write(row, f"test_{form}")
@@ -159,7 +159,7 @@ class Trace:
         self._written = contextlib.ExitStack()
 
     def after(self, step: int, metrics: Any) -> None:
-        """Start before the first of them and stop after the last."""
+        """Start the trace before the first of these steps and stop it after the last."""
         done = step - self._start_step
         if done == PROFILED_STEPS.start:
             jax.block_until_ready(metrics)

@@ -1,9 +1,9 @@
-"""Training: `python -m train.main --preset NAME [options]`. The same command again resumes.
+"""Train a net: `python -m train.main --preset NAME [options]`. Repeating the command resumes the run.
 
 recipe -> data set -> batches [devices, per_device, H, W, C] -> train_step -> TrainState -> checkpoints -> weight files.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("train.main", huge_pages=True)
@@ -39,7 +39,7 @@ from .workdir import claimed
 
 
 def main() -> None:
-    """The command; its last line on stdout is one JSON object."""
+    """Run the command; the last line on stdout is one JSON object."""
     recipe = parse()
     if recipe.run.preflight is not None:
         sys.exit(preflight(recipe, recipe.run.preflight))
@@ -50,28 +50,28 @@ def main() -> None:
             raise RepVGGError(
                 f"out of memory ({short(error)}); use a smaller --batch-size, a larger --accumulate, or --remat"
             ) from error
-        if jax.process_count() > 1:  # a collective failed: nobody is left to agree with on an orderly end
+        if jax.process_count() > 1:  # a collective failed, so the processes cannot agree on an orderly end
             cluster.abandon(error)
         raise
     except RepVGGError as error:
-        if jax.process_count() > 1:  # the others wait for this one in a collective: do not wait for them
+        if jax.process_count() > 1:  # the others wait for this one in a collective, so do not wait for them
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(2)
         raise
     if result is None:
-        sys.exit(128 + cluster.stop_signal())  # as a shell reports it
+        sys.exit(128 + cluster.stop_signal())  # the exit status that shells use
     if cluster.is_leader():
         print(json.dumps(result.summary()))
 
 
 def train(recipe: Recipe) -> Result | None:
-    """Train from start, or from the newest checkpoint in the run's workdir, to the end.
+    """Train from the newest checkpoint in the run's workdir, or else from the start, to the end.
 
     Returns:
-      The result, or None if a signal stopped the run (`cluster.Preemption`); its state is saved then.
+      The result, or None if a signal stopped the run (`cluster.Preemption`) after its state was saved.
 
     Raises:
-      RepVGGError: bad options, unreadable data, a workdir that cannot be used, or a loss that is not finite.
+      RepVGGError: an option is invalid, the data cannot be read, the workdir cannot be used, or the loss is not finite.
     """
     cluster.start(recipe.cluster)
     tracked = recipe.run.tracker != "none" and cluster.is_leader()
@@ -105,7 +105,7 @@ def train(recipe: Recipe) -> Result | None:
         if preemption.stopping():
             progress.note(
                 f"{cluster.stop_signal().name}: stopped after step {reached}, state saved; "
-                "the same command again goes on from there"
+                "run the same command again to resume"
             )
             return None
         result = finish(run, state, watchers)
@@ -120,7 +120,7 @@ def train(recipe: Recipe) -> Result | None:
 
 
 def open_log(run: Run, start_step: int, note: Callable[[str], object]) -> MetricsLog | BucketMetricsLog | SilentLog:
-    """Return this process's log, a context manager: of several, the first one alone writes."""
+    """Return this process's log, a context manager; only the first of several processes writes."""
     if not cluster.is_leader():
         return SilentLog()
     finished = start_step == run.total_steps
@@ -130,7 +130,7 @@ def open_log(run: Run, start_step: int, note: Callable[[str], object]) -> Metric
 
 
 def opening_line(run: Run, start_step: int) -> str:
-    """Return what is about to run, in one line."""
+    """Return a one-line description of the run that is about to start."""
     devices, processes = jax.devices(), jax.process_count()
     begin = f"resuming at step {start_step}" if start_step else f"{run.total_steps} steps"
     machines = f" in {processes} processes" if processes > 1 else ""
@@ -142,5 +142,5 @@ def opening_line(run: Run, start_step: int) -> str:
 
 
 def short(error: Exception) -> str:
-    """Return an error's text on one line of bounded length."""
+    """Return an error's text as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and back again for plots."""
+"""A run's metrics: written to metrics.jsonl and TensorBoard events, and read back for plots."""
 
 import json
 import math
@@ -21,10 +21,10 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Place, note: Callable[[str], object] | None = None) -> list[Row]:
-    """Return the rows of a metrics.jsonl; a last line cut short by a crash is left out, and `note` hears of it.
+    """Return the rows of a metrics.jsonl; a last line that a crash cut short is skipped, with a message to `note`.
 
     Raises:
-      RepVGGError: it cannot be read, or a line before the last is not a JSON object with a step.
+      RepVGGError: the file cannot be read, or a line before the last is not a JSON object with a step.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -42,7 +42,7 @@ def read_rows(path: Place, note: Callable[[str], object] | None = None) -> list[
         except ValueError as error:
             if number == len(lines):
                 if note is not None:
-                    note(f"{path}: the last line was cut short and is left out")
+                    note(f"{path}: the last line was cut short and is skipped")
                 break
             raise RepVGGError(f"{path}, line {number} is damaged ({error}); fix or remove that line") from error
     return rows
@@ -53,10 +53,10 @@ class MetricsLog:
 
     Args:
       workdir: folder of the run.
-      start_step: where the run starts or resumes; rows of later steps, left by a run that was killed after its
-        last checkpoint, are dropped, since those steps are taken again.
-      finished: all steps are taken already; the final evaluation, which is made again, is dropped too.
-      note: hears of a last line that was cut short.
+      start_step: step at which the run starts or resumes; rows of later steps, left by a run that was killed after its
+        last checkpoint, are dropped, because those steps are repeated.
+      finished: whether all steps are done; the final evaluation, which is repeated, is then dropped too.
+      note: receives a message about a last line that was cut short.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class MetricsLog:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._workdir = workdir
         with self._written():
-            # Both are written from this thread and at once, so that a full disk is heard of here.
+            # Both are written in this thread and without buffering, so a full disk raises an error here.
             self._file = path.open("ab", buffering=0)
             self._events = EventsWriter(str(workdir / "events"))
-            if start_step:  # TensorBoard forgets the steps from here on
+            if start_step:  # makes TensorBoard discard earlier events of the steps from here on
                 self._add_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
                 self._events.flush()
 
@@ -86,11 +86,11 @@ class MetricsLog:
         """Append one row; TensorBoard shows its numbers as `PREFIX/NAME`.
 
         Raises:
-          RepVGGError: the disk is full, or the folder cannot be written to any more.
+          RepVGGError: the disk is full, or the folder can no longer be written to.
         """
         clean = {name: _rounded(value) for name, value in row.items()}
         with self._written():
-            if not os.fstat(self._file.fileno()).st_nlink:  # somebody has removed the file: the rest goes to a new one
+            if not os.fstat(self._file.fileno()).st_nlink:  # the file was deleted: write the rest to a new one
                 self._file.close()
                 self._file = (self._workdir / "metrics.jsonl").open("ab", buffering=0)
             self._file.write((json.dumps(clean) + "\n").encode())
@@ -100,12 +100,12 @@ class MetricsLog:
             self._events.flush()
 
     def flush(self) -> None:
-        """Do nothing: everything is written already."""
+        """Do nothing, as everything is already written."""
 
     def close(self) -> None:
-        """Close both; everything is written already."""
+        """Close both files."""
         self._file.close()
-        with suppress(OSError):  # what could not be written has been told of
+        with suppress(OSError):  # a failed write has already been reported
             self._events.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -127,16 +127,16 @@ class MetricsLog:
 
 
 class SilentLog:
-    """A log that writes nothing: of several processes, all but the first have this one."""
+    """A log that writes nothing, for all processes except the first."""
 
     def write(self, row: Row, prefix: str) -> None:
-        """Do as `MetricsLog.write`, without a trace."""
+        """Discard a row."""
 
     def flush(self) -> None:
-        """Copy nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """Do nothing."""
 
     def __enter__(self) -> "SilentLog":
         return self
@@ -146,7 +146,7 @@ class SilentLog:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: enough to plot and compare, short enough to read."""
+    """Round a float to six significant digits; return any other value unchanged."""
     if not isinstance(value, float) or not math.isfinite(value) or value == 0:
         return value
     return round(value, 5 - math.floor(math.log10(abs(value))))

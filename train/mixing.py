@@ -1,7 +1,7 @@
 """Mixup and CutMix on the device: pure functions of one device's share of a batch and a key.
 
 Image i is mixed with image N - 1 - i of the same share, and one lambda is drawn for all of them, as in timm and in
-the recipes of RepVGG. Sources: Zhang et al. 2017 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899).
+RepVGG's recipes. Sources: Zhang et al. 2017 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899).
 """
 
 import jax
@@ -18,20 +18,21 @@ def mix(
     cutmix_alpha: float = 0.0,
     cutmix_share: float = 0.5,
 ) -> tuple[Array, Array]:
-    """Mixup or CutMix, whichever of the two is on; where both are, one is drawn.
+    """Apply mixup or CutMix, whichever is on; if both are, one of them is drawn.
 
     Args:
-      key: a `jax.random` key, another one for each step and each device.
-      images: float [N, H, W, C], normalised.
-      targets: float [N, classes], one-hot or smoothed.
-      mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0 is off. Static.
-      cutmix_share: how often it is CutMix where both are on.
+      key: a `jax.random` key, which must differ between steps and devices.
+      images: float `[N, H, W, C]`, normalised.
+      targets: float `[N, classes]`, one-hot or smoothed.
+      mixup_alpha: lambda of mixup is drawn from Beta(alpha, alpha); 0 turns it off. Static.
+      cutmix_alpha: lambda of CutMix is drawn from Beta(alpha, alpha); 0 turns it off. Static.
+      cutmix_share: probability of CutMix if both are on.
 
     Returns:
-      Images and targets of the same shapes and dtypes; each target's sum is what it was.
+      Images and targets of the same shapes and dtypes; each target keeps its sum.
 
     Raises:
-      ValueError: a negative alpha, or images of integers.
+      ValueError: an alpha is negative, or the images are integers.
     """
     if min(mixup_alpha, cutmix_alpha) < 0:
         raise ValueError(f"alphas must be at least 0, got mixup {mixup_alpha} and cutmix {cutmix_alpha}")
@@ -45,7 +46,7 @@ def mix(
     share = jax.random.beta(lambda_key, alpha, alpha)
     drawn = jax.random.uniform(place_key, (2,))
     place = (drawn * jnp.array(images.shape[1:3], drawn.dtype)).astype(jnp.int32)
-    # Not `lax.cond`, for which some backends ask the host: all three are cheap.
+    # Not `lax.cond`, for which some backends involve the host; both are cheap.
     weights = jnp.where(by_cutmix, outside_rectangle(images.shape, share, place), share)
     return blend_with_partner(images, targets, weights)
 
@@ -54,9 +55,9 @@ def outside_rectangle(shape: tuple[int, ...], share: Array | float, center: Arra
     """Return CutMix's weights: 0 inside a rectangle of each image and 1 outside, float32 `[1, H, W, 1]`.
 
     Args:
-      shape: the images', `[N, H, W, C]`.
-      share: lambda: the rectangle has 1 - lambda of the image's area before the image's border cuts it.
-      center: int [2], row and column of the rectangle's middle.
+      shape: shape of the images, `[N, H, W, C]`.
+      share: lambda; the rectangle has 1 - lambda of the image's area, before the image's border clips it.
+      center: int `[2]`, row and column of the rectangle's centre.
     """
     insides = []
     for length, middle in zip(shape[1:3], center, strict=True):
@@ -69,11 +70,11 @@ def outside_rectangle(shape: tuple[int, ...], share: Array | float, center: Arra
 
 
 def blend_with_partner(images: Array, targets: Array, weights: Array | float) -> tuple[Array, Array]:
-    """Return `weights` of every image, pixel by pixel, and the rest of its partner's; targets by the weights' mean.
+    """Return the sum of every image times `weights` and its partner times `1 - weights`; targets by the weights' mean.
 
     Args:
-      images: float [N, H, W, C].
-      targets: float [N, classes].
+      images: float `[N, H, W, C]`.
+      targets: float `[N, classes]`.
       weights: in 0..1; one number (mixup's lambda), or `[1, H, W, 1]`.
     """
     weights = jnp.asarray(weights)

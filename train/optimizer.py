@@ -1,4 +1,4 @@
-"""SGD as the recipe runs it: decay before momentum, cosine schedule per step."""
+"""SGD with weight decay before momentum, and a cosine schedule that is updated every step."""
 
 from collections.abc import Callable, Collection
 
@@ -10,11 +10,11 @@ from repvgg_jax.net.variants import Variant
 from .recipe import OptimizerOptions
 
 REFERENCE_BATCH = 256
-"""Global batch that the recipes' learning rates belong to."""
+"""Global batch size that the recipes' learning rates refer to."""
 
 
 def learning_rate_schedule(options: OptimizerOptions, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then a cosine to 0 at the last step.
+    """Return the learning rate by step: linear warm-up from 0, then a cosine to 0 at the last step.
 
     The peak is scaled linearly with the global batch (paper section 4.1: 0.1 at 256).
     """
@@ -27,7 +27,7 @@ def learning_rate_schedule(options: OptimizerOptions, steps_per_epoch: int) -> o
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """True where weight decay falls: convolution and linear kernels, and the identity branch's BN scale."""
+    """Return True for parameters with weight decay: convolution and linear kernels, identity branches' BN scales."""
     return _mask(params, lambda *path: path[-1] == "kernel" or path[-2:] == ("rbr_identity", "scale"))
 
 
@@ -38,15 +38,16 @@ def make_optimizer(
     head_learning_rate: float = 1.0,
     frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """`torch.optim.SGD`: decay is added to the gradient before momentum, the learning rate scales the buffer.
+    """Return the optimizer, which is `torch.optim.SGD`.
 
-    Gradients are clipped to a global norm before that, where `options` asks for it.
+    Weight decay is added to the gradient before momentum, and the learning rate scales the momentum buffer. If
+    `options.clip_norm` is set, gradients are first clipped to that global norm.
 
     Args:
-      options: of the recipe.
+      options: options of the recipe.
       schedule: learning rate by step.
       head_learning_rate: factor on the learning rate of the classifier and the auxiliary heads.
-      frozen: blocks that are held still, as from `frozen_blocks`.
+      frozen: names of blocks that are not updated, from `frozen_blocks`.
     """
     parts = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     parts += [
@@ -62,12 +63,12 @@ def make_optimizer(
 
 
 def frozen_blocks(variant: Variant, count: int) -> frozenset[str]:
-    """Return the names of the blocks in the first `count` of the five stages; RepVGGplus's two halves are one."""
+    """Return the names of the blocks in the first `count` of the five stages; RepVGGplus's two half-stages are one."""
     return frozenset(block.name for block in variant.blocks() if block.stage_number < count)
 
 
 def head_mask(params: optax.Params) -> optax.Params:
-    """True for the classifier and the auxiliary heads."""
+    """Return True for the parameters of the classifier and the auxiliary heads."""
     return _mask(params, lambda *path: path[0] == "linear" or path[0].endswith("_aux"))
 
 

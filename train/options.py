@@ -1,4 +1,4 @@
-"""An option of a run, declared in one place: its value, its limits and, as the string that follows it, its help."""
+"""Declaration of an option in one place: its default and limits; the string after the field is its help text."""
 
 import dataclasses
 import math
@@ -9,21 +9,21 @@ from repvgg_jax.errors import ConfigError
 
 Value = TypeVar("Value")
 Limit = Callable[[str, Any], object]
-"""Takes an option's name and value, and raises a ConfigError unless they go together."""
+"""Takes an option's name and value, and raises a ConfigError if the value is not allowed."""
 
 _LIMITS = "limits"
 
 
 def option(default: Value, *limits: Limit) -> Value:
-    """Return a dataclass field for an option with limits; `check_options` holds values to them."""
+    """Return a dataclass field for an option with limits, which `check_options` checks."""
     return dataclasses.field(default=default, metadata={_LIMITS: limits})
 
 
 def check_options(group: Any) -> None:
-    """Hold every option of a dataclass to its limits. None, where an option may be left out, has none.
+    """Check every option of a dataclass against its limits; None (an option that is not set) passes.
 
     Raises:
-      ConfigError: names the option, its value and what it must be.
+      ConfigError: an option is invalid; the message names it, its value and the limit.
     """
     for field in dataclasses.fields(group):
         name, value = option_name(field.name), getattr(group, field.name)
@@ -36,12 +36,12 @@ def check_options(group: Any) -> None:
 
 
 def option_name(field: str) -> str:
-    """Return what a field is called on the command line."""
+    """Return a field's name on the command line."""
     return f"--{field.replace('_', '-')}"
 
 
 def must(sentence: str, holds: Callable[[Any], bool]) -> Limit:
-    """Return the limit that `OPTION must SENTENCE`."""
+    """Return a limit whose error message says that `OPTION must SENTENCE`."""
 
     def limit(name: str, value: Any) -> None:
         if not holds(value):
@@ -52,23 +52,23 @@ def must(sentence: str, holds: Callable[[Any], bool]) -> Limit:
 
 
 def at_least(least: float) -> Limit:
-    """Return the limit of a number that must not be smaller."""
+    """Return a limit that refuses numbers below `least`."""
     return must(f"be at least {least}", lambda value: value >= least)
 
 
 def at_most(most: float) -> Limit:
-    """Return the limit of a number that must not be larger."""
+    """Return a limit that refuses numbers above `most`."""
     return must(f"be at most {most}", lambda value: value <= most)
 
 
 def below(end: int) -> Limit:
-    """Return the limit of a number that must be smaller."""
+    """Return a limit that refuses numbers of `end` or more."""
     shown = f"2^{end.bit_length() - 1}" if end > 2**32 else end
     return must(f"be below {shown}", lambda value: value < end)
 
 
 def between(least: float, most: float) -> Limit:
-    """Return the limit of a number, or of every number of several, that must lie in a range with both its ends."""
+    """Return a limit that refuses numbers, one or several, outside of `least` to `most` (inclusive)."""
 
     def holds(value: Any) -> bool:
         return all(least <= number <= most for number in (value if isinstance(value, tuple) else (value,)))
@@ -77,5 +77,5 @@ def between(least: float, most: float) -> Limit:
 
 
 def one_of(choices: Collection[str]) -> Limit:
-    """Return the limit of a name."""
+    """Return a limit that refuses names not among `choices`."""
     return must(f"be one of {', '.join(choices)}", lambda value: value in choices)

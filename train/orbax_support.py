@@ -1,4 +1,4 @@
-"""What orbax needs to serve as `Checkpoints` wants it: any folder name, and its messages where a user reads them."""
+"""Support for orbax in `Checkpoints`: folders with any name, and its messages in the run's log."""
 
 import contextlib
 import logging
@@ -13,22 +13,22 @@ from repvgg_jax.weights.training_run import without_late_failures
 
 
 class LiteralPath(type(epath.Path())):
-    """A path whose `glob` takes the pattern alone for a pattern.
+    """A path whose `glob` interprets only the pattern.
 
-    etils's own takes the folder's name for one too, and so finds nothing below `lr=[0.1]`.
+    etils's `glob` also interprets the folder's name as a pattern, and so finds nothing below `lr=[0.1]`.
     """
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
-        """Yield what matches `pattern` in this folder."""
+        """Yield the paths in this folder that match `pattern`."""
         for match in Path(self).glob(pattern):
             yield type(self)(match)
 
 
 def check_folder_name(option: str, folder: Path) -> None:
-    """Refuse a folder that tensorstore or etils would take for another one.
+    """Refuse a folder whose name tensorstore or etils would misread.
 
     Raises:
-      ConfigError: a part of its path ends with a colon or, where that separates nothing, holds a backslash.
+      ConfigError: a part of its path ends with a colon or, unless it is a path separator, contains a backslash.
     """
     for part in folder.absolute().parts[1:]:
         if part.endswith(":") or ("\\" in part and os.sep != "\\"):
@@ -37,7 +37,7 @@ def check_folder_name(option: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
-    """Give orbax's warnings to `note`, a line each, and leave out the tracebacks of what it raises as well."""
+    """Pass orbax's warnings to `note`, one line each, without the tracebacks of exceptions that it also raises."""
     logger = logging.getLogger("absl")
 
     def passed_on(record: logging.LogRecord) -> bool:
@@ -51,7 +51,7 @@ def orbax_messages(note: Callable[[str], None]) -> Iterator[None]:
         logger.removeFilter(passed_on)
 
 
-# Most checkpoints are written without an evaluation; a slow disk shows in the images per second.
+# Most checkpoints are written without an evaluation, and a slow disk is visible in the images per second.
 _ROUTINE = ("did not provide metrics", "Waiting for previous save to complete")
 
 

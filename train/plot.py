@@ -1,6 +1,6 @@
-"""Curves of runs as a picture: `python -m train.plot RUN…`."""
+"""Plot the curves of runs: `python -m train.plot RUN…`."""
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("train.plot")
@@ -21,18 +21,18 @@ from .metrics import Row, read_rows
 
 
 def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
-    """Draw loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` into one picture.
+    """Plot loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` in one picture.
 
     Args:
-      workdirs: folders of runs; of several, those that are none are left out with a warning.
-      path: the picture; its suffix chooses the format, `.png` is appended where there is none.
+      workdirs: folders of runs; if there are several, folders without a run are skipped with a warning.
+      path: the picture; its suffix determines the format, and `.png` is appended if there is none.
 
     Returns:
       The picture's path.
 
     Raises:
       DataError: no folder has a metrics.jsonl, or one of them is damaged.
-      ConfigError: no picture format has this suffix.
+      ConfigError: the suffix is not that of a picture format.
       RepVGGError: the picture cannot be written.
     """
     path = path if path.suffix else path.with_name(f"{path.name}.png")
@@ -42,7 +42,7 @@ def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
         raise ConfigError(f"{path}: no picture format is called {path.suffix}; choose one of {suffixes}")
     check_target(path)
     runs = _read_runs(workdirs)
-    # Not by pyplot: a process that draws for itself has chosen a backend for that.
+    # Not with pyplot, whose backend is the caller's choice.
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
     loss, accuracy, rate = panels
@@ -51,7 +51,7 @@ def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
         tested = [row for row in rows if row.get("form") == "train"]
         averaged = [row for row in rows if row.get("form") == "ema"]
         one = len(runs) == 1
-        # One run: training and test in two colours. Several: a colour a run, dots for test.
+        # One run: training and test in two colours. Several: one colour per run, dots for test.
         color, test_color = ("tab:blue", "tab:orange") if one else (f"C{number}", f"C{number}")
         name = "training (augmented)" if one else workdir.name
         test_name = "test" if one else None
@@ -88,10 +88,10 @@ def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
 
 
 def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
-    """Folders and rows of those that are runs.
+    """Return the folders that hold runs, with their rows.
 
     Raises:
-      DataError: none is, or a row lacks one of its numbers.
+      DataError: no folder holds a run, or a row lacks one of its numbers.
     """
     with system_errors(DataError, "cannot read a run"):
         is_run = {workdir: (workdir / "metrics.jsonl").is_file() for workdir in workdirs}
@@ -102,7 +102,7 @@ def _read_runs(workdirs: Sequence[Place]) -> list[tuple[Place, list[Row]]]:
     runs = []
     for workdir in workdirs:
         if not is_run[workdir]:
-            _warn(f"{workdir} holds no metrics.jsonl and is left out")
+            _warn(f"{workdir} holds no metrics.jsonl and is skipped")
             continue
         path = workdir / "metrics.jsonl"
         rows = read_rows(path, _warn)
@@ -125,16 +125,16 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Draw the curves of one run, or of several side by side."""
+    """Plot the loss, accuracy and learning rate of one run, or of several for comparison."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of runs."""
     out: str = "curves.png"
-    """The picture to write: .png, .pdf, .svg, …"""
+    """Picture to write; its suffix determines the format: .png, .pdf, .svg, …"""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = tyro.cli(Arguments, prog="python -m train.plot")
     if not arguments.runs:
         raise DataError("no run given; name the folder of a run of train.main")

@@ -1,7 +1,7 @@
-"""A rehearsal of a run on machines that are not here: the run's own train step, compiled for them.
+"""Check of a run for a machine that is not at hand: its train step is compiled for that machine.
 
-It says whether the run fits their memory, what a step costs, and how fast they could take it at best. Nothing is run,
-no data are read and nothing is written.
+This shows whether the run fits the machine's memory, the cost of a step, and an upper limit of its speed. Nothing is
+run, no data are read and nothing is written.
 """
 
 import json
@@ -16,13 +16,13 @@ from .targets import compile_devices, find_target, prepare
 
 
 def preflight(recipe: Recipe, name: str) -> int:
-    """Compile the run for a target and print what there is to say; the last line on stdout is one JSON object.
+    """Compile the run for a target and print a report; the last line on stdout is one JSON object.
 
     Returns:
       The exit status: 0 if it fits, 1 if it does not.
 
     Raises:
-      RepVGGError: there is no such target, no compiler for it, or the run's options are wrong.
+      RepVGGError: there is no such target, its compiler is not installed, or the run's options are invalid.
     """
     target = find_target(name)
     usable = target.usable
@@ -32,7 +32,7 @@ def preflight(recipe: Recipe, name: str) -> int:
     per_device_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate, len(devices))
 
     def compiled(per_chip: int) -> Compiled:
-        note = f"compiling for {len(devices)} {devices[0].device_kind}, {per_chip} images each; this takes minutes"
+        note = f"compiling for {len(devices)} x {devices[0].device_kind}, {per_chip} images each; this takes minutes"
         print(note, file=sys.stderr, flush=True)
         return compile_step(with_batch(run, per_chip * len(devices)), devices, target.family.platform)
 

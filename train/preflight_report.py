@@ -1,4 +1,4 @@
-"""What `preflight` has found out, for people and as JSON."""
+"""Report of `preflight`, as a table and as JSON."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from .targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `preflight` has found out.
+    """Results of `preflight`.
 
     Attributes:
-      target: what was compiled for.
-      chips: how many.
-      recipe: of the run.
-      asked: at the batch that was asked for.
-      largest: None if nobody wants to know.
+      target: machine that the step was compiled for.
+      chips: number of its chips.
+      recipe: recipe of the run.
+      asked: step at the batch size of the recipe.
+      largest: largest batch that fits; None if it was not searched for.
     """
 
     target: Target
@@ -33,7 +33,7 @@ class Report:
     largest: Largest | None
 
     def summary(self) -> Mapping[str, Any]:
-        """Return it as JSON has it; figures of a step that could not be compiled are null."""
+        """Return the report as a JSON object; figures of a step that could not be compiled are null."""
         asked, cost = self.asked, self.asked.cost
         assert self.target.chip.hbm is not None
         limits = None if cost is None else self._roofline(cost)
@@ -59,11 +59,11 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """Return it for people."""
+        """Return the report as lines of a table."""
         asked, chip = self.asked, self.target.chip
         assert chip.hbm is not None
         fits, usable = asked.fits(self.target.usable), self.target.usable
-        needs = f"{_gib(asked.peak)} GiB" if asked.peak else "more than there is"
+        needs = f"{_gib(asked.peak)} GiB" if asked.peak else "more than the chip has"
         verdict = "fits" if fits else "DOES NOT FIT"
         rows = [
             ("target", f"{self.target.name}: {self.chips} chips ({self.target.family.chip})"),
@@ -79,11 +79,11 @@ class Report:
 
     def _memory_rows(self, asked: Compiled) -> list[tuple[str, str]]:
         if asked.memory is None:
-            return [("", "by the word of the compiler, which gave up")]
+            return [("", "as reported by the compiler, which could not make it fit")]
         ahead = self.recipe.input.prefetch
         names = {
             "state": "weights, BN statistics, optimizer, averages",
-            "batch": "the step's own images and labels",
+            "batch": "images and labels of the step",
             "prefetched": f"{ahead} more {'batch' if ahead == 1 else 'batches'} (--prefetch)",
             "temporaries": "activations, gradients, workspaces",
             "program": "compiled code",
@@ -103,25 +103,25 @@ class Report:
         links = f"{chip.link / 1e9:.4g} GB/s" + (f", {(chip.network or 0) / 1e9:.4g} between nodes" if far else "")
         network = f"{int(cost.collectives)}, {cost.collective_bytes / 1e9:.3f} GB"
         return [
-            ("arithmetic", f"{cost.flops / 1e12:.3f} TFLOP a step and chip: {_ms(limits.compute)} at {peak}"),
+            ("arithmetic", f"{cost.flops / 1e12:.3f} TFLOP per step and chip: {_ms(limits.compute)} at {peak}"),
             (
                 "memory traffic",
-                f"{cost.traffic / 1e9:.2f} GB a step and chip: {_ms(limits.memory)} at "
+                f"{cost.traffic / 1e9:.2f} GB per step and chip: {_ms(limits.memory)} at "
                 f"{chip.hbm_bandwidth / 1e9:.4g} GB/s",
             ),
-            ("collectives", f"{network} a step and chip: {_ms(limits.network)} at {links}"),
+            ("collectives", f"{network} per step and chip: {_ms(limits.network)} at {links}"),
             ("bound", limits.bound),
             ("roofline", f"{self._batch(asked) / limits.seconds:.0f} images/s at most, on all chips together"),
         ]
 
     def _largest(self, largest: Largest) -> str:
         if largest.fitting is None:
-            return "not even one image on each chip fits" if self._one_failed(largest) else "none found that fits"
+            return "not even one image per chip fits" if self._one_failed(largest) else "no batch that fits was found"
         size = f"{self._batch(largest.fitting)}, {largest.fitting.per_chip} on each chip, " + (
-            f"{_gib(largest.fitting.peak)} GiB, compiled too"
+            f"{_gib(largest.fitting.peak)} GiB, compiled to check"
         )
         if not largest.memory_limit:
-            return f"{size}; the training split has no more images"
+            return f"{size}; limited by the number of training images"
         return size + (f"; {self._batch(largest.failing)} does not fit" if largest.failing else "")
 
     def _one_failed(self, largest: Largest) -> bool:

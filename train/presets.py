@@ -1,4 +1,4 @@
-"""The recipes that have a name, and `parse`: a recipe from one of them and what a command line says otherwise.
+"""Named recipes, and `parse`, which builds a recipe from one of them and the command line.
 
 Sources: paper section 4.1 and the authors' repository (`imagenet_120`, `imagenet_200`, `plus_300`).
 """
@@ -20,7 +20,7 @@ _IMAGENET = InputOptions(data="imagenet2012")
 
 
 def _prepared_as(name: str) -> InputOptions:
-    """Options for a data set of the table whose images may lie in a folder too, which has no row of its own."""
+    """Return a data set's options from the table, to apply them to its images in a folder too, which has no row."""
     row = DATA_SETS[name]
     return InputOptions(
         data=name,
@@ -34,7 +34,7 @@ def _prepared_as(name: str) -> InputOptions:
 
 
 PRESETS: dict[str, Recipe] = {
-    # Real 8x8 scans, minutes on a laptop: the demo.
+    # The demo: real 8x8 scans, minutes on a laptop.
     "digits": Recipe(
         model=ModelOptions("RepVGG-A0"),
         input=InputOptions(data="digits", image_size=32, test_image_size=32),
@@ -43,7 +43,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         run=RunOptions(log_every=22, evaluate_every=5, checkpoint_every=110),
     ),
-    # Photographs of 32 pixels, on a net of 1.3 M parameters in deploy form: an hour on two cores (docs/experiments.md).
+    # Photographs of 32 pixels, a net of 1.3 M parameters in deploy form; an hour on two cores (docs/experiments.md).
     "cifar10": Recipe(
         model=ModelOptions(
             "RepVGG-A0", num_blocks=(3, 4, 2, 1), widths=(32, 64, 128, 160, 192), strides=(1, 2, 2, 2, 1)
@@ -83,13 +83,13 @@ PRESETS: dict[str, Recipe] = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> Recipe:
-    """Return the recipe that command-line `arguments` (`sys.argv[1:]` if None) ask for.
+    """Return the recipe that command-line `arguments` (`sys.argv[1:]` if None) describe.
 
-    Exits with status 2 and a message on stderr when they cannot be understood.
+    Exits with status 2 and a message on stderr if they cannot be parsed.
 
     Raises:
-      ConfigError: no preset is named, or they are understood but make no sense.
-      UnknownModelError: no such variant.
+      ConfigError: no preset is named, or an option's value is invalid.
+      UnknownModelError: there is no such variant.
     """
     import tyro  # here, so that recipes can be read where only JAX is installed
 
@@ -104,10 +104,10 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
         preset: Annotated[str, tyro.conf.arg(metavar=f"{{{names.replace(' ', '')}}}", help=_PRESET_HELP)]
-        recipe: Recipe
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")]
 
-    base = PRESETS[preset or "digits"]  # the preset decides every other option's default
-    if _has(arguments, "--model"):  # another net than the preset's, whose depth, widths and stem are not this one's
+    base = PRESETS[preset or "digits"]  # the preset determines the defaults of all other options
+    if _has(arguments, "--model"):  # the preset's depth, widths and stem are for its own net
         base = dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, num_blocks=None, widths=None),
@@ -116,7 +116,10 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     chosen = tyro.cli(
         CommandLine,
         prog="python -m train.main",
-        description="Train a RepVGG, evaluate it in both forms, write final.safetensors and deploy.safetensors.",
+        description=(
+            "Train a RepVGG net, evaluate its training and deploy forms, and write them to final.safetensors and "
+            "deploy.safetensors. Run the same command again to resume an interrupted run."
+        ),
         default=CommandLine(preset or tyro.MISSING, base),
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
@@ -131,16 +134,16 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     return recipe
 
 
-_PRESET_HELP = "Recipe to start from; every option below changes one number of it."
+_PRESET_HELP = "Recipe to start from. Each option below overrides one of its values, which are shown as the defaults."
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:
-    """Whether one of these options is among the arguments; tyro takes underscores for hyphens."""
+    """Return whether one of these options is among the arguments; tyro accepts underscores for hyphens."""
     return any(argument.partition("=")[0].replace("_", "-") in options for argument in arguments)
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """The value of an option; None if it is missing."""
+    """Return the value of an option; None if it is missing."""
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == option:
@@ -149,7 +152,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _suffix(options: ModelOptions, preset: ModelOptions) -> str:
-    """What a run's folder is called besides the preset: the variant, or the file that describes it."""
+    """Return the suffix of a run's default folder: the variant's name, or that of the file that defines it."""
     numbers = (options.num_blocks, options.widths)
     if numbers != (None, None):
         return "" if numbers == (preset.num_blocks, preset.widths) else "-custom"
@@ -157,12 +160,12 @@ def _suffix(options: ModelOptions, preset: ModelOptions) -> str:
 
 
 def _fitting_warmup(options: OptimizerOptions, preset: OptimizerOptions) -> OptimizerOptions:
-    """`options` with the preset's warm-up, shortened to its share of the preset's epochs where it does not fit."""
+    """Shorten the preset's warm-up to the same share of the epochs if it does not fit into them."""
     if not 1 <= options.epochs <= options.warmup_epochs:
         return options
     warmup = round(preset.warmup_epochs / preset.epochs * options.epochs, 4)
     print(
-        f"note: the preset's {preset.warmup_epochs:g} epochs of warm-up do not fit into {options.epochs}; "
+        f"note: the preset's {preset.warmup_epochs:g} warm-up epochs do not fit into {options.epochs} epochs; "
         f"shortened to {warmup:g}",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a live bar on a terminal, plain lines elsewhere."""
+"""Display of a run's progress: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ class RunProgress:
     """A context manager that shows step, loss, accuracy, images/s and time left.
 
     Args:
-      total_steps: where the run ends.
-      steps_per_epoch: to name the epoch.
-      shown: whether to print at all; of several processes one does.
+      total_steps: last step of the run.
+      steps_per_epoch: number of steps per epoch, to compute the epoch.
+      shown: whether to print at all; only one of several processes does.
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int, *, shown: bool = True):
@@ -40,7 +40,7 @@ class RunProgress:
         self._task = self._bar.add_task("train", total=total_steps, epoch=0, text="compiling …")
 
     def start(self, step: int) -> None:
-        """The run starts, or resumes, at `step`."""
+        """Begin at `step`, where the run starts or resumes."""
         self._start_step, self._start_time = step, time.monotonic()
         self._bar.reset(self._task, total=self._total, completed=step, epoch=0, text="compiling …")
 
@@ -55,7 +55,7 @@ class RunProgress:
         self._on_exit.close()
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Show that `step` steps are done."""
         epoch = (step - 1) // self._steps_per_epoch + 1
         self._bar.update(self._task, completed=step, epoch=epoch)
 
@@ -73,24 +73,24 @@ class RunProgress:
             self.note(f"epoch {row['epoch']:.1f}  step {row['step']}/{self._total}  {text}  {duration(left)} left")
 
     def note(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the bar."""
         self._console.print(line, markup=False)
         if sys.stdout is not None:  # closed by the shell
             sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """`95` -> `1:35`, `3700` -> `1:01:40`."""
+    """Format seconds: `95` -> `1:35`, `3700` -> `1:01:40`."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 class _Console(Console):
-    """A console that does not end a run whose reader has gone while it was asked to stop: Ctrl-C stops `tee` too."""
+    """A console that tolerates a broken pipe while a run is being stopped, since Ctrl-C also stops `tee`."""
 
     def on_broken_pipe(self) -> None:
-        """End the process, or print no more."""
+        """End the process, unless a stop was requested; then print no more."""
         time.sleep(0.2)  # the same Ctrl-C may be on its way
         try:
             super().on_broken_pipe()
@@ -100,5 +100,5 @@ class _Console(Console):
 
 
 def _show_cursor() -> None:
-    """What the bar does at its end; not through its console, whose lock the main thread may hold."""
+    """Show the cursor again, as the bar does at its end, but without its console's lock, which may be held."""
     os.write(1, b"\n\x1b[?25h")

@@ -1,6 +1,6 @@
-"""Everything that a training run can be asked for, as one frozen tree; `presets.py` has values of it.
+"""All options of a training run, as one frozen tree of dataclasses; `presets.py` holds instances of it.
 
-An option is one field: its value, its limits, and its help in the string that follows.
+An option is one field with its default and limits; the string after it is its help text.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from .data.transforms import TRANSFORMS
 from .options import Limit, at_least, at_most, below, between, check_options, must, one_of, option
 
 MAX_CROP_SIZE = 4096
-"""Largest side of a run's crops, pixels: one image of A0 takes gigabytes then. Predictions, which need less, have
-`MAX_IMAGE_SIZE` of `weights/info.py`."""
+"""Largest side of a run's crops, pixels, at which one image of A0 takes gigabytes. Predictions need less memory; their
+limit is `MAX_IMAGE_SIZE` of `weights/info.py`."""
 
 _crop_size = (at_least(1), at_most(MAX_CROP_SIZE))
 _share = must("be above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -36,57 +36,57 @@ def _numbers(count: int) -> Limit:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """What is trained."""
+    """The network to train. An option with the value None keeps the setting of --model."""
 
     model: str = "RepVGG-A0"
-    """Variant, one of `rv.list_models()`; or a file for the architecture: NET.json with a variant's fields, or any
-    weight file."""
+    """Variant, one of `rv.list_models()`, or a file with the architecture: NET.json or any weight file.
+    NET.json holds a variant's fields."""
     num_blocks: tuple[int, ...] | None = option(None, _numbers(4), between(1, 999))
-    """Blocks of stages 1 to 4, such as 2 4 14 1; the model's own if not given."""
+    """Number of blocks in stages 1 to 4, such as 2 4 14 1."""
     widths: tuple[int, ...] | None = option(None, _numbers(5), between(1, 99999))
-    """Output channels of stages 0 to 4, such as 48 48 96 192 1280; the model's own if not given."""
+    """Output channels of stages 0 to 4, such as 48 48 96 192 1280."""
     strides: tuple[int, ...] | None = option(None, _numbers(5), between(1, 2))
-    """Strides of stages 0 to 4, such as 1 1 2 2 2 for images as small as 32x32; the model's own if not given."""
+    """Strides of stages 0 to 4, such as 1 1 2 2 2 for images as small as 32x32."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
     remat: bool = False
-    """Recompute activations in the backward pass: less memory, more compute."""
+    """Recompute activations in the backward pass, which saves memory and costs compute."""
     block: BlockKind | None = None
-    """Training form's block: RepVGG's, or QARepVGG's for INT8; the model's own if not given."""
+    """Block of the training form: RepVGG's, or QARepVGG's, which suits INT8."""
     dense_copies: int = option(1, at_least(1), at_most(MAX_DENSE_COPIES))
-    """3x3 branches in each block (MobileOne)."""
+    """Number of 3x3 branches per block (MobileOne)."""
     dbb_1x1_3x3: bool = False
-    """A branch of 1x1 and 3x3 convolution in each block (Diverse Branch Block)."""
+    """Add a branch with a 1x1 and a 3x3 convolution to each block (Diverse Branch Block)."""
     dbb_1x1_avg: bool = False
-    """A branch of 1x1 convolution and average pooling in each block (Diverse Branch Block)."""
+    """Add a branch with a 1x1 convolution and average pooling to each block (Diverse Branch Block)."""
     strips: bool = False
-    """A branch of 1x3 and one of 3x1 convolution in each block (ACNet)."""
+    """Add a branch with a 1x3 and one with a 3x1 convolution to each block (ACNet)."""
     point: bool = True
-    """RepVGG's 1x1 branch."""
+    """Keep RepVGG's 1x1 branch."""
     identity: bool = True
-    """RepVGG's identity branch."""
+    """Keep RepVGG's identity branch."""
     activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] | None = None
-    """What follows each block's sum; the model's own if not given."""
+    """Activation after each block's sum."""
     stem_stride: Literal[1, 2] | None = None
-    """Stride of stage 0 alone, whatever --strides says."""
+    """Stride of stage 0; overrides the first value of --strides."""
     epsilon: float | None = option(None, must("be above 0 and below 1", lambda value: 0 < value < 1))
-    """What BatchNorm adds to the variance; that of a native --init file if not given, else the model's own, 1e-5."""
+    """Epsilon that BatchNorm adds to the variance; if not set, a native --init file's, or else the model's (1e-5)."""
     dropout: float = option(0.0, at_least(0), below(1))
-    """Share of the pooled features dropped before the classifier."""
+    """Dropout rate of the pooled features before the classifier."""
     quantization: Literal["none", "qat"] = "none"
-    """qat: train the deployed INT8 net itself, starting from the finished training of --init."""
+    """qat: train the deployed INT8 net itself (quantisation-aware training), starting from the trained --init."""
 
     @property
     def branches(self) -> Branches:
-        """What the options make of RepVGG's own branches."""
+        """Branches of each block that the options above select."""
         return Branches(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Branches)})
 
     @functools.cached_property
     def variant(self) -> Variant:
-        """The architecture: that of `model`, with what the other options change of it.
+        """Architecture of `model`, with the changes that the other options make.
 
         Raises:
-          RepVGGError: there is no such model, its file cannot be read, or the numbers make no network.
+          RepVGGError: there is no such model, its file cannot be read, or the numbers do not make a network.
         """
         named = find_variant("--model", self.model)
         changes: dict[str, Any] = {
@@ -111,132 +111,141 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class InputOptions:
-    """What it is trained on. What the data set's row in `data/datasets.py` says is its own, unless it is given here."""
+    """The images to train and evaluate on. None stands for the data set's value, unless the option says otherwise."""
 
     data: str = option("digits", local_path)
-    """A TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    """Data set: a TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
     data_dir: str | None = option(None, option_place)
-    """Where TFDS keeps its data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given."""
+    """Folder of the TFDS data sets; if not set, $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
     train_split: str | None = None
-    """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not given."""
+    """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not set."""
     test_split: str | None = None
-    """Evaluation split, such as train[90%:]; `validation`, or else `test`, if not given."""
+    """Evaluation split, such as train[90%:]; if not set, `validation`, or else `test`."""
     image_size: int | None = option(None, *_crop_size)
-    """Side of the training crops, pixels, whatever the variant: the data set's own if not given, 224 for photographs.
-    The authors too train RepVGG-D2se at 224 and evaluate it at 320."""
+    """Side of the training crops, pixels, for every variant; 224 for photographs.
+    The authors, too, train RepVGG-D2se at 224 and evaluate it at 320."""
     test_image_size: int | None = option(None, *_crop_size)
-    """Side of the evaluation crops, pixels; the data set's own, or else the variant's published one, if not given."""
+    """Side of the evaluation crops, pixels; if not set, the data set's, or else the variant's published size."""
     crop_fraction: float | None = option(None, _share)
-    """Share of the resized shorter side that an evaluation crop keeps; if not given, the data set's own (1 for digits
-    and synthetic images), or else the variant's published one."""
+    """Share of the resized shorter side that an evaluation crop keeps.
+    If not set, the data set's (1 for digits and synthetic images), or else the variant's published value."""
     mean: tuple[float, ...] | None = option(None, _rgb)
-    """Mean of each colour, for pixel values in 0..1; the data set's own if not given, ImageNet's for photographs."""
+    """Mean of each colour channel, for pixel values in 0..1; ImageNet's for photographs."""
     std: tuple[float, ...] | None = option(None, _rgb, must("be positive", lambda value: min(value) > 0))
-    """Standard deviation of each colour."""
+    """Standard deviation of each colour channel, for pixel values in 0..1; ImageNet's for photographs."""
     train_transform: str | None = option(None, one_of(TRANSFORMS))
-    """What brings a training image to its size: random_resized_crop_flip, pad_and_crop_flip, random_affine or as_is;
-    the data set's own if not given."""
+    """Transform that crops or resizes a training image to the input size.
+    One of random_resized_crop_flip, pad_and_crop_flip, random_affine and as_is."""
     workers: int | None = option(None, at_least(1))
-    """Images decoded at a time, by a thread each; one for each core if not given. Results do not depend on it."""
+    """Number of decoding threads; one per core if not set. Results do not depend on it."""
     worker_processes: int | None = option(None, at_least(1))
-    """Processes that have these threads; 1: the run's own; if not given, one for every 8 workers, from 16 workers on.
-    Evaluation is left to threads. Results do not depend on it."""
+    """Processes that share the decoding threads; 1 keeps them in the run's own process.
+    If not set, one process per 8 workers if there are at least 16 workers, or else 1.
+    Evaluation uses threads only. Results do not depend on this option."""
     strict: bool = False
     """Stop at an unreadable image instead of skipping and counting it."""
     prefetch: int = option(2, at_least(1))
-    """Batches copied to the devices ahead of the step that needs them."""
+    """Number of batches copied to the devices ahead of the step that needs them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """How it is trained: SGD on a cosine schedule, per step."""
+    """SGD with a cosine schedule, updated every step."""
 
     epochs: int = option(120, at_least(1))
     """Passes over the training split."""
     batch_size: int = option(256, at_least(1))
-    """Global batch, over all devices of all processes."""
+    """Global batch size, over all devices of all processes."""
     accumulate: int = option(1, at_least(1))
-    """Portions that each device walks its share of the batch in, to save memory; gradients are averaged over them."""
+    """Portions into which each device splits its share of the batch to save memory; their gradients are averaged."""
     learning_rate: float = option(0.1, at_least(0))
-    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch size."""
     momentum: float = option(0.9, at_least(0), below(1))
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Use Nesterov momentum."""
     weight_decay: float = option(1e-4, at_least(0))
-    """On convolution and linear kernels and on rbr_identity's BN weight, nothing else."""
+    """Weight decay of convolution and linear kernels and of rbr_identity's BN weight, but of nothing else."""
     warmup_epochs: float = option(0.0, at_least(0))
     """Epochs of linear warm-up from 0 before the cosine."""
     label_smoothing: float = option(0.0, at_least(0), below(1))
+    """Share of the target that is spread evenly over all classes."""
     mixup: float = option(0.0, at_least(0))
-    """Mixup's alpha; 0 is off. With CutMix on too, each is drawn half the time."""
+    """Mixup's alpha; 0 turns it off. If CutMix is on too, each step draws one of the two with equal probability."""
     cutmix: float = option(0.0, at_least(0))
-    """CutMix's alpha; 0 is off."""
+    """CutMix's alpha; 0 turns it off."""
     auxiliary_weight: float = option(0.1, at_least(0))
     """Weight of each auxiliary head's loss (RepVGGplus)."""
     clip_norm: float = option(0.0, at_least(0))
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Largest global norm of the gradient, which is scaled down to it; 0 turns clipping off."""
     ema_decay: float = option(0.0, at_least(0), below(1))
-    """Decay of the moving average of weights and BN statistics, such as 0.9999; 0 keeps none."""
+    """Decay of the moving average of weights and BN statistics, such as 0.9999; 0 turns the average off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneOptions:
-    """Where it starts, and what of it trains."""
+    """Initial weights, and which parts of the net are trained."""
 
     init: str | None = option(None, weights_path)
-    """Weights to start from: a file in training form, anything that `rv.load_weights` reads, or the name of a variant,
-    for its ImageNet weights; classes other than the data's, in number or by name, give a fresh classifier."""
+    """Initial weights: a training-form file that `rv.load_weights` reads, or a variant's name for its ImageNet weights.
+    If the number or the names of its classes differ from the data's, the classifier is initialised afresh."""
     keep_classifier: bool = False
-    """Keep the classifier of --init though the file names other classes than the data, as many of them."""
+    """Keep the classifier of --init when only the names of its classes differ from the data's, not their number."""
     freeze_stages: int = option(0, at_least(0), at_most(5))
-    """How many of the five stages, from the first, keep their weights and BN statistics."""
+    """Freeze the weights and BN statistics of the first N of the five stages."""
     whiten_stem: bool = False
-    """Compute stage 0 from the training images instead of training it, so that it whitens them: its filters are the
-    principal components of their 3x3 patches. Short trainings reach more. Of --init it is kept as it is there."""
+    """Compute stage 0 from the training images instead of training it, so that it whitens them.
+    Its filters are the principal components of the images' 3x3 patches. Short training runs gain accuracy.
+    With --init, stage 0 is taken from the file and not trained."""
     freeze_bn: bool = False
-    """Use the running BN statistics and leave them alone."""
+    """Normalise with the running BN statistics and do not update them."""
     head_learning_rate: float = option(1.0, at_least(0))
-    """Factor on the classifier's learning rate."""
+    """Factor by which the classifier's learning rate is multiplied."""
 
     @property
     def frozen_stages(self) -> int:
-        """How many stages are not trained."""
+        """Number of stages, from the first, that are not trained."""
         return max(self.freeze_stages, int(self.whiten_stem))
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterOptions:
-    """Which of several processes this is; found in the cluster's environment if none is given."""
+    """Runs with several processes. If none of these is set, they are read from the cluster's environment."""
 
     coordinator_address: str | None = None
     """HOST:PORT of process 0."""
     num_processes: int | None = None
+    """Number of processes of the run."""
     process_id: int | None = None
+    """Index of this process, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where it goes and how often it is looked at."""
+    """Output folder, logging, evaluation and checkpoints."""
 
     workdir: str = option("", option_place)
-    """Folder of the run; runs/PRESET-MODEL if not given (runs/cifar10 for that preset's own net). The same command
-    again resumes it."""
+    """Output folder; if not set, runs/PRESET-MODEL (runs/cifar10 for that preset's own net).
+    Run the same command again to resume the run in this folder."""
     seed: int = option(0, at_least(0), below(2**63))
+    """Seed of everything random: initial weights, order of the images, augmentation, mixup, dropout."""
     log_every: int = option(50, at_least(1))
     """Steps between rows of metrics.jsonl."""
     evaluate_every: int = option(1, at_least(1))
     """Epochs between evaluations."""
     checkpoint_every: int = option(1000, at_least(1))
-    """Steps between checkpoints; one more is written at every evaluation."""
+    """Steps between checkpoints; every evaluation writes one too."""
     keep_checkpoints: int = option(2, at_least(1))
-    """Newest checkpoints to keep; the best one is kept besides."""
+    """Number of newest checkpoints to keep; the best one is always kept."""
     profile: bool = False
     """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
     tracker: Literal["none", "wandb"] = "none"
-    """Who gets the rows of metrics.jsonl besides TensorBoard: wandb, Weights & Biases; the environment says where
-    (WANDB_MODE, WANDB_PROJECT, WANDB_NAME)."""
+    """Tracker that also gets the rows of metrics.jsonl (TensorBoard always does): wandb is Weights & Biases.
+    The environment variables WANDB_MODE, WANDB_PROJECT and WANDB_NAME configure it."""
     preflight: str | None = None
-    """Instead of training, compile this run for machines that are not here, and say whether it fits them: a TPU slice,
-    such as v5e:16x16, or so many GPUs, such as h100:8. Needs no data and writes nothing."""
+    """Instead of training, compile this run for another machine, and report whether it fits into the memory.
+    The machine is a TPU slice, such as v5e:16x16, or a number of GPUs, such as h100:8.
+    Needs no data, and writes nothing."""
     preflight_largest: bool = False
     """With --preflight: also find the largest batch that fits, which takes a few more compilations."""
 
@@ -255,11 +264,11 @@ class Recipe:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what no run can use: options beyond their limits, and those that do not go together.
+    """Check every option's limits and that the options are compatible.
 
     Raises:
-      ConfigError: names the option, its value and what it must be.
-      UnknownModelError: no such variant.
+      ConfigError: an option is invalid; the message names it, its value and the limit.
+      UnknownModelError: there is no such variant.
     """
     for group in dataclasses.fields(recipe):
         check_options(getattr(recipe, group.name))

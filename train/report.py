@@ -1,12 +1,12 @@
-"""A report on one evaluation: `python -m train.evaluate … --report DIR`.
+"""Report on one evaluation: `python -m train.evaluate … --report DIR`.
 
 | file | contents |
 |---|---|
-| `report.json` | accuracy, each class's figures, the most frequent confusions, the most confident mistakes |
-| `per_class.csv` | a row for each class: images, recall (the class's accuracy), precision, F1 |
-| `confusion.csv`, `confusion.png` | counts: a row for each true class, a column for each predicted one |
-| `predictions.csv` | a row for each image: name, label, prediction, probability |
-| `mistakes.png` | the wrong predictions of highest probability, as the net sees the images |
+| `report.json` | accuracy, figures per class, the most frequent confusions, the most confident mistakes |
+| `per_class.csv` | one row per class: images, recall (the class's accuracy), precision, F1 |
+| `confusion.csv`, `confusion.png` | counts: one row per true class, one column per predicted class |
+| `predictions.csv` | one row per image: name, label, prediction, probability |
+| `mistakes.png` | the wrong predictions with the highest probability, with the images as the net sees them |
 """
 
 import csv
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation
 
 MISTAKES = 32
-"""So many wrong predictions are shown."""
+"""Number of wrong predictions that are shown."""
 
 CONFUSIONS = 20
-"""So many pairs of classes are listed."""
+"""Number of pairs of classes that are listed."""
 
 
 class NamedSource:
-    """A source that remembers its images' names and labels as they are read, for a report on them."""
+    """A source that records the names and labels of the images it reads, for a report."""
 
     def __init__(self, source: Source) -> None:
         self.read: dict[int, tuple[str, int]] = {}
@@ -62,7 +62,7 @@ class NamedSource:
 
 @dataclasses.dataclass(frozen=True)
 class ClassFigures:
-    """One class's counts, and ratios of them: None where the denominator is 0."""
+    """Counts of one class, and their ratios, which are None if the denominator is 0."""
 
     index: int
     name: str
@@ -72,12 +72,12 @@ class ClassFigures:
 
     @property
     def recall(self) -> float | None:
-        """Share of the class's images that are predicted as it: the class's accuracy."""
+        """Share of the class's images that are predicted correctly: the class's accuracy."""
         return _ratio(self.correct, self.images)
 
     @property
     def precision(self) -> float | None:
-        """Share of the images predicted as this class that are of it."""
+        """Share of the images predicted as this class that belong to it."""
         return _ratio(self.correct, self.predicted)
 
     @property
@@ -86,7 +86,7 @@ class ClassFigures:
         return _ratio(2 * self.correct, self.images + self.predicted)
 
     def row(self) -> dict[str, Any]:
-        """The figures under the names that files give them."""
+        """Return the figures under their names in the files."""
         counts = {"images": self.images, "predicted": self.predicted, "correct": self.correct}
         ratios = {"recall": self.recall, "precision": self.precision, "f1": self.f1}
         return {"class": self.index, "name": self.name} | counts | ratios
@@ -97,7 +97,7 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Return counts, int64 `[classes, classes]`: rows are true classes, columns predicted ones."""
+    """Return counts, int64 `[classes, classes]`: rows are true classes, columns are predicted classes."""
     return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -108,10 +108,10 @@ def class_figures(confusion: np.ndarray, names: Sequence[str]) -> list[ClassFigu
 
 
 def check_report_folder(folder: Place) -> None:
-    """Fail before a long evaluation where `write_report` would fail after it.
+    """Check before a long evaluation that `write_report` will be able to write.
 
     Raises:
-      RepVGGError: the folder cannot be made or written to.
+      RepVGGError: the folder cannot be created or written to.
       ModuleNotFoundError: matplotlib is missing.
     """
     import matplotlib  # noqa: F401
@@ -136,11 +136,11 @@ def write_report(
     """Write all files of a report; those of an earlier report in the folder are replaced.
 
     Args:
-      folder: made if need be.
-      evaluation: of all images of `source`, by one process.
-      source: what was evaluated; the worst images are read from it once more.
-      preprocessing: how its images were prepared.
-      about: what else `report.json` is to say.
+      folder: folder of the report; created if it does not exist.
+      evaluation: evaluation of all images of `source`, by one process.
+      source: the evaluated source; the images of the worst mistakes are read from it again.
+      preprocessing: preparation of its images.
+      about: further entries for `report.json`.
 
     Raises:
       RepVGGError: a file cannot be written.
@@ -192,13 +192,13 @@ def write_report(
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Over the classes that have a value."""
+    """Return the mean over the classes that have a value; None if there are none."""
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined) if defined else None
 
 
 def _confusions(confusion: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The most frequent pairs of a true class and a wrong prediction."""
+    """Return the most frequent pairs of a true class and a wrong prediction."""
     mistaken = confusion - np.diag(confusion.diagonal())
     order = np.argsort(-mistaken, axis=None, kind="stable")[:CONFUSIONS]
     pairs = zip(*np.unravel_index(order, mistaken.shape), strict=True)
@@ -217,12 +217,12 @@ def _write_csv(path: Place, header: Sequence[str], rows: Iterable[Iterable[Any]]
 
 
 def _printable(name: str) -> str:
-    """Without the stand-ins that Python has for bytes of a file name that are not UTF-8."""
+    """Replace the surrogates with which Python represents bytes of file names that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _pixels(example: Example, preprocessing: Preprocessing) -> np.ndarray:
-    """What the net sees of an image, uint8 `[image_size, image_size, C]`."""
+    """Return the part of an image that the net sees, uint8 `[image_size, image_size, C]`."""
     if isinstance(example.image, bytes):
         image = decode_image(example.image, example.name, preprocessing.channels)
     else:
@@ -232,7 +232,7 @@ def _pixels(example: Example, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def _draw_confusion(path: Place, confusion: np.ndarray, names: Sequence[str]) -> None:
-    """Colours are shares of each true class; few classes have their names and counts too."""
+    """Draw the matrix; colours are shares of each true class, and names and counts appear if there are few classes."""
     classes = len(names)
     side = float(np.clip(2.5 + 0.35 * classes, 4, 14))
     figure = _figure(side + 1, side)
@@ -270,7 +270,7 @@ def _draw_mistakes(path: Place, images: Sequence[np.ndarray], rows: Sequence[dic
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """A figure of its own, not pyplot's: a process that draws for itself has chosen a backend for that."""
+    """Return a figure without pyplot, whose backend is the caller's choice."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""The least time that a step can take at chips' published peaks."""
+"""Lower limit of a step's time at the chips' published peak rates."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from .targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least time that a step can take, in seconds, by each of what limits it; they may overlap entirely."""
+    """Lower limits of a step's time, in seconds, from arithmetic, memory and network, which may overlap entirely."""
 
     compute: float
     memory: float
@@ -16,21 +16,21 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Lower limit of a step's time: the largest of the three."""
         return max(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """What limits it."""
+        """Name of the largest of the three: "compute", "memory" or "network"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
 
 
 def roofline(target: Target, chips: int, cost: Cost, dtype: str) -> Roofline:
-    """Return a step's times at the chips' published peaks.
+    """Return the lower limits of a step's time at the chips' published peak rates.
 
-    Collectives are all-reduces in rings: each chip sends `2 (n - 1) / n` times their bytes. GPUs first reduce inside
-    each node, so that an n-th of the bytes goes over each one's network port.
+    Collectives are taken as ring all-reduces: each of n chips sends `2 (n - 1) / n` times their bytes. GPUs first
+    reduce inside each node, so each of a node's n GPUs sends an n-th of the bytes through its network port.
     """
     chip = target.chip
     assert chip.hbm_bandwidth is not None

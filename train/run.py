@@ -1,6 +1,6 @@
-"""What one run is made of: data set, model, optimizer and schedule, the state it starts with, batches, evaluation.
+"""The parts of a run: data set, model, optimizer and schedule, initial state, batches, evaluation.
 
-`main.py` puts these together; `loop.py` takes the steps; `end.py` writes the weights in the forms of the table here.
+`main.py` puts them together, `loop.py` takes the steps, and `end.py` writes the weights in the forms of `FORMS`.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ from .whitening import whitening_of
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form of a run's weights, as it is evaluated and, at the end, written.
+    """A form of a run's weights that is evaluated and, at the end, written.
 
     Attributes:
-      name: in metrics.jsonl, and of the result `NAME_top1`.
-      file: of the weights, without its suffix.
-      title: what a person watching the run is shown.
-      kind: of the file, for its line at the end.
-      old_result: in the name of the result as version 0.1 has it, `test_top1_NAME`.
+      name: name in metrics.jsonl and in the result `NAME_top1`.
+      file: name of the weight file, without its suffix.
+      title: name in the messages of the run.
+      kind: kind of the weight file, for its line at the end.
+      old_result: name in the result `test_top1_NAME` of version 0.1.
     """
 
     name: str
@@ -61,30 +61,31 @@ class Form:
 FORMS = {
     form.name: form
     for form in (
-        Form("train", "final", "train form", "training form", "train_form"),
+        Form("train", "final", "training form", "training form", "train_form"),
         Form("deploy", "deploy", "deploy form", "deploy form", "deploy_form"),
         Form("ema", "ema", "moving average", "training form", "ema_train_form"),
-        Form("ema_deploy", "ema_deploy", "its deploy form", "deploy form", "ema_deploy_form"),
+        Form("ema_deploy", "ema_deploy", "deploy form of the average", "deploy form", "ema_deploy_form"),
         Form("int8", "int8", "INT8 form", "INT8", "int8"),
     )
 }
 DEPLOY_OF = {"train": "deploy", "ema": "ema_deploy"}
-"""The trained forms, each with the one that it is fused to."""
+"""The trained forms, each with its fused form."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from a run's first step to its last.
+    """The parts of a run that do not change between its first step and its last.
 
     Attributes:
-      recipe: what was asked for.
-      dataset: what it is trained and evaluated on.
+      recipe: options of the run.
+      dataset: data set to train and evaluate on.
       model: training form.
-      optimizer, schedule: of the train step.
-      transform: what a training image goes through.
-      workdir: folder of the run, here or in a bucket.
-      steps_per_epoch: of the training split, at the recipe's batch size.
-      start: variables to start from; None for random ones.
+      optimizer: optimizer of the train step.
+      schedule: learning rate by step.
+      transform: augmentation of the training images.
+      workdir: folder of the run, local or in a bucket.
+      steps_per_epoch: steps per epoch of the training split, at the recipe's batch size.
+      start: initial variables; None for random ones.
     """
 
     recipe: Recipe
@@ -99,12 +100,12 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.recipe.optimizer.epochs * self.steps_per_epoch
 
     @functools.cached_property
     def facts(self) -> RunFacts:
-        """What a checkpoint must agree with."""
+        """Facts that a checkpoint must agree with."""
         train = self.dataset.train
         names = tuple(self.dataset.class_names)
         net = Header(TRAINING, self.model.variant, self.model.num_classes, self.dataset.preprocessing, names)
@@ -120,20 +121,20 @@ class Run:
 
 
 def set_up(recipe: Recipe) -> Run:
-    """Open the data and the weights to start from, build model, optimizer and schedule; nothing is written.
+    """Open the data and the initial weights, and build model, optimizer and schedule; nothing is written.
 
     Raises:
-      RepVGGError: options that do not go together, unreadable data, or weights that do not fit.
+      RepVGGError: options are incompatible, the data cannot be read, or the weights do not fit.
     """
     per_device_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate)
     return make_run(recipe, open_data(recipe))
 
 
 def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
-    """Build the model, with the weights to start from, optimizer and schedule.
+    """Build the model with its initial weights, the optimizer and the schedule.
 
     Raises:
-      RepVGGError: options that do not go together, too few images, or weights that do not fit.
+      RepVGGError: options are incompatible, there are too few images, or the weights do not fit.
     """
     options, tuning = recipe.optimizer, recipe.fine_tune
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), options.batch_size)
@@ -170,12 +171,12 @@ def make_run(recipe: Recipe, dataset: data.DataSet) -> Run:
 
 
 def open_data(recipe: Recipe, *, unopened: bool = False) -> data.DataSet:
-    """Open the recipe's data set, with what the recipe says otherwise than the data set's row.
+    """Open the recipe's data set; the recipe's options override the data set's row.
 
-    `unopened` does without the data where their numbers are known, as `data.open_dataset` says.
+    With `unopened`, data whose counts are known are not opened (see `data.open_dataset`).
 
     Raises:
-      DataError: it is not there, or cannot be read.
+      DataError: the data set does not exist or cannot be read.
     """
     options = recipe.input
     return data.open_dataset(
@@ -198,7 +199,7 @@ def check_augmentation(augmentation: Augmentation, dataset: data.DataSet) -> Non
     """Refuse options that the data set's transform would ignore.
 
     Raises:
-      ConfigError: a crop or flip of photographs, for images that are none.
+      ConfigError: an option of crop or flip is set, and the transform has none.
     """
     default = Augmentation()
     for name in ("crop_area", "horizontal_flip"):
@@ -216,10 +217,10 @@ def starting_weights(
     """Load `--init`: the architecture with BatchNorm's epsilon, and the variables to train.
 
     Args:
-      options: with the file, and whether to keep its classifier.
-      variant: what the file must hold.
-      epsilon: instead of the one that the file states.
-      dataset: whose classes the classifier must have.
+      options: options with the file, and whether to keep its classifier.
+      variant: architecture that the file must hold.
+      epsilon: BatchNorm's epsilon; None takes the file's.
+      dataset: data set whose classes the classifier must have.
 
     Raises:
       RepVGGError: the file cannot be read, is in deploy form, or holds another network.
@@ -237,10 +238,10 @@ def starting_weights(
 
 
 def fresh_state(run: Run) -> TrainState:
-    """Return the state at step 0, with the weights to start from or random ones.
+    """Return the state at step 0, with the weights of `--init` or random ones.
 
     Raises:
-      ConfigError, DataError: as `whitening_of`, if that is asked for.
+      ConfigError, DataError: from `whitening_of`, with `--whiten-stem`.
     """
     size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
     state = create_state(
@@ -259,7 +260,7 @@ def fresh_state(run: Run) -> TrainState:
 
 
 def training_batches(run: Run, start_step: int) -> data.Batches:
-    """The run's batches from `start_step` on, this process's share of them."""
+    """Return this process's share of the run's batches from `start_step` on."""
     recipe, dataset = run.recipe, run.dataset
     return data.train_batches(
         dataset.train,
@@ -278,7 +279,7 @@ def training_batches(run: Run, start_step: int) -> data.Batches:
 
 
 def batch_shapes(run: Run, per_device: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """One device's share of such a batch, as the train step takes it, without the images."""
+    """Return the shapes and dtypes of one device's share of a batch, as the train step takes it."""
     size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
     return {
         "image": jax.ShapeDtypeStruct((per_device, size, size, channels), np.uint8),
@@ -287,7 +288,7 @@ def batch_shapes(run: Run, per_device: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
-    """Evaluation of `model` on the data set's evaluation split, in batches that take no more memory than training."""
+    """Return an evaluator of `model` on the evaluation split, with batches that take no more memory than training."""
     recipe, dataset = run.recipe, run.dataset
     return Evaluator(
         model,
@@ -301,9 +302,9 @@ def make_evaluator(run: Run, model: rv.RepVGG | rv.QuantizedNet) -> Evaluator:
 
 
 def trained_forms(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The weights to evaluate by form: the trained ones and, where there is one, their moving average.
+    """Return the weights to evaluate by form: the trained ones and, if there is one, their moving average.
 
-    BN statistics are averaged over all devices, as evaluation and saving want them.
+    BN statistics are averaged over all devices, for evaluation and saving.
     """
     variables = {"train": state.variables}
     if state.ema_params is not None:

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state that a training run carries from step to step."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ class TrainState(struct.PyTreeNode):
     """Everything that a step changes; the input and all randomness are functions of the seed and `step`.
 
     Attributes:
-      step: steps taken, int32.
-      params, batch_stats: the model's variables. BN statistics are each device's own.
-      opt_state: the optimizer's.
-      ema_params, ema_batch_stats: moving averages of both; None where none is kept.
+      step: number of steps taken, int32.
+      params, batch_stats: the model's variables. BN statistics differ between devices.
+      opt_state: the optimizer's state.
+      ema_params, ema_batch_stats: moving averages of both; None without `--ema-decay`.
     """
 
     step: jax.Array
@@ -29,12 +29,12 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """As `model.apply` takes them."""
+        """The variables for `model.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def ema_variables(self) -> dict[str, Any]:
-        """The moving averages, as `model.apply` takes them."""
+        """The moving averages as variables for `model.apply`."""
         return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
 
 
@@ -47,15 +47,15 @@ def create_state(
     ema: bool = False,
     variables: dict[str, Any] | None = None,
 ) -> TrainState:
-    """A state at step 0.
+    """Return a state at step 0.
 
     Args:
       model: training form.
-      optimizer: gives the optimizer's state.
-      seed: of the initial weights.
+      optimizer: optimizer whose state is initialised.
+      seed: seed of the initial weights.
       image_shape: `(H, W, C)`.
       ema: keep moving averages, which start at the initial weights.
-      variables: start from these weights instead of random ones.
+      variables: initial weights instead of random ones.
     """
 
     def start(variables: Any) -> TrainState:

@@ -1,4 +1,4 @@
-"""The train and eval steps: pure functions of one device's share of a batch."""
+"""The train and evaluation steps: pure functions of one device's share of a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,28 +19,28 @@ Mixing = Callable[[Array, Array, Array], tuple[Array, Array]]
 """`(key, images [N, H, W, C], targets [N, classes]) -> images, targets`."""
 
 DROPOUT_STREAM = 0x64726F70
-"""Folded into the step's key for dropout, far from what mixing splits off it."""
+"""Folded into the step's key for dropout, so that its numbers are independent of those for mixing."""
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 
 def smooth_targets(labels: Array, num_classes: int, smoothing: float = 0.0, dtype: Any = jnp.float32) -> Array:
-    """One-hot targets with `smoothing` of their mass spread evenly over all classes: `[N] -> [N, classes]`."""
+    """Return one-hot targets with `smoothing` of their mass spread evenly over all classes: `[N] -> [N, classes]`."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=dtype), smoothing)
 
 
 def correct_at(logits: Array, labels: Array, k: int) -> Array:
-    """1.0 where the label is among the `k` largest logits, `[N]`."""
+    """Return 1.0 where the label is among the `k` largest logits and 0.0 elsewhere, float32 `[N]`."""
     k = min(k, logits.shape[-1])
     top = lax.top_k(logits, k)[1]
     return (top == labels[:, None]).any(-1).astype(jnp.float32)
 
 
 def training_loss(outputs: Array | dict[str, Array], targets: Array, auxiliary_weight: float) -> Array:
-    """Mean cross-entropy of the main logits, plus the weighted ones of RepVGGplus's auxiliary heads.
+    """Return the mean cross-entropy of the main logits, plus the weighted losses of RepVGGplus's auxiliary heads.
 
-    `torch.nn.CrossEntropyLoss` with soft targets `[N, classes]`.
+    Each is `torch.nn.CrossEntropyLoss` with soft targets `[N, classes]`.
     """
     if not isinstance(outputs, dict):
         outputs = {"main": outputs}
@@ -63,26 +63,27 @@ def make_train_step(
     seed: int = 0,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One step of SGD.
+    """Return a function that takes one step of SGD.
 
-    The step takes `{"image": uint8 [N, H, W, C], "label": int32 [N]}`. With `axis_name`, gradients and metrics
-    are averaged over that axis; BN statistics stay each device's own, as in the paper's 8-GPU recipe.
+    The step takes `{"image": uint8 [N, H, W, C], "label": int32 [N]}`. With `axis_name`, gradients and metrics are
+    averaged over that axis, while each device keeps its own BN statistics, as in the paper's 8-GPU recipe.
 
     Args:
       model: training form.
-      optimizer, schedule: as `optimizer.make_optimizer` and `learning_rate_schedule` give them.
-      preprocessing: mean and standard deviation.
-      label_smoothing: share of the target spread over all classes.
-      auxiliary_weight: of each auxiliary head's loss.
+      optimizer: optimizer from `optimizer.make_optimizer`.
+      schedule: schedule from `optimizer.learning_rate_schedule`.
+      preprocessing: mean and standard deviation of the images.
+      label_smoothing: share of the target that is spread over all classes.
+      auxiliary_weight: weight of each auxiliary head's loss.
       mixing: mixup and CutMix.
-      accumulate: portions that the device's share is walked in; gradients are averaged over them, BN statistics
-        move with each, as in as many smaller PyTorch steps before one `optimizer.step()`.
-      ema_decay: of the moving average of parameters and BN statistics; 0 keeps none.
-      seed: of what is random in the step.
-      axis_name: of the device axis.
+      accumulate: portions into which the device's share is split. Gradients are averaged over them, and each updates
+        the BN statistics, as do as many smaller PyTorch batches before one `optimizer.step()`.
+      ema_decay: decay of the moving average of parameters and BN statistics; 0 keeps none.
+      seed: seed of everything random in the step.
+      axis_name: name of the device axis.
 
     Returns:
-      `step(state, batch) -> state, metrics`, metrics `loss`, `top1`, `learning_rate` and `gradient_norm`.
+      `step(state, batch) -> state, metrics`, with the metrics `loss`, `top1`, `learning_rate` and `gradient_norm`.
     """
 
     def portion_gradients(state: TrainState, stats: Any, batch: Batch, key: Array) -> tuple[Any, Any, dict[str, Array]]:
@@ -125,7 +126,7 @@ def make_train_step(
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
         grads, batch_stats, metrics = gradients(state, batch, key)
-        # XLA's CPU backend would copy all gradients to average them over one device.
+        # With one device, XLA's CPU backend would copy all gradients to average them.
         if axis_name is not None and lax.axis_size(axis_name) > 1:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -144,9 +145,9 @@ def make_train_step(
 
 
 def moving_average(average: Any, new: Any, decay: float, step: Array) -> Any:
-    """`decay * average + (1 - decay) * new`, with less decay at first: at most `(1 + step) / (10 + step)`.
+    """Return `decay * average + (1 - decay) * new`, with `decay` limited to `(1 + step) / (10 + step)`.
 
-    So the average forgets the random weights that it starts from, in short runs too.
+    The limit makes the average forget the random initial weights, even in short runs.
     """
     kept = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, b: a + (1 - kept) * (b - a), average, new)
@@ -155,11 +156,11 @@ def moving_average(average: Any, new: Any, decay: float, step: Array) -> Any:
 def make_eval_step(
     model: RepVGG | QuantizedNet, preprocessing: Preprocessing, *, axis_name: str | None = None
 ) -> Callable[[Any, Batch], Metrics]:
-    """Sums over a batch: `{"loss", "top1", "top5", "images"}`, and each image's `prediction [N]` with its
-    `probability [N]`.
+    """Return a function that evaluates a batch.
 
-    The step takes variables and a batch with `"mask" [N]`, 0 for padding. With `axis_name` the sums run over
-    that axis too.
+    It takes variables and a batch with `"mask" [N]`, 0 for padding, and returns the sums over the batch `"loss"`,
+    `"top1"`, `"top5"` and `"images"`, and each image's `"prediction" [N]` with its `"probability" [N]`. With
+    `axis_name`, the sums run over that axis too.
     """
 
     def eval_step(variables: Any, batch: Batch) -> Metrics:
@@ -174,7 +175,7 @@ def make_eval_step(
 
 
 def predictor_step(predict: Predictor) -> Callable[[Any, Batch], Metrics]:
-    """The same on one device with a predictor, which has its variables already: the batch has an axis of one device."""
+    """Return the same function for a predictor, which holds its variables and runs on one device."""
     sums_of = jax.jit(evaluation_sums)
 
     def eval_step(variables: Any, batch: Batch) -> Metrics:
@@ -187,7 +188,7 @@ def predictor_step(predict: Predictor) -> Callable[[Any, Batch], Metrics]:
 
 
 def evaluation_sums(logits: Array, labels: Array, mask: Array) -> Metrics:
-    """`{"loss", "top1", "top5", "images"}` over the images `[N]` whose mask is 1."""
+    """Return the sums `{"loss", "top1", "top5", "images"}` over the images `[N]` whose mask is 1."""
     return {
         "loss": (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * mask).sum(),
         "top1": (correct_at(logits, labels, 1) * mask).sum(),

@@ -1,4 +1,4 @@
-"""Weights & Biases beside a run's own files (`--tracker wandb`), for as long as it works."""
+"""Weights & Biases in addition to a run's files (`--tracker wandb`); a failure there does not stop the run."""
 
 import contextlib
 import importlib
@@ -17,18 +17,18 @@ from repvgg_jax.paths import Place
 from .metrics import Row
 
 ID = "wandb.json"
-"""In the run's folder: the id under which a resumption goes on."""
+"""File in the run's folder with the W&B id under which a resumed run continues."""
 FINISH_SECONDS = 30
-"""So long, at most, a run's end waits for uploads: clusters give little more between SIGTERM and SIGKILL."""
+"""Longest wait for uploads at a run's end; clusters allow little more between SIGTERM and SIGKILL."""
 
 
 class Tracker:
-    """Hands rows to Weights & Biases. Whatever fails there is one warning, and the run goes on without it.
+    """Sends rows to Weights & Biases. Any failure there prints one warning, and the run continues without it.
 
     Args:
       workdir: folder of the run.
-      start_step: where the run starts, under a new id, or resumes.
-      note: hears where the run is to be seen, and the warning.
+      start_step: step at which the run resumes; 0 starts a new W&B run.
+      note: receives the address of the W&B run, and the warning.
     """
 
     def __init__(self, workdir: Place, start_step: int, note: Callable[[str], object]):
@@ -39,9 +39,9 @@ class Tracker:
                 note(f"Weights & Biases: {self._run.url}")
 
     def write(self, row: Row, prefix: str) -> None:
-        """Hand over a row's numbers as `PREFIX/NAME`, TensorBoard's names."""
+        """Send a row's numbers as `PREFIX/NAME`, TensorBoard's names."""
         with self._attempt():
-            # A resumption takes some steps again; of those that it has already, W&B takes no second row.
+            # A resumed run repeats some steps; W&B accepts no second row for a step.
             if self._run is not None and row["step"] >= self._run.step:
                 numbers = {f"{prefix}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
                 self._run.log(numbers, step=row["step"])
@@ -58,19 +58,19 @@ class Tracker:
     def _attempt(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever kind: a run is worth more than its tracker
+        except Exception as error:  # of any type: the tracker must not stop the run
             self._run = None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self._note(f"warning: Weights & Biases gets no more of this run: {reason}")
-            with contextlib.suppress(Exception):  # its hook at the interpreter's end would fail once more, aloud
+            self._note(f"warning: Weights & Biases failed and gets no more of this run: {reason}")
+            with contextlib.suppress(Exception):  # otherwise its exit hook would fail again and print it
                 importlib.import_module("wandb").teardown()
 
 
 def check_installed() -> None:
-    """Import the package, before the data are opened.
+    """Import wandb, before the data are opened.
 
     Raises:
-      ConfigError: it is not installed.
+      ConfigError: wandb is not installed.
     """
     try:
         importlib.import_module("wandb")

@@ -1,4 +1,4 @@
-"""A first stage that whitens the images, computed from them and not trained (arXiv 2404.00498, section 3.2)."""
+"""A first stage that whitens the images, computed from them instead of trained (arXiv 2404.00498, section 3.2)."""
 
 import dataclasses
 from typing import Any
@@ -15,19 +15,20 @@ from . import data
 from .state import TrainState
 
 STAGE = "stage0"
-_IMAGES, _PATCHES = 2000, 32  # so many of each image, in both directions
+_IMAGES, _PATCHES = 2000, 32  # at most so many images, and patches of each image in both directions
 _NOISE = 5e-3
-"""Added to each component's variance, of pixels normalised to about 1, so that little more than noise stays little."""
+"""Added to each component's variance (pixels are normalised to about 1) so that mere noise is not amplified."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Whitening:
-    """A 3x3 convolution whose outputs are uncorrelated over the images, with the moments of what it gives.
+    """A 3x3 convolution whose outputs are uncorrelated over the images, with the outputs' moments.
 
     Attributes:
-      kernel: `[3, 3, C, F]`: principal components of the images' patches, and then the same with the other sign, so
-        that nothing is lost in a ReLU.
-      mean, variance: of its outputs, `[F]`.
+      kernel: `[3, 3, C, F]`: principal components of the images' patches, followed by their negatives, so that a ReLU
+        loses nothing.
+      mean: means of the outputs, `[F]`.
+      variance: variances of the outputs, `[F]`.
     """
 
     kernel: np.ndarray
@@ -35,7 +36,7 @@ class Whitening:
     variance: np.ndarray
 
     def put_into(self, state: TrainState) -> TrainState:
-        """Return a fresh state whose stage 0 is this convolution, normalised; its other branches add nothing."""
+        """Return a fresh state with this convolution, normalised, as stage 0, whose other branches are set to 0."""
         params, stats = state.params[STAGE], state.batch_stats[STAGE]
         dense = DENSE.name
         silent = {
@@ -55,15 +56,15 @@ class Whitening:
 
 
 def whitening_of(source: data.Source, preprocessing: Preprocessing, features: int) -> Whitening:
-    """Return the whitening of a source's images, by evenly spaced ones of them.
+    """Compute the whitening of a source's images from an evenly spaced sample of them.
 
     Args:
       source: the training images.
-      preprocessing: how they become the net's input.
-      features: channels of its output.
+      preprocessing: their preparation as the net's input.
+      features: output channels of the convolution.
 
     Raises:
-      ConfigError: there are more channels than principal components of both signs, or an odd number of them.
+      ConfigError: `features` is odd, or larger than twice the number of principal components.
       DataError: no image can be read.
     """
     components = 9 * preprocessing.channels
@@ -73,7 +74,7 @@ def whitening_of(source: data.Source, preprocessing: Preprocessing, features: in
             "set --widths, or --no-whiten-stem"
         )
     mean, covariance = _patch_moments(source, preprocessing)
-    variance, directions = (part[..., ::-1] for part in np.linalg.eigh(covariance))  # the largest first
+    variance, directions = (part[..., ::-1] for part in np.linalg.eigh(covariance))  # largest first
     directions = directions[:, : features // 2]
     both = np.concatenate([directions, -directions], axis=1)
     return Whitening(
@@ -84,7 +85,7 @@ def whitening_of(source: data.Source, preprocessing: Preprocessing, features: in
 
 
 def _patch_moments(source: data.Source, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Mean `[9 C]` and covariance `[9 C, 9 C]` of the 3x3 patches, in the order of a kernel's leaves."""
+    """Return the mean `[9 C]` and covariance `[9 C, 9 C]` of the 3x3 patches, in the order of a kernel's elements."""
     sample = _Sample(source, -(-len(source) // _IMAGES))
     total: Any = 0.0
     products: Any = 0.0

@@ -1,4 +1,4 @@
-"""The steps since the last row of the log: their metrics, left on the device, and where their time went."""
+"""The steps since the last row of the log: their metrics, which stay on the device, and their timing."""
 
 import time
 from collections import deque
@@ -11,20 +11,20 @@ import numpy as np
 from repvgg_jax.errors import RepVGGError
 
 IN_FLIGHT = 2
-"""Steps that may be queued on the device: enough to keep it busy, few enough that batches do not pile up in memory."""
+"""Steps that may be queued on the device: enough to keep it busy, too few for batches to fill the memory."""
 
 
 class DivergedError(RepVGGError):
-    """The loss or its gradient is not finite; every process finds out at the same step."""
+    """The loss or its gradient is not finite; raised in every process at the same step."""
 
 
 class Window:
-    """Collects what the parallel step returns, and turns it into rows.
+    """Collects the metrics of the parallel step and summarises them as rows.
 
     Args:
-      batch_size: global.
-      flops_per_image: of one training step, or None where the device's peak is unknown.
-      peak_flops: of all devices together.
+      batch_size: global batch size.
+      flops_per_image: floating-point operations of one training step on one image.
+      peak_flops: peak operations per second of all devices together; None if it is unknown.
     """
 
     def __init__(self, batch_size: int, flops_per_image: float | None = None, peak_flops: float | None = None):
@@ -35,18 +35,18 @@ class Window:
         self._compiled = False
 
     def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch; counts the time that the loop waits for it."""
+        """Return the next batch, and record the time that the loop waits for it."""
         start = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - start
         return batch
 
     def add(self, step: int, metrics: Any) -> None:
-        """One step's metrics, as the parallel step returns them."""
+        """Add one step's metrics, as returned by the parallel step."""
         self._metrics.append((step, metrics))
         self._in_flight.append(metrics)
         self._timed_steps += 1
-        if not self._compiled:  # the first step compiles: not counted as speed
+        if not self._compiled:  # the first step compiles, so it does not count for the speed
             jax.block_until_ready(metrics)
             self._compiled = True
             self.restart()
@@ -54,7 +54,7 @@ class Window:
             jax.block_until_ready(self._in_flight.popleft())
 
     def restart(self) -> None:
-        """Time only what comes after this moment: an evaluation or a checkpoint has come between."""
+        """Restart the timing, after an evaluation or a checkpoint."""
         self._in_flight.clear()
         self._timed_steps, self._waited, self._start = 0, 0.0, time.monotonic()
 
@@ -62,7 +62,7 @@ class Window:
         """Wait for the steps, and stop a run that has diverged before its bad state is saved.
 
         Raises:
-          DivergedError: a loss or a gradient is not finite; says at which step, learning rate and gradient norm.
+          DivergedError: a loss or gradient is not finite; the message has the step, learning rate and gradient norm.
         """
         self._metrics = [(step, _fetch(metrics)) for step, metrics in self._metrics]
         for step, metrics in self._metrics:
@@ -74,7 +74,7 @@ class Window:
                 )
 
     def close(self) -> dict[str, float]:
-        """Means over the window, speed and its limits; empties the window."""
+        """Return a row with the means over the window and the speed, and empty the window."""
         self.check()
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rows = [metrics for _, metrics in self._metrics]
@@ -91,7 +91,7 @@ class Window:
 
 
 def _fetch(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """One device's copy, on the host; a second time it is there already."""
+    """Copy one device's metrics to the host; floats are already there."""
     return {
         name: value if isinstance(value, float) else float(np.asarray(value.addressable_data(0)).reshape(-1)[0])
         for name, value in metrics.items()

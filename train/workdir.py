@@ -1,4 +1,4 @@
-"""The folder of a run, here or in a bucket: one process tree writes to it at a time."""
+"""The folder of a run, local or in a bucket, to which one run at a time can write."""
 
 import contextlib
 import json
@@ -29,8 +29,8 @@ def claimed(recipe: Recipe, workdir: Place) -> Iterator[Callable[[], None]]:
       A function that raises RepVGGError if another run has taken the folder over, as it may in a bucket.
 
     Raises:
-      RepVGGError: it cannot be created or written to.
-      ConfigError: another process trains there, it holds a run with other options, or orbax cannot use its name.
+      RepVGGError: the folder cannot be created or written to.
+      ConfigError: another run uses it, it holds a run with other options, or orbax cannot use its name.
     """
     if isinstance(workdir, Path):
         check_folder_name("--workdir", workdir)
@@ -56,7 +56,7 @@ def _nothing() -> None:
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    """Hold an exclusive `flock`, which the kernel releases when the process ends, however it ends."""
+    """Hold an exclusive `flock`, which the kernel releases whenever and however the process ends."""
     with (workdir / LOCK).open("a+b") as file:
         if not _lock(file):
             raise ConfigError(
@@ -66,12 +66,12 @@ def _locked(workdir: Path) -> Iterator[None]:
             _write_holder(file, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
         finally:
-            with contextlib.suppress(OSError):  # the lock itself goes with the file's closing
+            with contextlib.suppress(OSError):  # closing the file releases the lock itself
                 _write_holder(file, None)
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether the lock is ours now; also where the system or the file system has none."""
+    """Try to take the lock; return whether this succeeded, or True if the system or file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -97,5 +97,5 @@ def _holder(file: BinaryIO) -> str:
     try:
         holder = json.loads(file.read())
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # it has locked the file and not yet written its name
+    except (ValueError, KeyError, TypeError):  # it has locked the file but not yet written its name
         return "another process"

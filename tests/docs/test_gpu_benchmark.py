@@ -24,7 +24,7 @@ def test_a_new_row_is_appended_to_the_table(tmp_path):
     append_row(path, DEVICE, ["A0: 1 | 2"], clock)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[2] == "| old |"
-    assert lines[3].endswith("jax 1 | A0: 1 / 2; left out for want of time: profile |")
+    assert lines[3].endswith("jax 1 | A0: 1 / 2; not measured for lack of time: profile |")
     assert lines[4:] == ["", "More text."]
 
 
@@ -83,7 +83,7 @@ def test_a_dry_run_covers_every_section(tmp_path):
         "RepVGG-A0               ",
         "one train step",
         "RepVGG-A2",
-        "kernels of",
+        "train step of RepVGG-A0, batch 2",
         "float32",
         "RepVGG-A0         2",
         "CIFAR-10 (--epochs 1",

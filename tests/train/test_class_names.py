@@ -144,7 +144,7 @@ def test_fine_tuning_rearranges_the_classifier_by_name(
         if name in heads(initial):
             expected = np.stack([expected[..., 1], expected[..., 2], expected[..., 0]], -1)
         assert np.array_equal(leaf, expected), name
-    assert "its classifier is rearranged by name" in capsys.readouterr().err
+    assert "its classifier is reordered by name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [SMALL, PLUS], ids=lambda variant: variant.name)

@@ -80,8 +80,8 @@ def test_skipped_folders_and_lines_are_reported(workdir, tmp_path):
     done = command("train.plot", tmp_path / "runs" / "data", workdir, "--out", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        f"warning: {tmp_path / 'runs' / 'data'} holds no metrics.jsonl and is left out",
-        f"warning: {workdir / 'metrics.jsonl'}: the last line was cut short and is left out",
+        f"warning: {tmp_path / 'runs' / 'data'} holds no metrics.jsonl and is skipped",
+        f"warning: {workdir / 'metrics.jsonl'}: the last line was cut short and is skipped",
     ]
     assert (tmp_path / "c.png").exists()
 
@@ -93,7 +93,7 @@ def test_a_run_continues_after_a_truncated_last_line(workdir):
     log.write({"step": 44, "epoch": 2.0, "loss": 0.5}, "train")
     log.close()
     assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [11, 22, 22, 33, 44]
-    assert notes == [f"{workdir / 'metrics.jsonl'}: the last line was cut short and is left out"]
+    assert notes == [f"{workdir / 'metrics.jsonl'}: the last line was cut short and is skipped"]
 
 
 @pytest.mark.parametrize(

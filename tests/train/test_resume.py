@@ -151,7 +151,7 @@ def test_the_forms_of_a_bfloat16_run_are_compared_in_float32(runs, tmp_path):
     done = runs.finish(tmp_path / "run", dtype="bfloat16", accumulate=2)
     assert done.returncode == 0, done.stderr
     stdout = " ".join(done.stdout.split())
-    assert "train form and deploy form, both computed in float32, predict the same class for 360 of 360" in stdout
+    assert "training form and deploy form, both computed in float32, predict the same class for 360 of 360" in stdout
     printed = json.loads(done.stdout.splitlines()[-1])
     for form, name in (("train", "final"), ("deploy", "deploy")):
         arguments = ("digits", form, tmp_path / "run" / f"{name}.safetensors", "--data-dir", runs.data)
@@ -253,7 +253,7 @@ def test_another_number_of_devices_resumes_with_a_warning(runs, tmp_path):
     process.communicate()
     done = runs.finish(workdir, devices=4)
     assert done.returncode == 0, done.stderr
-    assert "resuming on 4 devices a run of 2" in " ".join(done.stdout.split())
+    assert "resuming a run of 2 devices on 4" in " ".join(done.stdout.split())
     assert rows(workdir)[-1]["top1"] > 0.2
 
 

@@ -29,7 +29,7 @@ def stopped_after(out: str, name: str) -> int:
     """Return the step after which a run says it stopped."""
     words = " ".join(out.split())
     assert f"{name}: stopped after step " in words, words
-    assert "state saved; the same command again goes on from there" in words
+    assert "state saved; run the same command again to resume" in words
     return int(words.split("stopped after step ")[1].split(",")[0])
 
 
@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_ends_a_run_whose_data_hangs(runs, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 130, (out, err)
-    assert "Ctrl-C again stops without that" in err
+    assert "press Ctrl-C again to stop without saving" in err
     assert err.endswith("interrupted\n")
 
 

@@ -119,7 +119,7 @@ def test_a_failure_gives_one_warning_and_ends_the_tracking(broken, workdir, fake
     with Tracker(workdir, 0, notes.append) as tracker:
         tracker.write(ROW, "train")
         tracker.write(ROW, "train")
-    assert notes == [f"warning: Weights & Biases gets no more of this run: no {broken} today"]
+    assert notes == [f"warning: Weights & Biases failed and gets no more of this run: no {broken} today"]
     assert wandb.torn_down == 1
 
 
@@ -226,7 +226,7 @@ def test_a_run_whose_wandb_process_is_killed_warns_once_and_ends_well(runs, tmp_
     os.kill(core, signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert out.count("warning: Weights & Biases gets no more of this run") == 1
+    assert out.count("warning: Weights & Biases failed and gets no more of this run") == 1
     assert "Traceback" not in err
     assert max(row["step"] for row in rows(workdir)) == 30 * 22
 

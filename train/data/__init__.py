@@ -1,7 +1,7 @@
 """Data: sources of labelled images, and batches of them shaped for the devices.
 
-`open_dataset` opens a data set, `make_transform` describes its augmentation, `train_batches` and `eval_batches` read
-its splits, `Prefetch` takes batches to the devices.
+`open_dataset` opens a data set, `make_transform` returns its augmentation, `train_batches` and `eval_batches` read its
+splits, and `Prefetch` moves batches to the devices.
 """
 
 from repvgg_jax.image_files import describe_left_out

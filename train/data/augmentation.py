@@ -1,4 +1,4 @@
-"""What a training image goes through, as plain values, and the transform that they describe."""
+"""Options of the training augmentation, and the transform that they describe."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,49 +23,52 @@ _Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A training augmentation; the default is the paper's 120-epoch recipe."""
+    """Augmentation of the training images. The paper's 120-epoch recipe uses crop and flip only."""
 
     crop_area: tuple[float, float] = option((0.08, 1.0), _rising_shares)
     """Range of the random crop's share of the image's area (photographs only)."""
     horizontal_flip: float = option(0.5, between(0, 1))
-    """How often an image is mirrored (photographs only)."""
+    """Probability of a horizontal flip (photographs only)."""
     auto_augment: AutoAugment = "none"
-    """`autoaugment` (ImageNet policy), `randaugment` (torchvision's), or `randaugment_plus`: the RepVGG authors'
-    for RepVGGplus, which draws the magnitude of each operation below `randaugment_magnitude`."""
+    """`autoaugment` (ImageNet policy), `randaugment` (torchvision's) or `randaugment_plus` (RepVGGplus, authors').
+    `randaugment_plus` draws each operation's magnitude below --randaugment-magnitude."""
     randaugment_ops: int = option(2, at_least(1))
-    """Operations of RandAugment on each image."""
+    """Number of RandAugment operations per image."""
     randaugment_magnitude: int = option(9, between(0, 30))
-    """Magnitude of RandAugment: 0 to 30 for `randaugment`; the authors' recipe has 15 for `randaugment_plus`."""
+    """Magnitude of RandAugment, from 0 to 30; the authors' recipe uses 15 with `randaugment_plus`."""
     jitter_brightness: float = option(0.0, at_least(0))
+    """Colour jitter as in torchvision: largest change of the brightness factor."""
     jitter_contrast: float = option(0.0, at_least(0))
+    """Colour jitter: largest change of the contrast factor."""
     jitter_saturation: float = option(0.0, at_least(0))
+    """Colour jitter: largest change of the saturation factor."""
     jitter_hue: float = option(0.0, at_least(0), must("be at most 0.5, half a turn", lambda value: value <= 0.5))
-    """Colour jitter as torchvision's: the largest change of the factor; of hue, in turns."""
+    """Colour jitter: largest shift of the hue, in turns."""
     random_erasing: float = option(0.0, between(0, 1))
-    """How often a random rectangle is painted over."""
+    """Probability of painting over a random rectangle."""
     exact_crop: bool = False
-    """Decode and crop with PIL, to the pixel as torchvision, at a third of the speed."""
+    """Decode and crop with PIL, which gives torchvision's exact pixels at a third of the speed."""
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
 def make_transform(base: str, augmentation: Augmentation, mean: Sequence[float]) -> Transform:
-    """The transform that brings an image to its size by `base`, then augments it.
+    """Return the transform that crops or resizes an image with `base` and then augments it.
 
-    The order: crop, flip, colour jitter, AutoAugment or RandAugment, random erasing.
+    The order is crop, flip, colour jitter, AutoAugment or RandAugment, random erasing.
 
     Args:
       base: a key of `transforms.TRANSFORMS`, such as a data set's `train_transform`. `crop_area` and
-        `horizontal_flip` concern those alone that `transforms.OPTIONS` has them for.
-      augmentation: what to do.
-      mean: the mean colour in 0..1, one number for each channel, with which random erasing paints.
+        `horizontal_flip` affect only the transforms that `transforms.OPTIONS` lists them for.
+      augmentation: the options of the augmentation.
+      mean: mean colour in 0..1, one number per channel, with which random erasing paints.
 
     Returns:
       A pure function of (image, rng, size).
 
     Raises:
-      ConfigError: no such base, or OpenCV is needed and not installed.
+      ConfigError: there is no such base, or OpenCV is needed and not installed.
     """
     chosen = {name: getattr(augmentation, name) for name in OPTIONS[base]} if base in OPTIONS else {}
     transform = functools.partial(get_transform(base), **chosen)

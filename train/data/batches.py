@@ -1,6 +1,6 @@
-"""What a batch holds and how threads fill it. This is what worker processes run: all of it can be pickled.
+"""Content of batches, and the threads that fill them. Worker processes run this code, so all of it can be pickled.
 
-A batch is a function of its step: neither the number of threads, processes or devices, nor the step at which a run was
+A batch is a function of its step: neither the number of threads, processes or devices nor the step at which a run was
 resumed changes a pixel. Images are uint8 until the device normalises them.
 """
 
@@ -28,22 +28,22 @@ HostBatch = dict[str, Any]
 Rendered = tuple[np.ndarray, int]
 """An image, uint8 [H, W, C], and its label."""
 Row = tuple[int, int, int]
-"""The epoch, the place in it, and the index into the source."""
+"""The epoch, the position in it, and the index into the source."""
 
 _ORDER, _AUGMENTATION = 0, 1
-# A batch is cut into so many tasks per thread: few enough to cost little, enough to even out slow images.
+# Number of tasks per thread and batch: few enough to cost little, enough to balance slow images.
 _TASKS_PER_THREAD = 4
-# Batches at a time: prepared ahead, being put on the device, and being computed with.
+# Number of batches in use: prepared ahead, in transfer to the device, and in computation.
 _ARRAYS_KEPT = 8
 
 _of_thread = threading.local()
 
 
 def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
-    """Return a generator that depends on `seed` and up to three numbers alone, good until the thread's next call.
+    """Return a generator that depends only on `seed` and up to three numbers, valid until the thread's next call.
 
-    Philox is a counter-based generator: the numbers say where in its one long sequence to begin, 2^64 draws away from
-    every other place. Setting a generator's state takes a third of the time that making one takes.
+    Philox is a counter-based generator; the numbers choose the start in its sequence, at least 2^64 draws away from any
+    other start. Setting a generator's state takes a third of the time of creating one.
     """
     if not hasattr(_of_thread, "philox"):
         _of_thread.philox = np.random.Philox(0)
@@ -51,18 +51,21 @@ def random_numbers(seed: int, *purpose: int) -> np.random.Generator:
     state = _of_thread.state["state"]
     state["key"][:] = seed, 0
     state["counter"][:] = (0, *purpose, 0, 0, 0)[:4]
-    _of_thread.philox.state = _of_thread.state  # its buffer of numbers drawn ahead is empty
+    _of_thread.philox.state = _of_thread.state  # also empties its buffer of numbers
     return _of_thread.generator
 
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The epoch's order of the source's images. (Grain has the same for seed 0's second epoch and seed 1's first.)"""
+    """Return the order of the source's images in an epoch.
+
+    Grain's shuffle is not used: its orders of seed 0's second epoch and seed 1's first are the same.
+    """
     return random_numbers(seed, _ORDER, epoch).permutation(np.arange(length, dtype=np.int32))
 
 
 class Unreadable(list[tuple[int, str, str]]):
-    """Images of a batch that could not be read: the index, what the image is called, and the reason."""
+    """Images of a batch that could not be read: index, name and reason of each."""
 
     def none_left(self) -> DataError:
         """Return the error of a source without any readable image."""
@@ -72,31 +75,31 @@ class Unreadable(list[tuple[int, str, str]]):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a source, of which every step has a batch."""
+    """The images of a source, divided into one batch per step."""
 
     source: Source
     batch_size: int
     preprocessing: Preprocessing
     strict: bool
     masked: ClassVar[bool]
-    """Whether places in a batch may stay empty, and a mask says which are not."""
+    """Whether rows of a batch may stay empty; a mask then marks the others."""
 
     def rows(self, step: int, rows: range) -> list[Row]:
-        """What is to be at `rows` of the step's batch; fewer in an evaluation's last one."""
+        """Return the images for `rows` of a step's batch; fewer for the last batch of an evaluation."""
         raise NotImplementedError
 
     def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
-        """Make one of them; None leaves its place empty."""
+        """Return an image with its label; None leaves its row empty."""
         raise NotImplementedError
 
     def _read(self, index: int, transform: Callable[[Picture], np.ndarray], unreadable: Unreadable) -> Rendered | None:
-        """The transformed image and its label, or None, with a note of it, if it is unreadable.
+        """Return the transformed image and its label; or None, after adding it to `unreadable`.
 
-        It is read even if it could not be before: of a damaged file some crops can be decoded and others not, and what
-        a batch holds must not depend on what was tried earlier.
+        The image is read even if that failed before: some crops of a damaged file can be decoded and others not, and
+        the content of a batch must not depend on earlier attempts.
 
         Raises:
-          DataError: it is unreadable, and `strict`.
+          DataError: the image is unreadable, and `strict` is set.
         """
         name, channels = None, self.preprocessing.channels
         try:
@@ -116,7 +119,7 @@ class Images:
 
 @dataclass(frozen=True)
 class TrainingImages(Images):
-    """Augmented images in a new order in every epoch; the next readable one in the place of one that is not."""
+    """Augmented images, in a new order every epoch; an unreadable one is replaced by the next readable one."""
 
     transform: Transform
     seed: int
@@ -132,7 +135,7 @@ class TrainingImages(Images):
         epoch, position, index = row
 
         def augment(image: Picture) -> np.ndarray:
-            # By place, not by image: one that also stands in for another is not augmented alike twice.
+            # By position, not by image, so that an image which also replaces another one is augmented differently.
             numbers = random_numbers(self.seed, _AUGMENTATION, epoch, position)
             return self.transform(image, numbers, self.preprocessing.image_size)
 
@@ -145,7 +148,7 @@ class TrainingImages(Images):
 
 @dataclass(frozen=True)
 class EvaluationImages(Images):
-    """Every image once, in order, through `eval_transform`; none in the place of one that is unreadable."""
+    """Every image once, in order, through `eval_transform`; the row of an unreadable one stays empty."""
 
     masked = True
 
@@ -158,9 +161,9 @@ class EvaluationImages(Images):
 
 
 class _Recycled:
-    """Arrays that are used again once nobody else holds them, because fresh memory costs a page fault for every page.
+    """Arrays that are reused once nothing else refers to them, because new memory costs a page fault per page.
 
-    Whoever keeps a batch, a view of it or a JAX array that shares its memory, holds the array and keeps its contents.
+    A batch, a view of it, or a JAX array that shares its memory refers to the array and so keeps its contents.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -169,7 +172,7 @@ class _Recycled:
         self._unheld = _holders([np.empty(0)])[0]
 
     def take(self) -> np.ndarray:
-        """An array, uint8, that only the caller holds, with any contents."""
+        """Return a uint8 array with arbitrary contents, to which nothing else refers."""
         with self._lock:
             for array, holders in zip(self._arrays, _holders(self._arrays), strict=True):
                 if holders == self._unheld:
@@ -186,14 +189,14 @@ def _holders(arrays: list[np.ndarray]) -> list[int]:
 
 @dataclass(frozen=True)
 class Filler:
-    """Step -> batch, filled by a pool of threads: decoding does not hold Python's lock.
+    """Function from a step to its batch, which a pool of threads fills; decoding does not hold Python's lock.
 
     Attributes:
-      images: what the batches hold.
-      rows: which rows of the global batch.
-      shape: of an image.
-      threads: in the pool of each process that fills batches.
-      shared: whether batches lie in memory that processes share.
+      images: images of the batches.
+      rows: rows of the global batch to fill.
+      shape: shape of an image.
+      threads: number of threads in each process that fills batches.
+      shared: whether batches are in memory that processes share.
     """
 
     images: Images
@@ -204,7 +207,7 @@ class Filler:
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        if self.shared and (opencv := sys.modules.get("cv2")):  # as `Batches` does it in the run's own process
+        if self.shared and (opencv := sys.modules.get("cv2")):  # as `Batches` does in the run's own process
             opencv.setNumThreads(0)
         return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
@@ -213,7 +216,7 @@ class Filler:
         return _Recycled((len(self.rows), *self.shape))
 
     def __call__(self, step: int) -> HostBatch:
-        """The batch of a step: image [rows, …] and label [rows], mask [rows] if any, and the unreadable."""
+        """Return the batch of a step: image [rows, …], label [rows], mask [rows] if any, and the unreadable images."""
         count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
         size = -(-count // (self.threads * _TASKS_PER_THREAD))
         if self.shared:
@@ -245,13 +248,13 @@ class Filler:
         return batch | {"unreadable": sorted(unreadable)}
 
     def close(self) -> None:
-        """Wait for the images being decoded right now, and end the threads."""
+        """Wait for the images that are being decoded, and end the threads."""
         if "_pool" in self.__dict__:  # this process has filled batches
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _picklable(error: Exception) -> Exception:
-    """An exception that reaches the run's own process: one that cannot be pickled would be lost on the way."""
+    """Return an exception that can be sent to the run's own process; one that cannot be pickled would be lost."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""TFDS data sets in a bucket: read from a copy on this machine, since their record files are read at random."""
+"""TFDS data sets in a bucket, read from a local copy, because their record files need random access."""
 
 import hashlib
 import shutil
@@ -16,18 +16,18 @@ THREADS = 16
 
 
 def on_this_machine(data_dir: Place, name: str, *, or_empty: bool = False) -> Path:
-    """Return a folder of this machine that holds what `data_dir` does of the data set called `name`.
+    """Return a local folder with the content of `data_dir` for the data set called `name`.
 
-    A folder is returned as it is. What a bucket holds is copied to `~/.cache/repvgg_jax/data` (under `$XDG_CACHE_HOME`
-    if that is set), but for files that are there already with the same size.
+    A local folder is returned unchanged. From a bucket, files are copied to `~/.cache/repvgg_jax/data` (under
+    `$XDG_CACHE_HOME` if that is set), except those that are already there with the same size.
 
     Args:
-      data_dir: where TFDS data sets are.
-      name: `NAME`, or `NAME/CONFIG:VERSION`, of which the first part counts.
-      or_empty: return the place of the copy, too, where the bucket holds nothing of that name.
+      data_dir: folder or bucket of the TFDS data sets.
+      name: `NAME`, or `NAME/CONFIG:VERSION`, of which only the first part counts.
+      or_empty: return the copy's folder even if the bucket holds no such data set.
 
     Raises:
-      DataError: the bucket holds nothing of that name or cannot be read, or the disk is too small.
+      DataError: the bucket holds no such data set or cannot be read, or the disk is too small.
     """
     if not isinstance(data_dir, BucketPath):
         return data_dir
@@ -55,7 +55,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _copy(files: dict[BucketPath, Path], size: int, source: BucketPath, copy: Path) -> None:
-    """Download files, each of which appears whole: another process may do the same."""
+    """Download files, each of which appears complete, because another process may do the same."""
     gigabytes, free = size / 1e9, shutil.disk_usage(copy).free
     if size > free:
         raise DataError(

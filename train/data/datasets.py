@@ -1,4 +1,4 @@
-"""Data sets: one table of what is known of them, and `open_dataset`, which opens a row."""
+"""Data sets: a table with the settings of each, and `open_dataset`, which opens one."""
 
 import dataclasses
 import os
@@ -23,16 +23,16 @@ _SYNTHETIC_IMAGES, _SYNTHETIC_TEST_IMAGES = 1_281_167, 50_000  # as many as Imag
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set as training and evaluation need it.
+    """A data set, opened for training and evaluation.
 
     Attributes:
-      name: the specification it was opened by.
-      train, test: the two splits. `train` is empty if only evaluation was asked for.
-      preprocessing: how its images become network input in evaluation.
+      name: the specification it was opened with.
+      train, test: the two splits. `train` is empty if the data set was opened for evaluation only.
+      preprocessing: preparation of the images in evaluation.
       train_size: height and width of the training crops.
-      train_transform: name of the transform (crop, or none) that suits it; `make_transform` builds on it.
-      notes: what a user should know of it, such as files that were left out, a line each.
-      bad_test_images: where evaluations record images of `test` that they cannot read, to name each once.
+      train_transform: name of the transform that crops or resizes its training images, for `make_transform`.
+      notes: messages for the user, such as the number of files that were left out, one line each.
+      bad_test_images: record of images of `test` that cannot be read, so that evaluations report each once.
     """
 
     name: str
@@ -51,7 +51,7 @@ class DataSet:
 
     @property
     def has_class_names(self) -> bool:
-        """Whether the names mean anything: those of synthetic images do not, nor do those of a data set unopened."""
+        """Whether the names mean anything, which those of synthetic images and of an unopened data set do not."""
         return self.name != "synthetic" and not isinstance(self.test, UnopenedSource)
 
     @property
@@ -62,14 +62,14 @@ class DataSet:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a source.
+    """Request to open a data set's splits.
 
     Attributes:
-      spec: the data set's specification.
-      data_dir: where TFDS data sets are.
-      train_split, test_split: of a TFDS data set, where they are not the usual ones.
-      evaluation_only: do without a training split.
-      preprocessing: of evaluation; synthetic images have its size and channels.
+      spec: specification of the data set.
+      data_dir: folder of the TFDS data sets.
+      train_split, test_split: splits of a TFDS data set; None takes the usual ones.
+      evaluation_only: open no training split.
+      preprocessing: preprocessing of evaluation, whose size and channels synthetic images take.
     """
 
     spec: str
@@ -82,7 +82,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Numbers of a data set that are known before it is opened: of classes, and of images in its usual splits."""
+    """Number of classes of a data set, and of images in its usual splits, known without opening it."""
 
     classes: int
     train: int
@@ -90,22 +90,22 @@ class Counts:
 
 
 Opened = tuple[Source, Source, tuple[str, ...]]
-"""The training split, the evaluation split, and lines with what a user should know of the two."""
+"""The training split, the evaluation split, and messages for the user about them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is known of a data set. Every column but the first can be overridden by a recipe.
+    """Settings of a data set. A recipe can override all but `source` and `counts`.
 
     Attributes:
-      source: opens its splits.
-      mean, std: of each colour, for pixel values in 0..1; ImageNet's if None.
+      source: function that opens its splits.
+      mean, std: mean and standard deviation of each colour, for pixel values in 0..1; None for ImageNet's.
       train_size: height and width of the training crops.
-      test_size: of the evaluation crops; None takes the variant's published one.
+      test_size: height and width of the evaluation crops; None takes the variant's published size.
       crop_fraction: share of the resized shorter side that an evaluation crop keeps; None takes the variant's
-        published one, as `Preprocessing.at_size` has it for another size.
+        published value, adapted to another size by `Preprocessing.at_size`.
       train_transform: a key of `transforms.TRANSFORMS`.
-      counts: for those who need nothing else of it, and may not have it; None where they are not known.
+      counts: numbers of classes and images, for uses without the data; None if they are not known.
     """
 
     source: Callable[[Request], Opened]
@@ -119,7 +119,7 @@ class Row:
 
 
 def row_of(spec: str) -> Row:
-    """Return the row of a data set, that of photographs if it has none of its own."""
+    """Return the row of a data set, or that of photographs if it has none."""
     row = DATA_SETS.get(spec.partition(":")[0], PHOTOGRAPHS)  # NAME:VERSION, where TFDS has versions
     return row if spec in DATA_SETS or row.source is _folder_or_tfds else PHOTOGRAPHS
 
@@ -148,20 +148,24 @@ def open_dataset(
         (random pixels, for benchmarks); a folder with `train/CLASS/*` and `val/CLASS/*` (or `validation/`, `valid/`,
         `test/`, in this order of preference); or a TFDS name `NAME[/CONFIG][:VERSION]` of a data set prepared under
         `data_dir`. An existing folder wins over a TFDS name.
-      variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as most have it.
+      variant: the net that will see the data; None for 224 pixels at a crop fraction of 0.875, as for most variants.
       image_size: height and width of the network's input in evaluation.
-      train_size, crop_fraction, mean, std, train_transform: instead of those of the data set's row.
+      train_size: height and width of the training crops; like the next four, None takes the value of the row.
+      crop_fraction: share of the resized shorter side that an evaluation crop keeps.
+      mean: mean of each colour, for pixel values in 0..1.
+      std: standard deviation of each colour, for pixel values in 0..1.
+      train_transform: a key of `transforms.TRANSFORMS`.
       channels: 3 for RGB, 1 for grey.
-      data_dir: where TFDS data sets are; None takes $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      train_split, test_split: of a TFDS data set, also slices of splits, such as "train[:90%]" and "train[90%:]"; None
-        takes `train`, and `validation` or else `test`.
-      evaluation_only: do without a training split.
-      unopened: do without the data, where its row says how many classes and images there are; splits that cannot be
-        read then, and classes named by their numbers. A folder is opened all the same.
+      data_dir: folder of the TFDS data sets; None takes $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+      train_split: training split of a TFDS data set, or a slice of one, such as "train[:90%]"; None takes `train`.
+      test_split: evaluation split, such as "train[90%:]"; None takes `validation`, or else `test`.
+      evaluation_only: open no training split.
+      unopened: do not open the data if the row has counts of its classes and images; the splits cannot be read then,
+        and numbers stand for the class names. A folder is always opened.
 
     Raises:
-      DataError: one line that says what is missing or wrong, where, and what to do.
-      ConfigError: a URL.
+      DataError: the data set is missing or wrong; one line says what, where, and what to do.
+      ConfigError: `spec` or `data_dir` is a URL that is not supported.
       ValueError: `image_size`, `channels`, `crop_fraction`, `mean` or `std` is out of range.
     """
     if channels not in (1, 3):
@@ -198,7 +202,7 @@ def open_dataset(
 
 
 def _is_folder(spec: str, row: Row) -> bool:
-    """Whether a specification means a folder of this machine, which wins over a TFDS name, or tries to."""
+    """Return whether a specification means a local folder, even one that does not exist; it wins over a TFDS name."""
     return row.source is _folder_or_tfds and (local_path("the data set", spec).exists() or _names_a_path(spec))
 
 
@@ -207,10 +211,10 @@ def _names_a_path(spec: str) -> bool:
 
 
 def _unopened(request: Request) -> Opened:
-    """Both splits as numbers.
+    """Return both splits without their data, from the row's counts or by opening the data set.
 
     Raises:
-      DataError: they are not known, and the data set is not there to be asked.
+      DataError: the row has no counts, and the data set cannot be opened.
     """
     row = row_of(request.spec)
     if row.counts is not None:
@@ -219,10 +223,10 @@ def _unopened(request: Request) -> Opened:
     try:
         return row.source(request)
     except DataError as error:
-        known = ", ".join(name for name, row in DATA_SETS.items() if row.counts is not None)
+        counted = ", ".join(name for name, row in DATA_SETS.items() if row.counts is not None)
         raise DataError(
             f"the number of classes in {request.spec} is unknown, and it cannot be opened here; give --data a folder "
-            f"with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of {known}"
+            f"with train/CLASS/IMAGE and val/CLASS/IMAGE, or one of {counted}"
         ) from error
 
 
@@ -275,7 +279,7 @@ def _tfds_splits(directory: Path, request: Request) -> Opened:
     train_split = request.train_split or tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
     train = tfds_source.TfdsSource(directory, train_split)
     shared = tfds_source.shared_images(directory, train_split, test_split)
-    note = f"{shared} of {len(test)} evaluation images ({test_split}) are training images too ({train_split})"
+    note = f"{shared} of {len(test)} evaluation images ({test_split}) are also training images ({train_split})"
     return train, test, (note,) if shared else ()
 
 
@@ -284,7 +288,7 @@ def _missing_extra(spec: str, error: ImportError) -> DataError:
 
 
 PHOTOGRAPHS = Row(_folder_or_tfds)
-"""Folders, and TFDS data sets without a row of their own: treated as ImageNet is."""
+"""Folders, and TFDS data sets without a row, which are treated like ImageNet."""
 
 DATA_SETS: dict[str, Row] = {
     "digits": Row(

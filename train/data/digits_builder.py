@@ -1,7 +1,6 @@
 """scikit-learn's digits (1797 real 8x8 scans of handwritten digits) as a TFDS data set on disk.
 
-They are written once and then read like any other TFDS data set, so that the small demo exercises the very
-path that ImageNet takes.
+They are written once and then read like any other TFDS data set, so the demo runs the same code as ImageNet.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ NAME, VERSION = "sklearn_digits", "1.0.0"
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Not `tfds.dataset_builders.store_as_tfds_dataset`: that one imports TensorFlow."""
+    """Builder used instead of `tfds.dataset_builders.store_as_tfds_dataset`, which imports TensorFlow."""
 
     name = NAME
     VERSION = tfds.core.Version(VERSION)
-    # There are no download checksums beside this file, and TFDS's search for them needs importlib_resources,
-    # which it does not declare.
+    # There are no download checksums next to this file, and TFDS's search for them needs importlib_resources, which
+    # it does not declare as a dependency.
     code_path = None
 
     def _info(self) -> Any:
@@ -63,10 +62,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(data_dir: Path) -> Path:
-    """Write the data set under `data_dir` unless it is there, and return its folder.
+    """Write the data set under `data_dir` unless it exists, and return its folder.
 
-    It is written beside its place and renamed into it: a killed process leaves no half data set, and of two
-    processes that write at once one wins and both succeed.
+    It is written to a temporary folder and renamed, so a killed process leaves no incomplete data set, and two
+    processes that write it at the same time both succeed.
 
     Raises:
       DataError: `data_dir` cannot be written.
@@ -88,7 +87,7 @@ def prepare(data_dir: Path) -> Path:
 
 def _write(data_dir: Path) -> Path:
     builder = _Builder(data_dir=data_dir, file_format="array_record")
-    # TFDS prints its progress; 1797 tiny images need none, and a command's output is not TFDS's to write to.
+    # TFDS prints its progress, which 1797 tiny images do not need and which would mix with the command's output.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare()
     return Path(builder.data_dir)
@@ -98,6 +97,6 @@ def _move_into_place(written: Path, directory: Path) -> None:
     try:
         written.rename(directory)
     except OSError:
-        # A folder with content is never overwritten: another process was faster, with the same images.
+        # A folder with content is never overwritten; here, another process has written the same images.
         if not directory.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""Whether two sources hold the same images, wherever they lie."""
+"""Fingerprints of image sources, which show whether two hold the same images, wherever they are stored."""
 
 import zlib
 
@@ -9,7 +9,7 @@ from repvgg_jax.errors import DataError
 from .sources import Source
 
 SAMPLE = 16
-"""Images that are looked at, evenly spread over the source."""
+"""Number of images in a fingerprint, evenly spaced over the source."""
 
 
 def fingerprint(*parts: str | bytes) -> str:
@@ -22,12 +22,12 @@ def fingerprint(*parts: str | bytes) -> str:
 
 
 def data_fingerprint(source: Source) -> str:
-    """Return a fingerprint of a sample of the source's images and labels, in its order; file names do not count."""
+    """Return a fingerprint of a sample of the source's images and labels, in order; file names do not count."""
     parts: list[bytes] = []
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).round().astype(int)):
         try:
             example = source[int(index)]
-        except DataError:  # unreadable: named, and passed over, when training comes to it
+        except DataError:  # unreadable: reported and skipped when training comes to it
             continue
         parts += [np.ascontiguousarray(example.image).tobytes(), str(example.label).encode()]
     return fingerprint(*parts)

@@ -8,31 +8,31 @@ from repvgg_jax.image_files import describe_left_out, image_files
 from .sources import FolderSource, Source, UnopenedSource, class_folders, no_images
 
 TEST_FOLDERS = ("val", "validation", "valid", "test")
-"""What the evaluation split's folder may be called; the first that is there is taken."""
+"""Names of the evaluation split's folder; the first that exists is used."""
 
 
 def open_folder(root: Path, evaluation_only: bool = False) -> tuple[Source, Source, tuple[str, ...]]:
     """Open both splits of a folder.
 
     Args:
-      root: holds `train/` and one of `TEST_FOLDERS`.
-      evaluation_only: do without a training split.
+      root: folder with `train/` and one of `TEST_FOLDERS`.
+      evaluation_only: open no training split.
 
     Returns:
-      The training split, the evaluation split, and lines with what a user should know of them.
+      The training split, the evaluation split, and messages for the user about them.
 
     Raises:
       DataError: a split is missing, a class has no images to train on or to evaluate on, or a folder cannot be listed.
     """
-    there = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+    present = [name for name in TEST_FOLDERS if (root / name).is_dir()]
     wanted = ["train"] * (not evaluation_only) + ["val"]
-    missing = [name for name in wanted if not (there if name == "val" else (root / name).is_dir())]
+    missing = [name for name in wanted if not (present if name == "val" else (root / name).is_dir())]
     if missing:
         raise _missing(root, wanted, missing)
     notes = []
-    if len(there) > 1:
-        notes.append(f"{root}: evaluation on {there[0]}/, not on {', '.join(f'{name}/' for name in there[1:])}")
-    test = FolderSource(root / there[0], allow_empty=True)
+    if len(present) > 1:
+        notes.append(f"{root}: evaluation on {present[0]}/, not on {', '.join(f'{name}/' for name in present[1:])}")
+    test = FolderSource(root / present[0], allow_empty=True)
     if evaluation_only:
         train = UnopenedSource(0, test.class_names)
         listed, notes = [test], [*notes, *(f"no image of class {name} in {test.root}" for name in test.empty)]
@@ -53,7 +53,7 @@ def _missing(root: Path, wanted: list[str], missing: list[str]) -> DataError:
 
 
 def _is_unsplit(root: Path) -> bool:
-    """Whether `root` itself holds class folders with images."""
+    """Return whether `root` itself holds class folders with images."""
     try:
         return any(image_files(root / name).paths for name in class_folders(root))
     except DataError:
@@ -61,15 +61,15 @@ def _is_unsplit(root: Path) -> bool:
 
 
 def _check_classes(train: FolderSource, test: FolderSource) -> None:
-    """Refuse a class without images to train on or to evaluate on; the advice is one that the other side agrees to.
+    """Refuse classes without images to train on or to evaluate on, with advice that keeps both splits consistent.
 
     Raises:
-      DataError: there is one.
+      DataError: there is such a class.
     """
     for source, other in ((test, train), (train, test)):
         for name in source.empty:
-            there = name in other.class_names
-            raise no_images(source.root / name, f"both it and {other.root / name}" if there else "it")
+            in_both = name in other.class_names
+            raise no_images(source.root / name, f"both it and {other.root / name}" if in_both else "it")
     sides = ((train, test), (test, train))
     differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
     texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]

@@ -1,9 +1,9 @@
-"""JPEG files, decoded only as far as a training crop needs them, by libjpeg-turbo (simplejpeg).
+"""JPEG files, decoded by libjpeg-turbo (simplejpeg) only as far as a training crop needs them.
 
-Of a file's bytes those below the crop are not decoded, and an image much larger than the network's input is
-decoded at 1/2, 1/4 or 1/8 of its size. Decoding and resizing happen outside Python's lock, so that one thread per
-core keeps all cores busy. What this module does not know (progressive files are decoded whole; arithmetic coding,
-CMYK, damaged or truncated files are left alone) goes to PIL, which gives the image or the error it always gave.
+Rows below the crop are not decoded, and an image much larger than the network's input is decoded at 1/2, 1/4 or 1/8 of
+its size. Decoding and resizing release Python's lock, so one thread per core keeps all cores busy. Progressive files
+are decoded completely. Files with arithmetic coding or CMYK, and damaged or truncated files, are left to PIL, which
+returns the image or raises its usual error.
 """
 
 import math
@@ -26,15 +26,15 @@ _REDUCTIONS: Final = (8, 4, 2)
 
 
 class Jpeg(NamedTuple):
-    """A JPEG file whose header has been read and whose pixels have not.
+    """A JPEG file of which only the header has been read.
 
     Attributes:
-      data: the file.
-      name: what to call it in an error.
-      channels: 3 to decode to RGB, 1 to grey.
-      width, height: the image's size.
-      height_offset: where in `data` the height is written.
-      row_height: rows that are decoded together, or 0 if only the whole image can be decoded.
+      data: content of the file.
+      name: name of the file in errors.
+      channels: 3 to decode to RGB, 1 to decode to grey.
+      width, height: size of the image.
+      height_offset: position of the height in `data`.
+      row_height: number of rows that are decoded together; 0 if only the whole image can be decoded.
     """
 
     data: bytes
@@ -46,37 +46,37 @@ class Jpeg(NamedTuple):
     row_height: int
 
     def to_pil(self) -> Image.Image:
-        """The whole image, decoded by PIL.
+        """Decode the whole image with PIL.
 
         Raises:
-          DataError: it cannot be decoded.
+          DataError: the image cannot be decoded.
         """
         return decode_image(self.data, self.name, self.channels)
 
     def resized_crop(self, box: tuple[int, int, int, int], size: int, mirrored: bool) -> np.ndarray | None:
-        """What is in `box` (left, top, width, height), as `resize` has it: uint8 [size, size, channels].
+        """Decode `box` (left, top, width, height) and resize it with `resize`, to uint8 [size, size, channels].
 
-        None if the decoder gives up, and PIL has to look at the file.
+        Return None if the decoder fails, and PIL has to decode the file.
         """
         reduction = next((r for r in _REDUCTIONS if min(box[2:]) >= r * size), 1)
         pixels = self._decode(box[1] + box[3], reduction)
         if pixels is None:
             return None
         left, top, width, height = (length / reduction for length in box)
-        # Pixels beside the crop do not count; of a smaller image, it may begin and end inside a pixel.
+        # Pixels outside of the crop do not count. In a reduced image, the crop may begin and end inside a pixel.
         x, y = int(left), int(top)
         covered = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
         return resize(covered, (left - x, top - y, width, height), size, mirrored=mirrored)
 
     def _decode(self, bottom: int, reduction: int) -> np.ndarray | None:
-        """uint8 [at least bottom / reduction, width / reduction, channels]; None if PIL has to look at it."""
+        """Decode to uint8 [at least bottom / reduction, width / reduction, channels]; None if PIL has to decode it."""
         data: bytes | bytearray = self.data
         height = -(-bottom // self.row_height) * self.row_height if self.row_height else self.height
         whole = height >= self.height
         if whole:
             height = self.height
         else:
-            # The decoder stops where the header says that the image ends.
+            # The decoder stops at the height in the header.
             data = bytearray(data)
             data[self.height_offset : self.height_offset + 2] = height.to_bytes(2, "big")
         expected = (-(-height // reduction), -(-self.width // reduction), self.channels)
@@ -84,11 +84,11 @@ class Jpeg(NamedTuple):
             pixels = simplejpeg.decode_jpeg(
                 data,
                 "RGB" if self.channels == 3 else "GRAY",
-                # Chroma pixels are repeated, not interpolated: that changes a third of a grey level on average.
+                # Chroma pixels are repeated, not interpolated, which changes a third of a grey level on average.
                 fastupsample=True,
                 min_height=expected[0] if reduction > 1 else 0,
                 min_width=expected[1] if reduction > 1 else 0,
-                # The bytes that follow a shortened image are an irregularity. Of others, PIL too forgives most.
+                # The bytes after a shortened image are an error in strict mode. PIL tolerates most other errors, too.
                 strict=whole,
             )
         except ValueError:
@@ -97,9 +97,9 @@ class Jpeg(NamedTuple):
 
 
 def open_jpeg(data: bytes, name: str, channels: int) -> Jpeg | None:
-    """`data` as a `Jpeg`, or None where only PIL will do.
+    """Return `data` as a `Jpeg`, or None if only PIL can decode it.
 
-    A file must end as a JPEG does: one that was cut short is PIL's to refuse.
+    PIL also gets files without a JPEG's end marker, which were cut short, and refuses them.
     """
     if not (data.startswith(_START) and data.endswith(_END)):
         return None
@@ -115,7 +115,7 @@ def open_jpeg(data: bytes, name: str, channels: int) -> Jpeg | None:
 
 
 def _from_frame(data: bytes, name: str, channels: int, position: int) -> Jpeg | None:
-    """From the frame header: marker (2 bytes), length (2), precision, height (2), width (2), components, each 3."""
+    """Read a frame header: marker (2 bytes), length (2), precision (1), height (2), width (2), components (3 each)."""
     precision, height, width, components = _FRAME.unpack_from(data, position + 4)
     limit = Image.MAX_IMAGE_PIXELS  # beyond it, PIL warns or refuses
     if precision != 8 or components not in (1, 3) or not width or not height or (limit and width * height > limit):

@@ -1,6 +1,6 @@
-"""What a training transform takes: a PIL image, or a file of which only what is needed gets decoded.
+"""Inputs of a training transform: PIL images, or files of which only the needed part is decoded.
 
-The fast road for JPEG files (`jpeg.py`) is taken where simplejpeg is installed. PIL goes everywhere.
+If simplejpeg is installed, `jpeg.py` decodes JPEG files faster; PIL decodes everything else.
 """
 
 from typing import Protocol
@@ -19,7 +19,7 @@ CropBox = tuple[int, int, int, int]  # left, top, width, height, whole pixels
 
 
 class Undecoded(Protocol):
-    """An image file whose size is known and whose pixels are not."""
+    """An image file with known size whose pixels are not decoded yet."""
 
     @property
     def width(self) -> int: ...
@@ -28,11 +28,11 @@ class Undecoded(Protocol):
     def height(self) -> int: ...
 
     def to_pil(self) -> Image.Image:
-        """The whole image, decoded by PIL; raises DataError."""
+        """Decode the whole image with PIL; raises DataError."""
         ...
 
     def resized_crop(self, box: CropBox, size: int, mirrored: bool) -> np.ndarray | None:
-        """As the function of that name; None if the image has to go through PIL."""
+        """Do the same as the function of this name; return None if PIL has to decode the image."""
         ...
 
 
@@ -40,31 +40,33 @@ Picture = Image.Image | Undecoded
 
 
 def open_picture(data: bytes, name: str, channels: int) -> Picture:
-    """An image file (its bytes), decoded only if it has to be.
+    """Return an image file (its bytes) as a picture, decoded only if necessary.
 
     Args:
-      data, name, channels: as for `decode_image`.
+      data: content of the file.
+      name: name of the image in errors.
+      channels: 3 for RGB, 1 for grey.
 
     Raises:
-      DataError: as from `decode_image`. A damaged file may also raise it later, when it is decoded.
+      DataError: as from `decode_image`. A damaged file may raise it later, when it is decoded.
     """
     undecoded = jpeg.open_jpeg(data, name, channels) if jpeg else None
     return undecoded or decode_image(data, name, channels)
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """The whole picture as PIL decodes it, of mode "RGB" or "L".
+    """Return the whole picture as a PIL image of mode "RGB" or "L".
 
     Raises:
-      DataError: it cannot be decoded.
+      DataError: the picture cannot be decoded.
     """
     return picture if isinstance(picture, Image.Image) else picture.to_pil()
 
 
 def resized_crop(picture: Picture, box: CropBox, size: int, *, mirrored: bool = False) -> np.ndarray:
-    """torchvision's `resized_crop` (bilinear, antialiased), uint8 [size, size, C], then perhaps its `hflip`.
+    """Apply torchvision's `resized_crop` (bilinear, antialiased), and its `hflip` if `mirrored`.
 
-    To the pixel for a PIL image; for a JPEG file nearly so (`jpeg.py`).
+    The result is uint8 [size, size, C]. It is exact for a PIL image and nearly so for a JPEG file (see `jpeg.py`).
 
     Raises:
       DataError: the picture cannot be decoded.
@@ -75,8 +77,8 @@ def resized_crop(picture: Picture, box: CropBox, size: int, *, mirrored: bool = 
             return pixels
         picture = picture.to_pil()
     left, top, width, height = box
-    # Cropped first, as torchvision does: `resize(box=...)` would filter across the box's edges and mix in
-    # pixels from outside the crop.
+    # Cropped first, like torchvision: `resize(box=...)` would filter across the box's edges and mix in pixels from
+    # outside the crop.
     crop = picture.crop((left, top, left + width, top + height))
     pixels = to_array(crop.resize((size, size), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels

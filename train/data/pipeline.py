@@ -1,6 +1,6 @@
-"""From a source to device-shaped batches: `train_batches`, `eval_batches`, and `Prefetch`, which takes them to devices.
+"""Device-shaped batches of a source: `train_batches`, `eval_batches`, and `Prefetch`, which moves them to devices.
 
-What a batch holds is in `batches.py`. Grain makes one after the other ahead of time, in threads or processes.
+`batches.py` defines the content of a batch. Grain makes batches ahead of time, in threads or processes.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ Host = TypeVar("Host")
 
 
 class BadImages:
-    """The unreadable images met so far: each is named once in the log, and counted.
+    """The unreadable images so far, each of which is logged once and counted.
 
-    Pass one object to several calls (every epoch's evaluation, say) to have each image named once in all.
+    Pass the same object to several calls, such as every epoch's evaluation, to log each image only once overall.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class BadImages:
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
-        """Record an image; the first time, log it as a warning."""
+        """Record an image; log a warning the first time."""
         with self._lock:
             is_new = name not in self._names
             self._names.add(name)
@@ -57,11 +57,11 @@ class Closing(Iterator[T]):
     closed = False
 
     def _take(self) -> T:
-        """The next one."""
+        """Return the next element."""
         raise NotImplementedError
 
     def _release(self) -> None:
-        """Give back what `_take` takes from; called once."""
+        """Release the resources of `_take`; called once."""
         raise NotImplementedError
 
     def __next__(self) -> T:
@@ -69,13 +69,13 @@ class Closing(Iterator[T]):
             raise StopIteration
         try:
             return self._take()
-        # KeyboardInterrupt too: whoever waited here is not coming back for more.
+        # Also KeyboardInterrupt: the caller will not ask for another element.
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Drop what is ahead, and wait for what is being worked on right now. Idempotent."""
+        """Drop what was prepared ahead, and wait for work in progress. Idempotent."""
         if not self.closed:
             self.closed = True
             self._release()
@@ -91,22 +91,23 @@ class Closing(Iterator[T]):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `train_batches` and `eval_batches` have in common.
+    """Common options of `train_batches` and `eval_batches`.
 
     Attributes:
-      batch_size: images per step, over all JAX processes. Each of these takes a contiguous slice of the batch, so that
-        it is the same one however many there are.
-      local_device_count: devices of this process.
-      preprocessing: gives the size and the channels, and what evaluation does.
-      num_workers: images that are decoded at a time, by a thread each; None takes one per CPU this process may use.
-      processes: worker processes that have these threads, 1 for this process itself; None as in `processes_for`.
-      strict: raise on an unreadable image instead of replacing it, or leaving its place empty.
-      process_index, process_count: which of how many JAX processes this is.
-      bad_images: where unreadable images are recorded; None makes a new record.
-      prefetch: batches prepared ahead by this process itself; worker processes prepare some each.
+      batch_size: images per step, over all JAX processes. Each process takes a contiguous slice of the batch, so the
+        batch does not depend on the number of processes.
+      local_device_count: number of devices of this process.
+      preprocessing: size and channels of the images, and preprocessing in evaluation.
+      num_workers: number of decoding threads; None takes one per CPU that this process may use.
+      processes: number of worker processes with these threads; 1 uses this process itself; None as in `processes_for`.
+      strict: raise on an unreadable image instead of replacing it or leaving its row empty.
+      process_index: index of this JAX process.
+      process_count: number of JAX processes.
+      bad_images: record of unreadable images; None makes a new one.
+      prefetch: number of batches that this process prepares ahead; each worker process also prepares some.
 
     Raises:
-      ConfigError: the devices do not divide the batch, or a number is too small.
+      ConfigError: the batch size is not divisible by the number of devices, or a number is too small.
     """
 
     batch_size: int
@@ -133,21 +134,21 @@ class Options:
 
     @property
     def workers(self) -> int:
-        """How many images are decoded at a time."""
+        """Number of decoding threads."""
         return cores() if self.num_workers is None else self.num_workers
 
     @property
     def rows(self) -> range:
-        """Which rows of a batch this process provides."""
+        """Rows of a batch that this process provides."""
         size = self.batch_size // self.process_count
         return range(self.process_index * size, (self.process_index + 1) * size)
 
 
 class Batches(Closing[HostBatch]):
-    """Batches of `steps`, made ahead of time; an exception reaches the caller of `next` at the batch that it struck.
+    """Batches of `steps`, made ahead of time; an exception is raised by `next` at the batch in which it occurred.
 
     Raises:
-      ConfigError: there is no room for the worker processes that were asked for.
+      ConfigError: there is not enough shared memory for the requested worker processes.
     """
 
     def __init__(self, images: Images, steps: range, options: Options) -> None:
@@ -163,13 +164,13 @@ class Batches(Closing[HostBatch]):
         ahead = grain.ReadOptions(num_threads=options.prefetch, prefetch_buffer_size=options.prefetch)
         self._made: Any = Workers(dataset, count) if count > 1 else iter(dataset.to_iter_dataset(ahead))
         self._restore = contextlib.ExitStack()
-        if opencv := sys.modules.get("cv2"):  # augmentations have it: no threads of its own while ours run
+        if opencv := sys.modules.get("cv2"):  # used by augmentations: its own threads would compete with ours
             self._restore.callback(opencv.setNumThreads, opencv.getNumThreads())
             opencv.setNumThreads(0)
 
     @property
     def skipped(self) -> int:
-        """How many unreadable images have been met so far."""
+        """Number of unreadable images so far."""
         return len(self.bad_images)
 
     def _take(self) -> HostBatch:
@@ -183,7 +184,7 @@ class Batches(Closing[HostBatch]):
             self.bad_images.add(name, reason)
         self._any_readable = self._any_readable or "mask" not in batch or bool(batch["mask"].any())
         self._unreadable = Unreadable() if self._any_readable else Unreadable(self._unreadable + unreadable)
-        # np.asarray: of Grain's arrays in shared memory, plain views.
+        # np.asarray makes plain views of Grain's arrays in shared memory.
         return {name: np.asarray(array).reshape(self._devices, -1, *array.shape[1:]) for name, array in batch.items()}
 
     def _release(self) -> None:
@@ -193,7 +194,7 @@ class Batches(Closing[HostBatch]):
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Training steps in an epoch; the images of the incomplete last batch sit this epoch out.
+    """Return the training steps per epoch; the images of an incomplete last batch are not used in that epoch.
 
     Raises:
       DataError: there are fewer images than one batch holds.
@@ -204,16 +205,16 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def train_batches(source: Source, *, transform: Transform, seed: int, start_step: int = 0, **options: Any) -> Batches:
-    """Augmented, shuffled batches without end, starting with global step `start_step`.
+    """Return an endless iterator of augmented, shuffled batches, starting with global step `start_step`.
 
-    An unreadable image gives its place to the next readable one of the source.
+    An unreadable image is replaced by the next readable one of the source.
 
     Args:
       source: the training images.
-      transform: the augmentation, as from `make_transform` or `get_transform`.
-      seed: determines every epoch's order and every augmentation; 0 or more.
-      start_step: steps already trained; batch k is the same whether or not batches 0 to k-1 were produced.
-      options: as for `Options`.
+      transform: the augmentation, from `make_transform` or `get_transform`.
+      seed: seed of every epoch's order and every augmentation; 0 or more.
+      start_step: number of steps already trained; batch k is the same whether or not batches 0 to k-1 were produced.
+      options: fields of `Options`.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device]}.
@@ -221,7 +222,7 @@ def train_batches(source: Source, *, transform: Transform, seed: int, start_step
 
     Raises:
       ConfigError: a number is negative, or as from `Options` and `Batches`.
-      DataError: fewer images than one batch. From the iterator: no image is readable, or, if strict, one is
+      DataError: there are fewer images than one batch. From the iterator: no image is readable, or, if strict, one is
         not; or a worker process was killed.
     """
     if not 0 <= seed < 2**63 or start_step < 0:
@@ -233,15 +234,15 @@ def train_batches(source: Source, *, transform: Transform, seed: int, start_step
 
 
 def eval_batches(source: Source, **options: Any) -> Batches:
-    """Every image of `source` exactly once, in order, through `eval_transform`.
+    """Return an iterator over every image of `source` exactly once, in order, through `eval_transform`.
 
-    Every JAX process gets equally many batches, as collectives need. Places beyond the last image, and unreadable
-    images, are black with label 0 and mask 0.
+    Every JAX process gets the same number of batches, which collectives require. Rows after the last image, and
+    unreadable images, are black with label 0 and mask 0.
 
     Args:
       source: the images.
-      options: as for `Options`; threads of this process decode unless `processes` says otherwise, for an evaluation is
-        over before worker processes would have started.
+      options: fields of `Options`. By default, `processes` is 1, because an evaluation would be over before worker
+        processes had started.
 
     Returns:
       An iterator of {"image": uint8 [devices, per_device, H, W, C], "label": int32 [devices, per_device],
@@ -258,15 +259,15 @@ def eval_batches(source: Source, **options: Any) -> Batches:
 
 
 class Prefetch(Closing[T], Generic[Host, T]):
-    """Takes batches and puts them on the device in a thread, ahead of time.
+    """Puts batches on the device in a thread, ahead of time.
 
-    `close` it before what it takes from, or use both in one `with` statement, the batches first.
+    `close` it before its `batches`, or use both in one `with` statement, the batches first.
 
     Args:
-      batches: what to take from; only the thread does.
-      put: starts the transfer of a batch and returns it as it is on the device, such as
+      batches: iterator of batches, used only by the thread.
+      put: function that starts the transfer of a batch and returns it as an array on the device, such as
         `functools.partial(jax.device_put, device=sharding)`; called in the thread.
-      ahead: batches on the device, or on their way, that nobody has asked for yet; 1 is taken for 2.
+      ahead: number of batches on the device, or in transfer, that are waiting to be used; 1 is treated as 2.
 
     Raises:
       ConfigError: `ahead` is less than 1.
@@ -285,11 +286,11 @@ class Prefetch(Closing[T], Generic[Host, T]):
 
     def _release(self) -> None:
         self._thread.close()
-        del self._thread  # which would close itself once more, also when Python ends
+        del self._thread  # otherwise it would close itself again, at the latest when Python exits
 
 
 class _Put(Iterator[T], Generic[Host, T]):
-    """What Grain takes for an iterator of its own: one whose state needs no saving, for it is the step."""
+    """An iterator with the interface that Grain expects; its state is not saved, because it is the step."""
 
     def __init__(self, batches: Iterator[Host], put: Callable[[Host], T]) -> None:
         self._batches, self._put = batches, put

@@ -1,6 +1,6 @@
-// A part of an image, resized as PIL's bilinear `Image.resize(size, box=…)` does it, to the bit.
+// Resizes a part of an image, with results equal to the bit to PIL's bilinear `Image.resize(size, box=…)`.
 //
-// PIL weighs the source pixels with a triangle that widens with the scale (antialiasing), in fixed point: first along
+// PIL weights the source pixels with a triangle that widens with the scale (antialiasing), in fixed point: first along
 // rows, rounded to bytes, then along columns.
 
 #include <algorithm>
@@ -15,19 +15,19 @@
 
 namespace {
 
-constexpr int FRACTION_BITS = 22;  // of a weight: times a byte, and summed, it still fits 32 bits
+constexpr int FRACTION_BITS = 22;  // of a weight, so that sums of weights times bytes fit in 32 bits
 constexpr int32_t HALF = 1 << (FRACTION_BITS - 1);
-constexpr int MOST_UNROLLED = 7;  // taps: a scale of 3
+constexpr int MOST_UNROLLED = 7;  // taps, which a scale of 3 needs
 
 inline uint8_t rounded(int32_t sum) { return uint8_t(sum >> FRACTION_BITS); }
 
-// Which source pixels make each result along one axis, and how much of each.
+// Source pixels of each result along one axis, and their weights.
 struct Weights {
-  int taps = 0;             // of every result; the last weights of most are 0
-  std::vector<int> first;   // source pixel of each result
+  int taps = 0;             // per result; most results have zeros at the end
+  std::vector<int> first;   // first source pixel of each result
   std::vector<int32_t> of;  // [results, taps]
 
-  // `length` source pixels, of which `extent` from `start` on are resized. Mirrored: the results from right to left.
+  // `extent` of the `length` source pixels, from `start` on, are resized. If mirrored, results go from right to left.
   Weights(int length, double start, double extent, int results, bool mirrored) : first(results) {
     const double scale = extent / results, reach = std::max(scale, 1.0), narrowing = 1.0 / reach;
     const auto begin = [=](int i) { return std::max(int(start + (i + 0.5) * scale - reach + 0.5), 0); };
@@ -43,7 +43,7 @@ struct Weights {
         real[t] = std::max(1.0 - std::abs((t + from - center + 0.5) * narrowing), 0.0);
         sum += real[t];
       }
-      // No result may read behind the last pixel, not even to weigh it with 0.
+      // No result may read past the last pixel, not even with a weight of 0.
       first[result] = std::min(from, length - taps);
       int32_t* weights = &of[int64_t(result) * taps + from - first[result]];
       for (int t = 0; t < count; t++) weights[t] = int32_t(0.5 + real[t] / sum * (1 << FRACTION_BITS));
@@ -51,7 +51,7 @@ struct Weights {
   }
 };
 
-// Results `begin` … `end - 1` of one row.
+// Computes results `begin` … `end - 1` of one row.
 void pass_row(const uint8_t* row, int channels, const Weights& w, int begin, int end, uint8_t* out) {
   for (int i = begin; i < end; i++) {
     const uint8_t* pixel = row + w.first[i] * channels;
@@ -65,7 +65,7 @@ void pass_row(const uint8_t* row, int channels, const Weights& w, int begin, int
 }
 
 #if defined(__SSE4_1__)
-// The same for three channels, a pixel in a vector: it reads and writes one byte behind the last pixel.
+// The same for three channels, with one pixel per vector. It reads and writes one byte past the last pixel.
 template <int TAPS>
 void pass_row_of_colors(const uint8_t* row, const Weights& w, int begin, int end, uint8_t* out) {
   const __m128i lowest_bytes = _mm_set1_epi32(0x0c080400);
@@ -100,11 +100,11 @@ constexpr PassRow OF_COLORS[MOST_UNROLLED + 1] = {
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define GATHERS_BYTES 1
-// The same in vectors of 16 results, each of whose taps is gathered from a window of 64 bytes by one instruction.
+// The same in vectors of 16 results. For each tap, one instruction gathers the pixels from a window of 64 bytes.
 class Gathering {
  public:
   Gathering() = default;
-  // Of rows of `row_bytes` bytes.
+  // Prepares for rows of `row_bytes` bytes.
   Gathering(const Weights& w, int channels, int results, int row_bytes, bool mirrored) : taps_(w.taps) {
     const int total = results * channels;
     for (int base = 0; base < total; base += LANES) {
@@ -126,10 +126,10 @@ class Gathering {
     }
   }
 
-  // False if some vector's pixels lie further apart than a window reaches.
+  // False if the pixels of a vector are too far apart for one window.
   bool fits = true;
 
-  // Rows that begin `stride` bytes apart; those of results, `out_stride` bytes.
+  // Processes rows that begin `stride` bytes apart; the rows of results begin `out_stride` bytes apart.
   template <int ROWS>
   void pass(const uint8_t* rows, int64_t stride, uint8_t* out, int64_t out_stride) const {
     const Tap* tap = of_windows_.data();
@@ -161,8 +161,8 @@ class Gathering {
   static constexpr int LANES = 16, WINDOW = 64;
   static constexpr uint64_t LOWEST_BYTES = 0x1111111111111111;  // of 16 numbers
   struct Window {
-    int begin, kept;  // first byte; results
-    uint64_t read;    // which of its bytes are the row's
+    int begin, kept;  // first byte; number of results
+    uint64_t read;    // mask of its bytes that belong to the row
   };
   struct alignas(64) Tap {
     int32_t index[LANES], weight[LANES];
@@ -173,7 +173,7 @@ class Gathering {
 };
 #endif
 
-// The pass along rows of `width` pixels, by the fastest way that there is.
+// The pass along rows of `width` pixels, by the fastest available method.
 class RowPass {
  public:
   RowPass(const Weights& w, int channels, int results, int width, bool mirrored)
@@ -191,8 +191,8 @@ class RowPass {
 #endif
   }
 
-  // Up to `TOGETHER` rows that begin `stride` bytes apart; those of results follow each other, and one byte behind them
-  // is written, too.
+  // Processes up to `TOGETHER` rows that begin `stride` bytes apart. The rows of results are contiguous, and one byte
+  // past them is written, too.
   void operator()(const uint8_t* rows, int64_t stride, int count, uint8_t* out) const {
     const int64_t line = int64_t(results_) * channels_;
 #if defined(GATHERS_BYTES)
@@ -216,13 +216,13 @@ class RowPass {
  private:
   const Weights& weights_;
   int channels_, results_;
-  int begin_ = 0, end_ = 0;  // of the results that may read a byte behind their pixels
+  int begin_ = 0, end_ = 0;  // range of the results that may read a byte past their pixels
 #if defined(GATHERS_BYTES)
   Gathering gathering_;
 #endif
 };
 
-// One row of `length` results from as many rows as there are weights; they follow each other.
+// Computes one row of `length` results from `taps` contiguous rows.
 void pass_columns(const uint8_t* rows, const int32_t* weights, int taps, int length, uint8_t* out) {
   constexpr int BLOCK = 64;
   int done = 0;
@@ -253,7 +253,7 @@ void pass_columns(const uint8_t* rows, const int32_t* weights, int taps, int len
     std::fill(sums, sums + BLOCK, HALF);
     for (int t = 0; t < taps; t++) {
       const uint8_t* row = rows + int64_t(t) * length + done;
-      for (int i = 0; i < n; i++) sums[i] += row[i] * weights[t];  // the compiler makes vectors of it
+      for (int i = 0; i < n; i++) sums[i] += row[i] * weights[t];  // the compiler vectorises this
     }
     for (int i = 0; i < n; i++) out[done + i] = rounded(sums[i]);
   }
@@ -261,15 +261,15 @@ void pass_columns(const uint8_t* rows, const int32_t* weights, int taps, int len
 
 }  // namespace
 
-// `pixels`: [height, width, channels], its rows `stride` bytes apart. `box`: left, top, width and height of the part to
-// resize, in pixels, inside the image. `out`: [size, size, channels], mirrored or not.
+// `pixels`: [height, width, channels], with rows `stride` bytes apart. `box`: left, top, width and height of the part
+// to resize, in pixels, inside the image. `out`: [size, size, channels], mirrored if `mirrored`.
 extern "C" void repvgg_resize(const uint8_t* pixels, int64_t stride, int32_t height, int32_t width, int32_t channels,
                               const double* box, int32_t size, int32_t mirrored, uint8_t* out) {
   const Weights across(width, box[0], box[2], size, mirrored), down(height, box[1], box[3], size, false);
   const RowPass pass(across, channels, size, width, mirrored);
   const int64_t line = int64_t(size) * channels;
   const int end = down.first.back() + down.taps;
-  // A few passed rows at a time, from `begin` to `next`, so that they stay in the core's nearest cache.
+  // Keeps a few row-resized rows at a time, from `begin` to `next`, so that they stay in the core's first-level cache.
   const int capacity = down.taps + 4 * RowPass::TOGETHER;
   static thread_local std::vector<uint8_t> passed;
   passed.resize(capacity * line + 1);

@@ -1,8 +1,8 @@
-"""A part of an image resized to a square, as PIL's bilinear `Image.resize(size, box=…)` does it.
+"""Resize a part of an image to a square, like PIL's bilinear `Image.resize(size, box=…)`.
 
-In C++ (`resize.cc`), compiled the first time it is needed, because no library is fast enough to feed an accelerator:
-OpenCV takes twice the time and does not widen its filter when it shrinks, fast_image_resize (cykooz-resizer) takes
-twice, PIL eleven times. Where there is no compiler, PIL does it, with the same result to the bit.
+This is C++ code (`resize.cc`), compiled on first use, because no library is fast enough to feed an accelerator: OpenCV
+takes twice the time and does not widen its filter when it shrinks an image, fast_image_resize (cykooz-resizer) takes
+twice the time, and PIL eleven times. Without a compiler, PIL is used, with the same result to the bit.
 """
 
 import ctypes
@@ -24,15 +24,15 @@ _compiling = threading.Lock()
 
 
 def resize(pixels: np.ndarray, box: Box, size: int, *, mirrored: bool = False) -> np.ndarray:
-    """The part of an image that `box` covers, antialiased; what is outside of `pixels` does not count.
+    """Resize the part of an image that `box` covers, with antialiasing; the filter does not extend beyond `pixels`.
 
-    PIL itself may walk the columns before the rows, which makes a grey level's difference here and there.
+    PIL itself may process columns before rows, which causes occasional differences of one grey level.
 
     Args:
-      pixels: uint8 `[H, W, C]`, C 1 or 3; each row's pixels follow each other.
-      box: left, top, width and height in pixels, inside the image, that need not be whole.
+      pixels: uint8 `[H, W, C]`, C 1 or 3; the pixels of each row are contiguous.
+      box: left, top, width and height in pixels, inside the image; fractions are allowed.
       size: height and width of the result.
-      mirrored: left to right.
+      mirrored: mirror the result left to right.
 
     Returns:
       uint8 `[size, size, C]`.
@@ -53,7 +53,7 @@ def resize(pixels: np.ndarray, box: Box, size: int, *, mirrored: bool = False) -
 def _by_pil(pixels: np.ndarray, box: Box, size: int, mirrored: bool) -> np.ndarray:
     left, top, width, height = box
     image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
-    # In two steps: rows first, whatever PIL would find faster.
+    # In two steps, so that rows come first, whichever order PIL would choose.
     image = image.resize((size, image.height), Image.Resampling.BILINEAR, (left, 0, left + width, image.height))
     image = image.resize((size, size), Image.Resampling.BILINEAR, (0, top, size, top + height))
     resized = np.asarray(image).reshape(size, size, -1)
@@ -61,16 +61,16 @@ def _by_pil(pixels: np.ndarray, box: Box, size: int, mirrored: bool) -> np.ndarr
 
 
 def _native() -> Callable[..., None] | None:
-    """The function of `resize.cc`, which does not hold Python's lock; None where there is none."""
+    """Return the function of `resize.cc`, which releases Python's lock; None if it is not available."""
     if not switched_on():
         return None
-    with _compiling:  # one of the decoding threads does
+    with _compiling:  # only one of the decoding threads compiles
         return _compiled()
 
 
 @functools.cache
 def _compiled(*options: str) -> Callable[..., None] | None:
-    # Sums of products that are rounded only once would not be PIL's.
+    # Fused multiply-adds, which round only once, would give results that differ from PIL's.
     library = load_library(SOURCE, "resizing functions", "-ffp-contract=off", *options)
     if library is None:
         return None

@@ -1,6 +1,6 @@
-"""Random-access sources of labelled images: an image folder and a synthetic one (TFDS: `tfds_source.py`).
+"""Random-access sources of labelled images: an image folder and a synthetic source (for TFDS, see `tfds_source.py`).
 
-A source knows nothing of order, augmentation or devices. Many threads may read it at once; it can be pickled.
+A source does not deal with order, augmentation or devices. It is thread-safe and can be pickled.
 """
 
 import os
@@ -24,7 +24,7 @@ class Example:
     Attributes:
       image: an encoded image file, or uint8 pixels [H, W] or [H, W, C].
       label: index into the source's `class_names`.
-      name: what to call the image in a message; unique within its source.
+      name: name of the image in messages; unique within its source.
     """
 
     image: bytes | np.ndarray
@@ -46,18 +46,18 @@ class Source(Protocol):
 class FolderSource:
     """The images below `ROOT/CLASS/`, at any depth, in the order of torchvision's `ImageFolder`.
 
-    This is our own listing because `tfds.ImageFolder` lists folders through `tf.io.gfile` and offers
-    `as_dataset` only: it does not work without TensorFlow, nor by random access.
+    `tfds.ImageFolder` is not used because it lists folders through `tf.io.gfile` and offers only `as_dataset`, so it
+    needs TensorFlow and has no random access.
 
     Args:
       root: the folder of one split.
       allow_empty: accept class folders without images, if there is any image at all.
 
     Raises:
-      DataError: no such folder, no class folders in it, or a class folder without images.
+      DataError: the folder does not exist, has no class folders, or has a class folder without images.
 
     Attributes:
-      left_out: how many files below the class folders are not images, by suffix.
+      left_out: number of files below the class folders that are not images, by suffix.
       empty: names of the classes without images.
     """
 
@@ -78,7 +78,7 @@ class FolderSource:
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def __getstate__(self) -> dict[str, Any]:
-        # As one text, in a third of the time: each worker process gets them.
+        # One string takes a third of the time of a list; each worker process gets the paths.
         return self.__dict__ | {"_paths": "\0".join(self._paths)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class FolderSource:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the classes under `root`, sorted; hidden folders do not count.
+    """Return the sorted names of the class folders in `root`; hidden folders do not count.
 
     Raises:
       DataError: `root` cannot be listed, or holds no class folders.
@@ -118,7 +118,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def no_images(folder: Path, or_remove: str = "it") -> DataError:
-    """Return the error of a class folder without images: what it holds besides, and what to do."""
+    """Return the error for a class folder without images; it says what the folder holds and what to do."""
     left_out = image_files(folder).left_out
     others = f", but {describe_left_out(left_out)}" if left_out else ""
     suffixes = ", ".join(IMAGE_SUFFIXES)
@@ -126,14 +126,14 @@ def no_images(folder: Path, or_remove: str = "it") -> DataError:
 
 
 class SyntheticSource:
-    """Random pixels for benchmarks: nothing to read or decode, and the same for the same arguments.
+    """Random pixels for benchmarks, without reading or decoding; the same arguments give the same examples.
 
     Args:
-      length: number of examples; they share a small pool of distinct images.
-      image_size: height and width.
+      length: number of examples, which share a small pool of distinct images.
+      image_size: height and width of the images.
       channels: 1 or 3.
-      num_classes: labels are uniform over them.
-      seed: two splits take two seeds.
+      num_classes: number of classes, over which the labels are uniform.
+      seed: seed, which should differ between splits.
     """
 
     _POOL = 64
@@ -157,11 +157,11 @@ class SyntheticSource:
 
 
 class UnopenedSource:
-    """Stands for a split of which only its numbers are needed, or for one without examples.
+    """Placeholder for a split of which only the counts are needed, or for one without examples.
 
     Args:
       length: number of examples.
-      class_names: of its classes; their number, to name them by numbers.
+      class_names: names of the classes; or their number, which names them "class 0", "class 1" and so on.
     """
 
     def __init__(self, length: int, class_names: Sequence[str] | int) -> None:

@@ -1,7 +1,7 @@
-"""Data sets prepared by TensorFlow Datasets, read at random and without TensorFlow.
+"""Data sets prepared by TensorFlow Datasets, read with random access and without TensorFlow.
 
-ArrayRecord files are read by TFDS's own data source, TFRecord files by our offset index (`tfrecord.py`). In
-both cases TFDS's features parse the record, and the image stays encoded until a worker decodes it.
+TFDS's data source reads ArrayRecord files, and an offset index (`tfrecord.py`) reads TFRecord files. In both cases,
+TFDS's features parse the records, and images stay encoded until a worker decodes them.
 """
 
 import difflib
@@ -23,9 +23,9 @@ from .tfrecord import Shard, TFRecordFiles
 
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("validation", "test")
-# What is looked at to see whether a split is labelled.
+# Number of examples that are checked for labels.
 _SAMPLE = 16
-# Features that name an image, as TFDS's classification data sets call them.
+# Names of the features that name an image, in TFDS's classification data sets.
 _NAME_FEATURES = ("file_name", "image/filename", "filename", "id")
 
 
@@ -36,14 +36,14 @@ class _Records(Protocol):
 
 
 class TfdsSource:
-    """One split of a prepared TFDS image classification data set; thread safe, picklable.
+    """One split of a prepared TFDS image classification data set; thread-safe and picklable.
 
     Args:
-      directory: the folder of the prepared data set, `DATA_DIR/NAME[/CONFIG]/VERSION`.
-      split: a split's name, or a slice of one (`train[:10%]`).
+      directory: folder of the prepared data set, `DATA_DIR/NAME[/CONFIG]/VERSION`.
+      split: name of a split, or a slice of one (`train[:10%]`).
 
     Raises:
-      DataError: no such data set or split, an empty one, or not one of labelled uint8 images.
+      DataError: the data set or split does not exist, is empty, or does not consist of labelled uint8 images.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
@@ -75,12 +75,12 @@ class TfdsSource:
         return Example(image, label, f"{position} {name}" if name else position)
 
     def _check_labels(self) -> None:
-        """Refuse a split whose labels are kept secret, as those of many test splits are (label -1)."""
+        """Refuse a split with hidden labels (-1), which many test splits have."""
         labels = []
         for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLE).round().astype(int)).tolist():
             try:
                 labels.append(self._parse(self._read(index, ""), "")[1])
-            except DataError:  # damaged: named when it is read for its image
+            except DataError:  # damaged: reported when its image is read
                 continue
         if labels and max(labels) < 0:
             raise DataError(f"{self._name} has no labels; choose another split (--train-split, --test-split)")
@@ -88,7 +88,7 @@ class TfdsSource:
     def _read(self, index: int, position: str) -> bytes:
         try:
             return self._records[index]
-        except RuntimeError as error:  # what array_record raises for a damaged file
+        except RuntimeError as error:  # raised by array_record for a damaged file
             raise DataError(f"{position}: damaged record ({_line(error)})") from error
 
     def _parse(self, record: bytes, position: str) -> tuple[bytes, int, str]:
@@ -96,7 +96,7 @@ class TfdsSource:
         encoded = {image_key: tfds.decode.SkipDecoding()}
         try:
             fields = self._features.deserialize_example_np(record, decoders=encoded)
-        # A damaged record fails in protobuf (DecodeError) or anywhere in TFDS's parser after it.
+        # A damaged record fails in protobuf (DecodeError) or later, anywhere in TFDS's parser.
         except Exception as error:
             raise DataError(f"{position}: damaged record ({type(error).__name__})") from error
         name = fields[name_key].decode(errors="replace") if name_key else ""
@@ -104,13 +104,14 @@ class TfdsSource:
 
 
 def find_dataset(name: str, data_dir: Path) -> Path:
-    """The folder of the prepared TFDS data set `NAME[/CONFIG][:VERSION]` under `data_dir`.
+    """Return the folder of the prepared TFDS data set `NAME[/CONFIG][:VERSION]` under `data_dir`.
 
     Raises:
-      DataError: not prepared there (the text says how to), or no data set of that name (it suggests some).
+      DataError: the data set is not prepared there (the message says how to prepare it), or does not exist (the message
+        suggests similar names).
     """
     try:
-        # From the files rather than from the registered code, which would insist on its own newest version.
+        # From the files, because the registered code would insist on its own newest version.
         return Path(builder_from_files(name, data_dir=data_dir).data_dir)
     except DatasetNotFoundError as error:
         raise _not_found(name, data_dir) from error
@@ -119,10 +120,10 @@ def find_dataset(name: str, data_dir: Path) -> Path:
 
 
 def find_split(directory: Path, candidates: Sequence[str]) -> str:
-    """The first of `candidates` that the data set in `directory` has.
+    """Return the first of `candidates` that the data set in `directory` has.
 
     Raises:
-      DataError: it has none of them.
+      DataError: the data set has none of them.
     """
     info = _open_builder(directory).info
     for split in candidates:
@@ -139,7 +140,7 @@ def find_split(directory: Path, candidates: Sequence[str]) -> str:
 
 
 def shared_images(directory: Path, one: str, other: str) -> int:
-    """Return how many images two splits, or slices of splits, of a data set have in common."""
+    """Return the number of images that two splits, or slices of splits, of a data set have in common."""
     builder = _open_builder(directory)
     spans = [[(s.path, s.skip, s.skip + s.take) for s in _shards(builder, split)] for split in (one, other)]
     return sum(
@@ -157,7 +158,7 @@ def _not_found(name: str, data_dir: Path) -> DataError:
         return _not_finished(name, base, folder)
     of_tfds = set(tfds.list_builders(with_community_datasets=False))
     if base in of_tfds:
-        # Preparing is left to TFDS: nearly every builder there needs TensorFlow, and some a manual download.
+        # Preparation is left to TFDS, as nearly all of its builders need TensorFlow, and some a manual download.
         return DataError(
             f"TFDS data set {name!r} is not prepared under {data_dir}; prepare it where tensorflow is installed "
             f"with `tfds build {name} --file_format=array_record --data_dir={data_dir}`, or say "
@@ -171,7 +172,7 @@ def _not_found(name: str, data_dir: Path) -> DataError:
 
 
 def _not_finished(name: str, base: str, folder: Path) -> DataError:
-    """The error where `folder` has the data set's name, but not this configuration or version of it."""
+    """Return the error for a `folder` that has the data set's name, but not this configuration or version."""
     unfinished = sorted(path for path in folder.rglob("*.incomplete*") if path.is_dir())
     if unfinished:
         return DataError(
@@ -193,9 +194,9 @@ def _open_builder(directory: Path) -> Any:
 
 
 def _features(info: Any) -> tuple[tuple[str, str, str | None], Any]:
-    """The names of the image, label and name features, and a parser of these alone.
+    """Return the keys of the image, label and name features, and a parser of only these.
 
-    Other features (a segmentation mask, say) would only cost time.
+    Other features, such as a segmentation mask, would only cost time.
     """
     keys = info.supervised_keys
     image, label = keys if keys and len(keys) == 2 else ("image", "label")

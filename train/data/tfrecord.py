@@ -1,7 +1,7 @@
 """Random access to TFRecord files without TensorFlow.
 
-A TFRecord file is a chain of records: length (uint64, little endian), CRC of the length (4 bytes), the bytes,
-CRC of the bytes (4 bytes). Hopping from length to length yields the offset of every record.
+A TFRecord file is a sequence of records: length (uint64, little endian), CRC of the length (4 bytes), the bytes, CRC of
+the bytes (4 bytes). Following the lengths gives the offset of every record.
 """
 
 import struct
@@ -20,13 +20,13 @@ _FOOTER_BYTES = 4
 
 
 def record_spans(path: Path) -> np.ndarray:
-    """Offset and length of every complete record of a TFRecord file.
+    """Return the offset and length of every complete record of a TFRecord file.
 
     Args:
-      path: the file. Its checksums are not verified: a damaged image shows when it is decoded.
+      path: the file. Its checksums are not verified; a damaged image fails when it is decoded.
 
     Returns:
-      int64 [records, 2]; of a file that is cut short, the records before the cut.
+      int64 [records, 2]; for a truncated file, the records before its end.
 
     Raises:
       OSError: the file cannot be read.
@@ -45,7 +45,7 @@ def record_spans(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shard:
-    """`take` records of the file `path`, from its record number `skip` on."""
+    """`take` records of the file `path`, starting with record number `skip`."""
 
     path: Path
     skip: int
@@ -53,16 +53,16 @@ class Shard:
 
 
 class TFRecordFiles:
-    """The records of several TFRecord files as one sequence of bytes; thread safe, picklable.
+    """The records of several TFRecord files as one sequence of bytes; thread-safe and picklable.
 
-    A file is indexed when a record of it is first asked for: ImageNet's 1024 shards need not all be scanned
-    before the first batch. Files are opened per read, so that a thousand descriptors need not be held.
+    A file is indexed on the first access to one of its records, so ImageNet's 1024 shards need not all be scanned
+    before the first batch. Files are opened for each read, so a thousand descriptors need not be held.
 
     Args:
-      shards: the files, in order, and which of their records count.
+      shards: the files in order, with the records to use of each.
 
     Raises:
-      DataError: on access: the record is missing or unreadable.
+      DataError: on access, if the record is missing or unreadable.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -87,7 +87,7 @@ class TFRecordFiles:
     def _read(self, number: int, row: int) -> bytes:
         shard, spans = self._shards[number], self._spans[number]
         if spans is None:
-            # Not locked: two threads may scan the same file at the same time, and find the same spans.
+            # Not locked: if two threads scan the same file at the same time, they get the same spans.
             spans = self._spans[number] = record_spans(shard.path)
         if row >= len(spans):
             expected = shard.skip + shard.take

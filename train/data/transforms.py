@@ -1,8 +1,8 @@
-"""Training augmentations that bring an image to its size: pure functions (image, rng, size) -> uint8 [size, size, C].
+"""Training transforms to the input size: pure functions (image, rng, size) -> uint8 [size, size, C].
 
-All randomness comes from `rng`, so that an image's augmentation depends on the seed and on its place in the
-epoch alone. To add one, write the function and enter it in `TRANSFORMS`, and in `OPTIONS` if it takes some. An image is
-a PIL image of mode "RGB" or "L", or an undecoded file. What changes pixels at that size is in `augmentation.py`.
+All randomness comes from `rng`, so an image's augmentation depends only on the seed and on its place in the epoch. To
+add a transform, write the function and add it to `TRANSFORMS`, and to `OPTIONS` if it takes some. An image is a PIL
+image of mode "RGB" or "L", or an undecoded file. Augmentations of the resized image are in `augmentation.py`.
 """
 
 import math
@@ -19,7 +19,7 @@ from .pictures import Picture, resized_crop, to_pil
 
 Transform = Callable[[Picture, np.random.Generator, int], np.ndarray]
 
-# random_affine: enough to blur the difference between two writers, too little to turn a digit into another.
+# random_affine: enough to hide the difference between two writers, too little to turn one digit into another.
 MAX_ROTATION: Final = math.radians(15)
 SCALE: Final = (0.85, 1.15)
 MAX_SHEAR: Final = math.radians(10)
@@ -34,14 +34,14 @@ def random_resized_crop_flip(
     crop_area: tuple[float, float] = (0.08, 1.0),
     horizontal_flip: float = 0.5,
 ) -> np.ndarray:
-    """torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
+    """Apply torchvision's `RandomResizedCrop(size)` (bilinear, antialiased) and `RandomHorizontalFlip()`.
 
     Args:
       image: PIL image of mode "RGB" or "L", or an undecoded file, of which only the crop is decoded.
-      rng: where the crop and the flip come from.
+      rng: source of randomness.
       size: height and width of the result.
       crop_area: range of the crop's share of the image's area.
-      horizontal_flip: how often the crop is mirrored.
+      horizontal_flip: probability of a horizontal flip.
 
     Returns:
       uint8 [size, size, C].
@@ -56,14 +56,13 @@ def random_resized_crop_flip(
 def pad_and_crop_flip(
     image: Picture, rng: np.random.Generator, size: int, *, horizontal_flip: float = 0.5
 ) -> np.ndarray:
-    """Shift by up to an eighth of the side and flip, as is usual for CIFAR: pad 32 pixels by 4 of black, then crop.
+    """Shift by up to an eighth of the side and flip; for CIFAR, that is the usual padding by 4 black pixels and crop.
 
     Args:
-      image: PIL image of mode "RGB" or "L", or an undecoded file; resized to a square first, unless it is one of
-        `size`.
-      rng: where the shift and the flip come from.
+      image: PIL image of mode "RGB" or "L", or an undecoded file; if its size is not `size`, it is first resized.
+      rng: source of randomness.
       size: height and width of the result.
-      horizontal_flip: how often the crop is mirrored.
+      horizontal_flip: probability of a horizontal flip.
 
     Returns:
       uint8 [size, size, C].
@@ -82,21 +81,22 @@ def random_crop_box(
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """The crop of torchvision's `RandomResizedCrop`, which needs the image's size but not its pixels.
+    """Return the crop of torchvision's `RandomResizedCrop`, which needs the image's size but not its pixels.
 
     Args:
-      width, height: the image's.
-      rng: the source of randomness.
+      width: width of the image.
+      height: height of the image.
+      rng: source of randomness.
       area: range of the crop's share of the image's area.
-      aspect: range of the crop's width over its height.
+      aspect: range of the crop's aspect ratio, width divided by height.
 
     Returns:
-      (left, top, width, height) of a crop inside the image. After ten crops that do not fit: the largest
-      central one whose aspect lies in the range.
+      (left, top, width, height) of a crop inside the image. If ten random crops do not fit, the largest central one
+      with an aspect ratio in the range.
     """
     log_aspect = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        # As `rng.uniform` has it, in a third of the time.
+        # The numbers of `rng.uniform`, in a third of the time.
         target = width * height * (area[0] + (area[1] - area[0]) * rng.random())
         ratio = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * rng.random())
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
@@ -112,14 +112,14 @@ def random_crop_box(
 
 
 def random_affine(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A small random rotation, scaling, shear and shift; never mirrors. For small images such as digits.
+    """Apply a small random rotation, scaling, shear and shift, but no flip; for small images such as digits.
 
-    The image is sampled once, bilinearly, from its own pixels straight to the result. There is no antialiasing,
-    so it should not be much larger than `size`. What comes from outside the image is black.
+    The image is sampled once, bilinearly, from its original pixels. There is no antialiasing, so it should not be much
+    larger than `size`. Areas outside the image are black.
 
     Args:
       image: PIL image of mode "RGB" or "L", or an undecoded file.
-      rng: where the parameters come from.
+      rng: source of randomness.
       size: height and width of the result.
 
     Returns:
@@ -141,15 +141,15 @@ def affine(
     shear: float = 0.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """Rotate (clockwise, radians), scale, shear (radians) about the centre, then shift (in image sides).
+    """Rotate (clockwise, radians), scale and shear (radians) about the centre, then shift (in image sides).
 
-    With the default parameters it is `eval_transform` at crop fraction 1: pixel centres fall on the same places,
+    With the default parameters, it equals `eval_transform` at crop fraction 1: pixel centres are at the same positions,
     and values agree to two grey levels (PIL truncates here, and rounds twice in `resize`).
 
     Returns:
       uint8 [size, size, C].
     """
-    # PIL wants the way back: from a place in the result to one in the image.
+    # PIL takes the inverse mapping, from a position in the result to one in the image.
     unit = min(image.size) / size / scale
     cos, sin, skew = math.cos(rotation), math.sin(rotation), math.tan(shear)
     a, b = unit * (cos + skew * sin), unit * (sin - skew * cos)
@@ -161,7 +161,7 @@ def affine(
 
 
 def as_is(image: Picture, rng: np.random.Generator, size: int) -> np.ndarray:
-    """No augmentation: the image, resized to a square unless it is one of that size. For benchmarks.
+    """Return the image without augmentation, resized to a square if its size differs; for benchmarks.
 
     Returns:
       uint8 [size, size, C].
@@ -184,14 +184,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "random_resized_crop_flip": ("crop_area", "horizontal_flip"),
     "pad_and_crop_flip": ("horizontal_flip",),
 }
-"""Which options of `Augmentation` a transform takes, under their names."""
+"""Options of `Augmentation` that a transform takes, under their names."""
 
 
 def get_transform(name: str) -> Transform:
-    """The training augmentation called `name`.
+    """Return the training transform called `name`.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such transform.
     """
     if name not in TRANSFORMS:
         raise ConfigError(f"unknown augmentation {name!r}; choose from {', '.join(TRANSFORMS)}")

@@ -1,4 +1,4 @@
-"""Worker processes that fill batches, where one process's lock would be the limit: `Workers`."""
+"""Worker processes that fill batches, for machines where one process's lock would be the limit."""
 
 import contextlib
 import gc
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORKERS_PER_PROCESS = 8
-"""Threads that one process can keep busy: more of them would wait for Python's lock."""
+"""Threads that one process can keep busy; more would wait for Python's lock."""
 _SHARED_MEMORY = Path("/dev/shm")
-# Batches in shared memory at a time: those that are on their way to the devices; and of each worker process, the one
-# that it fills, and those that wait in Grain's two queues and between them.
+# Batches in shared memory at a time: those in transfer to the devices, and, for each worker process, the batch that it
+# fills and those in Grain's two queues and between them.
 _BATCHES_TAKEN, _BATCHES_OF_PROCESS = 4, 4
 _START_SECONDS = 30
 
 
 def processes_for(workers: int, processes: int | None, batch_bytes: int) -> int:
-    """Return how many processes are to fill batches; 1 for the run's own.
+    """Return the number of processes that fill batches; 1 stands for the run's own process.
 
     Args:
-      workers: images that are decoded at a time, by all of them.
-      processes: how many are asked for; None takes as many as can keep the workers busy, if there is room.
+      workers: number of decoding threads of all processes together.
+      processes: requested number of processes; None takes as many as keep the threads busy and fit in shared memory.
       batch_bytes: size of a batch.
 
     Raises:
-      ConfigError: the processes that were asked for have no room in shared memory.
+      ConfigError: there is not enough shared memory for the requested processes.
     """
     wanted = max(1, workers // WORKERS_PER_PROCESS) if processes is None else processes
     if wanted == 1:
@@ -66,17 +66,17 @@ def processes_for(workers: int, processes: int | None, batch_bytes: int) -> int:
 
 
 class Workers:
-    """Processes that each make every n-th element of `dataset`, in shared memory; iterate, and `close`.
+    """Processes that each make every n-th element of `dataset` in shared memory; iterate over it, then `close` it.
 
-    They start at once, afresh: nothing of this process is copied into them but the data set. Signals are this process's
-    affair. However it ends, they end too.
+    The processes start immediately, and only the data set is copied into them. They ignore the signals that stop a
+    command, and they end when this process ends, however that happens.
     """
 
     def __init__(self, dataset: "grain.MapDataset", count: int) -> None:
         import grain
         from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # Grain has some, and the command line is not absl's
+        if not flags.FLAGS.is_parsed():  # Grain has absl flags, but absl does not parse the command line here
             flags.FLAGS.mark_as_parsed()
         inline = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         options = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=1)
@@ -84,8 +84,8 @@ class Workers:
         before, deadline = multiprocessing.active_children(), time.monotonic() + _START_SECONDS
         self.processes: list[BaseProcess] = []
         with _signals_blocked(), _empty_main():
-            self._iterator.get_state()  # makes each worker's iterator, which would otherwise be started one by one
-            self._iterator.start_prefetch()  # in a thread each
+            self._iterator.get_state()  # makes each worker's iterator; otherwise they would start one after the other
+            self._iterator.start_prefetch()  # each in a thread
             while len(self.processes) < count and time.monotonic() < deadline:
                 time.sleep(0.01)
                 self.processes = [process for process in multiprocessing.active_children() if process not in before]
@@ -102,8 +102,8 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         self._iterator.close()
-        del self._iterator  # which would close itself once more, also when Python ends
-        gc.collect()  # JAX's arrays that lie in shared memory are in circles of references
+        del self._iterator  # otherwise it would close itself again, at the latest when Python exits
+        gc.collect()  # JAX arrays in shared memory are in reference cycles
 
 
 def _ended(exit_code: int) -> DataError:
@@ -115,7 +115,7 @@ def _ended(exit_code: int) -> DataError:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """In a worker: end when the parent has ended without a word, killed or by `os._exit`."""
+    """In a worker: end when the parent was killed or has ended with `os._exit`."""
     del index, count
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -129,8 +129,9 @@ def _end_with_parent(index: int, count: int) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started inside the block never hear of the signals that stop a command."""
-    # What removes the shared memory that a killed process leaves need not warn of it. It unblocks signals as it starts.
+    """Start processes inside the block so that they never receive the signals that stop a command."""
+    # The resource tracker removes the shared memory of a killed process, and need not warn about it. It unblocks
+    # signals when it starts.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
@@ -143,7 +144,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _empty_main() -> Iterator[None]:
-    """Processes that are started inside the block do not import the program: a command imports much, for seconds."""
+    """Start processes inside the block without importing the program in them, which would take seconds."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield

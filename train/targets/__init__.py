@@ -1,4 +1,4 @@
-"""Machines to compile for without having them: TPU slices by topology, GPUs by the descriptions in this folder."""
+"""Machines that can be compiled for without having them: TPU slices by topology, GPUs by the files in this folder."""
 
 import dataclasses
 import importlib.util
@@ -16,18 +16,18 @@ from ..chips import CHIPS, GIB, Chip
 
 GPUS_PER_NODE = 8
 DEFAULT_GPU_FRACTION = 0.75
-"""Share of a GPU's memory that a JAX process takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""Share of a GPU's memory that a JAX process takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Machines that differ in their number of chips.
+    """Machines that differ only in their number of chips.
 
     Attributes:
-      platform: as JAX calls it, "tpu" or "cuda".
+      platform: JAX's name of the platform, "tpu" or "cuda".
       chip: row of `CHIPS`.
-      usable: bytes of a TPU's memory that the compiler gives out, by its own words (libtpu 0.0.42); None for GPUs.
-      arguments: of JAX's description of a topology.
+      usable: bytes of a TPU's memory that the compiler uses, as it reports them (libtpu 0.0.42); None for GPUs.
+      arguments: arguments of JAX's topology description.
     """
 
     platform: str
@@ -55,9 +55,9 @@ class Target:
     """Chips to compile for.
 
     Attributes:
-      name: as it was asked for, such as "v5e:16x16".
-      family: of the chips.
-      shape: how they are arranged: of a slice's grid, or nodes and GPUs in each.
+      name: value of `--preflight`, such as "v5e:16x16".
+      family: family of the chips.
+      shape: arrangement of the chips: a slice's grid, or the number of nodes and of GPUs per node.
     """
 
     name: str
@@ -66,15 +66,15 @@ class Target:
 
     @property
     def chip(self) -> Chip:
-        """What one of them can do."""
+        """Peak rates of one chip."""
         return CHIPS[self.family.chip]
 
     @property
     def usable(self) -> float:
-        """Bytes of one chip's memory that a run can have.
+        """Bytes of one chip's memory that a run can use.
 
         Raises:
-          ConfigError: XLA_PYTHON_CLIENT_MEM_FRACTION is no share.
+          ConfigError: XLA_PYTHON_CLIENT_MEM_FRACTION is not above 0 and at most 1.
         """
         if self.family.usable is not None:
             return self.family.usable
@@ -83,14 +83,14 @@ class Target:
 
     @property
     def usable_note(self) -> str:
-        """Why that is less than the chip has."""
+        """Reason why `usable` is less than the chip's memory."""
         if self.family.usable is not None:
             return "the compiler keeps the rest"
         return f"JAX takes {gpu_fraction():g} of it; XLA_PYTHON_CLIENT_MEM_FRACTION changes that"
 
     @property
     def per_node(self) -> int | None:
-        """GPUs in a node; None for TPUs, whose links reach the whole slice."""
+        """GPUs per node; None for TPUs, whose links reach the whole slice."""
         return None if self.family.platform == "tpu" else self.shape[1]
 
 
@@ -98,23 +98,23 @@ def gpu_fraction() -> float:
     """Return the share of a GPU's memory that a JAX process takes.
 
     Raises:
-      ConfigError: XLA_PYTHON_CLIENT_MEM_FRACTION is no share.
+      ConfigError: XLA_PYTHON_CLIENT_MEM_FRACTION is not above 0 and at most 1.
     """
-    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    value = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     try:
-        fraction = float(said) if said else DEFAULT_GPU_FRACTION
+        fraction = float(value) if value else DEFAULT_GPU_FRACTION
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise ConfigError(f"XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, not {said}")
+        raise ConfigError(f"XLA_PYTHON_CLIENT_MEM_FRACTION must be above 0 and at most 1, not {value}")
     return fraction
 
 
 def find_target(name: str) -> Target:
-    """Return the machines that `--preflight NAME` means.
+    """Return the target of `--preflight NAME`.
 
     Raises:
-      ConfigError: there are none of that name.
+      ConfigError: there is no such target.
     """
     kind, _, size = name.partition(":")
     family = FAMILIES.get(kind)
@@ -130,22 +130,22 @@ def find_target(name: str) -> Target:
 
 
 def prepare(target: Target) -> None:
-    """Keep JAX to the CPU and a target's compiler quiet, whatever accelerators are here.
+    """Restrict JAX to the CPU, whatever accelerators this machine has, and silence the target's compiler.
 
-    Must run before JAX starts its backends: that loads the compilers, which read the environment then.
+    Must run before JAX starts its backends, which loads the compilers; they read the environment then.
     """
     jax.config.update("jax_platforms", "cpu")
-    if os.environ.get(_LOG_LEVEL, "1") == "1":  # as JAX sets it when it is imported
-        os.environ[_LOG_LEVEL] = "3"  # fatal errors alone
+    if os.environ.get(_LOG_LEVEL, "1") == "1":  # JAX sets this value when it is imported
+        os.environ[_LOG_LEVEL] = "3"  # fatal errors only
     for name, value in _ENVIRONMENT[target.family.platform].items():
         os.environ.setdefault(name, value)
 
 
 def compile_devices(target: Target) -> list[Any]:
-    """Return a target's devices, which can be compiled for and nothing else.
+    """Return a target's devices, which can only be compiled for.
 
     Raises:
-      ConfigError: the compiler for them is not installed, or knows no such machine.
+      ConfigError: the compiler is not installed, or does not support this machine.
     """
     _check_compiler(target)
     try:
@@ -164,11 +164,11 @@ def compile_devices(target: Target) -> list[Any]:
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 _ENVIRONMENT = {
     "tpu": {
-        # libtpu would ask Google's metadata server what machine this is, for minutes where there is none.
+        # Otherwise libtpu asks Google's metadata server for the machine's type, for minutes where there is no server.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5e-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # It would keep other processes from compiling too.
+        # Otherwise other processes cannot compile at the same time.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     },
     "cuda": {"CUDA_VISIBLE_DEVICES": "-1"},
@@ -176,7 +176,7 @@ _ENVIRONMENT = {
 
 COMPILER_OPTIONS = {
     "tpu": {},
-    "cuda": {"xla_gpu_autotune_level": 0},  # a GPU that is not here cannot time its kernels
+    "cuda": {"xla_gpu_autotune_level": 0},  # autotuning would time kernels on the GPU, which is not here
 }
 
 

@@ -100,9 +100,9 @@ def test_slices_equal_those_of_tfds(only_train: Path) -> None:
 
 def test_images_in_both_splits_are_counted_in_a_warning(only_train: Path) -> None:
     dataset = open_dataset("animals", data_dir=only_train, test_split="train[75%:]")
-    assert dataset.notes == ("5 of 5 evaluation images (train[75%:]) are training images too (train)",)
+    assert dataset.notes == ("5 of 5 evaluation images (train[75%:]) are also training images (train)",)
     dataset = open_dataset("animals", data_dir=only_train, train_split="train[:16]", test_split="train[15:]")
-    assert dataset.notes == ("1 of 5 evaluation images (train[15:]) are training images too (train[:16])",)
+    assert dataset.notes == ("1 of 5 evaluation images (train[15:]) are also training images (train[:16])",)
 
 
 @pytest.mark.parametrize(

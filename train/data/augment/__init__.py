@@ -1,7 +1,7 @@
-"""What happens to the pixels of a training crop: AutoAugment, RandAugment, colour jitter, random erasing.
+"""Augmentations of a training crop's pixels: AutoAugment, RandAugment, colour jitter, random erasing.
 
-Pure functions (pixels, rng, …) -> pixels of uint8 [H, W, C], 1 or 3 channels. They need OpenCV;
-`train.data.augmentation` imports them only for a run that asks for one.
+They are pure functions (pixels, rng, …) -> pixels of uint8 [H, W, C] with 1 or 3 channels. They need OpenCV, and
+`train.data.augmentation` imports them only for runs that use one.
 """
 
 from .jitter import color_jitter, random_erasing

@@ -1,4 +1,4 @@
-"""Colour jitter and random erasing, as torchvision's `ColorJitter` and `RandomErasing`."""
+"""Colour jitter and random erasing, like torchvision's `ColorJitter` and `RandomErasing`."""
 
 import math
 
@@ -19,9 +19,11 @@ def color_jitter(
 
     Args:
       pixels: uint8 [H, W, C], 1 or 3 channels.
-      rng: where the order and the amounts come from.
-      brightness, contrast, saturation: the factor is uniform over [max(0, 1 - x), 1 + x]; 0 leaves it out.
-      hue: the turn is uniform over [-x, x] of a circle, at most 0.5; 0 leaves it out.
+      rng: source of randomness.
+      brightness: x, with the factor uniform over [max(0, 1 - x), 1 + x]; 0 turns the change off.
+      contrast: the same for contrast.
+      saturation: the same for saturation.
+      hue: the shift is uniform over [-x, x], in turns, with x at most 0.5; 0 turns the change off.
 
     Returns:
       uint8 [H, W, C].
@@ -54,14 +56,14 @@ def random_erasing(
 
     Args:
       pixels: uint8 [H, W, C].
-      rng: where the chance and the rectangle come from.
-      probability: how often it happens.
+      rng: source of randomness.
+      probability: probability of erasing.
       fill: the colour, C numbers.
       area: range of the rectangle's share of the image's area.
-      aspect: range of its height over its width, uniform in the logarithm.
+      aspect: range of the rectangle's height divided by its width, uniform in the logarithm.
 
     Returns:
-      uint8 [H, W, C]; the image as it is if no rectangle of ten fits.
+      uint8 [H, W, C]; the unchanged image if none of ten rectangles fits.
     """
     if rng.random() >= probability:
         return pixels

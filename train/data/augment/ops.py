@@ -1,7 +1,7 @@
-"""Operations on the pixels of one image, uint8 [H, W, C] with 1 or 3 channels: PIL's results, at OpenCV's speed.
+"""Operations on the pixels of one image, uint8 [H, W, C] with 1 or 3 channels: PIL's results at OpenCV's speed.
 
-Every operation is (pixels, magnitude) -> pixels, and leaves its argument alone. Those of the AutoAugment and
-RandAugment papers are in the tables `GEOMETRIC` and `COLOR`, under the papers' names.
+Every operation is (pixels, magnitude) -> pixels, and does not modify its argument. The operations of the AutoAugment
+and RandAugment papers are in the tables `GEOMETRIC` and `COLOR`, under the papers' names.
 """
 
 import math
@@ -11,27 +11,28 @@ from typing import Final
 import cv2
 import numpy as np
 
-# Places in the source for places in the result, in PIL's order: x' = a x + b y + c, y' = d x + e y + f.
+# Maps positions in the result to positions in the source, in PIL's order: x' = a x + b y + c, y' = d x + e y + f.
 Matrix = tuple[float, float, float, float, float, float]
 Color = tuple[int, int, int]
 
 NEAREST, BILINEAR, BICUBIC = cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC
 BLACK: Final = (0, 0, 0)
-_NO_FRACTIONS: Final = np.empty(0, np.uint16)  # of pixels, for remap
+_NO_FRACTIONS: Final = np.empty(0, np.uint16)  # makes remap take whole pixels
 
-# Added before OpenCV rounds, it cuts fractions off as PIL does.
+# Added before OpenCV rounds, so that the result is truncated as by PIL.
 _CUT_OFF: Final = -0.499
 _SMOOTH: Final = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
 
 def apply(pixels: np.ndarray, name: str, magnitude: float, interpolation: int, fill: Color) -> np.ndarray:
-    """The operation called `name`.
+    """Apply the operation called `name`.
 
     Args:
       pixels: uint8 [H, W, C].
       name: a key of `GEOMETRIC` or `COLOR`.
-      magnitude: see there.
-      interpolation, fill: how a geometric operation samples, and the colour of what comes from outside.
+      magnitude: magnitude in the units of that table.
+      interpolation: sampling of a geometric operation: `NEAREST`, `BILINEAR` or `BICUBIC`.
+      fill: colour outside of the image, for a geometric operation.
 
     Returns:
       uint8 [H, W, C].
@@ -43,7 +44,7 @@ def apply(pixels: np.ndarray, name: str, magnitude: float, interpolation: int, f
 
 
 def affine(pixels: np.ndarray, matrix: Matrix, interpolation: int = NEAREST, fill: Color = BLACK) -> np.ndarray:
-    """PIL's `Image.transform(size, AFFINE, matrix)`."""
+    """Apply PIL's `Image.transform(size, AFFINE, matrix)`."""
     height, width, channels = pixels.shape
     value = fill if channels == 3 else (luminance(fill),)
     if interpolation == NEAREST:
@@ -51,16 +52,16 @@ def affine(pixels: np.ndarray, matrix: Matrix, interpolation: int = NEAREST, fil
         moved = cv2.remap(pixels, places, _NO_FRACTIONS, NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=value)
         return moved.reshape(pixels.shape)
     a, b, c, d, e, f = _from_middle(matrix)
-    # OpenCV's coordinates in the source, too, count from there.
+    # OpenCV's coordinates in the source also count from the centre of the first pixel.
     inverse = np.array([[a, b, c - 0.5], [d, e, f - 0.5]])
     flags = interpolation | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(pixels, inverse, (width, height), flags=flags, borderValue=value).reshape(pixels.shape)
 
 
 def _nearest(matrix: Matrix, width: int, height: int) -> np.ndarray:
-    """The pixel (x, y) that PIL takes for each in the result, int16 [H, W, 2], in its arithmetic of 1/65536 pixel.
+    """Return PIL's source pixel (x, y) of each pixel in the result, int16 [H, W, 2], in its 16-bit fixed point.
 
-    `warpAffine` decides otherwise where a point lies between two pixels, as every fifth row's do in some shears.
+    `warpAffine` chooses differently if a point is halfway between two pixels, as on every fifth row of some shears.
     """
     a, b, c, d, e, f = (math.floor(v * 65536 + 0.5) for v in _from_middle(matrix))
     x, y = np.arange(width, dtype=np.int32), np.arange(height, dtype=np.int32)[:, None]
@@ -71,24 +72,24 @@ def _nearest(matrix: Matrix, width: int, height: int) -> np.ndarray:
 
 
 def _from_middle(matrix: Matrix) -> Matrix:
-    """The matrix for coordinates in the result that count from the middle of the first pixel."""
+    """Return the matrix for coordinates in the result that count from the centre of the first pixel."""
     a, b, c, d, e, f = matrix
     return a, b, c + (a + b) / 2, d, e, f + (d + e) / 2
 
 
 def luminance(color: Color) -> int:
-    """ITU-R 601-2 grey of a colour, as PIL converts to "L"."""
+    """Return the ITU-R 601-2 grey value of a colour, as PIL computes it for mode "L"."""
     return (color[0] * 19595 + color[1] * 38470 + color[2] * 7471 + 0x8000) >> 16
 
 
 def _rotation(degrees: float, width: int, height: int) -> Matrix:
-    """Counterclockwise about the centre."""
+    """Return the matrix of a counterclockwise rotation about the centre."""
     angle, x, y = -math.radians(degrees), width / 2, height / 2
     cos, sin = math.cos(angle), math.sin(angle)
     return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
 
 
-# Shears by a slope about the upper left corner, translations by pixels, rotation by degrees.
+# Magnitudes: slope of a shear about the upper left corner, pixels of a translation, degrees of a rotation.
 GEOMETRIC: Final[dict[str, Callable[[float, int, int], Matrix]]] = {
     "ShearX": lambda slope, width, height: (1, slope, 0, 0, 1, 0),
     "ShearY": lambda slope, width, height: (1, 0, 0, slope, 1, 0),
@@ -99,30 +100,30 @@ GEOMETRIC: Final[dict[str, Callable[[float, int, int], Matrix]]] = {
 
 
 def brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """A blend with black: 0 gives black, 1 the image, more than 1 a brighter one."""
+    """Blend with black: factor 0 gives black, 1 the image, and more than 1 a brighter image."""
     return _look_up(pixels, _blend_table(0, factor))
 
 
 def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """A blend with the image's mean grey."""
+    """Blend with the image's mean grey value."""
     return _look_up(pixels, _blend_table(int(cv2.mean(_grey(pixels))[0] + 0.5), factor))
 
 
 def _blend_table(grey: int, factor: float) -> np.ndarray:
-    """PIL's `Image.blend` of one grey with every value, in its single precision."""
+    """Return PIL's `Image.blend` of a grey value with each of the 256 values, in single precision as in PIL."""
     values = np.arange(256, dtype=np.float32)
     return grey + np.float32(factor) * (values - grey)
 
 
 def saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """A blend with the grey image; a grey image stays as it is."""
+    """Blend with the greyscale image; a greyscale image is returned unchanged."""
     if pixels.shape[2] == 1:
         return pixels
     return cv2.addWeighted(pixels, factor, cv2.cvtColor(_grey(pixels), cv2.COLOR_GRAY2RGB), 1 - factor, _CUT_OFF)
 
 
 def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """A blend with a smoothed image, whose outermost pixels are not smoothed."""
+    """Blend with a smoothed image, whose outermost pixels are not smoothed."""
     smooth = pixels.copy()
     inner = smooth[1:-1, 1:-1]
     inner[...] = cv2.filter2D(pixels, -1, _SMOOTH)[1:-1, 1:-1].reshape(inner.shape)
@@ -130,16 +131,16 @@ def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def hue(pixels: np.ndarray, turn: float) -> np.ndarray:
-    """Turn every pixel's hue by a share of the circle; a grey image stays as it is."""
+    """Shift every pixel's hue by `turn`, in turns; a greyscale image is returned unchanged."""
     if pixels.shape[2] == 1:
         return pixels
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # a circle has 256 steps, and uint8 wraps around
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # a turn has 256 steps, and uint8 wraps around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def posterize(pixels: np.ndarray, bits: float) -> np.ndarray:
-    """Keep that many of each value's 8 bits, the highest."""
+    """Keep the `bits` highest bits of each value."""
     return pixels & np.uint8(256 - 2 ** (8 - min(int(bits), 8)))
 
 
@@ -150,13 +151,13 @@ def solarize(pixels: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def solarize_add(pixels: np.ndarray, addition: float) -> np.ndarray:
-    """Add to the values below 128."""
+    """Add `addition` to the values below 128."""
     values = np.arange(256)
     return _look_up(pixels, np.where(values < 128, values + int(addition), values))
 
 
 def invert(pixels: np.ndarray, magnitude: float = 0) -> np.ndarray:
-    """255 minus every value."""
+    """Replace every value by 255 minus the value."""
     return 255 - pixels
 
 
@@ -171,7 +172,7 @@ def autocontrast(pixels: np.ndarray, magnitude: float = 0) -> np.ndarray:
 
 
 def equalize(pixels: np.ndarray, magnitude: float = 0) -> np.ndarray:
-    """Spread each channel's values so that their histogram is as flat as a table of 256 can make it."""
+    """Equalise each channel's histogram with a table of 256 values."""
     tables, values = [], np.arange(256)
     for counts in _histograms(pixels):
         present = np.flatnonzero(counts)
@@ -185,8 +186,8 @@ def _identity(pixels: np.ndarray, magnitude: float) -> np.ndarray:
     return pixels
 
 
-# Brightness, Color, Contrast and Sharpness by the factor minus 1, Posterize by the bits kept, Solarize by the
-# threshold, SolarizeAdd by the addition; the others have no magnitude.
+# Magnitudes: factor minus 1 for Brightness, Color, Contrast and Sharpness, kept bits for Posterize, threshold for
+# Solarize, addition for SolarizeAdd; the others have none.
 COLOR: Final[dict[str, Callable[[np.ndarray, float], np.ndarray]]] = {
     "Identity": _identity,
     "Brightness": lambda pixels, change: brightness(pixels, 1 + change),
@@ -203,17 +204,17 @@ COLOR: Final[dict[str, Callable[[np.ndarray, float], np.ndarray]]] = {
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W]."""
+    """Return the greyscale image, uint8 [H, W]."""
     return pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
 
 
 def _histograms(pixels: np.ndarray) -> list[np.ndarray]:
-    """How often each value occurs, int64 [256], for each channel."""
+    """Return each channel's histogram, int64 [256]."""
     counts = (cv2.calcHist([pixels], [c], None, [256], [0, 256]) for c in range(pixels.shape[2]))
     return [count.ravel().astype(np.int64) for count in counts]
 
 
 def _look_up(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Replace each value by its entry in `table` ([256] or [256, C]; fractions are cut off)."""
+    """Replace each value by its entry in `table` ([256] or [256, C]; entries are truncated)."""
     table = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(pixels, table.reshape(1, 256, -1)).reshape(pixels.shape)

@@ -1,7 +1,7 @@
-"""AutoAugment's ImageNet policy and RandAugment, as tables; `auto_augment` and `rand_augment` apply them.
+"""AutoAugment's ImageNet policy and RandAugment as tables, which `auto_augment` and `rand_augment` apply.
 
-Sources: Cubuk et al. 2018 (arXiv 1805.09501, table 9) and 2019 (arXiv 1909.13719), with magnitudes as in
-torchvision's `AutoAugment` and `RandAugment`; for `REPVGGPLUS`, the training code of the RepVGG authors.
+Sources: Cubuk et al. 2018 (arXiv 1805.09501, table 9) and 2019 (arXiv 1909.13719), with the magnitudes of torchvision's
+`AutoAugment` and `RandAugment`; for `REPVGGPLUS`, the training code of the RepVGG authors.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from . import ops
 
 @dataclass(frozen=True)
 class Magnitude:
-    """How a level (0, 1, …) becomes an operation's magnitude: evenly spaced.
+    """Linear mapping from a level (0, 1, …) to an operation's magnitude.
 
     Attributes:
-      least, most: at level 0 and at the top level.
-      signed: whether the sign is drawn.
-      side: 0 if the numbers are shares of the image's height, 1 of its width, None of neither.
-      whole: makes it a whole number.
+      least, most: magnitudes at level 0 and at the top level.
+      signed: whether the sign is drawn at random.
+      side: 0 if the magnitudes are shares of the image's height, 1 if of its width, None if of neither.
+      whole: function that rounds the magnitude to an integer; None if it is not rounded.
     """
 
     least: float
@@ -31,7 +31,10 @@ class Magnitude:
     whole: Callable[[float], int] | None = None
 
     def __call__(self, level: float, top: int, shape: tuple[int, ...]) -> float:
-        """The magnitude at `level` of 0 to `top` (beyond, it goes on) for an image of this shape, unsigned."""
+        """Return the magnitude, without its sign, at `level` on a scale from 0 to `top`, for an image of this shape.
+
+        Levels above `top` extrapolate.
+        """
         value = self.least + (self.most - self.least) * level / top
         if self.side is not None:
             value *= shape[self.side]
@@ -42,7 +45,7 @@ NONE: Final = Magnitude(0, 0)
 _SHEAR: Final = Magnitude(0, 0.3, signed=True)
 _BLEND: Final = Magnitude(0, 0.9, signed=True)
 
-# Every operation of the two papers but Identity, with its range.
+# Every operation of the two papers except Identity, with its range.
 _PAPERS: Final[Mapping[str, Magnitude]] = {
     "ShearX": _SHEAR,
     "ShearY": _SHEAR,
@@ -63,7 +66,7 @@ _PAPERS: Final[Mapping[str, Magnitude]] = {
 AUTOAUGMENT_TOP: Final = 9
 AUTOAUGMENT_SPACE: Final = _PAPERS
 
-# Operation, probability, level; a sub-policy is two of them, and one sub-policy is drawn for an image.
+# Operation, probability, level. A sub-policy is two such steps; one sub-policy is drawn per image.
 Step = tuple[str, float, int]
 AUTOAUGMENT_IMAGENET: Final[tuple[tuple[Step, Step], ...]] = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
@@ -99,12 +102,12 @@ class RandAugment:
     """A kind of RandAugment.
 
     Attributes:
-      space: the operations, one as likely as the other.
-      top: the level at which they reach their `most`.
-      draws_level: whether an operation's level is drawn below the one asked for, instead of being that one.
-      interpolations: one of them is drawn for a geometric operation.
-      fill: the colour of what comes from outside the image.
-      cutout: whether painting over a square (40 pixels at `top`) is one more operation.
+      space: the operations, all with the same probability.
+      top: level at which their magnitudes reach `most`.
+      draws_level: whether each operation's level is drawn at random below the given level.
+      interpolations: interpolations, one of which is drawn for each geometric operation.
+      fill: colour outside of the image.
+      cutout: whether painting over a square (40 pixels at `top`) is a further operation.
     """
 
     space: Mapping[str, Magnitude]
@@ -119,7 +122,7 @@ RANDAUGMENT: Final = RandAugment(
     {"Identity": NONE, **{name: magnitude for name, magnitude in _PAPERS.items() if name != "Invert"}}, top=30
 )
 
-# "raug15", which trained RepVGGplus: levels 0 to 14 on a scale to 10, no Identity, stronger at the low end.
+# "raug15", used for RepVGGplus: levels 0 to 14 on a scale to 10, no Identity, stronger at the low end.
 _FACTOR: Final = Magnitude(-0.9, 0.9)
 REPVGGPLUS: Final = RandAugment(
     {
@@ -150,11 +153,11 @@ _CUTOUT_COLOR: Final = (125, 122, 113)
 
 
 def auto_augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """AutoAugment with the ImageNet policy, as torchvision's (nearest neighbour, black outside).
+    """Apply AutoAugment with the ImageNet policy, as torchvision does (nearest neighbour, black outside).
 
     Args:
       pixels: uint8 [H, W, C], 1 or 3 channels.
-      rng: where the sub-policy and its chances come from.
+      rng: source of randomness.
 
     Returns:
       uint8 [H, W, C].
@@ -172,13 +175,13 @@ def auto_augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def rand_augment(
     pixels: np.ndarray, rng: np.random.Generator, count: int = 2, level: int = 9, kind: RandAugment = RANDAUGMENT
 ) -> np.ndarray:
-    """RandAugment: `count` operations, drawn with replacement, at one level.
+    """Apply RandAugment: `count` operations, drawn with replacement.
 
     Args:
       pixels: uint8 [H, W, C], 1 or 3 channels.
-      rng: where the operations, and the signs and levels that are drawn, come from.
-      count: how many operations.
-      level: their level, 0 to `kind.top`; where `kind.draws_level`, a number above every level drawn.
+      rng: source of randomness.
+      count: number of operations.
+      level: level of all operations, 0 to `kind.top`; with `kind.draws_level`, each level is drawn below it.
       kind: `RANDAUGMENT` (torchvision's) or `REPVGGPLUS` (the authors').
 
     Returns:
@@ -204,7 +207,7 @@ def rand_augment(
 
 
 def cutout(pixels: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Paint a square of `size` pixels about a random place in the mean colour of ImageNet."""
+    """Paint a square with sides of `size` pixels at a random place in ImageNet's mean colour."""
     height, width, channels = pixels.shape
     y, x, half = int(rng.integers(height)), int(rng.integers(width)), size // 2
     painted = pixels.copy()
