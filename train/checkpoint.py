@@ -129,6 +129,15 @@ class Checkpoints:
             if error is not None and self._orbax_failed:
                 time.sleep(GRACE_SECONDS)
 
+    def exist(self) -> bool:
+        """Return whether there is a checkpoint to resume from.
+
+        Raises:
+          RepVGGError: the folder cannot be read.
+        """
+        with system_errors(RepVGGError, f"cannot read {self._directory}"):
+            return bool(self.steps())
+
     def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
         """Return the newest readable checkpoint's state on the devices, or `fresh` (one host copy) if there is none.
 

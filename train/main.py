@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> Result | None:
         Checkpoints(run.workdir, recipe.run.keep_checkpoints, progress.note) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        state = checkpoints.restore(fresh_state(run), run.facts)
+        state = checkpoints.restore(fresh_state(run, whiten=not checkpoints.exist()), run.facts)
         start_step = int(to_host(state.step))
         progress.start(start_step)
         for line in (*run.dataset.notes, opening_line(run, start_step)):

@@ -237,8 +237,12 @@ def starting_weights(
     return model.variant, variables
 
 
-def fresh_state(run: Run) -> TrainState:
+def fresh_state(run: Run, *, whiten: bool = True) -> TrainState:
     """Return the state at step 0, with the weights of `--init` or random ones.
+
+    Args:
+      run: the run.
+      whiten: compute the stage that `--whiten-stem` asks for, which reads images; False if a checkpoint replaces it.
 
     Raises:
       ConfigError, DataError: from `whitening_of`, with `--whiten-stem`.
@@ -253,7 +257,7 @@ def fresh_state(run: Run) -> TrainState:
         variables=run.start,
     )
     whitens = run.recipe.fine_tune.whiten_stem and run.start is None
-    if not whitens or isinstance(run.dataset.train, UnopenedSource):
+    if not (whiten and whitens) or isinstance(run.dataset.train, UnopenedSource):
         return state
     preprocessing = dataclasses.replace(run.dataset.preprocessing, image_size=size)
     return whitening_of(run.dataset.train, preprocessing, run.model.variant.widths[0]).put_into(state)

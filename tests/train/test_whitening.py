@@ -104,3 +104,11 @@ def test_initial_weights_keep_their_whitening(tmp_path):
     after = fresh_state(run_of("--init", str(tmp_path / "a.safetensors"), "--data", "digits"))
     jax.tree.map(np.testing.assert_array_equal, before.params["stage0"], after.params["stage0"])
     assert run_of("--init", str(tmp_path / "a.safetensors")).model.frozen_stages == 1
+
+
+def test_a_resumed_run_does_not_compute_it_again(monkeypatch):
+    run = run_of()
+    monkeypatch.setattr("train.run.whitening_of", lambda *arguments: pytest.fail("it read the images again"))
+    state = jax.eval_shape(lambda: fresh_state(run, whiten=False))
+    monkeypatch.undo()
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, fresh_state(run))
