@@ -154,7 +154,7 @@ def summary_table(
         )
     lines = text_table(rows)
     note = (
-        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameter counts are\n"
+        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters\n"
         "truncated, not rounded, to two decimals, as in the paper. [Published: at 224x224, 1000 classes;\n"
         "top-1 of D2se and RepVGGplus at 320x320.]"
     )
