@@ -129,7 +129,7 @@ class RepVGGBlock(_Block):
         return materialize(self._activate(y))
 
     def _has_exact_moments(self, x: Array) -> bool:
-        """Whether second moments of `x` can be summed without loss, and differentiated in the modes requested."""
+        """Return whether second moments of `x` can be summed without loss, and differentiated in the active mode."""
         narrow = jnp.dtype(self.dtype).itemsize < jnp.dtype(self.param_dtype).itemsize
         return narrow and not (every_mode() or explicitly_sharded(x) or self.is_initializing())
 

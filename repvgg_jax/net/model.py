@@ -198,7 +198,7 @@ class RepVGG(nn.Module):
         return outputs
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
-        """Check the images' channels against the first convolution; before it exists, guess if they come first."""
+        """Check the images' channels against the first convolution; before it exists, guess whether they come first."""
         kernel = stem_kernel(flatten(self.variables))
         if kernel is not None:
             channels = kernel.shape[2]

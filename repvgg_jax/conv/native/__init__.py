@@ -1,7 +1,7 @@
-"""3x3 convolutions in C++ (`conv3x3.cc`), called by XLA and compiled for this machine on first use.
+"""3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: those compiled in the wheel, or compiled here on first use.
 
-They need a C++ compiler (`compiler.py`) and the headers that JAX installs; without them, `available` returns False and
-XLA's operations are used instead. The convolutions for training are in `training.py`.
+Compiling needs a C++ compiler (`compiler.py`) and the headers that JAX installs. If there is no library, `available`
+returns False and XLA's operations are used instead. The convolutions for training are in `training.py`.
 """
 
 import ctypes
