@@ -90,7 +90,8 @@ class Variant:
       activation: activation after each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
       block: kind of block in the training form.
       branches: branches of the training form's blocks.
-      epsilon: constant that every BatchNorm of the training form adds to the variance. Weight files do not record it.
+      epsilon: constant that every BatchNorm of the training form adds to the variance. The keys of a weight file do
+        not show it.
 
     Raises:
       ValueError: if the values do not describe a network; it names the field, its value and what it must be.
@@ -167,7 +168,7 @@ class Variant:
         reduction = dilation = 1
         for stage in self.stages():
             dilated = stage.stride == 2 and reduction >= self.output_stride
-            # The block that loses its stride keeps its dilation, so it sees the same pixels; the next ones double it.
+            # The block without its stride keeps the previous dilation, to see the same pixels; later ones double it.
             dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
             reduction *= 1 if dilated else stage.stride
             for position in range(stage.depth):
