@@ -1,1 +1,1 @@
-"""How a convolution is computed, in deployment and in training; nothing here knows a net."""
+"""Computation of single convolutions, in deployment and in training; independent of any net."""

@@ -1,19 +1,19 @@
-"""How a deploy-form 3x3 convolution can be computed: one record for each algorithm.
+"""Algorithms for deploy-form 3x3 convolutions, one record each.
 
-Costs a layer with `P` output pixels (over the batch), in multiplications and in float32 numbers that pass through
+Cost of a layer with `P` output pixels (over the batch), in multiplications and in float32 numbers that pass through
 memory besides input, kernel and output:
 
 | algorithm | multiplications | numbers written and read again |
 |---|---|---|
-| direct | 9 `P` `C_in` `C_out` / groups | none (XLA's own convolution packs as it goes) |
+| direct | 9 `P` `C_in` `C_out` / groups | none (XLA's convolution packs on the fly) |
 | im2col | the same, as one matrix product | 9 `P` `C_in` |
 | winograd2 | 4 `P` `C_in` `C_out` / groups | 4 `P` (`C_in` + `C_out`), see `winograd` |
 | winograd4 | 2.25 `P` `C_in` `C_out` / groups | about 4 `P` (`C_in` + `C_out`) |
-| native | as direct | input, once in the cache |
+| native | as direct | one copy of the input, in the cache |
 | native_winograd2, native_winograd4 | as winograd2, winograd4 | none: tiles stay in the cache |
 | native_bf16 | as direct, in bfloat16 | as native, half as many bytes |
 
-The native ones are C++ for CPUs, where a compiler is found (`native`); the others are XLA's operations. Which is
+The native algorithms are C++ for CPUs and need a compiler (`native`); the others are XLA operations. Which one is
 fastest depends on layer, batch and machine: `inference.plan` chooses.
 """
 
@@ -33,7 +33,7 @@ from .xla import taps, xla_conv
 
 
 class Options(NamedTuple):
-    """How one convolution is asked for, besides its algorithm."""
+    """Parameters of one convolution, besides its algorithm."""
 
     stride: int
     groups: int
@@ -43,21 +43,22 @@ class Options(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One way to compute a 3x3 convolution with bias and, where asked for, ReLU.
+    """An algorithm for 3x3 convolutions with bias and optional ReLU.
 
     Attributes:
-      name: in plans and their files.
-      prepare: `(kernel [3, 3, C_in // groups, C_out], groups)`, once and ahead of time: the kernel as `compute` wants
-        it.
-      compute: `(x [N, H, W, C_in], prepared kernel, bias [C_out], options)`.
-      seconds: estimated, of one layer on one image, in portions of so many images.
-      strides: those that it can do.
-      dilated: whether there can be pixels between the kernel's taps.
-      dtypes: the only ones that it computes in; None for any.
+      name: name in plans and plan files.
+      prepare: function `(kernel [3, 3, C_in // groups, C_out], groups)` that returns the kernel in the layout that
+        `compute` needs; called once, ahead of time.
+      compute: function `(x [N, H, W, C_in], prepared kernel, bias [C_out], options)`.
+      seconds: function `(shape, portion)` that estimates the seconds per image of a layer that computes `portion`
+        images at a time.
+      strides: supported strides.
+      dilated: whether dilation is supported.
+      dtypes: supported dtypes; None for all.
       tile: Winograd's m, or 0.
-      is_native: in C++.
-      trains: its gradients are in C++ too (`native.training`).
-      takes: whether this machine has it, for that layer.
+      is_native: whether it is written in C++.
+      trains: whether its gradients are in C++ too (`native.training`).
+      takes: function `(shape)` that returns whether this machine can run the algorithm for that layer.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Algorithm:
     takes: Callable[[LayerShape], bool] = lambda shape: True
 
     def refusal(self, dtype: str, stride: int, dilation: int = 1) -> str | None:
-        """Say why a convolution of that dtype, stride and dilation cannot be computed so; None if it can."""
+        """Return why this algorithm does not support the dtype, stride or dilation; None if it supports them."""
         if stride not in self.strides:
             return f"{self.name} needs stride {' or '.join(map(str, self.strides))}, not {stride}"
         if dilation != 1 and not self.dilated:
@@ -84,7 +85,7 @@ class Algorithm:
 
 
 def candidates(shape: LayerShape, dtype: str) -> list[Algorithm]:
-    """Return the algorithms that can compute this layer on this machine's CPU."""
+    """Return the algorithms that can compute a layer on this machine's CPU."""
     return [
         algorithm
         for algorithm in ALGORITHMS.values()
@@ -109,7 +110,7 @@ def _direct() -> Algorithm:
 
 def _im2col() -> Algorithm:
     def prepare(kernel: np.ndarray, groups: int) -> np.ndarray:
-        """`[groups, 9 * C_in // groups, C_out // groups]`."""
+        """Return the kernel as `[groups, 9 * C_in // groups, C_out // groups]`."""
         return np.stack([part.reshape(-1, part.shape[3]) for part in np.split(kernel, groups, axis=3)])
 
     def compute(x: Array, kernel: Array, bias: Array, options: Options) -> Array:
@@ -168,7 +169,10 @@ def _native_bf16() -> Algorithm:
 
 
 def _matrices(kernel: np.ndarray, groups: int, tile: int) -> np.ndarray:
-    """`[groups, positions, C_in // groups, C_out // groups]`: the positions of a Winograd tile, or the 9 taps."""
+    """Return the kernel's matrices, for the positions of a Winograd tile or the 9 taps.
+
+    Their shape is `[groups, positions, C_in // groups, C_out // groups]`.
+    """
     parts = np.split(kernel, groups, axis=3)
     return np.stack([transform_kernel(part, tile) if tile else part.reshape(9, *part.shape[2:]) for part in parts])
 
@@ -185,4 +189,4 @@ ALGORITHMS = {
         *(_native(0), _native(2), _native(4), _native_bf16()),
     )
 }
-"""By name. Where two are estimated alike, the first is taken."""
+"""Algorithms by name. If two have the same estimate, the first is chosen."""

@@ -1,4 +1,4 @@
-"""The deploy form's convolutions: the model's own, and one by a chosen algorithm."""
+"""Convolutions of the deploy form: the model's default, and one with a chosen algorithm."""
 
 import functools
 
@@ -10,14 +10,15 @@ from .sharding import explicitly_sharded
 from .xla import on_cpu, out_pixels, product_conv, xla_conv
 
 SMALL_FORWARD = {1: 9, 2: 64}
-"""Output pixels of one image up to which the product wins on a CPU, by stride (measured on two AVX2 and two AVX-512
-cores)."""
+"""Output pixels per image up to which a matrix product is faster on a CPU, by stride (measured on two AVX2 and two
+AVX-512 cores)."""
 
 
 def deploy_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """Compute what `xla_conv` does, as the deploy form does where nothing is planned.
+    """Compute the same as `xla_conv`, with the deploy form's default algorithm, used where there is no plan.
 
-    On CPUs 1x1 kernels and small images are matrix products. Differentiable in every mode, with XLA's own gradient.
+    On CPUs, 1x1 kernels and small images are computed as matrix products. Differentiable in every mode, with XLA's
+    gradient.
     """
     xla, product = (
         functools.partial(function, stride=stride, groups=groups, dilation=dilation)
@@ -30,7 +31,7 @@ def deploy_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilat
 
 
 def prepare_kernel(kernel: np.ndarray, algorithm: str, *, groups: int = 1) -> np.ndarray:
-    """Return the kernel as `convolve` wants it for `algorithm`; done once, ahead of time.
+    """Return the kernel in the layout that `convolve` needs for `algorithm`; call it once, ahead of time.
 
     Args:
       kernel: `[3, 3, C_in // groups, C_out]`.
@@ -51,23 +52,23 @@ def convolve(
     dilation: int = 1,
     relu: bool = False,
 ) -> Array:
-    """3x3 convolution with `dilation` pixels of zero padding on every side, plus bias, by a chosen algorithm.
+    """Compute a 3x3 convolution with `dilation` pixels of zero padding per side, plus bias, by a chosen algorithm.
 
     Args:
       x: `[N, H, W, C_in]`, any height and width.
-      prepared: the kernel, prepared for this algorithm and these groups (`prepare_kernel`).
+      prepared: the kernel, prepared for the same algorithm and groups (`prepare_kernel`).
       bias: `[C_out]`.
       algorithm: one of `ALGORITHMS`.
       stride: 1 or 2.
       groups: groups of the convolution.
-      dilation: pixels between the kernel's taps.
-      relu: whether ReLU follows.
+      dilation: distance between the kernel's taps in pixels.
+      relu: whether to apply ReLU.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
 
     Raises:
-      ValueError: the algorithm cannot do that stride, dilation or dtype.
+      ValueError: if the algorithm does not support the stride, dilation or dtype.
     """
     refusal = ALGORITHMS[algorithm].refusal(x.dtype.name, stride, dilation)
     if refusal:

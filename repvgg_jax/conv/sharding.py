@@ -1,4 +1,4 @@
-"""What an array's type says of how it lies on several devices."""
+"""Distribution of an array over devices, read from its type."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from jax import Array, lax
 
 
 def explicitly_sharded(*arrays: Array) -> bool:
-    """Return whether a mesh axis of type `Explicit` divides one of them; then every operation has to say how."""
+    """Return whether an `Explicit` mesh axis shards any array; then each operation must specify its sharding."""
     return any(axis is not None for array in arrays for axis in jax.typeof(array).sharding.spec)
 
 
 def varying_axes(*arrays: Array) -> tuple[str, ...]:
-    """Return the mesh axes over which one of them differs from device to device, where `shard_map` keeps account."""
+    """Return the mesh axes over which any of the arrays varies between devices, as tracked by `shard_map`."""
     axes: set[str] = set()
     for array in arrays:
         kind: Any = jax.typeof(array)
@@ -22,6 +22,6 @@ def varying_axes(*arrays: Array) -> tuple[str, ...]:
 
 
 def varying_over(axes: tuple[str, ...], array: Array) -> Array:
-    """Return `array` typed as different from device to device over those axes too; the transpose is a sum over them."""
+    """Return `array` typed as varying over `axes` too; the transpose sums over them."""
     missing = tuple(axis for axis in axes if axis not in varying_axes(array))
     return lax.pcast(array, missing, to="varying") if missing else array

@@ -1,16 +1,16 @@
-"""The training form's convolutions, with a gradient that does not stall on CPUs, and a fence between blocks.
+"""Convolutions of the training form, with gradients that are fast on CPUs, and a barrier between blocks.
 
-On GPU and TPU everything here is XLA's own convolution and XLA's own gradient. On CPUs, in float32 and where there is a
-C++ compiler, 3x3 convolutions and both their gradients are `native`'s (Winograd's where that is faster). XLA's CPU
-backend has a usable forward convolution for large images, but its kernel gradient takes 2 to 7 times the time of the
-same sum as matrix products, and images of a few pixels fall into a path 20 times slower than one product. So otherwise
+On GPU and TPU everything here is XLA's convolution with XLA's gradient. On CPUs, in float32 and with a C++ compiler,
+3x3 convolutions and both their gradients are those of `native` (Winograd's where that is faster). XLA's CPU backend has
+a usable forward convolution for large images, but its kernel gradient takes 2 to 7 times as long as the same sum in
+matrix products, and images of a few pixels take a path 20 times slower than one product. So in all other cases
 
 * a 1x1 convolution is a matrix product;
-* the gradient to a kernel is one product for each of its positions (taps), `[C_in, P] @ [P, C_out]`;
-* the gradient to the input of strided layers and small images is one product, its columns added where they came from;
+* the gradient of a kernel is one product for each of its positions (taps), `[C_in, P] @ [P, C_out]`;
+* the gradient of the input, for strided layers and small images, is one product whose columns are scattered back;
 * the forward pass of small images is one product over gathered columns (im2col).
 
-`benchmarks/train_step.py` shows what that gives for whole training steps.
+`benchmarks/train_step.py` measures the effect on whole training steps.
 """
 
 import functools
@@ -30,35 +30,36 @@ from .native import training as native_training
 from .sharding import explicitly_sharded, varying_axes, varying_over
 from .xla import by_group, on_cpu, out_pixels, taps, xla_conv
 
-# Output pixels of one image up to which the products win on a CPU (measured as `SMALL_FORWARD`).
+# Output pixels per image up to which matrix products are faster on a CPU (measured like `SMALL_FORWARD`).
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
-# Up to so many output columns, rows of pixels are too short for the native convolutions of stride 2.
+# With at most this many output columns, rows of pixels are too short for the native convolutions with stride 2.
 NARROW = 4
 
 _every_mode: ContextVar[bool] = ContextVar("every_mode", default=False)
 
 
 def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dilation: int = 1) -> Array:
-    """Compute what `xla_conv` does, with a gradient that does not stall on CPUs.
+    """Compute the same as `xla_conv`, with a gradient that is fast on CPUs.
 
-    Reverse-mode differentiable any number of times; forward-mode within `differentiable_in_every_mode`.
+    Differentiable any number of times in reverse mode, and in forward mode inside `differentiable_in_every_mode`.
     """
     if _every_mode.get() or explicitly_sharded(x, kernel):
         return xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
-    # Outside of the custom gradient, so that a kernel that all devices share gets the sum of their gradients.
+    # Outside the custom gradient, so that a kernel shared by all devices gets the sum of their gradients.
     axes = varying_axes(x, kernel)
     return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
 
 
 @contextmanager
 def differentiable_in_every_mode() -> Iterator[None]:
-    """Have the training form computed by XLA's own convolutions, which forward mode takes too.
+    """Compute the training form with XLA's convolutions, which also support forward-mode differentiation.
 
-    For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian` of a model with `train=True`. Outside, gradients on
-    CPUs are the library's own and faster, and JAX lets a function have rules of its own for one mode alone: forward
-    mode ends in its "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
+    Use it for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and `jax.hessian` of a model with `train=True`. By default, the
+    library uses custom gradients, which are faster on CPUs, and JAX supports custom rules for only one mode: forward
+    mode fails with "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
 
-    It counts while a function is traced: a function that was jitted and called outside is not traced again.
+    The context takes effect while a function is traced: a jitted function that was already called outside it is not
+    traced again.
     """
     token = _every_mode.set(True)
     try:
@@ -68,7 +69,7 @@ def differentiable_in_every_mode() -> Iterator[None]:
 
 
 def every_mode() -> bool:
-    """Return whether this is within `differentiable_in_every_mode`."""
+    """Return whether `differentiable_in_every_mode` is active."""
     return _every_mode.get()
 
 
@@ -116,12 +117,12 @@ _training_conv.defvjp(_forward, _backward)
 
 @jax.custom_jvp
 def materialize(x: Array) -> Array:
-    """`x` itself; on CPUs it is also computed once and kept, whoever reads it.
+    """Return `x`, and on CPUs make XLA compute it only once, however many operations read it.
 
-    XLA's CPU backend duplicates elementwise work into all who use it. In a stack of training blocks the identity
-    branch chains one block's sum to the next, so that the last block of a stage would compute all those before it once
-    more for each of its readers: ten times the compilation, and a third more running time (A0 at 32x32). XLA drops
-    `lax.optimization_barrier` before it fuses; a loop that never runs it cannot see through.
+    XLA's CPU backend duplicates elementwise work into every consumer. In a stack of training blocks, the identity
+    branch chains one block's sum to the next, so the last block of a stage would recompute all earlier ones for each of
+    its consumers: ten times the compilation time, and a third more running time (A0 at 32x32). XLA drops
+    `lax.optimization_barrier` before fusion, but it cannot see through a loop that never runs.
     """
     if x.size == 0 or explicitly_sharded(x):
         return x
@@ -139,12 +140,12 @@ def _materialize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 
 
 def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: int) -> int | None:
-    """Winograd's m, or 0 for the direct sum, where the native convolution is to be used; else None."""
+    """Return Winograd's m, or 0 for the direct sum; None if the native convolution is not to be used."""
     suits = kernel.shape[0] == 3 and x.size > 0
     large = out_pixels(x, 1) > SMALL_FORWARD[1] if stride == 1 else -(-x.shape[2] // 2) > NARROW
-    # XLA cannot divide a call among devices, as `jit` would; in `pmap` and `shard_map` each device has its own.
+    # XLA cannot partition a call over devices under `jit`; in `pmap` and `shard_map`, each device makes its own call.
     divided = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
-    # On an accelerator's host nothing is compiled in vain.
+    # With an accelerator, do not compile C++ that would not be used.
     if divided or not (suits and large and jax.default_backend() == "cpu"):
         return None
     _, height, width, inputs = x.shape
@@ -153,7 +154,7 @@ def _native_tile(x: Array, kernel: Array, stride: int, groups: int, dilation: in
 
 
 def training_tile(shape: LayerShape, images: int, dtype: str) -> int | None:
-    """Return the tile of the native algorithm that trains this layer fastest by estimate; None where none can."""
+    """Return the tile of the native algorithm with the lowest estimated training time; None if none is available."""
     tiles = [algorithm.tile for algorithm in candidates(shape, dtype) if algorithm.trains]
     return min(tiles, key=lambda tile: native_training_seconds(shape, tile, images), default=None)
 
@@ -178,8 +179,8 @@ def _input_gradient(shape: tuple[int, ...], kernel: Array, gradient: Array, stri
     total = None
     for position in range(size * size):
         i, j = divmod(position, size)
-        # Tap (i, j) read rows dilation * (i - size // 2) + stride * r: spread the gradient out to there. Negative
-        # edges cut.
+        # Tap (i, j) read the rows dilation * (i - size // 2) + stride * r, so its gradient is spread to those rows.
+        # Negative edges crop.
         top, left = (dilation * (k - size // 2) for k in (i, j))
         edges = (
             (0, 0, 0),

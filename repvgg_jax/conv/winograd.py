@@ -1,18 +1,18 @@
 """Winograd's minimal filtering F(m x m, 3x3) in plain JAX: fewer multiplications for stride-1 3x3 convolutions.
 
-An m x m tile of outputs reads a (m + 2) x (m + 2) tile `d` of inputs, and is `A [(G g G^T) * (B d B^T)] A^T` with `*`
-elementwise (Lavin and Gray, arXiv 1509.09308). Summed over input channels, every one of the (m + 2)^2 positions is
-one matrix product `[tiles, C_in] @ [C_in, C_out]`, which is where the time should go; `G g G^T` is computed once.
+An m x m tile of outputs depends on an (m + 2) x (m + 2) tile `d` of inputs: it is `A [(G g G^T) * (B d B^T)] A^T` with
+elementwise `*` (Lavin and Gray, arXiv 1509.09308). Summed over input channels, each of the (m + 2)^2 positions is one
+matrix product `[tiles, C_in] @ [C_in, C_out]`, which should dominate the time; `G g G^T` is computed once.
 
-Costs a pixel, against 9 `C_in` `C_out` multiplications of the direct sum:
+Cost per pixel, compared with 9 `C_in` `C_out` multiplications for the direct sum:
 
 | m | multiplications | transformed kernel | transformed inputs and products, written and read again |
 |---|---|---|---|
 | 2 | 4 `C_in` `C_out` | 16/9 of the kernel | 4 `C_in` + 4 `C_out` numbers |
 | 4 | 2.25 `C_in` `C_out` | 4 times the kernel | 2.25 (`C_in` + `C_out`) numbers, and as much for the row passes |
 
-Heights and widths that m does not divide are rounded up. Float32 error of one layer, relative to the largest output:
-about that of the direct sum for m = 2, and some 5 times it for m = 4.
+Heights and widths that are not multiples of m are rounded up. The float32 error of one layer, relative to the largest
+output, is about that of the direct sum for m = 2, and about 5 times as large for m = 4.
 """
 
 import numpy as np
@@ -22,12 +22,12 @@ from jax import numpy as jnp
 from ..broadcasting import channelwise
 
 _A, _B = 0.625, 1.5
-"""m = 4 interpolates at 0, +-A, +-B and infinity. With 5/8 and 3/2, exact in binary, the rounding error is half of that
-with the usual 1 and 2; those of `native/winograd.h` must be the same."""
+"""For m = 4 the interpolation points are 0, +-A, +-B and infinity. With 5/8 and 3/2, which are exact in binary, the
+rounding error is half of that with the usual 1 and 2. `native/winograd.h` must use the same points."""
 
 
 def _matrices() -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """B^T, G and A^T in the paper's notation, by m; m = 2 interpolates at 0, +-1 and infinity."""
+    """Return B^T, G and A^T in the paper's notation, by m; m = 2 interpolates at 0, +-1 and infinity."""
     a, b, aa, bb = _A, _B, _A**2, _B**2
     inputs = {
         2: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
@@ -72,7 +72,7 @@ _INPUT, _KERNEL, _OUTPUT = _matrices()
 
 
 def transform_kernel(kernel: np.ndarray, tile: int) -> np.ndarray:
-    """`G g G^T` in float64, rounded once.
+    """Return `G g G^T`, computed in float64 and rounded once.
 
     Args:
       kernel: `[3, 3, I, O]`.
@@ -87,7 +87,7 @@ def transform_kernel(kernel: np.ndarray, tile: int) -> np.ndarray:
 
 
 def winograd(x: Array, transformed: Array, bias: Array, *, tile: int, groups: int, relu: bool) -> Array:
-    """Stride-1 3x3 convolution with padding 1, bias and, where asked for, ReLU.
+    """Compute a stride-1 3x3 convolution with padding 1, bias and optional ReLU.
 
     Args:
       x: `[N, H, W, C_in]`.
@@ -95,7 +95,7 @@ def winograd(x: Array, transformed: Array, bias: Array, *, tile: int, groups: in
       bias: `[C_out]`.
       tile: m, 2 or 4.
       groups: groups of the convolution.
-      relu: apply it.
+      relu: whether to apply ReLU.
 
     Returns:
       `[N, H, W, C_out]`.
@@ -110,16 +110,16 @@ def winograd(x: Array, transformed: Array, bias: Array, *, tile: int, groups: in
 
 
 def _grouped_dot(x: Array, kernel: Array) -> Array:
-    """`[T, C_in] x [groups, C_in // groups, C_out // groups] -> [T, C_out]`."""
+    """Return the grouped product `[T, C_in] x [groups, C_in // groups, C_out // groups] -> [T, C_out]`."""
     parts = jnp.split(x, kernel.shape[0], axis=1)
     return jnp.concatenate([part @ kernel[group] for group, part in enumerate(parts)], axis=1)
 
 
 def _transform_input(x: Array, tile: int, rows: int, columns: int) -> list[Array]:
-    """`B d B^T` of every tile: (m + 2)^2 arrays `[N, rows, columns, C]`.
+    """Return `B d B^T` of every tile: (m + 2)^2 arrays `[N, rows, columns, C]`.
 
-    The row pass is written out (as one concatenation, which XLA does not fuse any further), so that the column
-    pass reads 3 to 4 numbers for each that it writes, and not 9 to 16.
+    The result of the row pass is written to memory (as one concatenation, which XLA does not fuse further), so the
+    column pass reads 3 to 4 numbers for each one that it writes, instead of 9 to 16.
     """
     n, height, width, channels = x.shape
     size = tile + 2
@@ -142,11 +142,11 @@ def _transform_input(x: Array, tile: int, rows: int, columns: int) -> list[Array
 
 
 def _transform_output(tiles: list[Array], bias: Array, tile: int, relu: bool, *, exact: bool) -> Array:
-    """`A m A^T` of every tile, plus bias.
+    """Return `A m A^T` of every tile, plus bias.
 
-    From (m + 2)^2 arrays `[N, rows, columns, C]` to `[N, rows * m, columns * m, C]`.
-    Where the result is to be cut afterwards (not `exact`), the outputs are first gathered position by position:
-    XLA fuses the cut with whatever comes before, and would otherwise evaluate every position for every pixel.
+    Converts (m + 2)^2 arrays `[N, rows, columns, C]` to `[N, rows * m, columns * m, C]`.
+    If the result is cropped afterwards (not `exact`), the outputs are first gathered position by position: XLA fuses
+    the crop with the operations before it, and would otherwise evaluate every position for every pixel.
     """
     n, rows, columns, channels = tiles[0].shape
     size = tile + 2
@@ -166,7 +166,7 @@ def _transform_output(tiles: list[Array], bias: Array, tile: int, relu: bool, *,
 
 
 def _combine(coefficients: np.ndarray, terms: list[Array]) -> Array:
-    """Linear combination that spends nothing on coefficients 0 and 1."""
+    """Return a linear combination, without multiplications for the coefficients 0 and +-1."""
     total = None
     for coefficient, term in zip(coefficients.tolist(), terms, strict=True):
         if coefficient == 0:

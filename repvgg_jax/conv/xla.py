@@ -1,4 +1,4 @@
-"""XLA's own convolution, and the same as matrix products; and what an array's shape and the platform say to both."""
+"""XLA's convolution, the same convolution as matrix products, and helpers for both."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,17 @@ DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
 def xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
-    """Convolve by XLA's own operation, without bias, padded so that the size depends on the stride alone.
+    """Convolve with XLA's operation, without bias, padded so that the output size depends only on the stride.
 
-    `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`: with stride 2 it pads before *and* after, which
-    Flax's `"SAME"` does not.
+    Equal to `torch.nn.Conv2d(…, padding=dilation * (k // 2), bias=False)`: with stride 2 it pads before *and* after,
+    unlike Flax's `"SAME"`.
 
     Args:
       x: `[N, H, W, C_in]`.
       kernel: `[k, k, C_in // groups, C_out]`, k 1 or 3, same dtype as `x`.
       stride: 1 or 2.
       groups: groups of the convolution.
-      dilation: pixels between the kernel's taps.
+      dilation: distance between the kernel's taps in pixels.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
@@ -37,7 +37,7 @@ def xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int
 
 
 def product_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
-    """Compute what `xla_conv` does as one matrix product for each group, over gathered columns (im2col)."""
+    """Compute the same as `xla_conv`, as one matrix product per group over gathered columns (im2col)."""
 
     def product(x: Array, kernel: Array) -> Array:
         columns = jnp.concatenate(taps(x, kernel.shape[0], stride, dilation), axis=3)
@@ -47,7 +47,7 @@ def product_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation:
 
 
 def taps(x: Array, size: int, stride: int, dilation: int) -> list[Array]:
-    """Return what each of the kernel's positions sees: `size * size` arrays `[N, H', W', C]`."""
+    """Return the input pixels under each of the kernel's positions: `size * size` arrays `[N, H', W', C]`."""
     pad = dilation * (size // 2)
     rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -59,16 +59,16 @@ def taps(x: Array, size: int, stride: int, dilation: int) -> list[Array]:
 
 
 def by_group(function: Callable[[Array, Array], Array], groups: int, x: Array, other: Array) -> Array:
-    """Return `function` of each group's share of the channels, the results side by side."""
+    """Apply `function` to each group of channels and concatenate the results."""
     pairs = zip(jnp.split(x, groups, axis=3), jnp.split(other, groups, axis=3), strict=True)
     return jnp.concatenate([function(a, b) for a, b in pairs], axis=3)
 
 
 def out_pixels(x: Array, stride: int) -> int:
-    """Return how many pixels of one image a convolution of that stride puts out."""
+    """Return the number of output pixels per image of a convolution with stride `stride`."""
     return -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
 
 
 def on_cpu(cpu: Callable, default: Callable, *arguments: Array):
-    """Return `cpu(*arguments)` where this is compiled for a CPU, `default(*arguments)` elsewhere."""
+    """Return `cpu(*arguments)` if compiled for a CPU, else `default(*arguments)`."""
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)

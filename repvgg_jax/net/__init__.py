@@ -1,1 +1,1 @@
-"""What a RepVGG is: its variants, branches, blocks, fusion, and the walk through its deploy form."""
+"""The RepVGG network: variants, branches, blocks, fusion, and the walk through the deploy form."""

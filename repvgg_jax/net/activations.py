@@ -1,4 +1,4 @@
-"""What may follow a block's sum instead of ReLU, by name or as a function."""
+"""Activations that can replace ReLU after a block's sum, by name or as a function."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ Activation = str | Callable[[Array], Array]
 
 @jax.custom_jvp
 def relu(x: Array) -> Array:
-    """Return `max(x, 0)`; its gradient, 0 at 0, is read off the result, so that `x` need not be kept for it."""
+    """Return `max(x, 0)`. The gradient (0 at 0) is computed from the result, so `x` need not be kept."""
     return jnp.maximum(x, 0)
 
 
@@ -35,10 +35,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation_function(activation: Activation) -> Callable[[Array], Array]:
-    """Return the function behind a name; a function is returned as it is.
+    """Return the activation function called `activation`; a function is returned unchanged.
 
     Raises:
-      ValueError: no activation has that name.
+      ValueError: if no activation has that name.
     """
     if callable(activation):
         return activation

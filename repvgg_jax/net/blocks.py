@@ -68,7 +68,7 @@ class ReparamConv(nn.Module):
 
 
 class _Block(nn.Module):
-    """What both forms share: their fields, and what follows the (summed or single) convolution."""
+    """Base of both forms: their common fields, and the operations after the (summed or single) convolution."""
 
     features: int
     stride: int = 1
@@ -81,7 +81,7 @@ class _Block(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def _activate(self, x: Array) -> Array:
-        """Return what gate and activation make of the (summed or single) convolution."""
+        """Apply the gate, if there is one, and the activation."""
         for step in AFTER_CONVOLUTION[self.squeeze_excite]:
             if step == ACTIVATION:
                 x = activation_function(self.activation)(x)
@@ -93,17 +93,17 @@ class _Block(nn.Module):
 class RepVGGBlock(_Block):
     """Training form: 3x3 conv+BN, 1x1 conv+BN and, where shapes allow, identity BN; summed; then ReLU.
 
-    `[N, H, W, C_in] -> [N, ceil(H / stride), ceil(W / stride), features]`. With `train=True` the batch's
-    own statistics are used and the running ones in `batch_stats` updated.
+    `[N, H, W, C_in] -> [N, ceil(H / stride), ceil(W / stride), features]`. With `train=True` BN uses the statistics
+    of the batch and updates the running ones in `batch_stats`.
 
-    QARepVGG's block has BN in the 3x3 branch alone, and one more BN on the sum. Its identity branch has nothing to
-    learn; `batch_stats` holds the constant 1 that it is scaled with, so that the tree tells that it is there.
+    QARepVGG's block has BN only in the 3x3 branch, and one more BN on the sum. Its identity branch has no parameters;
+    `batch_stats` holds the constant 1 that scales it, so the tree shows that the branch exists.
 
     Attributes:
-      identity: whether there is an identity branch where stride and channels allow one.
-      block: RepVGG's or QARepVGG's.
-      branches: which branches there are.
-      epsilon: of every BN.
+      identity: whether to include an identity branch where stride and channels allow one.
+      block: kind of block, RepVGG's or QARepVGG's.
+      branches: branches of the block.
+      epsilon: epsilon of every BN.
     """
 
     identity: bool = True
@@ -129,13 +129,13 @@ class RepVGGBlock(_Block):
         return materialize(self._activate(y))
 
     def _has_exact_moments(self, x: Array) -> bool:
-        """Whether second moments of `x` can be summed up without loss, and differentiated as they are asked for."""
+        """Return whether second moments of `x` can be summed without loss, and differentiated in the active mode."""
         narrow = jnp.dtype(self.dtype).itemsize < jnp.dtype(self.param_dtype).itemsize
         return narrow and not (every_mode() or explicitly_sharded(x) or self.is_initializing())
 
 
 class DeployBlock(_Block):
-    """Fused form: one 3x3 convolution with bias, then ReLU. Shapes as `RepVGGBlock`; `train` changes nothing."""
+    """Fused form: one 3x3 convolution with bias, then ReLU. Shapes as in `RepVGGBlock`; `train` has no effect."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:

@@ -1,9 +1,9 @@
-"""Every kind of branch of a training-form block, once: its leaves, how it computes, how it fuses and what it costs.
+"""The branches of a training-form block: their leaves, computation, fusion and cost.
 
-A branch is a chain of steps, each of them linear in the image once BN's statistics are fixed; so a chain is one
-convolution with bias in inference, and the branches of a block, which read the same image, add up to one (paper section
-3.3). A step (`steps.py`) says in five methods what it is; a branch is a row of `KINDS`, and `branches_of` says which
-block has it.
+A branch is a chain of steps. Each step is linear in the image once the BN statistics are fixed, so in inference a chain
+is one convolution with bias. The branches of a block read the same image, so they add up to one convolution (paper
+section 3.3). A step (`steps.py`) is defined by five methods; a branch is a row of `KINDS`, and `branches_of` selects
+the branches of a block.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from .steps import (
 )
 
 BlockKind = Literal["repvgg", "qarepvgg"]
-"""The training form's block. `qarepvgg` (arXiv 2212.01593): BN in the 3x3 branch alone, one more BN on the sum."""
+"""Kind of training-form block. `qarepvgg` (arXiv 2212.01593): BN only in the 3x3 branch, and one more on the sum."""
 
 SUM_BN = "bn"
 """QARepVGG's BN on the sum of the branches."""
@@ -44,18 +44,19 @@ MAX_DENSE_COPIES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """Which branches a training-form block sums; all of it fuses into the one 3x3 kernel.
+    """The branches that a training-form block sums; they all fuse into one 3x3 kernel.
 
     Attributes:
-      dense_copies: 3x3 branches, each with its own BN (MobileOne, arXiv 2206.04040: up to 4); RepVGG has 1.
-      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, a BN after each (Diverse Branch Block, arXiv 2103.13425).
-      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, a BN after each (the same).
-      point: RepVGG's 1x1 branch (the paper's Table 6 leaves it out).
-      identity: RepVGG's identity branch, where stride and channels allow one (the same).
+      dense_copies: number of 3x3 branches, each with its own BN: 1 in RepVGG, up to 4 in MobileOne (arXiv 2206.04040).
+      dbb_1x1_3x3: a 1x1 convolution followed by a 3x3 one, with a BN after each (Diverse Branch Block, arXiv
+        2103.13425).
+      dbb_1x1_avg: a 1x1 convolution followed by 3x3 average pooling, with a BN after each (same source).
+      point: RepVGG's 1x1 branch (removed in an ablation of the paper, Table 6).
+      identity: RepVGG's identity branch, where stride and channels allow one (removed in the same ablation).
       strips: a 1x3 and a 3x1 convolution, each with its own BN (ACNet, arXiv 1908.03930).
 
     Raises:
-      ValueError: a number of copies out of range, or anything but True and False for the others.
+      ValueError: if `dense_copies` is out of range, or another field is not a bool.
     """
 
     dense_copies: int = 1
@@ -75,35 +76,35 @@ class Branches:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One summand of a training-form block: `name` in the parameter tree, and its steps."""
+    """One branch of a training-form block: its `name` in the parameter tree, and its steps."""
 
     name: str
     steps: tuple[Step, ...]
 
     def layers(self, geometry: Geometry) -> list[Layer]:
-        """Return its layers with leaves, their paths from the block on."""
+        """Return the layers that have leaves, with paths relative to the block."""
         return [layer for _, layer in self._layers(geometry)]
 
     def multiply_adds(self, geometry: Geometry, in_pixels: int, out_pixels: int) -> int:
-        """Return those for one image of so many pixels before and after the block's stride."""
+        """Return the multiply-adds for one image, with `in_pixels` before and `out_pixels` after the block's stride."""
         return sum(step.multiply_adds(layer.shape, in_pixels, out_pixels) for step, layer in self._layers(geometry))
 
     def fuse(self, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
         """Return the branch as a 3x3 convolution."""
         pair = None
         for step in self.steps:
-            own_params, own_stats = ((tree.get(step.name, {}) if step.name else tree) for tree in (params, stats))
-            pair = step.fuse(pair, own_params, own_stats, block)
+            step_params, step_stats = ((tree.get(step.name, {}) if step.name else tree) for tree in (params, stats))
+            pair = step.fuse(pair, step_params, step_stats, block)
         assert pair is not None
         return embed(pair[0]), pair[1]
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether every output pixel depends on one pixel of the image alone, in the same way."""
+        """Whether every output pixel is the same function of a single pixel of the image."""
         return all(step.is_pointwise for step in self.steps)
 
     def is_in(self, params: Tree) -> bool:
-        """Return whether a branch's tree has leaves for every step."""
+        """Return whether the branch's tree `params` has leaves for every step."""
         return all((step.name or step.leaf) in params for step in self.steps if step.name or step.leaf)
 
     def _layers(self, geometry: Geometry) -> Iterator[tuple[Step, Layer]]:
@@ -116,11 +117,11 @@ class Branch:
 
 
 class BranchModule(nn.Module):
-    """A branch as a Flax module, its steps one after another: `[N, H, W, C_in] -> [N, H / stride, W / stride, C_out]`.
+    """A branch as a Flax module that applies its steps: `[N, H, W, C_in] -> [N, H / stride, W / stride, C_out]`.
 
-    Between two steps of which the second pads, the image is padded with what the first gives for zero, so that the
-    whole is one convolution (arXiv 2103.13425, transform III). In training that is the BN of the batch; the authors
-    take the running one.
+    Before a step that pads, the image is padded with the previous step's output for zero input, so the chain is equal
+    to one convolution (arXiv 2103.13425, transform III). In training, that output comes from the BN of the batch; the
+    authors use the running statistics instead.
     """
 
     steps: tuple[Step, ...]
@@ -135,9 +136,9 @@ class BranchModule(nn.Module):
     @overload
     def __call__(self, x: ImageMoments, train: bool = False) -> Centred: ...
 
-    @nn.compact  # of which a module has one: an image and its moments go through the same layers
+    @nn.compact  # a module may have only one compact method, so it takes both an image and its moments
     def __call__(self, x: Array | ImageMoments, train: bool = False) -> Array | Centred:
-        """Return the result for an image; for the `ImageMoments` of one in training, the convolution that gives it."""
+        """Return the output for an image, or, in training, the equivalent convolution for its `ImageMoments`."""
         if isinstance(x, ImageMoments):
             folded = None
             for step in self.steps:
@@ -150,16 +151,16 @@ class BranchModule(nn.Module):
         return x
 
     def identity(self, image: ImageMoments) -> Centred:
-        """Return the pointwise convolution that returns its input."""
+        """Return the pointwise identity convolution."""
         kernel = identity_kernel(self.geometry.out_channels, self.geometry.groups, self.param_dtype)
         return kernel[1:2, 1:2], image.mean
 
     def options(self, step: Step) -> dict[str, Any]:
-        """Return what every step's module is made with."""
+        """Return the constructor arguments common to every step's module."""
         return dict(dtype=self.dtype, param_dtype=self.param_dtype) | ({"name": step.name} if step.name else {})
 
     def module(self, step: Step, module: Any) -> Any:
-        """Return the step's module, whose leaves are the branch's own if the step has no name."""
+        """Return the step's module; if the step has no name, its leaves belong to the branch directly."""
         if not step.name:
             nn.share_scope(self, module)
         return module
@@ -192,15 +193,15 @@ IDENTITY = Branch("rbr_identity", (Normalization(""),))
 CONSTANT_IDENTITY = Branch("rbr_identity", (ConstantScale(),))
 
 KINDS = (DENSE, POINT, BARE_POINT, POINT_THEN_3X3, POINT_THEN_AVERAGE, ROW, COLUMN, IDENTITY, CONSTANT_IDENTITY)
-"""Every kind, in the order in which a block sums them."""
+"""Every kind of branch, in the order in which a block sums them."""
 
 
 def branches_of(block: BlockKind, branches: Branches, may_be_identity: bool) -> tuple[Branch, ...]:
-    """Return what a training-form block sums, in order.
+    """Return the branches of a training-form block, in the order of summation.
 
     Args:
-      block: its kind.
-      branches: which branches it has.
+      block: kind of block.
+      branches: selection of branches.
       may_be_identity: whether stride and channels allow an identity branch.
     """
     bare = block == "qarepvgg"
@@ -220,7 +221,7 @@ def branches_of(block: BlockKind, branches: Branches, may_be_identity: bool) -> 
 
 
 def merged(branches: Sequence[Branch]) -> list[Branch]:
-    """Return the branches that one pointwise convolution can stand for; none if that saves nothing."""
+    """Return the branches that one pointwise convolution can replace; empty if that saves nothing."""
     pointwise = [branch for branch in branches if branch.is_pointwise]
     return pointwise if any(isinstance(step, Convolution) for branch in pointwise for step in branch.steps) else []
 
@@ -229,25 +230,25 @@ def add_pointwise(modules: Sequence[BranchModule], x: Array) -> Array:
     """Return the sum of pointwise branches in training, computed as one convolution.
 
     Args:
-      modules: the branches, of one geometry.
-      x: the image, `[N, H, W, C_in]`, its dtype narrower than the parameters'.
+      modules: branches with the same geometry.
+      x: image `[N, H, W, C_in]`, in a dtype narrower than that of the parameters.
     """
     geometry, dtype = modules[0].geometry, modules[0].param_dtype
     pixels = x[:, :: geometry.stride, :: geometry.stride]
     image = image_moments(pixels, dtype)
     kernel, centre = add_branches(module(image, train=True) for module in modules)
     kernel = kernel.astype(x.dtype)
-    bias = centre - image.response(kernel.astype(dtype))  # of the kernel as it was rounded
-    y = training_conv(pixels, kernel, 1, geometry.groups).astype(dtype)  # for the bias's gradient, a sum over pixels
+    bias = centre - image.response(kernel.astype(dtype))  # response of the rounded kernel
+    y = training_conv(pixels, kernel, 1, geometry.groups).astype(dtype)  # the bias's gradient is a sum over pixels
     return (y + channelwise(bias)).astype(x.dtype)
 
 
 def is_branch(name: str) -> bool:
-    """Return whether that part of a training-form block is fused away."""
+    """Return whether the subtree `name` of a training-form block disappears in fusion."""
     return name.startswith(("rbr_", "dbb_")) or name == SUM_BN
 
 
 def branch_in_tree(name: str, params: Tree) -> Branch | None:
-    """Return the kind of branch that a tree holds under `name`, as its leaves show; None if it is of no kind."""
+    """Return the kind of branch under `name`, identified by its leaves `params`; None if no kind matches."""
     kinds = (kind for kind in KINDS if kind.name == re.sub(r"^rbr_dense_\d+$", DENSE.name, name))
     return next((kind for kind in kinds if kind.is_in(params)), None)

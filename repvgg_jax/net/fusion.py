@@ -2,7 +2,7 @@
 
 A training-form block computes `sum_i BN_i(conv_i(x))`. In inference each BN is affine, so each branch is one
 convolution with bias, each kernel can be written as a 3x3 one, and convolutions that read the same input add up.
-`branches` says how each branch fuses, by the single steps of `kernel_algebra`; here is the walk over a tree.
+`branches` fuses each branch with the operations of `kernel_algebra`; this module walks over the tree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,20 +27,20 @@ def equivalent_kernel_bias(
 ) -> tuple[Array, Array]:
     """Return the 3x3 kernel and bias that a training-form block equals in inference (`get_equivalent_kernel_bias`).
 
-    Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. Which
-    branches there are, and of what kind of block, shows in the tree's names.
+    Differentiable and jit-able, so a loss may constrain the equivalent kernel while the branches train. The names in
+    the tree show which branches there are, and the kind of block.
 
     Args:
-      block_params: the block's own subtree of `params`: `rbr_dense`, `rbr_1x1` and, if it has them, `rbr_identity`,
+      block_params: the block's subtree of `params`: `rbr_dense`, `rbr_1x1` and, if it has them, `rbr_identity`,
         `rbr_dense_1` …, `dbb_1x1_3x3`, `dbb_1x1_avg`, and `bn` on the sum.
       block_batch_stats: the same subtree of `batch_stats`.
-      epsilon: of the block's BN, which no tree holds: `model.variant.epsilon`.
+      epsilon: epsilon of the block's BN, which is not stored in the tree: `model.variant.epsilon`.
 
     Returns:
-      `[3, 3, C_in / groups, C_out]` and `[C_out]`.
+      Kernel `[3, 3, C_in / groups, C_out]` and bias `[C_out]`.
 
     Raises:
-      FusionError: the block is fused already, is no RepVGG block, or lacks running statistics.
+      FusionError: if the block is already fused, is not a RepVGG block, or lacks running statistics.
     """
     if "rbr_reparam" in block_params:
         raise FusionError("this block is already fused: it has rbr_reparam instead of branches")
@@ -61,18 +61,18 @@ def equivalent_kernel_bias(
 
 
 def _branches_in(params: Tree, stats: Tree) -> dict[str, Branch]:
-    """Return the branches in a block's tree, by name, in the order in which a block sums them."""
+    """Return the branches in a block's tree, by name, in the order of summation."""
     names = {name for name in (*params, *stats) if is_branch(name) and name != SUM_BN}
     kinds = {name: branch_in_tree(name, params.get(name, {})) for name in sorted(names)}
     for name, kind in kinds.items():
         if kind is None:
             raise FusionError(f"{name} is not a known kind of branch: it holds {', '.join(params.get(name, {}))}")
-    known = {name: kind for name, kind in kinds.items() if kind is not None}
-    return dict(sorted(known.items(), key=lambda pair: KINDS.index(pair[1])))
+    branches = {name: kind for name, kind in kinds.items() if kind is not None}
+    return dict(sorted(branches.items(), key=lambda pair: KINDS.index(pair[1])))
 
 
 def _has_statistics(params: Tree, stats: Tree) -> bool:
-    """Whether every BN in a branch has running ones, of its width; a BN is where a `scale` is learned."""
+    """Return whether every BN in a branch has running statistics of its width; a learned `scale` marks a BN."""
     if "scale" in params:
         return all(name in stats and stats[name].shape == params["scale"].shape for name in ("mean", "var"))
     return all(
@@ -81,21 +81,21 @@ def _has_statistics(params: Tree, stats: Tree) -> bool:
 
 
 def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float = BN_EPSILON) -> dict[str, Any]:
-    """Fuse every RepVGG block under `path`, and leave everything else of a larger model as it is.
+    """Fuse every RepVGG block under `path`, and leave the rest of a larger model unchanged.
 
-    Auxiliary heads that sit beside a fused RepVGG body are dropped: they serve training only.
+    The auxiliary heads of a fused RepVGG are dropped, since only training uses them.
 
     Args:
       variables: `{"params", "batch_stats", …}` of any Flax model that contains RepVGG blocks.
-      path: names that lead from `params` to the subtree to fuse, such as `("backbone",)`; empty for all.
-      epsilon: of the blocks' BN, which no tree holds: `model.variant.epsilon`.
+      path: names that lead from `params` to the subtree to fuse, such as `("backbone",)`; empty for the whole tree.
+      epsilon: epsilon of the blocks' BN, which is not stored in the tree: `model.variant.epsilon`.
 
     Returns:
-      New variables, for the same model built with `deploy=True` RepVGG inside. The input is untouched.
+      New variables for the same model with its RepVGG built with `deploy=True`. The input is not modified.
 
     Raises:
-      FusionError: nothing to fuse under `path`, a `path` that is a string, a block already fused, or running
-        statistics missing.
+      FusionError: if there is nothing to fuse under `path`, `path` is a string, a block is already fused, or running
+        statistics are missing.
     """
     if isinstance(path, str):
         raise FusionError(f'path must be a tuple of names, such as ("backbone",), not {path!r}')
@@ -143,13 +143,20 @@ def _fuse_below(
 
 
 def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
-    """Return the fused model and its variables (`repvgg_model_convert`); the inputs are untouched.
+    """Return the fused model and its variables (`repvgg_model_convert`); the inputs are not modified.
 
-    Pure: under `jax.jit`, close over `model` and return the variables alone.
+    The function is pure. Under `jax.jit`, close over `model` and return only the variables.
+
+    Args:
+      model: model in training form.
+      variables: its `{"params", "batch_stats"}`.
+
+    Returns:
+      The model in deploy form, and its variables.
 
     Raises:
-      FusionError: the model is in deploy form already, or its tree cannot be fused.
-      WeightsError: `variables` are another model's.
+      FusionError: if the model is already in deploy form, or its tree cannot be fused.
+      WeightsError: if `variables` belong to another model.
     """
     if model.deploy:
         raise FusionError("the model is already in deploy form")
@@ -160,7 +167,7 @@ def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
 
 
 def _check_branches(model: RepVGG, variables: Tree) -> None:
-    """Hold the branches of every block to its model's: one that is missing leaves no trace in the fused kernel."""
+    """Check that every block has the model's branches: a missing one would go unnoticed in the fused kernel."""
     trees = [variables.get(collection, {}) for collection in ("params", "batch_stats")]
     for block in model.variant.blocks():
         present = {name for tree in trees for name in tree.get(block.name, {}) if is_branch(name) and name != SUM_BN}
@@ -171,12 +178,12 @@ def _check_branches(model: RepVGG, variables: Tree) -> None:
 
 
 def check_deploy_params(model: RepVGG, params: Tree) -> None:
-    """Hold the names and shapes of a deploy form's parameters to those of its model.
+    """Check the names and shapes of deploy-form parameters against the model.
 
     Raises:
-      WeightsError: lists what is missing, unexpected or of another shape.
+      WeightsError: if they differ; it lists missing and unexpected entries and those of another shape.
     """
-    found = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    actual = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
     channels = in_channels_of(flatten({"params": params}))
     expected = expected_shapes(model.variant, True, model.num_classes, channels)
-    check_shapes(found, expected, "variables", f"the deploy form of {model.variant.name}")
+    check_shapes(actual, expected, "variables", f"the deploy form of {model.variant.name}")

@@ -1,7 +1,7 @@
 """The algebra of structural re-parameterisation: pure, differentiable functions on kernels and biases.
 
-A convolution is a pair: kernel `[k, k, C_in / groups, C_out]` and bias `[C_out]`. Whatever is linear in the image and
-looks at a k x k neighbourhood can be written as such a pair, and pairs of the same shape, stride and dilation add up.
+A convolution is a pair: kernel `[k, k, C_in / groups, C_out]` and bias `[C_out]`. Any affine, shift-invariant function
+of a k x k neighbourhood can be written as such a pair, and pairs of the same shape, stride and dilation can be added.
 
 Sources: RepVGG (arXiv 2101.03697, section 3.3); Diverse Branch Block (arXiv 2103.13425, transforms I to VI).
 """
@@ -16,7 +16,7 @@ from ..broadcasting import channelwise
 
 BN_EPSILON = 1e-5
 EXACT = lax.Precision.HIGHEST
-"""GPUs and TPUs round the factors of float32 products otherwise."""
+"""Without it, GPUs and TPUs round the factors of float32 products."""
 
 Pair = tuple[Array, Array]
 """Kernel `[k, k, C_in / groups, C_out]` and bias `[C_out]` of one convolution."""
@@ -29,14 +29,14 @@ def fuse_conv_bn(
     epsilon: float = BN_EPSILON,
     bias: Array | None = None,
 ) -> Pair:
-    """Return the one convolution that equals a convolution followed by BN in inference.
+    """Return the convolution that equals a convolution followed by BN in inference.
 
     Args:
       kernel: `[k, k, C_in / groups, C_out]`.
       bn_params: `{"scale": [C_out], "bias": [C_out]}` (gamma, beta).
       bn_stats: `{"mean": [C_out], "var": [C_out]}`, the running statistics.
-      epsilon: what the BN adds to the variance.
-      bias: `[C_out]` of the convolution; None if it has none.
+      epsilon: constant that the BN adds to the variance.
+      bias: bias of the convolution, `[C_out]`; None if it has no bias.
     """
     factor = bn_params["scale"] / jnp.sqrt(bn_stats["var"] + epsilon)
     mean = bn_stats["mean"] if bias is None else bn_stats["mean"] - bias
@@ -44,7 +44,7 @@ def fuse_conv_bn(
 
 
 def add_branches(pairs: Iterable[Pair]) -> Pair:
-    """Return the one convolution that equals the sum of several that read the same image."""
+    """Return the convolution that equals the sum of several that read the same image."""
     kernels, biases = zip(*pairs, strict=True)
     kernel, bias = kernels[0], biases[0]
     for more_kernel, more_bias in zip(kernels[1:], biases[1:], strict=True):
@@ -53,7 +53,7 @@ def add_branches(pairs: Iterable[Pair]) -> Pair:
 
 
 def embed(kernel: Array, size: int = 3) -> Array:
-    """Return a kernel `[h, w, I, O]` in the middle of a `[size, size, I, O]` one; all sizes are odd."""
+    """Return a kernel `[h, w, I, O]` zero-padded to `[size, size, I, O]`, centred; all sizes are odd."""
     rows, columns = ((size - length) // 2 for length in kernel.shape[:2])
     return jnp.pad(kernel, ((rows, rows), (columns, columns), (0, 0), (0, 0)))
 
@@ -61,22 +61,22 @@ def embed(kernel: Array, size: int = 3) -> Array:
 def average_1x1(kernel: Array, size: int = 3) -> Array:
     """Return a 1x1 convolution `[1, 1, I, O]` followed by average pooling of `size` x `size` pixels, as one kernel.
 
-    Of the identity, that is average pooling itself. A bias passes through, since padding is averaged too: it must be
-    the bias, as in `chain_1x1`.
+    For an identity kernel, the result is average pooling itself. A bias passes through unchanged, because the average
+    includes the padding, which must hold the bias, as in `chain_1x1`.
     """
     return jnp.broadcast_to(kernel / size**2, (size, size, *kernel.shape[2:]))
 
 
 def chain_1x1(first: Pair, second: Pair, groups: int = 1) -> Pair:
-    """Return the one k x k convolution that equals a 1x1 convolution followed by a k x k one with the same groups.
+    """Return the k x k convolution that equals a 1x1 convolution followed by a k x k one with the same groups.
 
-    That holds up to the image's edge if what the second one pads with is what the first one gives where the image is
-    zero, its bias, and not zero.
+    This holds at the image's edges only if the second convolution pads with the first one's output for zero input,
+    which is its bias, instead of zero.
 
     Args:
       first: `[1, 1, C_in / groups, C_mid]` and `[C_mid]`.
       second: `[k, k, C_mid / groups, C_out]` and `[C_out]`.
-      groups: of both.
+      groups: groups of both convolutions.
 
     Returns:
       `[k, k, C_in / groups, C_out]` and `[C_out]`.
@@ -91,7 +91,7 @@ def chain_1x1(first: Pair, second: Pair, groups: int = 1) -> Pair:
 
 
 def constant_response(kernel: Array, value: Array, groups: int = 1) -> Array:
-    """Return what a convolution gives, `[C_out]`, where the image is `value` `[C_in]` everywhere, outside of it too."""
+    """Return a convolution's output `[C_out]` for an image that is `value` `[C_in]` everywhere, padding included."""
     taps = kernel.sum((0, 1)).reshape(kernel.shape[2], groups, -1)
     return jnp.einsum("gi,igo->go", value.reshape(groups, -1), taps, precision=EXACT).reshape(-1)
 

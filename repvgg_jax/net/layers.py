@@ -1,4 +1,4 @@
-"""The Flax layers that branches and heads are made of, with PyTorch's statistics, padding and initial values."""
+"""Flax layers of branches and heads, with PyTorch's statistics, padding and initial values."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .moments import Moments, moments_of
 
 Dtype = Any
 
-BN_MOMENTUM = 0.9  # PyTorch's momentum 0.1: it weighs the new value, Flax's the old
+BN_MOMENTUM = 0.9  # PyTorch's momentum is 0.1: it is the weight of the new value, Flax's that of the old one
 
 # PyTorch's kaiming_uniform(a=sqrt(5)): uniform with bound 1 / sqrt(fan_in).
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -35,8 +35,8 @@ def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
 class BatchNorm(nn.Module):
     """Batch normalisation over `[N, H, W, C]` with PyTorch's running statistics (`torch.nn.BatchNorm2d`).
 
-    Batches are normalised with the biased variance; the *running* variance is the unbiased one, n / (n - 1),
-    which `flax.linen.BatchNorm` does not keep. Statistics are float32 (or wider) whatever `dtype` is.
+    Batches are normalised with the biased variance; the *running* variance is the unbiased one (times n / (n - 1)),
+    unlike in `flax.linen.BatchNorm`. Statistics are in `param_dtype`, whatever `dtype` is.
     """
 
     dtype: Dtype = jnp.float32
@@ -48,13 +48,13 @@ class BatchNorm(nn.Module):
         return ((x.astype(self.param_dtype) - mean) * factor + bias).astype(self.dtype)
 
     def above_zero(self, x: Array, train: bool = False) -> tuple[Array, Array]:
-        """Return the result in two parts that add up: what `x` adds to zero's own result, and that result `[C]`."""
+        """Return the output as two summands: the part that depends on `x`, and the output `[C]` for zero input."""
         mean, factor, bias = self._terms_of(x, train)
         from_x = x.astype(self.param_dtype) * channelwise(factor, x.ndim)
         return from_x.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
     def terms_for(self, moments: Moments) -> tuple[Array, Array]:
-        """Return `factor` and `bias` `[C]`: in training, `x` of these moments becomes `(x - mean) * factor + bias`."""
+        """Return `factor` and `bias` `[C]` for a training batch with these moments: `(x - mean) * factor + bias`."""
         _, factor, bias = self._terms(moments.mean.shape, lambda _: moments)
         return factor, bias
 
@@ -65,7 +65,7 @@ class BatchNorm(nn.Module):
     def _terms(
         self, channels: tuple[int, ...], batch_moments: Callable[[Array], Moments] | None
     ) -> tuple[Array, Array, Array]:
-        """Return `mean`, `factor` and `bias` `[C]`: the result is `(x - mean) * factor + bias`."""
+        """Return `mean`, `factor` and `bias` `[C]`: the output is `(x - mean) * factor + bias`."""
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
@@ -84,10 +84,10 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padded as PyTorch pads: leaf `kernel [h, w, C_in / groups, C_out]`.
+    """Convolution without bias, with PyTorch's padding: leaf `kernel [h, w, C_in / groups, C_out]`.
 
-    A kernel of 1x3 or 3x1 is computed as the 3x3 one that it is part of.
-    `pedestal` `[C_in]` is a value that is everywhere added to `x`, in the padding too.
+    A 1x3 or 3x1 kernel is computed as a 3x3 kernel padded with zeros.
+    `pedestal` `[C_in]` is a value added to `x` everywhere, including the padding.
     """
 
     features: int
@@ -106,14 +106,14 @@ class Conv(nn.Module):
 
     def __call__(self, x: Array, train: bool = False, pedestal: Array | None = None) -> Array:
         kernel = self.weights(x.shape[-1])
-        compute = training_conv if train else deploy_conv  # the first knows only reverse-mode gradients
+        compute = training_conv if train else deploy_conv  # training_conv supports only reverse mode
         kernel = (kernel if len(set(self.kernel_size)) == 1 else embed(kernel)).astype(self.dtype)
         y = compute(x.astype(self.dtype), kernel, self.stride, self.groups, self.dilation)
         return y if pedestal is None else y + channelwise(constant_response(kernel, pedestal, self.groups))
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, padded as PyTorch pads, then BatchNorm (the authors' `conv_bn`)."""
+    """Convolution without bias, with PyTorch's padding, then BatchNorm (the authors' `conv_bn`)."""
 
     features: int
     kernel_size: int
@@ -130,7 +130,7 @@ class ConvBN(nn.Module):
 
 
 class Constant(nn.Module):
-    """`x` times the constant leaf `scale []` in `batch_stats`, which is 1."""
+    """Multiplication of `x` by the constant leaf `scale []` in `batch_stats`, which is 1."""
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -143,7 +143,7 @@ class Constant(nn.Module):
 
 
 def average_pool(x: Array, stride: int = 1, dilation: int = 1) -> Array:
-    """3x3 average pooling that counts its zero padding (`torch.nn.AvgPool2d(3, stride, 1)`), pixels `dilation` apart.
+    """Average over 3x3 pixels `dilation` apart, zero padding included (`torch.nn.AvgPool2d(3, stride, 1)`).
 
     `[N, H, W, C] -> [N, ceil(H / stride), ceil(W / stride), C]`.
     """

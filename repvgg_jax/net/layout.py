@@ -1,4 +1,4 @@
-"""What a RepVGG's parameter tree contains, from the architecture's numbers alone, and the check that one fits."""
+"""Names and shapes of a RepVGG's parameter tree, derived from the architecture alone, and checks against them."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def block_layers(variant: Variant, block: BlockSpec, deploy: bool) -> list[Layer
 
 
 def constants(variant: Variant, deploy: bool) -> dict[str, np.ndarray]:
-    """Leaves that do not learn and that other people's files do not hold: what scales QARepVGG's identities, 1."""
+    """Return the constant leaves that files from other projects lack: the scale 1 of each QARepVGG identity branch."""
     layers = [layer for block in variant.blocks() for layer in block_layers(variant, block, deploy)]
     scales = (layer.leaves() for layer in layers if layer.kind == "constant")
     return {leaf: np.ones(shape, np.float32) for leaves in scales for leaf, shape in leaves}
@@ -49,36 +49,38 @@ def head_layers(variant: Variant, deploy: bool, num_classes: int) -> list[Layer]
 
 @functools.lru_cache(maxsize=32)
 def expected_shapes(variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> Mapping[str, Shape]:
-    """Return the name and shape of each leaf of that model's variables (as tracing `model.init` would)."""
+    """Return the name and shape of each leaf of the model's variables (as tracing `model.init` would)."""
     layers = [layer for block in variant.blocks(in_channels) for layer in block_layers(variant, block, deploy)]
     return dict(leaf for layer in layers + head_layers(variant, deploy, num_classes) for leaf in layer.leaves())
 
 
 def in_channels_of(arrays: FlatArrays) -> int:
-    """Return the channels of the images that a flat tree's first convolution takes, in training, deploy or INT8 form.
+    """Return the input channels of a flat tree's first convolution, in training, deploy or INT8 form.
 
-    Where there is no such kernel it is 3, so that a check of the tree's shapes says what is missing.
+    The default is 3 if the tree has no such kernel, so that a check of its shapes reports what is missing.
     """
     kernel = stem_kernel(arrays)
     return 3 if kernel is None else kernel.shape[2]
 
 
 def stem_kernel(arrays: FlatArrays) -> Any:
-    """Return the entry of a flat tree that is the first convolution's kernel; None if there is none."""
+    """Return the first convolution's kernel from a flat tree; None if there is none."""
     kernels = (arrays.get(f"params/stage0/{layer}kernel") for layer in ("rbr_dense/conv/", "rbr_reparam/", ""))
     return next((kernel for kernel in kernels if kernel is not None and len(kernel.shape) == 4), None)
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str, model: str) -> None:
-    """Hold names and shapes to what a model expects; nothing is ever partly loaded in silence.
+    """Check names and shapes against those that a model expects, so that nothing is partly loaded in silence.
 
     Args:
-      found, expected: name -> shape.
-      where: what to call the entries' origin in an error.
-      model: what to call the model.
+      found: actual shapes by name.
+      expected: the model's shapes by name.
+      where: origin of the entries, for the error message.
+      model: description of the model, for the error message.
 
     Raises:
-      WeightsError: lists missing, unexpected and mis-shaped entries (the first ten of each kind, then a count).
+      WeightsError: if they differ; it lists missing, unexpected and mis-shaped entries (the first ten of each kind,
+        then a count).
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -94,10 +96,10 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
 
 
 def check_variables(arrays: FlatArrays, variant: Variant, deploy: bool, num_classes: int) -> int:
-    """Hold a flat tree to a model's names and shapes, check that its numbers are finite, and return the input channels.
+    """Check a flat tree's names and shapes against a model, and that its numbers are finite; return the input channels.
 
     Raises:
-      WeightsError: as `check_shapes`, or names an entry with NaN or infinite values.
+      WeightsError: if a name or shape differs (see `check_shapes`), or an entry has NaN or infinite values.
     """
     channels, shapes = in_channels_of(arrays), {name: tuple(array.shape) for name, array in arrays.items()}
     check_shapes(shapes, expected_shapes(variant, deploy, num_classes, channels), "variables", "the model")
@@ -109,6 +111,6 @@ def check_variables(arrays: FlatArrays, variant: Variant, deploy: bool, num_clas
 def check_finite(array: np.ndarray, name: str, where: str) -> None:
     """Raise WeightsError, naming the array, if it has NaN or infinite values."""
     with np.errstate(over="ignore", invalid="ignore"):
-        total = array.sum()  # NaN and infinity stay in a sum, which costs a fraction of looking at each number
+        total = array.sum()  # NaN and infinity propagate, and a sum is far cheaper than testing each number
     if not np.isfinite(total) and not np.isfinite(array).all():
         raise WeightsError(f"{where}: {name} has NaN or infinite values")

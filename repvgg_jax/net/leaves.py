@@ -1,4 +1,4 @@
-"""The layers of a parameter tree that have leaves: where each is, of what kind, and of which shapes."""
+"""Layers of a parameter tree: path, kind, and shapes of the leaves."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ class Layer:
     """One convolution, BN or linear layer of the tree.
 
     Attributes:
-      path: where it is, such as `stage1_0/rbr_dense/conv`.
-      kind: what its leaves are.
-      shape: of its kernel (`[h, w, in / groups, out]` or `[in, out]`), `[channels]` for a BN, or `[]` for QARepVGG's
-        identity, whose only leaf is a constant.
-      has_bias: whether a convolution has one; linear layers and BNs always do.
+      path: path in the tree, such as `stage1_0/rbr_dense/conv`.
+      kind: type of layer, which determines its leaves.
+      shape: shape of the kernel (`[h, w, in / groups, out]` or `[in, out]`), `[channels]` for a BN, or `[]` for
+        QARepVGG's identity, whose only leaf is a constant.
+      has_bias: whether a convolution has a bias; linear layers and BNs always have one.
     """
 
     path: str

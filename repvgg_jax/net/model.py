@@ -20,10 +20,10 @@ from .variants import AUX_HEADS, Published, Variant, get_variant
 
 
 def checked_dtype(name: str, value: Any) -> Any:
-    """Return `value`, if it is a floating-point dtype; a string becomes the dtype that it names.
+    """Return `value`, if it is a floating-point dtype; convert a string to the dtype that it names.
 
     Raises:
-      ValueError: it is none.
+      ValueError: if it is not a floating-point dtype.
     """
     try:
         dtype = jnp.dtype(value)
@@ -38,7 +38,7 @@ def checked_count(name: str, value: Any) -> int:
     """Return `value`, if it is a positive whole number.
 
     Raises:
-      ValueError: it is none.
+      ValueError: if it is not.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
@@ -48,7 +48,7 @@ def checked_count(name: str, value: Any) -> int:
 
 
 def channel_hint(shape: Sequence[int], channels: int) -> str:
-    """Return what to add to an error about images of that shape: advice, if their channels come first."""
+    """Return advice to append to an error about images of shape `shape`, if their channels come first; else ""."""
     if len(shape) != 4 or shape[-1] == channels or shape[1] != channels:
         return ""
     return "; channels come last: transpose them from [N, C, H, W] to [N, H, W, C]"
@@ -74,12 +74,12 @@ class Linear(nn.Module):
 
 
 def global_average_pool(x: Array, dtype: Dtype) -> Array:
-    """`[N, H, W, C] -> [N, C]` in `dtype`, so that logits keep float32 in a bfloat16 net."""
+    """Return the mean over height and width, `[N, H, W, C] -> [N, C]`, in `dtype`: float32 even in a bfloat16 net."""
     return x.astype(dtype).mean((1, 2))
 
 
 class AuxiliaryHead(nn.Module):
-    """RepVGGplus's classifier on an inner stage: 3x3 stride-2 conv+BN, ReLU, global average pool, linear."""
+    """RepVGGplus's classifier on an intermediate stage: 3x3 stride-2 conv+BN, ReLU, global average pool, linear."""
 
     num_classes: int
     dtype: Dtype = jnp.float32
@@ -96,7 +96,7 @@ class AuxiliaryHead(nn.Module):
 
 
 class FeatureInfo(NamedTuple):
-    """One entry of `RepVGG.features`: its name, its stride in input pixels, and its channels."""
+    """One output of `RepVGG.features`: its name, stride in input pixels, and channels."""
 
     name: str
     stride: int
@@ -104,21 +104,21 @@ class FeatureInfo(NamedTuple):
 
 
 class RepVGG(nn.Module):
-    """RepVGG (paper section 3), training form or, with `deploy=True`, the plain stack of 3x3 convolutions.
+    """RepVGG (paper section 3): the training form or, with `deploy=True`, the plain stack of 3x3 convolutions.
 
     Attributes:
-      variant: the architecture's numbers.
+      variant: the architecture.
       num_classes: width of the classifier.
       deploy: fused form; its parameters come from `to_deploy` or a deploy-form file.
       dtype: computation dtype of the body; head and logits use `param_dtype`.
       param_dtype: dtype of parameters and BN statistics (float32; float64 for numerical checks).
       remat: recompute each block's activations in the backward pass (`jax.checkpoint`; the authors'
         `use_checkpoint`): less memory, about a third more compute.
-      frozen_stages: how many of the five stages, from the first, stay as they are while training: running statistics
-        instead of the batch's, no gradient.
-      frozen_bn: use running statistics, and leave them alone, in all blocks while training (`norm_eval`); gammas and
-        betas learn.
-      dropout: share of the pooled features that training drops before the classifier; it needs an rng called
+      frozen_stages: number of stages, counted from the first of the five, that do not change in training: they use
+        running statistics instead of the batch's and get no gradient.
+      frozen_bn: use running statistics in all blocks while training, without updating them (`norm_eval`); gammas and
+        betas are still trained.
+      dropout: fraction of the pooled features dropped before the classifier in training; needs an rng called
         "dropout".
     """
 
@@ -132,7 +132,7 @@ class RepVGG(nn.Module):
     frozen_bn: bool = False
     dropout: float = 0.0
 
-    # What a subclass may train with instead, of the same parameters.
+    # A subclass may replace these by training-time modules with the same parameters.
     training_block = RepVGGBlock
     classifier = Linear
 
@@ -169,12 +169,12 @@ class RepVGG(nn.Module):
 
     @property
     def has_auxiliary_heads(self) -> bool:
-        """Whether training returns auxiliary logits: RepVGGplus, training form."""
+        """Whether training also returns auxiliary logits: True for RepVGGplus in training form."""
         return self.variant.auxiliary_heads and not self.deploy
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What `features` returns, in order: strides 2 to 32, less where a stage has stride 1 or is dilated."""
+        """Outputs of `features`, in order: strides 2 to 32, or smaller where a stage has stride 1 or is dilated."""
         stride, infos = 1, {}
         for block in self.variant.blocks():
             stride *= block.stride
@@ -198,7 +198,7 @@ class RepVGG(nn.Module):
         return outputs
 
     def _check_channels(self, shape: tuple[int, ...]) -> None:
-        """Hold the images to the first convolution's channels; before there is one, to what images look like."""
+        """Check the images' channels against the first convolution; before it exists, guess whether they come first."""
         kernel = stem_kernel(flatten(self.variables))
         if kernel is not None:
             channels = kernel.shape[2]
@@ -212,8 +212,12 @@ class RepVGG(nn.Module):
     def features(self, images: Array, train: bool = False) -> dict[str, Array]:
         """Return the outputs of the five stages, `{"stage0": [N, H/2, W/2, C0], …, "stage4": [N, H/32, W/32, C4]}`.
 
-        Sizes round up; `feature_info` has strides and channels. Call it with
+        Sizes are rounded up; `feature_info` lists strides and channels. Call it as
         `model.apply(variables, images, method="features")`.
+
+        Args:
+          images: `[N, H, W, C]` float, normalised.
+          train: use and update batch statistics.
         """
         outputs = self._stage_outputs(images, train)
         if "stage3_second" in outputs:
@@ -222,9 +226,9 @@ class RepVGG(nn.Module):
         return {f"stage{i}": outputs[f"stage{i}"] for i in range(5)}
 
     def embed(self, images: Array, train: bool = False) -> Array:
-        """Return what the classifier reads: the last stage's features, averaged over height and width.
+        """Return the classifier's input: the last stage's features, averaged over height and width.
 
-        Call it with `model.apply(variables, images, method="embed")`. Both forms return the same.
+        Call it as `model.apply(variables, images, method="embed")`. Training and deploy form give the same result.
 
         Args:
           images: `[N, H, W, C]` float, normalised.
@@ -240,12 +244,12 @@ class RepVGG(nn.Module):
 
         Args:
           images: `[N, H, W, C]` float, normalised.
-          train: use and update batch statistics (pass `mutable=["batch_stats"]`), and drop out (pass
+          train: use and update batch statistics (pass `mutable=["batch_stats"]`), and apply dropout (pass
             `rngs={"dropout": key}`).
 
         Returns:
-          `[N, num_classes]`; RepVGGplus with `train=True`: a dict of such arrays, `main` and one for each
-          auxiliary head.
+          `[N, num_classes]` in `param_dtype`; for RepVGGplus with `train=True`, a dict of such arrays: `main` and one
+          for each auxiliary head.
         """
         outputs = self._stage_outputs(images, train)
         pooled = global_average_pool(outputs["stage4"], self.param_dtype)
@@ -279,33 +283,38 @@ def create_model(
     epsilon: float | None = None,
     name: str | None = None,
 ) -> RepVGG:
-    """Return a RepVGG by published name or by its numbers.
+    """Return a RepVGG for the name of a published variant, or for a `Variant`.
 
-    `strides`, `output_stride`, `activation`, `block`, `branches` and `epsilon` change the variant's own, unless
+    `strides`, `output_stride`, `activation`, `block`, `branches` and `epsilon` replace the variant's values, unless
     they are None.
 
     Args:
       variant: a name from `list_models()`, or a `Variant`.
       num_classes: width of the classifier, at least 1.
-      deploy: the fused form.
+      deploy: build the fused form.
       dtype: computation dtype, float32 or bfloat16 (float64 with `jax_enable_x64`).
       param_dtype: dtype of parameters and BN statistics.
       remat: recompute activations in the backward pass to save memory.
-      frozen_stages: how many of the five stages, from the first, do not train.
-      frozen_bn: BN statistics do not train (`norm_eval`).
-      dropout: share of the pooled features that training drops before the classifier.
-      strides: of stages 0 to 4, each 1 or 2: (1, 1, 2, 2, 2) for images as small as 32x32.
-      output_stride: 8 or 16: the last stages dilated instead of strided, for dense prediction; the same weights.
-      activation: instead of ReLU; a name such as "gelu", or a function.
-      block: "repvgg" or "qarepvgg", the training form's block.
-      branches: which branches the training form's blocks have.
-      epsilon: what every BatchNorm adds to the variance: 1e-5, or 1e-3 in weights of Keras and of YOLO trainers.
-      name: the Flax submodule name, where the model is built inside another module's compact method.
+      frozen_stages: number of stages, counted from the first of the five, that are not trained.
+      frozen_bn: do not update BN statistics in training (`norm_eval`).
+      dropout: fraction of the pooled features dropped before the classifier in training.
+      strides: strides of stages 0 to 4, each 1 or 2: (1, 1, 2, 2, 2) for images as small as 32x32.
+      output_stride: 8 or 16 to dilate the last stages instead of striding, for dense prediction; the weights are the
+        same.
+      activation: replacement for ReLU: a name such as "gelu", or a function.
+      block: kind of block in the training form, "repvgg" or "qarepvgg".
+      branches: branches of the training form's blocks.
+      epsilon: constant that every BatchNorm adds to the variance: 1e-5, or 1e-3 for weights from Keras and from YOLO
+        trainers.
+      name: name of the Flax submodule, if the model is built inside another module's compact method.
+
+    Returns:
+      The Flax module; it holds no parameters.
 
     Raises:
-      UnknownModelError: no published variant has that name.
-      ValueError: `num_classes` is not a positive whole number, a dtype none of floating point, `frozen_stages` none of
-        0 to 5, `dropout` not in [0, 1), or the variant cannot be changed so.
+      UnknownModelError: if no published variant has that name.
+      ValueError: if `num_classes` is not a positive whole number, a dtype is not floating-point, `frozen_stages` is not
+        in 0 to 5, `dropout` is not in [0, 1), or the variant does not allow one of the changes.
     """
     num_classes = checked_count("num_classes", num_classes)
     dtype, param_dtype = checked_dtype("dtype", dtype), checked_dtype("param_dtype", param_dtype)

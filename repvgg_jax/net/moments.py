@@ -1,10 +1,9 @@
-"""Means and variances over a batch: of an image, and of what a pointwise convolution makes of it.
+"""Means and variances over a batch, of an image and of a pointwise convolution's output.
 
 BN needs a branch's mean and variance before the branch can be added to a block's sum. Those of a 1x1 convolution follow
-from its input's mean `m` and covariance `S`: `W^T m` and `diag(W^T S W)`. So the 1x1 and the identity branch of a block
-need not be computed, written to memory, reduced and read again: normalised, they are one 1x1 convolution, known before
-anything of them is computed. On accelerators a training step takes the time of its memory traffic, and that saves a
-fifth of it.
+from its input's mean `m` and covariance `S`: `W^T m` and `diag(W^T S W)`. So the 1x1 and identity branches of a block
+need not be computed, written to memory, reduced and read again: after normalisation they are one 1x1 convolution, whose
+kernel is known in advance. On accelerators a training step is limited by memory traffic, and this saves a fifth of it.
 """
 
 import functools
@@ -21,7 +20,7 @@ from .kernel_algebra import EXACT, constant_response
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance of every channel, `[C]`, over so many `pixels`."""
+    """Mean and (biased) variance of every channel, `[C]`, over `pixels` pixels."""
 
     mean: Array
     var: Array
@@ -29,11 +28,11 @@ class Moments(NamedTuple):
 
 
 def moments_of(x: Array, running_mean: Array) -> Moments:
-    """Return the moments of `x` `[N, H, W, C]`, which is read once, in the dtype of `running_mean` `[C]`.
+    """Return the moments of `x` `[N, H, W, C]` in the dtype of `running_mean` `[C]`, reading `x` once.
 
-    The variance is `E[(x - s)^2] - E[x - s]^2` with `s` near the mean, so that nothing of weight cancels: the mean of
-    every image's pixel in the middle. On TPUs, which reduce a convolution's result while they compute it, `s` must be
-    known before, and is the running mean.
+    The variance is `E[(x - s)^2] - E[x - s]^2` with `s` near the mean, to avoid cancellation: `s` is the mean over the
+    centre pixel of every image. TPUs reduce a convolution's output while computing it, so there `s` must be known in
+    advance and is the running mean.
     """
 
     def pixels_mean(x: Array, running_mean: Array) -> Array:
@@ -47,7 +46,7 @@ def moments_of(x: Array, running_mean: Array) -> Moments:
 
 
 def moments_about(x: Array, shift: Array) -> Moments:
-    """Return the moments of `x` `[N, H, W, C]`, read once; the nearer `shift` `[C]` is to the mean, the more exact."""
+    """Return the moments of `x` `[N, H, W, C]`, reading it once; more exact the nearer `shift` `[C]` is to the mean."""
     shift = lax.stop_gradient(shift)
     above = x.astype(shift.dtype) - channelwise(shift, x.ndim)
     mean, square = above.mean((0, 1, 2)), jnp.square(above).mean((0, 1, 2))
@@ -55,12 +54,12 @@ def moments_about(x: Array, shift: Array) -> Moments:
 
 
 class ImageMoments(NamedTuple):
-    """What the moments of every pointwise convolution of an image follow from.
+    """Moments of an image, from which those of any pointwise convolution of it follow.
 
     Attributes:
       mean: `[C]`.
       covariance: `[C, C]`.
-      pixels: how many.
+      pixels: number of pixels.
     """
 
     mean: Array
@@ -68,11 +67,11 @@ class ImageMoments(NamedTuple):
     pixels: int
 
     def response(self, kernel: Array) -> Array:
-        """Return what the convolution with a kernel `[1, 1, C / groups, C_out]` makes of the mean, `[C_out]`."""
+        """Return the output `[C_out]` of the convolution with a kernel `[1, 1, C / groups, C_out]` for the mean."""
         return constant_response(kernel, self.mean, self.mean.shape[0] // kernel.shape[2])
 
     def response_variance(self, kernel: Array) -> Array:
-        """Return the variance of the convolution with a kernel `[1, 1, C / groups, C_out]`, `[C_out]`."""
+        """Return the variance `[C_out]` of the output of the convolution with a kernel `[1, 1, C / groups, C_out]`."""
         per_group, outputs = kernel.shape[2:]
         groups = self.mean.shape[0] // per_group
         blocks = self.covariance.reshape(groups, per_group, groups, per_group)
@@ -85,8 +84,8 @@ class ImageMoments(NamedTuple):
 def image_moments(x: Array, dtype: Any) -> ImageMoments:
     """Return the moments of `x` `[N, H, W, C]` in `dtype`, which is wider than that of `x`.
 
-    Products of two numbers of `x` are exact in `dtype`; what cancels on the way to the covariance lies below the
-    resolution of `x`. Reverse-mode differentiable.
+    Products of two elements of `x` are exact in `dtype`; the error from cancellation in the covariance is below the
+    resolution of `x`. Differentiable in reverse mode.
     """
     mean, covariance = cast("tuple[Array, Array]", _mean_and_covariance(x, dtype))
     return ImageMoments(mean, covariance, x.size // x.shape[-1])
@@ -113,7 +112,7 @@ def _backward(dtype: Any, saved: tuple[Array, Array], gradients: tuple[Array, Ar
     x, mean = saved
     to_mean, to_covariance = (gradient / (x.size // x.shape[-1]) for gradient in gradients)
     kernel = (to_covariance + to_covariance.T).astype(x.dtype)[None, None]
-    # Of x - mean, with the kernel as it was rounded.
+    # For x - mean, with the rounded kernel.
     bias = to_mean - constant_response(kernel.astype(dtype), mean)
     return (xla_conv(x, kernel, stride=1, groups=1, dilation=1) + channelwise(bias.astype(x.dtype)),)
 

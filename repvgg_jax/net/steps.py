@@ -1,7 +1,7 @@
-"""What the branches of a block consist of: convolution, BN, average pooling, multiplication by a constant.
+"""The steps of a branch: convolution, BN, average pooling, multiplication by a constant.
 
-Each is linear in the image once BN's statistics are fixed. It says in five methods which leaves it has, how it is
-computed, what it is as a pointwise convolution in training, how it fuses with what comes before, and what it costs.
+Each step is linear in the image once the BN statistics are fixed. Five methods define it: its leaves, its computation,
+its pointwise convolution in training, its fusion with the steps before it, and its cost.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from .moments import ImageMoments, Moments
 
 Tree = Mapping[str, Any]
 Centred = tuple[Array, Array]
-"""A pointwise convolution: kernel `[1, 1, C_in / groups, C_out]`, and what it gives `[C_out]` for the image's mean."""
+"""A pointwise convolution: kernel `[1, 1, C_in / groups, C_out]`, and its output `[C_out]` for the image's mean."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The convolution that a block as a whole is: its channels, stride, groups and dilation."""
+    """Channels, stride, groups and dilation of the convolution that a block amounts to."""
 
     in_channels: int
     out_channels: int
@@ -36,7 +36,14 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class FusedBlock:
-    """What the fusion of a branch needs to know of its block: the kernel's `[3, 3, per_group, channels]` and dtype."""
+    """Facts about the block that a branch needs in order to fuse.
+
+    Attributes:
+      per_group: input channels per group: the fused kernel is `[3, 3, per_group, channels]`.
+      channels: output channels.
+      dtype: dtype of the kernel.
+      epsilon: epsilon of every BN.
+    """
 
     per_group: int
     channels: int
@@ -44,28 +51,28 @@ class FusedBlock:
     epsilon: float
 
     def identity(self) -> Pair:
-        """Return the convolution that returns its input."""
+        """Return the identity as a convolution."""
         kernel = identity_kernel(self.channels, self.channels // self.per_group, self.dtype)
         return kernel, jnp.zeros(self.channels, self.dtype)
 
 
 class Host(Protocol):
-    """What a step needs of the Flax module that it is part of."""
+    """Interface of the Flax module that a step is part of."""
 
     geometry: Geometry
     param_dtype: Dtype
     epsilon: float
 
     def identity(self, image: ImageMoments) -> Centred:
-        """Return the pointwise convolution that returns its input."""
+        """Return the pointwise identity convolution."""
         ...
 
     def options(self, step: "Step") -> dict[str, Any]:
-        """Return what every step's module is made with."""
+        """Return the constructor arguments common to every step's module."""
         ...
 
     def module(self, step: "Step", module: Any) -> Any:
-        """Return the step's module, whose leaves are the branch's own if the step has no name."""
+        """Return the step's module; if the step has no name, its leaves belong to the branch directly."""
         ...
 
 
@@ -74,49 +81,49 @@ class Step:
     """One operation of a branch.
 
     Attributes:
-      name: of its leaves inside the branch; empty if they are the branch's own.
+      name: name of its subtree inside the branch; empty if its leaves belong to the branch directly.
     """
 
     name: str = ""
     leaf: ClassVar[str] = ""
-    """What shows in `params` that the step is there, if it has no name."""
+    """Leaf in `params` that identifies the step if it has no name."""
 
     def layer(self, geometry: Geometry, channels: int) -> Layer | None:
-        """Return the layer with its leaves, for an input of so many channels; None if it has none."""
+        """Return the layer with the step's leaves for an input of `channels` channels; None if it has no leaves."""
         return None
 
     def compute(self, branch: Host, x: Array, zero: Array | None, train: bool) -> tuple[Array, Array | None]:
-        """Return the result for `x + zero`, in two such parts if padding is still to come.
+        """Return the output for `x + zero`, again as two such parts if a later step pads.
 
         Args:
-          branch: what the step's module is part of.
+          branch: module that the step is part of.
           x: `[N, H, W, C]`, padded with zeros.
-          zero: `[C]`, everywhere added to `x`, in the padding too; None for nothing.
+          zero: `[C]`, added to `x` everywhere, including the padding; None for zero.
           train: use and update batch statistics.
         """
         raise NotImplementedError
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether every output pixel depends on one pixel of the image alone, in the same way."""
+        """Whether every output pixel is the same function of a single pixel of the image."""
         return False
 
     def fold(self, branch: Host, before: Centred | None, image: ImageMoments) -> Centred:
-        """Return the pointwise convolution that the chain is up to here in training, on an image of these moments.
+        """Return the chain up to and including this step as one pointwise convolution, in training.
 
         Args:
-          branch: what the step's module is part of.
-          before: the chain before this step; None for the image.
-          image: moments at the pixels that the chain reads.
+          branch: module that the step is part of.
+          before: the chain before this step; None if this is the first step.
+          image: moments of the image at the pixels that the chain reads.
         """
         raise NotImplementedError
 
     def fuse(self, before: Pair | None, params: Tree, stats: Tree, block: FusedBlock) -> Pair:
-        """Return the convolution that the chain is up to here, from what it was before; None stands for the image."""
+        """Return the chain up to and including this step as one convolution; `before` is None for the first step."""
         raise NotImplementedError
 
     def multiply_adds(self, kernel: Shape, in_pixels: int, out_pixels: int) -> int:
-        """Return those for one image of so many pixels before and after the block's stride."""
+        """Return the multiply-adds for one image, with `in_pixels` before and `out_pixels` after the block's stride."""
         return 0
 
 
@@ -125,9 +132,9 @@ class Convolution(Step):
     """A convolution without bias.
 
     Attributes:
-      size: rows and columns of its kernel.
-      keeps_resolution: the block's stride is left to a later step.
-      keeps_channels: as many outputs as inputs.
+      size: rows and columns of the kernel.
+      keeps_resolution: stride 1; a later step applies the block's stride.
+      keeps_channels: as many output channels as input channels.
     """
 
     size: tuple[int, int] = (3, 3)
@@ -176,7 +183,7 @@ class Normalization(Step):
     """BN.
 
     Attributes:
-      pads_later: a step that pads follows.
+      pads_later: whether a later step pads.
     """
 
     pads_later: bool = False
@@ -206,7 +213,7 @@ class Normalization(Step):
 
 @dataclasses.dataclass(frozen=True)
 class AveragePooling(Step):
-    """3x3 average pooling that counts its padding, after another step."""
+    """3x3 average pooling that includes the padding in the average, after another step."""
 
     def compute(self, branch: Host, x: Array, zero: Array | None, train: bool) -> tuple[Array, None]:
         x = average_pool(x, branch.geometry.stride, branch.geometry.dilation)
@@ -219,7 +226,7 @@ class AveragePooling(Step):
 
 @dataclasses.dataclass(frozen=True)
 class ConstantScale(Step):
-    """Multiplication by the constant 1, whose leaf in `batch_stats` shows that the branch is there."""
+    """Multiplication by the constant 1; its leaf in `batch_stats` shows that the branch exists."""
 
     def layer(self, geometry: Geometry, channels: int) -> Layer:
         return Layer(self.name, "constant", ())

@@ -1,7 +1,7 @@
 """Parameters, FLOPs, Winograd multiplications and activation memory of a variant, from the architecture alone.
 
-Counted as the paper's tables count them: deploy form, multiply-adds, 3x3 stride-1 convolutions at 4/9 of their
-multiplications under Winograd F(2x2, 3x3) (paper section 2.4), strided ones in full.
+Counted as in the paper's tables: deploy form, multiply-adds; under Winograd F(2x2, 3x3) a 3x3 stride-1 convolution
+counts 4/9 of its multiplications (paper section 2.4), a strided one all of them.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from .variants import VARIANTS, BlockSpec, Variant
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What one deploy-form network costs for one image.
+    """Cost of a network for one image.
 
     Attributes:
       params: weights and biases of the deploy form.
       train_params: parameters of the training form (without running statistics).
-      flops: multiply-adds of convolutions, squeeze-and-excite and classifier.
-      train_flops: the same of the training form's forward pass (without auxiliary heads).
-      winograd_muls: multiplications left when stride-1 3x3 convolutions run as F(2x2, 3x3).
-      peak_activation_bytes: largest input plus output of one block in float32, what a plain stack must hold.
+      flops: multiply-adds of convolutions, squeeze-and-excite and classifier in the deploy form.
+      train_flops: multiply-adds of the training form's forward pass (without auxiliary heads).
+      winograd_muls: multiplications of the deploy form when stride-1 3x3 convolutions run as F(2x2, 3x3).
+      peak_activation_bytes: largest input plus output of a block in float32: the memory that a plain stack needs.
     """
 
     params: int
@@ -36,15 +36,18 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class BlockCost:
-    """What one block costs for one image.
+    """Cost of one block for one image.
 
     Attributes:
-      block: which one.
-      in_size, out_size: pixels a side.
-      params, train_params: weights and biases of its deploy form, parameters of its training form.
-      flops, train_flops: multiply-adds of both forms, gate included.
-      winograd_muls: multiplications left with Winograd's F(2x2, 3x3) where the stride is 1; not rounded.
-      activation_bytes: input plus output in float32.
+      block: the block.
+      in_size: side of the input in pixels.
+      out_size: side of the output in pixels.
+      params: weights and biases of the deploy form.
+      train_params: parameters of the training form.
+      flops: multiply-adds of the deploy form, gate included.
+      train_flops: multiply-adds of the training form, gate included.
+      winograd_muls: multiplications of the deploy form with Winograd's F(2x2, 3x3) where the stride is 1; not rounded.
+      activation_bytes: size of input plus output in float32.
     """
 
     block: BlockSpec
@@ -90,10 +93,16 @@ def _block_params(variant: Variant, block: BlockSpec, *, deploy: bool) -> int:
 
 
 def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3) -> Summary:
-    """Return the cost of `variant` on one square image of `image_size` pixels a side.
+    """Return the cost of `variant` for one square image.
+
+    Args:
+      variant: the architecture.
+      image_size: side of the image in pixels.
+      num_classes: width of the classifier.
+      in_channels: channels of the image.
 
     Raises:
-      ConfigError: a size is not positive.
+      ConfigError: if a size is not positive.
     """
     for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
@@ -117,10 +126,16 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
 def summary_table(
     variants: list[Variant] | None = None, *, image_size: int = 224, num_classes: int = 1000, in_channels: int = 3
 ) -> str:
-    """Return a text table, one variant a line: ours, and in brackets the published figure where there is one.
+    """Return a text table of variants, one per line: our figures, and published ones in brackets where they exist.
+
+    Args:
+      variants: the variants to list; None for all published ones.
+      image_size: side of the image in pixels.
+      num_classes: width of the classifier.
+      in_channels: channels of the image.
 
     Raises:
-      ConfigError: a size is not positive.
+      ConfigError: if a size is not positive.
     """
     rows = [("model", "top-1 %", "params M", "(train)", "FLOPs B", "Wino MULs B", "peak act. MB")]
     for variant in variants or list(VARIANTS.values()):
@@ -139,15 +154,15 @@ def summary_table(
         )
     lines = text_table(rows)
     note = (
-        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters cut, not\n"
-        "rounded, after two decimals, as in the paper. [Published: at 224x224, 1000 classes; top-1 of\n"
-        "D2se and RepVGGplus at 320x320.]"
+        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters\n"
+        "truncated, not rounded, to two decimals, as in the paper. [Published: at 224x224, 1000 classes;\n"
+        "top-1 of D2se and RepVGGplus at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 
 
 def truncated(value: float, digits: int) -> float:
-    """`value` cut after `digits` decimals: the paper cuts its parameter counts where it rounds everything else."""
+    """Truncate `value` to `digits` decimals, as the paper does for parameter counts; it rounds other figures."""
     return math.floor(value * 10**digits) / 10**digits
 
 

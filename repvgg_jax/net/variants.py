@@ -1,4 +1,4 @@
-"""The published RepVGG variants, as one table, and the block list that each expands to.
+"""The table of published RepVGG variants, and the list of blocks that each expands to.
 
 Source: paper (arXiv 2101.03697) Tables 2 to 5; D2se and RepVGGplus-L2pse from the authors' later releases.
 """
@@ -18,17 +18,17 @@ from .steps import Geometry
 SqueezeExcitePlace = Literal["before_relu", "after_relu"]
 
 GATE_NAMES: dict[SqueezeExcitePlace, str] = {"before_relu": "se", "after_relu": "post_se"}
-"""The authors' name for the squeeze-and-excite gate in each place: two nets, two names."""
+"""The authors' name for the squeeze-and-excite gate in each place."""
 
 OUTPUT_STRIDES = (8, 16, 32)
 
 AUX_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
-"""RepVGGplus's auxiliary heads, named after the (half) stage whose output each reads."""
+"""RepVGGplus's auxiliary heads, named after the stage (or half stage) whose output they read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Figures the authors print: deploy form at 224x224, multiply-adds; speed on a 1080Ti, fp32, batch 128."""
+    """Figures published by the authors: deploy form at 224x224, multiply-adds; speed on a 1080Ti, fp32, batch 128."""
 
     top1: float | None = None
     images_per_second: int | None = None
@@ -39,7 +39,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Consecutive blocks of one width, of which the first has the stride (before any dilation takes its place)."""
+    """Consecutive blocks of one width; the first has the stride (unless dilation replaces it)."""
 
     name: str
     number: int
@@ -50,10 +50,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec(Geometry):
-    """One block of the body: what a module, a weight map and a FLOP count need to know about it.
+    """Description of one block of the body, for modules, weight maps and FLOP counts.
 
-    Its 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, and their taps are `dilation` pixels
-    apart. `nominal_stride` is the stride that the block has in the same net without dilation.
+    Its 3x3 kernels have shape `[3, 3, in_channels // groups, out_channels]`, with taps `dilation` pixels apart.
+    `nominal_stride` is the block's stride in the same net without dilation.
     """
 
     name: str
@@ -63,36 +63,38 @@ class BlockSpec(Geometry):
 
     @property
     def may_be_identity(self) -> bool:
-        """Whether the training form may have the identity branch (paper section 3.3); dilation does not change that."""
+        """Whether the training form may have an identity branch (paper section 3.3); independent of dilation."""
         return self.nominal_stride == 1 and self.in_channels == self.out_channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The numbers that make one RepVGG; all but the first two have RepVGG's own defaults.
+    """Architecture of a RepVGG; every field except the first two defaults to RepVGG's usual value.
 
-    `Variant(num_blocks=(1, 2, 2, 1), widths=(16, 16, 32, 64, 128))` is a whole architecture for `create_model`.
+    For example, `Variant(num_blocks=(1, 2, 2, 1), widths=(16, 16, 32, 64, 128))` is complete, ready for `create_model`.
 
     Attributes:
       num_blocks: blocks in stages 1 to 4; stage 0 is one block, and each stage starts with stride 2.
       widths: output channels of stages 0 to 4.
       groups: groups of the 3x3 and 1x1 convolutions in the even-numbered blocks 2, 4, ….
-      squeeze_excite: where the squeeze-and-excite gate sits, or None.
-      squeeze_excite_ratio: the gate's hidden width is the block's width divided by this.
-      auxiliary_heads: RepVGGplus: stage 3 in two halves, auxiliary classifiers while training.
-      image_size: test resolution the published accuracy belongs to, in pixels.
-      crop_fraction: centre crop over resized shorter side at evaluation.
+      squeeze_excite: position of the squeeze-and-excite gate; None for no gate.
+      squeeze_excite_ratio: the block's width divided by the gate's hidden width.
+      auxiliary_heads: split stage 3 in two halves and add auxiliary classifiers in training, as in RepVGGplus.
+      name: name of the variant.
+      image_size: test resolution of the published accuracy, in pixels.
+      crop_fraction: side of the centre crop divided by the resized shorter side, at evaluation.
       published: the authors' figures, where there are any.
-      strides: of stages 0 to 4, each 2 or 1; (1, 1, 2, 2, 2) for images as small as 32x32.
-      output_stride: 32, or 16 or 8 for a backbone of dense prediction: stages that would go beyond it keep stride 1,
-        and the blocks after their strides are dilated instead, as in timm and torchvision.
-      activation: what follows each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
-      block: the kind of the training form's block.
-      branches: which branches the training form's blocks have.
-      epsilon: what every BatchNorm of the training form adds to the variance. No key of a weight file shows it.
+      strides: strides of stages 0 to 4, each 2 or 1; (1, 1, 2, 2, 2) for images as small as 32x32.
+      output_stride: 32, or 16 or 8 for a dense-prediction backbone: stages that would exceed it get stride 1, and the
+        blocks after the omitted stride are dilated instead, as in timm and torchvision.
+      activation: activation after each block's sum: a name in `ACTIVATIONS`, or an elementwise function.
+      block: kind of block in the training form.
+      branches: branches of the training form's blocks.
+      epsilon: constant that every BatchNorm of the training form adds to the variance. The keys of a weight file do
+        not show it.
 
     Raises:
-      ValueError: numbers that make no network; it names the field, its value and what it must be.
+      ValueError: if the values do not describe a network; it names the field, its value and what it must be.
     """
 
     num_blocks: tuple[int, int, int, int]
@@ -147,7 +149,7 @@ class Variant:
                 )
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return every stage, in order; RepVGGplus's third is two."""
+        """Return every stage, in order; in RepVGGplus, stage 3 counts as two."""
         depths = (1, *self.num_blocks)
         stages = [
             Stage(f"stage{number}", number, depths[number], self.widths[number], self.strides[number])
@@ -166,7 +168,7 @@ class Variant:
         reduction = dilation = 1
         for stage in self.stages():
             dilated = stage.stride == 2 and reduction >= self.output_stride
-            # The block that would have had the stride still sees what it saw then, those after it look twice as far.
+            # The block without its stride keeps the previous dilation, to see the same pixels; later ones double it.
             dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
             reduction *= 1 if dilated else stage.stride
             for position in range(stage.depth):
@@ -188,16 +190,16 @@ class Variant:
         return tuple(specs)
 
     def training_branches(self, block: BlockSpec) -> tuple[Branch, ...]:
-        """Return what that block's training form sums."""
+        """Return the branches of the block's training form."""
         return branches_of(self.block, self.branches, block.may_be_identity)
 
     @property
     def gate_name(self) -> str | None:
-        """Name of the squeeze-and-excite gate in a block's parameters; None where there is none."""
+        """Name of the squeeze-and-excite gate in a block's parameters; None if there is no gate."""
         return None if self.squeeze_excite is None else GATE_NAMES[self.squeeze_excite]
 
     def squeeze_width(self, channels: int) -> int:
-        """Return the hidden channels of the squeeze-and-excite gate of a block with `channels` outputs."""
+        """Return the hidden channels of the squeeze-and-excite gate in a block with `channels` output channels."""
         return max(1, channels // self.squeeze_excite_ratio)
 
 
@@ -205,7 +207,7 @@ def checked_epsilon(value: Any) -> float:
     """Return `value` as the epsilon of a BatchNorm.
 
     Raises:
-      ValueError: it is not a number above 0 and below 1.
+      ValueError: if it is not a number above 0 and below 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
         raise ValueError(f"epsilon must be a number above 0 and below 1, such as 1e-3, not {value!r}")
@@ -213,7 +215,7 @@ def checked_epsilon(value: Any) -> float:
 
 
 def _positive_numbers(field: str, value: Any, how_many: str, stages: str) -> tuple[int, ...]:
-    """Return `value` as a tuple of so many positive whole numbers."""
+    """Return `value` as a tuple of `how_many` ("four" or "five") positive whole numbers."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if len(values) != {"four": 4, "five": 5}[how_many] or any(type(n) is not int or n < 1 for n in values):
         shown = tuple(value) if isinstance(value, list) else value
@@ -277,14 +279,14 @@ def get_variant(name: str) -> Variant:
     """Return the published variant called `name` (letter case does not matter).
 
     Raises:
-      UnknownModelError: no such variant; the message suggests the nearest names.
+      UnknownModelError: if there is no such variant; the message suggests the nearest names.
     """
-    by_lower = {known.lower(): variant for known, variant in VARIANTS.items()}
-    found = by_lower.get(name.lower())
-    if found is None:
+    by_lower = {published_name.lower(): variant for published_name, variant in VARIANTS.items()}
+    variant = by_lower.get(name.lower())
+    if variant is None:
         near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
         hint = (
             f"did you mean {' or '.join(by_lower[n].name for n in near)}?" if near else f"known: {', '.join(VARIANTS)}"
         )
         raise UnknownModelError(f"unknown model {name!r}; {hint}")
-    return found
+    return variant

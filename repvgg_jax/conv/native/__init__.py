@@ -1,7 +1,7 @@
-"""3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: compiled for this machine the first time they are needed.
+"""3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: those compiled in the wheel, or compiled here on first use.
 
-They need a C++ compiler (`compiler.py`) and what JAX installs; without, `available` is False and everything runs on
-XLA's own operations. Training has its own, in `training.py`.
+Compiling needs a C++ compiler (`compiler.py`) and the headers that JAX installs. If there is no library, `available`
+returns False and XLA's operations are used instead. The convolutions for training are in `training.py`.
 """
 
 import ctypes
@@ -31,22 +31,22 @@ _log = logging.getLogger(__name__)
 
 
 def available() -> bool:
-    """Whether these convolutions can be used; compiles them if that has not been done on this machine."""
+    """Return whether these convolutions can be used; compile them if this machine has not done so yet."""
     return switched_on() and _library() is not None
 
 
 def int8_available() -> bool:
-    """Whether there are integer convolutions too: the processor needs AVX-512 VNNI; AMX makes them faster."""
+    """Return whether integer convolutions are available: the processor needs AVX-512 VNNI; AMX makes them faster."""
     return _run("int8") > 0
 
 
 def bf16_available() -> bool:
-    """Whether there are convolutions in bfloat16 too: the processor needs AVX-512 BF16; AMX makes them faster."""
+    """Return whether bfloat16 convolutions are available: the processor needs AVX-512 BF16; AMX makes them faster."""
     return _run("bf16") > 0
 
 
 def lanes() -> int:
-    """Output channels in a vector of this machine."""
+    """Return the number of output channels in a vector on this machine."""
     library = _library()
     if library is None:
         raise RepVGGError("there are no native convolutions here: no C++ compiler, or it failed")
@@ -54,11 +54,11 @@ def lanes() -> int:
 
 
 def pack_kernel(matrices: np.ndarray) -> np.ndarray:
-    """Matrices with their columns in panels of `lanes()`, zeros in what the last one has too many.
+    """Return the matrices with their columns in panels of `lanes()`, the last panel padded with zeros.
 
     Args:
-      matrices: `[groups, P, C_in // groups, C_out // groups]`: the 9 taps of a kernel, or the positions of a Winograd
-        tile.
+      matrices: the 9 taps of a kernel, or the positions of a Winograd tile, `[groups, P, C_in // groups,
+        C_out // groups]`.
 
     Returns:
       `[groups, panels, P, C_in // groups, lanes]`.
@@ -70,16 +70,16 @@ def pack_kernel(matrices: np.ndarray) -> np.ndarray:
 
 
 def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, groups: int, relu: bool) -> Array:
-    """3x3 convolution with padding 1, bias and, where asked for, ReLU.
+    """Compute a 3x3 convolution with padding 1, bias and optional ReLU.
 
     Args:
       x: float32 `[N, H, W, C_in]`.
       packed: from `pack_kernel`.
       bias: `[C_out]`.
-      tile: 0 for the direct sum, else Winograd's m (2 or 4), with stride 1.
+      tile: 0 for the direct sum, else Winograd's m (2 or 4), which needs stride 1.
       stride: 1 or 2.
       groups: groups of the convolution.
-      relu: apply it.
+      relu: whether to apply ReLU.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
@@ -92,7 +92,7 @@ def convolve(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, gr
 
 
 def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
-    """Return an integer kernel as `convolve_int8` wants it, see `_pack_runs`: four input channels side by side.
+    """Return an integer kernel packed for `convolve_int8` (see `_pack_runs`): four input channels side by side.
 
     Args:
       kernel: int8 `[3, 3, C_in // groups, C_out]`.
@@ -102,7 +102,7 @@ def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
 
 
 def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
-    """Return a kernel as `convolve_bf16` wants it, in its own dtype, see `_pack_runs`: two channels side by side.
+    """Return a kernel packed for `convolve_bf16` (see `_pack_runs`), dtype unchanged: two input channels side by side.
 
     Args:
       kernel: `[3, 3, C_in // groups, C_out]`.
@@ -112,10 +112,10 @@ def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _pack_runs(kernel: np.ndarray, groups: int, together: int, run: int) -> np.ndarray:
-    """`[groups, panels, runs, length // together, lanes, together]`, zeros in what has too many.
+    """Return the kernel as `[groups, panels, runs, length // together, lanes, together]`, padded with zeros.
 
-    A run are the weights of the pixels that lie beside each other: of a row's three, or of one where there are groups.
-    Its length is a multiple of `run`, each pixel's of `together`.
+    A run holds the weights of adjacent pixels: of three in a row, or of a single one if there are groups. Its length is
+    padded to a multiple of `run`, and each pixel's part to a multiple of `together`.
     """
     width = lanes()
     _, _, inner, outputs = kernel.shape
@@ -128,34 +128,34 @@ def _pack_runs(kernel: np.ndarray, groups: int, together: int, run: int) -> np.n
 
 
 def pad_channels(values: Any, groups: int) -> Any:
-    """`[C_out]` with each group's channels filled up to whole vectors with zeros, as a packed kernel has them."""
+    """Return `[C_out]` with each group's channels zero-padded to whole vectors, as in a packed kernel."""
     by_group = values.reshape(groups, -1)
     pad = jnp.pad if isinstance(values, Array) else np.pad
     return pad(by_group, ((0, 0), (0, -by_group.shape[1] % lanes()))).reshape(-1)
 
 
 def supports_int8(in_channels: int, groups: int) -> bool:
-    """Whether the integer convolution takes that many input channels: groups must be whole fours of them."""
+    """Return whether the integer convolution supports the layer: with groups, each needs a multiple of 4 inputs."""
     return groups == 1 or in_channels // groups % 4 == 0
 
 
 def supports_bf16(in_channels: int, groups: int) -> bool:
-    """Whether the convolution in bfloat16 takes that many input channels: groups must be whole pairs of them."""
+    """Return whether the bfloat16 convolution supports the layer: with groups, each needs an even number of inputs."""
     return groups == 1 or in_channels // groups % 2 == 0
 
 
 def convolve_bf16(x: Array, packed: Array, bias: Array, *, stride: int, groups: int, relu: bool) -> Array:
-    """3x3 convolution of bfloat16 with float32 sums, padding 1, bias and, where asked for, ReLU.
+    """Compute a 3x3 convolution in bfloat16 with float32 sums, padding 1, bias and optional ReLU.
 
-    A pixel that is infinite or not a number makes those beside it in its row not numbers, where there are tiles (AMX).
+    With AMX tiles, an infinite or NaN pixel turns its neighbours in the same row into NaN.
 
     Args:
-      x: `[N, H, W, C_in]`.
+      x: bfloat16 `[N, H, W, C_in]`.
       packed: from `pack_bf16_kernel`.
       bias: `[C_out]`.
       stride: 1 or 2.
       groups: groups of the convolution.
-      relu: apply it.
+      relu: whether to apply ReLU.
 
     Returns:
       bfloat16 `[N, ceil(H / stride), ceil(W / stride), C_out]`.
@@ -179,21 +179,21 @@ def convolve_int8(
     zero: int,
     dtype: Any,
 ) -> Array:
-    """3x3 convolution of bytes with int32 sums, padding 1.
+    """Compute a 3x3 convolution of bytes with int32 sums, padding 1.
 
     Args:
       x: uint8 `[N, H, W, C_in]`.
       packed: from `pack_int8_kernel`.
       bias: int32, from `pad_channels`.
-      factor: float32, from `pad_channels`: what a sum is multiplied by before it is rounded to uint8.
+      factor: float32, from `pad_channels`: each sum is multiplied by it before rounding to uint8.
       outputs: `C_out`.
       stride: 1 or 2.
       groups: groups of the convolution.
-      zero: the integer that stands for zero around the image.
+      zero: the integer that represents zero, used for the padding.
       dtype: uint8 for rounded and saturated results, int32 for sums.
 
     Returns:
-      `[N, ceil(H / stride), ceil(W / stride), C_out]` of that dtype.
+      `[N, ceil(H / stride), ceil(W / stride), C_out]` in `dtype`.
     """
     n, height, width, _ = x.shape
     shape = (n, -(-height // stride), -(-width // stride), outputs)
@@ -202,22 +202,22 @@ def convolve_int8(
 
 
 def _run(kind: Literal["int8", "bf16"]) -> int:
-    """To a multiple of how many elements a run of packed weights is filled up; 0 where there is no such function."""
+    """Return the multiple to which runs of packed weights are padded, in elements; 0 if `kind` is not available."""
     library = _library() if available() else None
     return 0 if library is None else getattr(library, f"repvgg_{kind}_run")()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the library, its functions registered with XLA; None where there is none."""
+    """Return the library, with its functions registered with XLA; None if there is none."""
     library = load_compiled(SOURCE)
     if library is not None:
         try:
-            jax.local_devices(backend="cpu")  # before it is there, XLA only notes what it may refuse later
+            jax.local_devices(backend="cpu")  # without a backend, XLA accepts any function and may reject it later
             _register(library)
             return library
-        except Exception as error:  # jaxlib's own, for an interface that it does not support
-            _log.warning("the convolutions of the wheel are not used, XLA refuses them: %s", error)
+        except Exception as error:  # jaxlib's exception for an unsupported FFI version
+            _log.warning("XLA rejects the wheel's compiled convolutions, so they are not used: %s", error)
     library = load_library(SOURCE, "convolutions", *CONVOLUTIONS, jax.ffi.include_dir())
     if library is not None:
         _register(library)

@@ -1,21 +1,21 @@
-// 3x3 convolutions for CPUs, as calls that XLA makes (its foreign function interface).
+// 3x3 convolutions for CPUs, called by XLA through its foreign function interface.
 //
-// Two algorithms on NHWC images, padding 1, each with bias and, if asked for, ReLU:
+// Two algorithms for NHWC images with padding 1, each with bias and optional ReLU:
 //
-// - direct: rows of output pixels times panels of output channels, straight from a zero-padded copy of a few input
-//   rows; stride 1 and 2; in float32, in bfloat16 with float32 sums (AVX-512 BF16, AMX), or of uint8 images and int8
-//   kernels with int32 sums (AVX-512 VNNI, AMX).
+// - direct: rows of output pixels times panels of output channels, read from a zero-padded copy of a few input rows;
+//   stride 1 and 2; in float32, in bfloat16 with float32 sums (AVX-512 BF16, AMX), or with uint8 images, int8 kernels
+//   and int32 sums (AVX-512 VNNI, AMX).
 // - Winograd F(m x m, 3x3), m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), float32, stride 1: a block of tiles is
-//   transformed, multiplied and transformed back before the next one is begun, so that nothing leaves the core's cache
-//   but the result. m = 4 takes 2.25, m = 2 takes 4 multiplications for the direct sum's 9.
+//   transformed, multiplied and transformed back before the next one, so only the result leaves the core's cache. It
+//   takes 2.25 multiplications for m = 4, or 4 for m = 2, where the direct sum takes 9.
 //
-// Both end in the same product: up to MAX_ROWS rows of the left matrix, each number broadcast, times two vectors of
-// output channels, all accumulators in registers. The kernel comes packed in panels of one vector's channels
-// (`native.pack_kernel`), zeros in what its last vector has too many. Threads are XLA's own: tasks are taken from a
-// counter, by the caller as well, so that a busy pool makes a call slower but never stops it.
+// Both use the same product: up to MAX_ROWS rows of the left matrix, each number broadcast, times two vectors of output
+// channels, with all accumulators in registers. The kernel is packed in panels of one vector of channels
+// (`native.pack_kernel`), and the last vector is padded with zeros. The threads are XLA's: they and the caller take
+// tasks from a counter, so a busy pool makes a call slower but never blocks it.
 //
-// Training packs the kernel inside the call, as it changes with every step, and has both gradients (`gradients.h`,
-// `winograd_gradient.h`), float32.
+// The calls for training pack the kernel inside the call, since it changes at every step, and include both gradients
+// (`gradients.h`, `winograd_gradient.h`), in float32.
 
 #include <algorithm>
 #include <cstdint>
@@ -31,7 +31,7 @@
 
 namespace repvgg {
 
-// Whether `to` is the result of that convolution of `from`; the convolution.
+// The shape of the convolution from `from` to `to`; none if `to` does not fit.
 template <typename Dimensions>
 std::optional<Shape> shape_of(Dimensions from, Dimensions to, int64_t stride, int64_t groups) {
   if (from.size() != 4 || to.size() != 4 || stride < 1 || groups < 1) return std::nullopt;
@@ -47,7 +47,7 @@ inline ffi::Error bad_packing() {
   return ffi::Error::InvalidArgument("the kernel is packed for another shape or machine");
 }
 
-// Of a packed kernel.
+// Convolves with a packed kernel.
 void convolve(const Shape& s, int64_t tile, const float* x, const float* packed, const FloatEnds& ends, float* y,
               ffi::ThreadPool& pool) {
   if (s.empty()) return;
@@ -119,7 +119,7 @@ ffi::Error convolve_bytes(const Shape& s, const uint8_t* x, ffi::Buffer<ffi::S8>
   return ffi::Error::Success();
 }
 
-// `zero` is the integer that lies around the image: 128 for an int8 image that was shifted to be unsigned.
+// `zero` is the integer used as padding: 128 for an int8 image that was shifted to be unsigned.
 ffi::Error convolve_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> packed,
                          ffi::Buffer<ffi::S32> bias, ffi::Buffer<ffi::F32> factor, ffi::Result<ffi::AnyBuffer> y,
                          int64_t stride, int64_t groups, int64_t zero) {
@@ -135,13 +135,13 @@ ffi::Error convolve_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buff
 }
 #endif
 
-// What is wrong with a training call for that convolution, if anything is.
+// The error in a training call's arguments, if there is one.
 inline std::optional<ffi::Error> bad_training(const std::optional<Shape>& s, size_t kernel, int64_t tile) {
   if (!s || int64_t(kernel) != 9 * s->group_inputs() * s->outputs) return bad_shapes();
   return bad_tile(tile, s->stride);
 }
 
-// For training, with a kernel `[3, 3, inputs / groups, outputs]` that is packed on the spot.
+// Convolves in training: packs a kernel `[3, 3, inputs / groups, outputs]` inside the call.
 ffi::Error train(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
                  ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t groups, int64_t tile) {
   const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
@@ -185,7 +185,7 @@ ffi::Error to_kernel(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
 
 extern "C" int repvgg_lanes() { return repvgg::LANES; }
 
-// To a multiple of how many elements a run of packed weights is filled up with zeros; 0 where there is no such function.
+// Runs of packed weights are padded with zeros to a multiple of this many elements; 0 if there is no such function.
 extern "C" int repvgg_bf16_run() {
 #if defined(REPVGG_TILES)
   if (repvgg::tiles_allowed()) return repvgg::TiledHalves::RUN;
@@ -247,7 +247,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve_packed,
                                   .Attr<int64_t>("tile")
                                   .Attr<bool>("relu"));
 
-// Two arrays and one result.
+// Binding with two arrays and one result.
 #define BILINEAR                           \
   xla::ffi::Ffi::Bind()                    \
       .Ctx<xla::ffi::ThreadPool>()         \

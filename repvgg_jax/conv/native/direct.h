@@ -1,4 +1,4 @@
-// The direct sum, on a zero-padded copy of a few rows of the image or of a few small images at a time.
+// The direct sum, on a zero-padded copy of a few rows of an image, or of a few small images, at a time.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace repvgg {
 
-// The rows of the input that output rows `first` ... `first + count - 1` read, copied with `zero` around them; a pixel
-// takes `pixel` elements, zeros in what it has too many.
+// Copies the input rows that output rows `first` ... `first + count - 1` read, padded with `zero` on all sides. Each
+// pixel takes `pixel` elements, the surplus filled with zeros.
 template <typename Element>
 void copy_padded(const Shape& s, const Element* image, int64_t first, int64_t count, int64_t pixel, Element zero,
                  Element* to) {
@@ -38,7 +38,7 @@ constexpr int64_t up_to(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// How a row of three pixels lies in a padded copy, and its weights in a panel.
+// Layout of three adjacent pixels in a padded copy, and of their weights in a panel.
 template <typename Kind>
 struct Runs {
   int64_t inner, pixel, count, length;
@@ -46,7 +46,7 @@ struct Runs {
   explicit Runs(const Shape& s) {
     inner = up_to(s.group_inputs(), Kind::STEP);
     pixel = s.groups * inner;
-    count = s.groups == 1 ? 1 : 3;  // with one group, the three are one run
+    count = s.groups == 1 ? 1 : 3;  // with one group, the three pixels are contiguous: one run
     length = 3 / count * inner;
   }
   int64_t panel() const { return 3 * count * up_to(length, Kind::RUN) * LANES; }
@@ -70,7 +70,7 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
     const auto [image, images, first, count] = blocks[task / cuts];
     [[maybe_unused]] const typename Kind::Session session{};
     Element* patches = scratch<Element>(images * patch + Kind::RUN);
-    std::fill_n(patches + images * patch, Kind::RUN, Element(0));  // which the last run may read
+    std::fill_n(patches + images * patch, Kind::RUN, Element(0));  // the last run may read this padding
     for (int64_t n = 0; n < images; n++)
       copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
     const Range range = panel_range(panels, task % cuts, cuts);
@@ -80,7 +80,7 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
         const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
         const auto* weights = packed + (group * panels + p) * panel;
         const auto own = ends.from((group * panels + p) * LANES);
-        // Rows of all images of the block, one after the other.
+        // Rows of all images in the block, in sequence.
         const auto from = [&](int64_t row) {
           return patches + row / count * patch + row % count * s.stride * line + group * inner;
         };

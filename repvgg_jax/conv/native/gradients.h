@@ -1,4 +1,4 @@
-// What training needs besides the convolution itself: its kernel packed on the spot, and its two gradients.
+// Additions for training: packing of the kernel inside the call, and the convolution's two gradients.
 
 #pragma once
 
@@ -11,15 +11,16 @@
 
 namespace repvgg {
 
-// Which convolution a kernel is packed for.
+// The convolution that a kernel is packed for.
 enum class Use {
   FORWARD,
-  BACKWARD,  // of stride 1, from the result's gradient to the input's: the kernel turned by 180 degrees
-  SPREAD,    // the same of stride 2, whose taps are sorted by the pixels of the input that they reach (`spread`)
+  BACKWARD,  // the input gradient with stride 1: the kernel rotated by 180 degrees
+  SPREAD,    // the input gradient with stride 2: the taps sorted by the input pixels that they reach (`spread`)
 };
 
-// Taps that reach the input's pixels of even row and column; even row, odd column; odd row, even column; both odd. They
-// go with the result's pixel at half the place, then with the ones right of it, below it and right below it.
+// Taps that reach the input pixels in even rows and columns; even rows, odd columns; odd rows, even columns; odd rows
+// and columns. Within each group they belong to the output pixel at half the coordinates, then to its neighbours to the
+// right, below, and below to the right.
 constexpr int SPREAD_TAPS[9] = {4, 5, 3, 7, 1, 8, 6, 2, 0};
 constexpr int SPREAD_FIRST[4] = {0, 1, 3, 5};
 
@@ -29,7 +30,7 @@ inline int tap_for(Use use, int position) {
 
 constexpr float AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
 
-// G of a tile (see `winograd.py`), for a column or row of a kernel.
+// Applies G of a tile (see `winograd.py`) to a column or row of a kernel.
 inline void kernel_pass(const Vec (&g)[3], Vec (&t)[4]) {
   const Vec even = 0.5f * (g[0] + g[2]), odd = 0.5f * g[1];
   t[0] = g[0];
@@ -57,8 +58,8 @@ void transform_kernel(const Vec (&taps)[9], float* out, int64_t step) {
 
 inline int64_t positions(int64_t tile) { return tile ? (tile + 2) * (tile + 2) : 9; }
 
-// A kernel [3, 3, inputs / groups, outputs] of the convolution `s`, or its Winograd transform, for that use as
-// `native.pack_kernel` packs it.
+// A kernel [3, 3, inputs / groups, outputs] of the convolution `s`, or its Winograd transform, packed for the given use
+// in the layout of `native.pack_kernel`.
 class Packed {
  public:
   Packed(const Shape& s, const float* kernel, Use use, int64_t tile, ffi::ThreadPool& pool)
@@ -66,7 +67,7 @@ class Packed {
   const float* data() const { return memory_.data(); }
 
  private:
-  // `own`: the convolution that it is packed for.
+  // `own` is the shape of the convolution that the kernel is packed for.
   Packed(const Shape& s, const Shape& own, const float* kernel, Use use, int64_t tile, ffi::ThreadPool& pool)
       : memory_(own.groups * own.panels() * LANES * positions(tile) * own.group_inputs()) {
     const bool forward = use == Use::FORWARD;
@@ -101,9 +102,9 @@ class Packed {
   Borrowed memory_;
 };
 
-// From the gradient of a stride 2 convolution's result, whose shape is `s`, to that of its input. Each pixel of the
-// input was read by one, two or four taps, depending on whether its row and column are odd: four convolutions of the
-// gradient, whose results interleave.
+// Computes the input gradient of a stride-2 convolution with shape `s` from its output gradient. Each input pixel was
+// read by one, two or four taps, depending on whether its row and column are odd. So the result interleaves four
+// convolutions of the output gradient.
 inline void spread(const Shape& s, const float* gradient, const float* packed, float* to_input, ffi::ThreadPool& pool) {
   const int64_t inner = s.group_outputs(), panels = s.turned().panels(), panel = 9 * inner * LANES;
   const int64_t line = (s.columns() + 1) * s.outputs;
@@ -147,13 +148,13 @@ inline void spread(const Shape& s, const float* gradient, const float* packed, f
   });
 }
 
-// Where the products of a kernel gradient walk: pixels of some images, by row. The left matrix's numbers lie in the
-// convolution's input, the right one's rows follow each other.
+// The pixels that a product of the kernel gradient iterates over: some images, row by row. The left matrix is read in
+// place from the convolution's input; the rows of the right one are contiguous.
 struct Walk {
   int64_t images, image_step, image_pixels, rows, row_step, row_pixels, columns, column_step;
 };
 
-// Adds to ROWS x (COUNT * LANES) numbers the product of the left matrix, transposed, and the right one.
+// Adds the product of the transposed left matrix and the right one to ROWS x (COUNT * LANES) sums.
 template <int ROWS, int COUNT>
 void accumulate(const Walk& walk, const float* a, const float* b, float* out, int64_t out_row, int64_t width) {
   Vec sums[ROWS][COUNT];
@@ -186,8 +187,8 @@ struct Accumulating {
   static constexpr auto product = accumulate<ROWS, COUNT>;
 };
 
-// The sums leave out products with the zeros around the image. They matter where a gradient is not finite: there they
-// are NaN, as XLA has them, and so is the kernel's tap.
+// The sums omit products with the zero padding. These matter where a gradient is not finite: there the products are
+// NaN, as in XLA, and so is the gradient of the kernel's tap.
 inline void keep_what_is_not_finite(const Shape& s, const float* gradient, float* to_kernel) {
   const int64_t size = s.group_inputs() * s.outputs;
   const auto outside = [&](int64_t place, int64_t tap, int64_t length) {
@@ -201,7 +202,7 @@ inline void keep_what_is_not_finite(const Shape& s, const float* gradient, float
     for (int64_t r = 0; r < s.rows(); r++)
       for (int64_t c = 0; c < s.columns(); c++) {
         if (!at_border(r, s.height) && !at_border(c, s.width)) {
-          c = std::max(c, s.columns() - 2);  // the next column that may be at the border is the last
+          c = std::max(c, s.columns() - 2);  // the only other column that can be at the border is the last
           continue;
         }
         const float* g = gradient + ((n * s.rows() + r) * s.columns() + c) * s.outputs;
@@ -218,14 +219,14 @@ inline void keep_what_is_not_finite(const Shape& s, const float* gradient, float
       }
 }
 
-// The gradient to the kernel, [3, 3, inputs / groups, outputs]. How the sum is cut depends on the shape alone: the same
-// numbers come out on any number of threads.
+// The kernel gradient, [3, 3, inputs / groups, outputs]. The partition of the sum depends only on the shape, so the
+// result is identical for any number of threads.
 inline void kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
                             ffi::ThreadPool& pool) {
   constexpr int64_t TASKS = 16;
   const int64_t inner = s.group_inputs(), pairs = (s.panels() + PANELS - 1) / PANELS, size = 9 * inner * s.outputs;
   const int64_t pixels = s.rows() * s.columns();
-  // Pixels whose inputs and gradients fit the cache: some rows of an image, or some images.
+  // Number of pixels whose inputs and gradients fit in the cache: some rows of an image, or some images.
   const int64_t fit = CACHE / int64_t(sizeof(float)) / (s.stride * s.stride * s.inputs + WIDTH);
   const int64_t rows = std::max<int64_t>(1, std::min(s.rows(), fit / s.columns()));
   const int64_t parts = (s.rows() + rows - 1) / rows, together = std::max<int64_t>(1, parts > 1 ? 1 : fit / pixels);
@@ -244,7 +245,7 @@ inline void kernel_gradient(const Shape& s, const float* x, const float* gradien
     const int64_t width = std::min<int64_t>(WIDTH, s.group_outputs() - pair * WIDTH);
     for (int64_t block = blocks * chunk / chunks; block < blocks * (chunk + 1) / chunks; block++) {
       const int64_t image = block / parts * together, images = std::min(together, s.images - image);
-      // Rows of the result whose tap `i` lies inside the image.
+      // Output rows whose tap `i` is inside the image.
       int64_t first = block % parts * rows, end = std::min(s.rows(), first + rows);
       while (first < end && first * s.stride + i - 1 < 0) first++;
       while (first < end && (end - 1) * s.stride + i - 1 >= s.height) end--;

@@ -1,4 +1,4 @@
-// Products of bfloat16 with float32 sums (AVX-512 BF16).
+// Products in bfloat16 with float32 sums (AVX-512 BF16).
 
 #pragma once
 
@@ -11,14 +11,14 @@ namespace repvgg {
 
 typedef uint16_t Half;  // the bits of a bfloat16
 
-// ReLU if asked for, rounded to the nearest; those of the mask are stored.
+// Applies ReLU if requested, rounds to nearest, and stores the lanes in the mask.
 inline void finish(__m512 sum, bool relu, Half* out, __mmask16 stored) {
-  // Unlike a maximum, this keeps what is not a number.
+  // Unlike a maximum, this keeps NaN.
   if (relu) sum = _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
   _mm256_mask_storeu_epi16(out, stored, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
-// `multiply` of bfloat16, two channels at a time.
+// `multiply` for bfloat16, two channels at a time.
 template <int ROWS, int COUNT>
 void multiply_halves(const Left& left, const Half* a, const Half* b, int64_t panel, const FloatEnds& ends, Half* out,
                      int64_t out_row, int64_t width) {

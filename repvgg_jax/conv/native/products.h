@@ -1,5 +1,5 @@
-// The product that every convolution ends in: rows of pixels or tiles, each number broadcast, times vectors of output
-// channels, all sums in registers.
+// The matrix product at the core of every convolution: rows of pixels or tiles, each number broadcast, times vectors of
+// output channels, with all sums in registers.
 
 #pragma once
 
@@ -17,14 +17,14 @@ namespace repvgg {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, MAX_ROWS = 14;  // 28 accumulators, 2 panels and a broadcast in 32 registers
 #elif defined(__AVX__)
-constexpr int LANES = 8, MAX_ROWS = 6;  // 12, 2 and 1 of 16
+constexpr int LANES = 8, MAX_ROWS = 6;  // 12 + 2 + 1 of 16 registers
 #else
-constexpr int LANES = 4, MAX_ROWS = 12;  // 24, 2 and 1 of 32 (Arm)
+constexpr int LANES = 4, MAX_ROWS = 12;  // 24 + 2 + 1 of 32 registers (Arm)
 #endif
 constexpr int PANELS = 2;             // vectors of output channels in one product
 constexpr int WIDTH = PANELS * LANES;
-constexpr int64_t AHEAD = 6144;       // numbers: the kernel is fetched before it is needed, as it rarely fits the cache
-constexpr int64_t CACHE = 1 << 19;    // bytes of a core's cache that a task's inputs may take
+constexpr int64_t AHEAD = 6144;       // numbers: prefetch distance of the kernel, which rarely fits in the cache
+constexpr int64_t CACHE = 1 << 19;    // bytes of a core's cache that a task's inputs may use
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 
@@ -36,7 +36,7 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// The first `count` numbers; zeros behind them.
+// Loads `count` numbers, followed by zeros.
 inline Vec load(const float* p, int64_t count) {
   if (count >= LANES) return load(p);
   Vec v{};
@@ -51,7 +51,7 @@ inline void store(float* p, Vec v, int64_t count) {
     std::memcpy(p, &v, count * sizeof(float));
 }
 
-// ReLU; what is not a number stays so.
+// ReLU; NaN stays NaN.
 inline Vec positive(Vec v) { return v < 0.0f ? Vec{} : v; }
 
 struct Shape {
@@ -62,23 +62,24 @@ struct Shape {
   int64_t group_inputs() const { return inputs / groups; }
   int64_t group_outputs() const { return outputs / groups; }
   int64_t panels() const { return (group_outputs() + LANES - 1) / LANES; }  // of a group
-  // The channels of the convolution that takes the result's gradient to the input's.
+  // The shape with inputs and outputs swapped, as in the convolution that computes the input gradient.
   Shape turned() const { return {images, height, width, outputs, inputs, stride, groups}; }
 };
 
-// The left matrix of a product: `row` apart lie its rows, each made of `outer` x `inner` runs of `length` numbers.
+// The left matrix of a product: its rows are `row` numbers apart and consist of `outer` x `inner` runs of `length`
+// numbers.
 struct Left {
   int64_t row, outer, outer_step, inner, inner_step, length;
 };
 
-// What a float product begins and ends with, from one channel on.
+// Initial value (bias) and final operation (ReLU) of a float product, starting at one channel.
 struct FloatEnds {
   const float* bias;  // none if null
   bool relu;
   FloatEnds from(int64_t channel) const { return {bias ? bias + channel : nullptr, relu}; }
 };
 
-// ROWS x (COUNT * LANES) numbers of a product; `width` columns are stored.
+// Computes ROWS x (COUNT * LANES) numbers of a product and stores `width` columns.
 template <int ROWS, int COUNT>
 void multiply(const Left& left, const float* a, const float* b, int64_t panel, const FloatEnds& ends,
               float* out, int64_t out_row, int64_t width) {
@@ -112,10 +113,10 @@ void multiply(const Left& left, const float* a, const float* b, int64_t panel, c
     }
 }
 
-// A kind of product, by which the functions that use it are instantiated: `STEP` elements are multiplied together, a run
-// of weights ends in zeros up to a multiple of `RUN`. A `Session` lives as long as a task.
+// A kind of product, used as a template argument: `STEP` elements are multiplied at a time, and each run of weights is
+// padded with zeros to a multiple of `RUN`. A `Session` lives as long as a task.
 //
-// Float32: one number at a time.
+// This one is float32, one number at a time.
 struct Floats {
   using Element = float;
   using Weight = float;
@@ -129,10 +130,10 @@ struct Floats {
 };
 
 #if defined(__AVX512VNNI__)
-// Unlike __m512i, whose pointers may alias anything, the compiler keeps arrays of these in registers.
+// The compiler keeps arrays of these in registers, unlike arrays of __m512i, whose pointers may alias anything.
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-// What an integer product begins and ends with: an int32 bias, and the factor that makes a sum a uint8.
+// Initial value of an integer product (an int32 bias), and the factor that converts a sum to uint8.
 struct IntegerEnds {
   const int32_t* bias;
   const float* factor;
@@ -147,14 +148,14 @@ inline void finish(__m512i sum, __m512, int32_t* out, __mmask16 mask) {
   _mm512_mask_storeu_epi32(out, mask, sum);
 }
 
-// To the nearest, ties to even, saturated: as `QuantizedNet` rounds.
+// Rounds to nearest, ties to even, and saturates, like `QuantizedNet`.
 inline void finish(__m512i sum, __m512 factor, uint8_t* out, __mmask16 mask) {
   const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor);
   const __m512 inside = _mm512_min_ps(_mm512_max_ps(real, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
   _mm512_mask_cvtepi32_storeu_epi8(out, mask, _mm512_cvtps_epi32(inside));
 }
 
-// The same product of bytes, four channels at a time: `left.length` counts bytes.
+// `multiply` for bytes, four channels at a time; `left.length` counts bytes.
 template <typename Out, int ROWS, int COUNT>
 void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t panel, const IntegerEnds& ends,
                     Out* out, int64_t out_row, int64_t width) {
@@ -193,7 +194,7 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
     }
 }
 
-// uint8 times int8, to int32 or rounded to uint8.
+// uint8 times int8, with int32 results, or results rounded to uint8.
 template <typename Result>
 struct Bytes {
   using Element = uint8_t;
@@ -208,7 +209,7 @@ struct Bytes {
 };
 #endif
 
-// The products of one kind, by rows and panels.
+// The products of one kind, indexed by rows and panels.
 template <typename Kind>
 struct Table {
   using Multiply = std::decay_t<decltype(Kind::template product<1, 1>)>;
@@ -226,7 +227,7 @@ struct Table {
 template <typename Kind>
 constexpr Table<Kind> TABLE;
 
-// `count` rows in products of nearly equal height: `act(first, height)`.
+// Splits `count` rows into products of nearly equal height and calls `act(first, height)` for each.
 template <typename Act>
 void in_rows(int64_t count, Act act) {
   const int64_t parts = (count + MAX_ROWS - 1) / MAX_ROWS;

@@ -1,4 +1,4 @@
-// Work cut into tasks for all threads.
+// Division of work into tasks for all threads.
 
 #pragma once
 
@@ -19,7 +19,7 @@ namespace repvgg {
 
 namespace ffi = xla::ffi;
 
-// Memory of the thread's own, kept for its next task.
+// Thread-local memory, kept for the thread's next task.
 template <typename Element>
 Element* scratch(int64_t count) {
   thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
@@ -35,7 +35,7 @@ Element* scratch(int64_t count) {
   return static_cast<Element*>(memory.get());
 }
 
-// Memory that one call after the other uses: allocated anew, it would cost a page fault every 4 KiB.
+// Memory that is reused from call to call: fresh allocations would cost a page fault every 4 KiB.
 class Borrowed {
  public:
   explicit Borrowed(int64_t count) {
@@ -50,7 +50,7 @@ class Borrowed {
     const std::lock_guard<std::mutex> lock(mutex());
     free_ones().push_back(std::move(memory_));
   }
-  // Where vectors do not straddle cache lines.
+  // Aligned, so that vectors do not straddle cache lines.
   float* data() {
     const int64_t behind = reinterpret_cast<uintptr_t>(memory_.data()) / sizeof(float) % ALIGNMENT;
     return memory_.data() + (ALIGNMENT - behind) % ALIGNMENT;
@@ -70,7 +70,7 @@ class Borrowed {
   std::vector<float> memory_;
 };
 
-// Tasks 0 … count - 1, by the pool's threads and the caller.
+// Runs tasks 0 … count - 1 on the pool's threads and the caller.
 template <typename Task>
 void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
@@ -79,7 +79,7 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
     std::condition_variable all_done;
   };
   auto state = std::make_shared<State>();
-  // `task` is only touched by who has claimed a number, and the caller waits for those.
+  // `task` is used only by threads that have claimed a number, and the caller waits for those.
   auto work = [state, count, &task] {
     int64_t finished = 0;
     for (int64_t i; (i = state->next.fetch_add(1)) < count; finished++) task(i);
@@ -91,7 +91,8 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   for (int64_t helpers = std::min(pool.num_threads(), count) - 1; helpers > 0; helpers--)
     pool.Schedule(decltype(work)(work));  // a copy: the pool outlives this call
   work();
-  // Mostly the others are about to finish. Where more threads than cores want to run, waiting awake would delay them.
+  // The other threads are usually about to finish, so spin first. With more threads than cores, spinning on would delay
+  // them.
   for (int spins = 0; spins < 1200; spins++) {
     if (state->done.load() == count) return;
     if (spins > 1000) std::this_thread::yield();
@@ -102,8 +103,9 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
-// Some rows of one image, or several whole images, at a time: as much as `budget` numbers hold, but enough blocks for all
-// threads. Rows are those of a result, each made of `window` rows of `line` numbers, the next of those `stride` below.
+// Division of the work into blocks of some rows of one image, or several whole images: as large as `budget` numbers
+// allow, but enough blocks for all threads. Rows are output rows. Each is computed from `window` rows of `line`
+// numbers, and the windows of successive output rows are `stride` rows apart.
 struct Blocks {
   int64_t rows_of_image, parts, rows, images, together, patch, count;
 
@@ -130,7 +132,7 @@ struct Blocks {
   }
 };
 
-// Into how many parts the panels of a group are cut, so that `tasks` tasks keep all threads busy.
+// Number of parts to divide a group's panels into, so that `tasks` times as many tasks keep all threads busy.
 inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
   if (tasks >= 3 * threads || tasks % threads == 0) return 1;
   return std::min(pairs, (3 * threads + tasks - 1) / tasks);
@@ -140,7 +142,7 @@ struct Range {
   int64_t first, end;
 };
 
-// The panels of part `part` of `parts`; whole pairs.
+// The panels of part `part` of `parts`, in whole pairs.
 inline Range panel_range(int64_t panels, int64_t part, int64_t parts) {
   const int64_t pairs = (panels + PANELS - 1) / PANELS;
   return {pairs * part / parts * PANELS, std::min(panels, pairs * (part + 1) / parts * PANELS)};

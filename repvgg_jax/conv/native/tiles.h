@@ -1,4 +1,4 @@
-// The same products by AMX: 16 x 16 sums in a tile register, of 16 rows with 64 bytes each.
+// The same products with AMX: 16 x 16 sums in a tile register of 16 rows with 64 bytes each.
 
 #pragma once
 
@@ -6,15 +6,15 @@
 
 namespace repvgg {
 
-// Some pixels of one row of the result: where they are read, and where they go.
+// Some pixels of one output row: where they are read from, and where they are written.
 template <typename Kind>
 struct Chunk {
   const typename Kind::Element* from;
   typename Kind::Out* to;
 };
 
-// The products of `rows` rows of `columns` pixels, in chunks that all have the same size, so that the tiles' shape stays:
-// the last one of a row may compute some pixels once more. `at(row, column)` is a chunk's place.
+// The products for `rows` rows of `columns` pixels, in chunks of equal size, so that the tiles keep their shape: the
+// last chunk of a row may compute some pixels again. `at(row, column)` returns a chunk.
 template <typename Kind, typename At>
 void in_tiles(int64_t rows, int64_t columns, const At& at, int64_t panels, const Left& left,
               const typename Kind::Weight* b, int64_t panel, const typename Kind::Ends& ends, int64_t out_row,
@@ -31,19 +31,19 @@ void in_tiles(int64_t rows, int64_t columns, const At& at, int64_t panels, const
 namespace repvgg {
 
 constexpr int TILE = 16;         // rows of a tile
-constexpr int TILE_BYTES = 64;   // of each
+constexpr int TILE_BYTES = 64;   // bytes of a row
 
-// Whether the kernel lets this process have tiles; it has to be asked once.
+// Whether the operating system allows this process to use tiles; it must be asked once.
 inline bool tiles_allowed() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return allowed;
 }
 
-// The compiler does not know what a tile instruction reads: all that was stored before is to be in memory.
+// The compiler does not know what a tile instruction reads, so everything stored before it must be in memory.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// How many rows the tiles of sums and pixels have: a thread's setting, made anew only where it changes.
+// Number of rows in the tiles of sums and pixels: a per-thread setting, updated only when it changes.
 struct TileShape {
   static int& current() {
     thread_local int own = 0;
@@ -64,22 +64,23 @@ struct TileShape {
     _tile_loadconfig(&config);
     current() = rows;
   }
-  // A thread that has used tiles gives them back: their state would be saved at every switch to another thread.
+  // A thread that has used tiles releases them; otherwise their state would be saved at every context switch.
   ~TileShape() {
     if (current()) _tile_release();
     current() = 0;
   }
 };
 
-// The numbers of tiles have to be literals.
+// Tile numbers must be literals.
 #define REPVGG_MULTIPLY(SUM, A, B)           \
   if constexpr (sizeof(*a) == sizeof(Half))  \
     _tile_dpbf16ps(SUM, A, B);               \
   else                                       \
     _tile_dpbusd(SUM, A, B)
 
-// The sums of up to two chunks and two panels: in tiles 0 and 1 the first chunk's, in 2 and 3 the second one's; pixels are
-// in 4 and 5, weights in 6 and 7. What is beyond a run's end is multiplied by the zeros that its weights end in.
+// Computes the sums of up to two chunks and two panels. Tiles 0 and 1 hold the sums of the first chunk, 2 and 3 those
+// of the second, 4 and 5 the pixels, 6 and 7 the weights. Elements past the end of a run are multiplied by the zeros
+// that pad its weights.
 template <typename Kind, bool PAIR, bool SECOND>
 void add_tiles(const Left& left, const typename Kind::Element* a, const typename Kind::Element* other,
                const typename Kind::Weight* b, int64_t panel) {
@@ -111,7 +112,7 @@ void add_tiles(const Left& left, const typename Kind::Element* a, const typename
     }
 }
 
-// `rows` pixels of one chunk or two, times `panels` panels; `width` channels are stored, `out_row` from pixel to pixel.
+// Multiplies `rows` pixels of one or two chunks by `panels` panels; stores `width` channels per pixel, `out_row` apart.
 template <typename Kind>
 void multiply_tiles(int64_t rows, const Chunk<Kind>* chunks, int64_t count, int64_t panels, const Left& left,
                     const typename Kind::Weight* b, int64_t panel, const typename Kind::Ends& ends, int64_t out_row,
@@ -158,7 +159,7 @@ struct TiledHalves {
   using Session = TileShape;
   static constexpr bool TILED = true;
   static constexpr int STEP = 2, RUN = 32;
-  // What a panel's sums end with, kept in registers.
+  // Final operations on a panel's sums, with their operands in registers.
   struct End {
     __m512 bias;
     bool relu;

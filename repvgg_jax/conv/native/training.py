@@ -1,7 +1,7 @@
-"""The native convolution in training: with a kernel that changes at every step, and with its gradients.
+"""The native convolution for training, where the kernel changes at every step, and its gradients.
 
-Float32. The three functions are linear in each of their two arrays, and reverse-mode differentiable any number of
-times.
+All arrays are float32. The three functions are linear in each of their two arrays, and differentiable in reverse mode
+any number of times.
 """
 
 import functools
@@ -19,14 +19,14 @@ from . import INPUT_GRADIENT, KERNEL_GRADIENT, TRAINING
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv(x: Array, kernel: Array, stride: int, groups: int, tile: int) -> Any:
-    """3x3 convolution with padding 1, without bias.
+    """Compute a 3x3 convolution with padding 1, without bias.
 
     Args:
       x: `[N, H, W, C_in]`.
       kernel: `[3, 3, C_in // groups, C_out]`.
       stride: 1 or 2.
       groups: groups of the convolution.
-      tile: 0 for the direct sum, else Winograd's m (2 or 4), with stride 1; for the gradients too.
+      tile: 0 for the direct sum, else Winograd's m (2 or 4), which needs stride 1; also used for the gradients.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
@@ -38,14 +38,14 @@ def conv(x: Array, kernel: Array, stride: int, groups: int, tile: int) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def input_gradient(gradient: Array, kernel: Array, size: tuple[int, int], stride: int, groups: int, tile: int) -> Any:
-    """`conv`'s gradient to its input, whose height and width are given."""
+    """Return the gradient of `conv` with respect to its input, whose height and width are `size`."""
     shape = (gradient.shape[0], *size, kernel.shape[2] * groups)
     return _call(INPUT_GRADIENT, gradient, kernel, shape, stride, groups, tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def kernel_gradient(x: Array, gradient: Array, stride: int, groups: int, tile: int) -> Any:
-    """`conv`'s gradient to its kernel, `[3, 3, C_in // groups, C_out]`."""
+    """Return the gradient of `conv` with respect to its kernel, `[3, 3, C_in // groups, C_out]`."""
     shape = (3, 3, x.shape[3] // groups, gradient.shape[3])
     return _call(KERNEL_GRADIENT, x, gradient, shape, stride, groups, tile)
 

@@ -1,4 +1,4 @@
-// Winograd F(m x m, 3x3), float32: transform a block of tiles, multiply, transform back, begin the next one.
+// Winograd F(m x m, 3x3), float32: each block of tiles is transformed, multiplied and transformed back in turn.
 
 #pragma once
 
@@ -7,8 +7,9 @@
 
 namespace repvgg {
 
-// One pass of B^T over a column or row of a tile, and of A^T back. m = 4 interpolates at 0, +-A, +-B and infinity: with
-// A = 5/8 and B = 3/2, exact in binary, the rounding error is half of that with the usual 1 and 2.
+// `input_pass` applies B^T to a column or row of a tile, `output_pass` applies A^T. For m = 4 the interpolation points
+// are 0, +-A, +-B and infinity: with A = 5/8 and B = 3/2, which are exact in binary, the rounding error is half of that
+// with the usual 1 and 2.
 constexpr float A = 0.625f, B = 1.5f, AA = A * A, BB = B * B;
 
 inline void input_pass(const Vec (&d)[4], Vec (&t)[4]) {
@@ -42,7 +43,7 @@ inline void output_pass(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = A * AA * difference + B * BB * difference2 + m[5];
 }
 
-// A pass over the columns of a tile, then one over the rows of what came out: FROM x FROM vectors become TO x TO.
+// Applies a pass to the columns of a tile, then to the rows of the result: FROM x FROM vectors become TO x TO.
 template <int FROM, int TO, typename Load, typename Pass, typename Store>
 inline void transform(const Load& load_at, const Pass& pass, const Store& store_at) {
   Vec passed[TO][FROM];
@@ -64,8 +65,8 @@ inline void transform(const Load& load_at, const Pass& pass, const Store& store_
   }
 }
 
-// B^T d B of the tile for the outputs from (top, side) on, for a group whose first channel lies at `image`; position p
-// of channel c goes to `out[p * step + c]`. Beyond the image lie `zeros`.
+// B^T d B of the tile whose outputs start at (top, side), for a group whose first channel is at `image`. Position p of
+// channel c is written to `out[p * step + c]`. Pixels outside the image are read from `zeros`.
 template <int TILE>
 void transform_input(const Shape& s, const float* image, int64_t top, int64_t side, const float* zeros, float* out,
                      int64_t step) {
@@ -84,7 +85,7 @@ void transform_input(const Shape& s, const float* image, int64_t top, int64_t si
                           [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step + c, t, channels - c); });
 }
 
-// A^T m A of one tile for `channels` channels, plus bias; `height` x `width` of it is inside the image.
+// A^T m A of one tile for `channels` channels, plus bias; the part inside the image is `height` x `width`.
 template <int TILE>
 void transform_output(const float* products, int64_t step, int64_t channels, FloatEnds ends, float* y, int64_t line,
                       int64_t pixel, int64_t height, int64_t width) {
@@ -108,7 +109,7 @@ void winograd(const Shape& s, const float* x, const float* packed, const FloatEn
   const int64_t inner = s.group_inputs(), panels = s.panels(), panel = POSITIONS * inner * LANES;
   const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
   const int64_t tiles = s.images * down * across, threads = thread_count(pool);
-  // Whole products' worth of tiles in a block, and blocks of equal size.
+  // A block holds as many tiles as fill whole products, and blocks have nearly equal size.
   const int64_t fit = CACHE / int64_t(sizeof(float)) / (POSITIONS * inner);
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit / MAX_ROWS, 8)) * MAX_ROWS;
   const int64_t blocks = (tiles + most - 1) / most, longest = (tiles + blocks - 1) / blocks;

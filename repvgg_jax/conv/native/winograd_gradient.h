@@ -1,6 +1,7 @@
-// The kernel gradient of a stride 1 convolution by Winograd's algorithm, backwards: with Y = A^T [(G k G^T) * (B^T d B)] A
-// the gradient to k is G^T [sum over tiles of (B^T d B) * (A y A^T)] G. Each position of the transformed tiles is one
-// matrix product over the tiles, m = 4 with 2.25, m = 2 with 4 multiplications for the direct sum's 9.
+// The kernel gradient of a stride-1 convolution by Winograd's algorithm in reverse. With
+// Y = A^T [(G k G^T) * (B^T d B)] A, the gradient of k is G^T [sum over tiles of (B^T d B) * (A y A^T)] G. Each position
+// of the transformed tiles is one matrix product over the tiles. It takes 2.25 multiplications for m = 4, or 4 for
+// m = 2, where the direct sum takes 9.
 
 #pragma once
 
@@ -11,7 +12,7 @@
 
 namespace repvgg {
 
-// A over a column or row of a gradient's tile.
+// Applies A to a column or row of a gradient's tile.
 inline void gradient_pass(const Vec (&y)[2], Vec (&t)[4]) {
   t[0] = y[0];
   t[1] = y[0] + y[1];
@@ -30,7 +31,7 @@ inline void gradient_pass(const Vec (&y)[4], Vec (&t)[6]) {
   t[5] = y[3];
 }
 
-// G^T over a column or row of the sums.
+// Applies G^T to a column or row of the sums.
 inline void kernel_pass_back(const Vec (&u)[4], Vec (&k)[3]) {
   k[0] = u[0] + 0.5f * (u[1] + u[2]);
   k[1] = 0.5f * (u[1] - u[2]);
@@ -44,7 +45,8 @@ inline void kernel_pass_back(const Vec (&u)[6], Vec (&k)[3]) {
   k[2] = AA * even + BB * even2 + u[5];
 }
 
-// A y A^T of one tile of which `height` x `width` pixels are inside the image; `line` and `pixel` apart.
+// A y A^T of one tile, of which `height` x `width` pixels are inside the image; rows are `line` numbers apart, pixels
+// `pixel` numbers.
 template <int TILE>
 void transform_gradient(const float* y, int64_t line, int64_t pixel, int64_t height, int64_t width, int64_t channels,
                         float* out, int64_t step) {
@@ -67,7 +69,7 @@ template <int TILE>
 void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradient, float* to_kernel,
                               ffi::ThreadPool& pool) {
   constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
-  constexpr int64_t TOGETHER = 128;  // tiles: enough that the sums are rarely fetched, few enough to stay in a cache
+  constexpr int64_t TOGETHER = 128;  // tiles: enough to fetch the sums rarely, few enough to stay in a cache
   constexpr int64_t SLAB = 4;        // tiles that a task transforms
   const int64_t inner = s.group_inputs(), pairs = (s.panels() + PANELS - 1) / PANELS;
   const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
