@@ -183,7 +183,7 @@ def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
 def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
     model = rv.create_model(VARIANT, 5, **OPTIONS)
     variables = random_variables(model)
-    with pytest.warns(WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
+    with pytest.warns(WeightsWarning, match=r"cannot hold strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
         rv.save_weights(tmp_path / "w.pth", model, variables, family=family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

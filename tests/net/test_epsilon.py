@@ -142,7 +142,7 @@ def test_native_files_keep_it_and_others_have_it_beside_them(tmp_path):
     # A Variant says what a file cannot; this one can.
     assert rv.load_weights(tmp_path / "w.safetensors", SMALLEST)[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.safetensors", epsilon=1e-4)[0].variant.epsilon == 1e-4
-    with pytest.warns(WeightsWarning, match=r"cannot say epsilon 0\.001"):
+    with pytest.warns(WeightsWarning, match=r"cannot hold epsilon 0\.001"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
     assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.pth", SMALLEST)[0].variant.epsilon == EPSILON

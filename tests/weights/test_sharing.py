@@ -217,7 +217,7 @@ def pushing(**options) -> str:
 
 def test_a_push_that_cannot_be_done_is_one_line_and_sends_nothing(account):
     for repo in ("flowers", "a/b/c", "a b/c", "", "hf://me/flowers"):
-        assert "is no repository of the hub; expected OWNER/REPOSITORY" in pushing(repo=repo)
+        assert "is not a repository name; expected OWNER/REPOSITORY" in pushing(repo=repo)
     assert "metrics must be names with finite numbers, not top1: nan" in pushing(metrics={"top1": float("nan")})
     assert "metrics must be names with finite numbers, not top1: '1'" in pushing(metrics={"top1": "1"})
     assert "metrics must be names" in pushing(metrics={"a|b": 1})
