@@ -61,7 +61,7 @@ class TensorRecord:
 
 
 class Opaque:
-    """Placeholder for an object that was not restored; `contents` holds its attributes and, for a mapping, its items."""
+    """Placeholder for an unrestored object; `contents` holds its attributes and, for a mapping, its items."""
 
     __slots__ = ("contents",)
 

@@ -190,10 +190,10 @@ def test_pytorch_files_need_the_variant_for_what_no_key_tells(family, tmp_path):
         loaded, loaded_variables = rv.load_weights(tmp_path / "w.pth", model.variant)
     assert loaded == model
     assert_same_bits(variables, loaded_variables)
-    with pytest.warns(WeightsWarning, match="is no published variant"):
+    with pytest.warns(WeightsWarning, match="is not a published variant"):
         assert rv.load_weights(tmp_path / "w.pth")[0].variant == model.variant
     (tmp_path / "w.pth.json").unlink()
-    with pytest.warns(WeightsWarning, match="is no published variant"):
+    with pytest.warns(WeightsWarning, match="is not a published variant"):
         assert rv.load_weights(tmp_path / "w.pth")[0].variant == VARIANT
 
 

@@ -34,7 +34,7 @@ EPSILON = 1e-3
 IMAGES = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(np.float32)
 SMALLEST = rv.Variant((1, 2, 1, 1), (8, 8, 8, 16, 16), name="Small")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def with_small_variances(variables: dict[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_another_class_count_gets_a_fresh_head_out_loud(suffix, tmp_path):
         model, original = rv.load_weights(tmp_path / "w.pth")
     path = tmp_path / f"w{suffix}"
     rv.save_weights(path, model, original)
-    with pytest.warns(WeightsWarning, match="has 5 classes, not 3: the classifier is a fresh one"):
+    with pytest.warns(WeightsWarning, match="has 5 classes, not 3: the classifier is newly initialised"):
         model, variables = rv.load_weights(path, num_classes=3)
     again = rv.load_weights(path, num_classes=3)[1]
     assert model.num_classes == 3

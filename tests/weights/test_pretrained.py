@@ -76,7 +76,7 @@ def test_the_logits_are_those_of_the_net_that_the_file_was_made_from(fake_hub, t
 def test_another_class_count_gets_a_fresh_classifier(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content})
-    with pytest.warns(WeightsWarning, match="has 1000 classes, not 7: the classifier is a fresh one") as caught:
+    with pytest.warns(WeightsWarning, match="has 1000 classes, not 7: the classifier is newly initialised") as caught:
         model, loaded = rv.load_pretrained(NAME, num_classes=7)
     assert caught[0].filename == __file__
     assert model.num_classes == 7
@@ -98,7 +98,7 @@ def test_the_cache_serves_without_a_network_be_it_ours_or_timm_s(fake_hub, small
         if name == NAME:
             _, loaded = rv.load_pretrained(name)
         else:
-            with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not to be had; main was taken instead"):
+            with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not available; main is used instead"):
                 _, loaded = rv.load_pretrained(name)
         assert_same_bits(variables, loaded)
         assert len(fake_hub.requests) == before
@@ -122,7 +122,7 @@ def test_the_revision_of_the_table_is_taken_where_there_is_one(fake_hub, small, 
 def test_without_that_revision_main_is_taken_and_said(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path, PINNED)
     fake_hub.add(PINNED_REPOSITORY, {"model.safetensors": content})
-    with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not to be had; main was taken instead"):
+    with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not available; main is used instead"):
         _, loaded = rv.load_pretrained(PINNED)
     assert_same_bits(variables, loaded)
 

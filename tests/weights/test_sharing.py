@@ -199,7 +199,7 @@ def test_branches_commits_and_private_repositories(account, monkeypatch, tmp_pat
 
 def test_another_class_count_or_another_variant_is_treated_as_by_load_weights(account):
     rv.push_to_hub(REPO, *small_net())
-    with pytest.warns(UserWarning, match="the classifier is a fresh one") as caught:
+    with pytest.warns(UserWarning, match="the classifier is newly initialised") as caught:
         model, _ = rv.from_hub(REPO, num_classes=5)
     assert caught[0].filename == __file__
     assert model.num_classes == 5

@@ -23,7 +23,7 @@ COLOUR = rv.Preprocessing(48, 0.9, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 FAMILIES = {"w.pth": None, "w.safetensors": "timm", "w.pt": "mmpretrain"}
 SAID = ("--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.25", "0.3", "--image-size", "48", "--crop-fraction", "0.9")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def net(channels: int = 3, **options):
