@@ -44,8 +44,8 @@ def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the layers of a deploy-form parameter tree, as float32 NumPy copies."""
     layers = {}
     for name, block in deploy_params.items():
-        beside = {key: tree for key, tree in block.items() if key != "rbr_reparam"}  # a gate, or the classifier
-        layers[name] = jax.tree.map(lambda leaf: np.array(leaf, np.float32), {**block.get("rbr_reparam", {}), **beside})
+        others = {key: tree for key, tree in block.items() if key != "rbr_reparam"}  # a gate, or the classifier
+        layers[name] = jax.tree.map(lambda leaf: np.array(leaf, np.float32), {**block.get("rbr_reparam", {}), **others})
     return layers
 
 

@@ -136,7 +136,7 @@ def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, e
     if fields.get("activation", "") is None:
         if expected is None:
             raise WeightsError(
-                f"{where}: the activation is a function of whoever wrote the file; give load_weights its Variant"
+                f"{where}: the activation is a Python function, which a file cannot hold; pass load_weights its Variant"
             )
         fields["activation"] = expected.activation
     fields["name"] = shown(fields.get("name", Variant.name))

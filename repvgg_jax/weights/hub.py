@@ -138,8 +138,8 @@ class _Download:
             for broken in (Path(path), blob):
                 broken.unlink(missing_ok=True)
             raise WeightsError(
-                f"cannot fetch {name} of {self._repository}: the download is damaged (its SHA-256 is not the one that "
-                "the hub says), and nothing of it is kept; try again"
+                f"cannot fetch {name} of {self._repository}: the download is damaged (its SHA-256 differs from the "
+                "hub's) and has been deleted; try again"
             )
         return Path(path)
 
@@ -169,7 +169,7 @@ def explaining_damage(path: Path) -> Iterator[None]:
         blob = _blob(path)
         if blob is None or _is_whole(blob):
             raise
-        raise WeightsError(f"{error}; the cached copy is damaged: remove {blob}, and it is fetched again") from error
+        raise WeightsError(f"{error}; the cached copy is damaged: remove {blob} to download it again") from error
 
 
 def _blob(path: Path) -> Path | None:

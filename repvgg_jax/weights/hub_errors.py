@@ -48,7 +48,7 @@ def reason(error: BaseException, repository: str) -> str:
     if cause is not None:
         status = _status(cause)
         if isinstance(cause, GatedRepoError):
-            return f"{repository} is open to those alone whom its owner admits: ask at {endpoint}/{repository}"
+            return f"access to {repository} is restricted: request it at {endpoint}/{repository}"
         if _is_missing_repository(cause):
             return f"{endpoint} has no repository {repository}, or {LOGIN} is missing or may not see it"
         if isinstance(cause, RevisionNotFoundError):
@@ -57,8 +57,8 @@ def reason(error: BaseException, repository: str) -> str:
             return f"{repository} has no such file"
         if status in (401, 403):
             return f"{endpoint} refuses it ({status}): {LOGIN} is missing, wrong or may not do this"
-        said = getattr(cause, "server_message", None)
-        return shown(f"{endpoint} answered {status}" + (f": {' '.join(said.split())}" if said else ""))
+        message = getattr(cause, "server_message", None)
+        return shown(f"{endpoint} answered {status}" + (f": {' '.join(message.split())}" if message else ""))
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, LocalEntryNotFoundError):
@@ -70,7 +70,7 @@ def reason(error: BaseException, repository: str) -> str:
         what = f"the cache ({constants.HF_HUB_CACHE}) cannot be written: {reason_of(error)}"
         return f"{what}; HF_HUB_CACHE names another folder" if error.errno == errno.ENOSPC else what
     if isinstance(error, OSError) and "Consistency check" in str(error):
-        return "the download broke off, and nothing of it is kept; try again"
+        return "the download was interrupted, and nothing of it is kept; try again"
     if isinstance(error, HfHubHTTPError.__bases__[0]):  # the base class is the HTTP library's
         return f"the connection to {endpoint} failed ({shown(reason_of(error))}); try again"
     return shown(f"{type(error).__name__}: {reason_of(error)}")

@@ -217,7 +217,7 @@ def open_weights(
                 file.notes += [copy.naming_original(note) if copy else note] if note else []
         else:
             if prefix:
-                raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
+                raise WeightsError(f"{path} is a native file, which holds one net: prefix {prefix!r} does not apply")
             _check_expected(info.variant, expected, f"{path}")
             if exact is not None:
                 info = dataclasses.replace(info, variant=with_stated_epsilon(exact, info.variant))

@@ -125,10 +125,10 @@ def timm_config(info: WeightsInfo) -> dict[str, Any]:
     variant, images = info.variant, info.preprocessing
     row = PRETRAINED.get(variant.name)
     if row is None or variant != VARIANTS[variant.name]:
-        is_own = "with options of its own" if row else "which is none of timm's"
-        raise WeightsError(f"timm=True: timm cannot build {variant.name}, {is_own}; it has {', '.join(PRETRAINED)}")
+        why = "with non-default options" if row else "which is not one of its variants"
+        raise WeightsError(f"timm=True: timm cannot build {variant.name}, {why}; it has {', '.join(PRETRAINED)}")
     if info.deploy:
-        raise WeightsError("timm=True: timm's hf-hub: loader builds the training form alone; give that")
+        raise WeightsError("timm=True: timm's hf-hub: loader builds only the training form; pass that")
     size = [info.in_channels, images.image_size, images.image_size]
     config: dict[str, Any] = {
         "architecture": row.architecture,

@@ -59,22 +59,22 @@ class WeightsOptions:
           ConfigError: a value is invalid, there is not one number per channel or one name per class, or the file of
             names cannot be read.
         """
-        given = {name: getattr(self, name) for name in ("image_size", "crop_fraction", "mean", "std")}
-        given = {name: value for name, value in given.items() if value is not None}
+        overrides = {name: getattr(self, name) for name in ("image_size", "crop_fraction", "mean", "std")}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"--image-size must be at least 1, not {self.image_size}")
         if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
             raise ConfigError(f"--image-size must be at most {MAX_IMAGE_SIZE}, not {self.image_size}")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {self.crop_fraction}")
-        for name in {"mean", "std"} & given.keys():
-            if len(given[name]) != info.in_channels:
-                wanted, count = info.in_channels, len(given[name])
+        for name in {"mean", "std"} & overrides.keys():
+            if len(overrides[name]) != info.in_channels:
+                wanted, count = info.in_channels, len(overrides[name])
                 raise ConfigError(f"--{name} needs one number for each of {wanted} channels, not {count}")
-            if not all(map(math.isfinite, given[name])):
-                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, given[name]))}")
+            if not all(map(math.isfinite, overrides[name])):
+                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, overrides[name]))}")
         try:
-            preprocessing = dataclasses.replace(info.preprocessing, **given)
+            preprocessing = dataclasses.replace(info.preprocessing, **overrides)
         except ValueError as error:
             raise ConfigError(f"{error}") from error
         classes = num_classes or info.num_classes
@@ -88,12 +88,12 @@ class WeightsOptions:
         return dataclasses.replace(info, preprocessing=preprocessing, class_names=class_names)
 
 
-def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
+def _read_names(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names, or those in a file if there is a single entry and it is a file's name."""
-    path = Path(expand_home(given[0])) if len(given) == 1 else None
+    path = Path(expand_home(values[0])) if len(values) == 1 else None
     try:
         if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises if a name is too long)
-            return given
+            return values
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("["):
             return tuple(line.strip() for line in text.splitlines() if line.strip())

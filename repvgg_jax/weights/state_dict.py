@@ -53,7 +53,7 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
         return [Item(leaf, leaf, shape) for leaf, shape in shapes.items()]
     if not (deploy or (variant.branches.point and variant.branches.identity)):
         raise WeightsError(f"{family.name} files have no name for blocks without a 1x1 or an identity branch")
-    found = []
+    entries = []
     counts: dict[str, int] = {}
     for block in variant.blocks(in_channels):
         position = counts[block.stage] = counts.get(block.stage, -1) + 1
@@ -66,27 +66,27 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
             raise WeightsError(f"{family.name} files have no name for the {what} of {variant.name}")
         for layer, name in family.branches.items():
             if layer in layers:
-                found += _layer_items(layers[layer], f"{path}.{name}")
+                entries += _layer_items(layers[layer], f"{path}.{name}")
     heads = {layer.path: layer for layer in head_layers(variant, deploy, num_classes)}
     if num_classes and not heads.keys() <= family.heads.keys():
         raise WeightsError(f"{family.name} files have no name for the classifier of {variant.name}")
     for layer, name in family.heads.items():
         if layer in heads:
-            found += _layer_items(heads[layer], name)
-    return found
+            entries += _layer_items(heads[layer], name)
+    return entries
 
 
 def _layer_items(layer: Layer, path: str) -> list[Item]:
     shapes = dict(layer.leaves())
     axes = {"conv": OIHW, "linear": OUT_IN, "bn": None}[layer.kind]
-    found = []
+    entries = []
     for name, template in LEAVES[layer.kind].items():
         leaf = template.format(layer.path)
         if leaf in shapes:
-            found.append(Item(f"{path}.{name}", leaf, shapes[leaf], axes if name == "weight" else None))
+            entries.append(Item(f"{path}.{name}", leaf, shapes[leaf], axes if name == "weight" else None))
     if layer.kind == "bn":
-        found.append(Item(f"{path}.{COUNTER}", None, ()))
-    return found
+        entries.append(Item(f"{path}.{COUNTER}", None, ()))
+    return entries
 
 
 def to_leaf(values: np.ndarray, item: Item) -> np.ndarray:

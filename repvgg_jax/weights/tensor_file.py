@@ -114,10 +114,10 @@ class TensorFile:
         with self._lock, system_errors(WeightsError, f"cannot read {self.path}"):
             self.handle.seek(offset)
             while len(view):
-                got = self.handle.readinto(view)
-                if not got:
+                count = self.handle.readinto(view)
+                if not count:
                     raise WeightsError(f"{self.path} was cut short while it was read")
-                view = view[got:]
+                view = view[count:]
 
     def _checksum(self, record: Record) -> int:
         """Return the CRC-32 of a record that is larger than the tensor being read."""

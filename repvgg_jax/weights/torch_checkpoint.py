@@ -56,11 +56,11 @@ class _Search:
     def entries(self, value: Any) -> Mapping[Any, Any]:
         """Return the entries of a dict or of an object that was not restored; an empty dict for any other value."""
         contents = value.contents if isinstance(value, Opaque) else value
-        found = contents if isinstance(contents, dict) else {}
-        self.left -= 1 + len(found)
+        entries = contents if isinstance(contents, dict) else {}
+        self.left -= 1 + len(entries)
         if self.left < 0:
             raise WeightsError(f"cannot read {self.path}: a checkpoint of absurd size")
-        return found
+        return entries
 
     def states(self, entries: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Mapping[Any, Any]]:
         """Return the entries under `keys` that are state dicts."""

@@ -63,9 +63,9 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
         root, places = (_read_zip if is_zip else _read_legacy)(handle, Reader(tensors_only))
     except RefusedError as error:
         raise WeightsError(
-            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which only running code that the "
-            "file names could restore. To take the tensors alone, running nothing: load_weights(…, tensors_only=True) "
-            "or python -m convert IN OUT --tensors-only"
+            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which cannot be restored without "
+            "running code named in the file. To load only the tensors, without running code: "
+            "load_weights(…, tensors_only=True) or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
         raise WeightsError(f"cannot read {path}: not a valid PyTorch file ({shown(reason_of(error))})") from error
@@ -118,10 +118,10 @@ def _directory_bytes(handle: io.FileIO, length: int) -> int:
     wide, locator, end = tail[:56], tail[56:76], tail[76:]
     if not end.startswith(b"PK\x05\x06"):
         raise PickleError("no zip directory at its end: cut short?")
-    size, offset, behind = *struct.unpack_from("<II", end, 12), 22
+    size, offset, end_bytes = *struct.unpack_from("<II", end, 12), 22
     if locator.startswith(b"PK\x06\x07"):
-        size, offset, behind = *struct.unpack_from("<QQ", wide, 40), 98
-    if offset + size + behind != length:
+        size, offset, end_bytes = *struct.unpack_from("<QQ", wide, 40), 98
+    if offset + size + end_bytes != length:
         raise PickleError("its zip directory is not where it says")
     return size
 

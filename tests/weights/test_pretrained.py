@@ -145,7 +145,7 @@ def test_the_hub_s_refusals_are_told_apart(fake_hub, small, tmp_path, monkeypatc
     repository = fake_hub.add(REPOSITORY, {"other.safetensors": content})
     assert refused().endswith(f"(model.safetensors): {REPOSITORY} has no such file")
     fake_hub.fault = refusal(403, "GatedRepo", "Access to this model is restricted")
-    assert f"whom its owner admits: ask at {where}/{REPOSITORY}" in refused()
+    assert f"is restricted: request it at {where}/{REPOSITORY}" in refused()
     fake_hub.fault = refusal(403, "", "Forbidden")
     assert (
         f"{where} refuses it (403): the token of HF_TOKEN or `hf auth login` is missing, wrong or may not" in refused()
@@ -198,7 +198,7 @@ def test_a_cached_file_that_was_damaged_since_is_named(fake_hub, small, tmp_path
     rv.load_pretrained(NAME)
     (blob,) = tmp_path.glob("hub-cache/models--*/blobs/*")
     blob.write_bytes(content[:-99])
-    assert refused().endswith(f"; the cached copy is damaged: remove {blob}, and it is fetched again")
+    assert refused().endswith(f"; the cached copy is damaged: remove {blob} to download it again")
     blob.unlink()
     rv.load_pretrained(NAME)
 

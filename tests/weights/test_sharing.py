@@ -150,9 +150,9 @@ def test_grey_images_reach_timm_too(account):
 
 def test_nets_that_timm_cannot_build_are_refused_before_anything_is_sent(account):
     for model, words in (
-        (rv.create_model(SMALL, 3), "timm cannot build Small, which is none of timm's"),
-        (rv.create_model("RepVGG-A0", 3, deploy=True), "builds the training form alone"),
-        (rv.create_model("RepVGG-A0", 3, epsilon=1e-3), "timm cannot build RepVGG-A0, with options of its own"),
+        (rv.create_model(SMALL, 3), "timm cannot build Small, which is not one of its variants"),
+        (rv.create_model("RepVGG-A0", 3, deploy=True), "builds only the training form"),
+        (rv.create_model("RepVGG-A0", 3, epsilon=1e-3), "timm cannot build RepVGG-A0, with non-default options"),
     ):
         with pytest.raises(rv.WeightsError, match=words):
             rv.push_to_hub(REPO, model, random_variables(model), timm=True)

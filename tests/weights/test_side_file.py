@@ -57,7 +57,7 @@ def test_an_activation_that_is_a_function_is_asked_for(tmp_path):
     model, variables = net(activation=jax.nn.celu)
     with pytest.warns(WeightsWarning, match="cannot hold activation celu"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
-    with pytest.raises(rv.WeightsError, match="the activation is a function of whoever wrote the file; give load_w"):
+    with pytest.raises(rv.WeightsError, match="activation is a Python function, which a file cannot hold; pass load_w"):
         rv.load_weights(tmp_path / "w.pth")
     assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
 
