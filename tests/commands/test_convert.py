@@ -122,7 +122,7 @@ def test_a_fresh_head_and_other_remarks_go_to_stderr(tmp_path):
     done = convert(tmp_path / "w.pth", tmp_path / "out.safetensors", "--num-classes", "3", "--keep-training-form")
     assert done.returncode == 0
     assert "the classifier is newly initialised" in done.stderr
-    assert "no published variant" in done.stderr
+    assert "not a published variant" in done.stderr
     assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
     assert rv.inspect_weights(tmp_path / "out.safetensors").num_classes == 3
 

@@ -174,7 +174,7 @@ def test_a_changed_published_variant_still_answers_to_its_name(tmp_path):
 def test_an_activation_that_is_a_function_comes_back_with_the_variant(tmp_path):
     model = rv.create_model(VARIANT, 5, activation=squash)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
-    with pytest.raises(rv.WeightsError, match=r"activation is a function .* give load_weights its Variant"):
+    with pytest.raises(rv.WeightsError, match=r"activation is a Python function, .* pass load_weights its Variant"):
         rv.load_weights(tmp_path / "w.safetensors")
     assert rv.load_weights(tmp_path / "w.safetensors", model.variant)[0] == model
 

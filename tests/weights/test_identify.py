@@ -51,7 +51,7 @@ def test_every_variant_family_and_form_shows_in_keys_and_shapes(name, deploy):
 def test_variants_nobody_published_are_inferred_and_said_to_be_custom(custom, tmp_path):
     family = families_of(custom)[0] if custom.squeeze_excite != "after_relu" else FAMILIES["authors-plus"]
     torch.save(torch_state(custom, family=family), tmp_path / "w.pth")
-    with pytest.warns(WeightsWarning, match="no published variant"):
+    with pytest.warns(WeightsWarning, match="not a published variant"):
         model, variables = rv.load_weights(tmp_path / "w.pth")
     assert model.variant == custom
     assert_same_bits(unflatten(random_arrays(custom)), variables)
