@@ -22,7 +22,7 @@ REPORT_IMAGES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """How float layers are rounded to quantised ones.
+    """Options for rounding float layers to quantised ones.
 
     Attributes:
       per_channel: use one weight scale per output channel.

@@ -14,7 +14,7 @@ from .info import MAX_IMAGE_SIZE, WeightsInfo
 
 @dataclasses.dataclass(frozen=True)
 class WeightsOptions:
-    """How to read a weight file, and values that it lacks or has wrong."""
+    """Options for reading a weight file, and values that it lacks or that are to be overridden."""
 
     ema: bool = False
     """Load the moving average of the weights, if a training checkpoint has one."""
