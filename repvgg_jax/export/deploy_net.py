@@ -1,4 +1,4 @@
-"""What every export starts from: one net in deploy form, its numbers in float32, and how its images are prepared."""
+"""Common input of all exports: a net in deploy form, with float32 parameters and its preprocessing."""
 
 import dataclasses
 import json
@@ -19,26 +19,27 @@ from ..weights.info import default_preprocessing
 InputLayout = Literal["NCHW", "NHWC"]
 
 Check = Callable[[Path], object]
-"""What a caller may do with a file, under its temporary name, before it counts as written."""
+"""Function that checks a file under its temporary name; if it raises, nothing is written."""
 
 INPUT, OUTPUT = "images", "logits"
-"""Names of the input and the output, in every format that has names."""
+"""Names of the input and the output, in formats that have names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeployNet:
-    """A net ready to be written.
+    """A net ready to be exported.
 
     Attributes:
-      model: deploy form, float32.
-      params: its parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`;
-        of a quantised net, its integers and scales in the same places, and `pool`.
-      channels: of an image.
-      height, width: of an image.
-      input_layout: how a batch of images lies in memory.
-      preprocessing: what makes an image network input.
-      class_names: names by class index, if they are known.
-      dynamic_size: whether height and width are to stay free, where the format can say so.
+      model: the model in deploy form, float32.
+      params: the parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`;
+        for a quantised net, integers and scales under the same keys, and `pool`.
+      channels: channels of an image.
+      height: height of an image, in pixels.
+      width: width of an image, in pixels.
+      input_layout: memory layout of a batch of images.
+      preprocessing: how images are prepared.
+      class_names: names by class index, or None.
+      dynamic_size: leave height and width free, if the format supports it.
     """
 
     model: RepVGG
@@ -53,13 +54,13 @@ class DeployNet:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of one image, as `input_layout` orders it."""
+        """Return the shape of one image in `input_layout`."""
         if self.input_layout == "NCHW":
             return self.channels, self.height, self.width
         return self.height, self.width, self.channels
 
     def metadata(self) -> dict[str, str]:
-        """Return what a file says of itself, besides the net."""
+        """Return the metadata of an exported file."""
         size = self.height if self.height == self.width else [self.height, self.width]
         entries = {
             "variant": self.model.variant.name,
@@ -80,21 +81,24 @@ def deploy_net(
     class_names: tuple[str, ...] | None = None,
     dynamic_size: bool = False,
 ) -> DeployNet:
-    """Fuse a training form, and check what is to be written; float32 throughout, whatever the model computes in.
+    """Return a net for export: fused, checked, and in float32, whatever dtype the model computes in.
 
     Args:
-      model: training or deploy form.
-      variables: its variables, of any float dtype.
-      input_layout: of the exported net's input.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: what makes an image network input; the variant's published evaluation if None.
+      model: model in training or deploy form.
+      variables: the model's variables, of any float dtype.
+      input_layout: layout of the exported net's input.
+      image_size: in pixels, one number or (height, width); the preprocessing's if None.
+      preprocessing: how images are prepared; the variant's published evaluation if None.
       class_names: names by class index.
       dynamic_size: leave height and width free.
 
+    Returns:
+      The net in deploy form.
+
     Raises:
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
-      ValueError: an unknown layout, a non-positive size, or not one name for each class.
+      WeightsError: the variables do not belong to the model, or contain NaN.
+      FusionError: the training form cannot be fused.
+      ValueError: the layout is unknown, the size is not positive, or there is not one name per class.
     """
     check_input_layout(input_layout)
     if class_names is not None and len(class_names) != model.num_classes:
@@ -112,7 +116,7 @@ def deploy_net(
 
 
 def check_input_layout(input_layout: str) -> None:
-    """Raise ValueError for anything but NCHW and NHWC."""
+    """Raise ValueError unless the layout is NCHW or NHWC."""
     if input_layout not in get_args(InputLayout):
         raise ValueError(f"input_layout must be {' or '.join(get_args(InputLayout))}, not {input_layout!r}")
 

@@ -1,4 +1,4 @@
-"""TensorFlow's SavedModel, by way of `jax.experimental.jax2tf`."""
+"""Export to TensorFlow's SavedModel with `jax.experimental.jax2tf`."""
 
 import importlib.util
 import os
@@ -25,26 +25,26 @@ def export_saved_model(
     preprocessing: Preprocessing | None = None,
     check: Check | None = None,
 ) -> None:
-    """Write the deploy form as a SavedModel, a new folder that appears at once or not at all.
+    """Write the deploy form as a SavedModel: a new folder, created atomically.
 
-    Its signature `serving_default` takes `images` (float32, normalised, `[N, H, W, C]` or `[N, C, H, W]`, any N >= 1)
-    and gives `logits` (float32 `[N, classes]`). The weights are `tf.Variable`s.
+    The signature `serving_default` takes `images` (float32, normalised, `[N, H, W, C]` or `[N, C, H, W]`, any N >= 1)
+    and returns `logits` (float32 `[N, classes]`). The weights are `tf.Variable`s.
 
     Args:
       path: the folder, which must not exist.
-      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
-      variables: its variables.
-      input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: tells the image size; the variant's published evaluation if None.
-      check: sees what was written before it is put in place; what it raises leaves nothing behind.
+      model: model in training form (fused here) or deploy form, with any compute dtype; the file is float32.
+      variables: the model's variables.
+      input_layout: NHWC, this library's layout, or NCHW, with one transpose at the input.
+      image_size: in pixels, one number or (height, width); the preprocessing's if None.
+      preprocessing: supplies the image size; the variant's published evaluation if None.
+      check: called with the temporary path of the written folder; if it raises, nothing is left behind.
 
     Raises:
-      ExportError: TensorFlow is not installed, or this jax has no jax2tf.
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
+      ExportError: TensorFlow is not installed, or the installed jax does not have jax2tf.
+      WeightsError: the variables do not belong to the model, or contain NaN.
+      FusionError: the training form cannot be fused.
       RepVGGError: the folder exists, or cannot be written.
-      ValueError: an unknown layout or a non-positive size.
+      ValueError: the layout is unknown, or the size is not positive.
     """
     check_tensorflow_installed()
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
@@ -59,7 +59,7 @@ def export_saved_model(
         native_serialization_platforms=PLATFORMS,
     )
     module, weights = tf.Module(), jax.tree.map(tf.Variable, net.params)
-    setattr(module, "params", weights)  # noqa: B010 (TensorFlow saves what is an attribute; its type has none)
+    setattr(module, "params", weights)  # noqa: B010 (TensorFlow saves attributes; Module declares none)
     images = tf.TensorSpec([None, *net.image_shape], tf.float32, name=INPUT)
     logits = tf.function(lambda images: converted(weights, images), autograph=False, input_signature=[images])
     with atomic_folder(path) as temporary:
@@ -69,7 +69,7 @@ def export_saved_model(
 
 
 def check_tensorflow_installed() -> None:
-    """Raise ExportError, with what to install, where there is no TensorFlow or no jax2tf."""
+    """Raise ExportError with advice if TensorFlow is not installed or jax does not have jax2tf."""
     if importlib.util.find_spec("tensorflow") is None:
         raise ExportError("writing a SavedModel needs TensorFlow: pip install tensorflow")
     if importlib.util.find_spec("jax.experimental.jax2tf") is None:

@@ -1,7 +1,7 @@
-"""Ranges of activations: what part of a layer's input 8 bits should cover.
+"""Calibration: choose the range of each layer's input that 8 bits represent.
 
-Each layer's input is seen as a histogram of absolute values; a method chooses the threshold that becomes the largest
-integer, everything above it saturates.
+A method chooses a threshold from a histogram of the input's absolute values. The threshold maps to the largest integer;
+values above it saturate.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ Calibration = Literal["minmax", "percentile", "mse", "entropy"]
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How often absolute values fall into `BINS` equal bins between 0 and `limit`.
+    """Histogram of absolute values in `BINS` equal bins between 0 and `limit`.
 
     Attributes:
-      counts: `[BINS]`.
-      limit: the largest absolute value seen.
-      levels: integers that the positive values are mapped to, 255 or 127.
+      counts: number of values per bin, `[BINS]`.
+      limit: the largest absolute value.
+      levels: the largest integer that values are mapped to, 255 or 127.
     """
 
     counts: np.ndarray
@@ -38,17 +38,17 @@ class Histogram:
 
     @property
     def centers(self) -> np.ndarray:
-        """Return the bins' middles, `[BINS]`."""
+        """Return the bins' centres, `[BINS]`."""
         return (np.arange(len(self.counts)) + 0.5) * (self.limit / len(self.counts))
 
 
 def minmax(histogram: Histogram) -> float:
-    """Return the largest value seen: nothing saturates."""
+    """Return the largest value, so that nothing saturates."""
     return histogram.limit
 
 
 def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """Return the value that `share` per cent of all lie below."""
+    """Return the value below which `share` per cent of the values are."""
     below = np.cumsum(histogram.counts)
     place = int(np.searchsorted(below, below[-1] * share / 100))
     return histogram.limit * (place + 1) / len(histogram.counts)
@@ -63,10 +63,10 @@ def mse(histogram: Histogram) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """Return the threshold whose quantised distribution loses least information: smallest Kullback-Leibler divergence.
+    """Return the threshold with the smallest Kullback-Leibler divergence of the quantised distribution.
 
-    Migacz, "8-bit inference with TensorRT" (GTC 2017): the distribution up to the threshold, with what lies above
-    heaped onto its last bin, against the same one averaged over each integer's bins.
+    Migacz, "8-bit inference with TensorRT" (GTC 2017): compares the distribution up to the threshold, with everything
+    above it added to the last bin, with the same distribution averaged over the bins of each integer.
     """
     best, threshold = np.inf, histogram.limit
     for kept in range(histogram.levels + 1, len(histogram.counts) + 1):
@@ -87,7 +87,7 @@ def _divergence(histogram: Histogram, kept: int) -> float:
     if averaged.sum() == 0:
         return np.inf
     p, q = heaped / heaped.sum(), averaged / averaged.sum()
-    if (p[~occupied] > 0).any():  # saturated values where no integer stands for anything
+    if (p[~occupied] > 0).any():  # saturated values in a bin to which the quantised distribution gives no probability
         return np.inf
     return float((p[occupied] * np.log(np.maximum(p[occupied], 1e-30) / q[occupied])).sum())
 
@@ -105,7 +105,7 @@ THRESHOLDS: dict[Calibration, Callable[[Histogram], float]] = {
 
 
 def input_dtype(name: str) -> np.dtype:
-    """Return int8 for the first layer, which reads the image; uint8 after a ReLU."""
+    """Return the dtype of a layer's input: int8 for the first layer, which reads the image; uint8 after a ReLU."""
     return SIGNED if name == "stage0" else UNSIGNED
 
 
@@ -120,13 +120,13 @@ def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict
 
 
 def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: Calibration) -> dict[str, np.float32]:
-    """Return the scale of every layer's input on calibration images, by name; also `pool`'s.
+    """Return the input scale of every layer and of `pool`, by name, from calibration images.
 
     Args:
       variant: the architecture.
       layers: the float net.
       images: `[N, H, W, C]`, normalised.
-      method: how a threshold is chosen.
+      method: how thresholds are chosen.
     """
     limits = {name: float(ranges.max()) for name, ranges in channel_ranges(variant, layers, images).items()}
     thresholds = limits

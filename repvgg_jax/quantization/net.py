@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .report import LayerReport
 
 LARGEST_BIAS = 2**30
-"""Of an int32 bias; what is left of the range is for the sum of the products."""
+"""Maximum magnitude of an int32 bias; the rest of the range is for the sum of the products."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,15 +35,15 @@ class QuantizedNet:
 
     Attributes:
       variant: the architecture.
-      num_classes: width of the classifier.
-      in_channels: of an image.
-      params: by layer. A quantised one has `kernel` int8 `[3, 3, I / groups, O]` (`linear`: `[C, classes]`),
-        `kernel_scale` float32 `[O]`, `bias` int32 `[O]` in units of `input_scale * kernel_scale`, and `input_scale`
-        float32; one left in float has `kernel` and `bias` float32. `pool` has only an `input_scale`. Channel gates
-        (`se`, `post_se`) are float.
+      num_classes: number of classes.
+      in_channels: channels of an image.
+      params: parameters by layer. A quantised layer has `kernel` int8 `[3, 3, I / groups, O]` (`linear`:
+        `[C, classes]`), `kernel_scale` float32 `[O]`, `bias` int32 `[O]` in units of `input_scale * kernel_scale`, and
+        `input_scale` float32; a float layer has `kernel` and `bias` float32. `pool` has only an `input_scale`. Channel
+        gates (`se`, `post_se`) are float.
       preprocessing: how images are prepared.
-      class_names: names by class index, if known.
-      report: what quantisation did to each layer; empty for a net from a file.
+      class_names: names by class index, or None.
+      report: quantisation report on each layer; empty for a net from a file.
     """
 
     variant: Variant
@@ -56,7 +56,7 @@ class QuantizedNet:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Return the parameters as `apply` takes them."""
+        """Return the parameters in the form that `apply` accepts."""
         return {"params": self.params}
 
     def apply(
@@ -71,19 +71,19 @@ class QuantizedNet:
         """Return logits or embeddings, like a Flax model's `apply`.
 
         Args:
-          variables: this net's.
+          variables: the net's variables.
           images: `[N, H, W, C]` float, normalised.
-          train: changes nothing.
+          train: ignored.
           integer: multiply and add in integers (int8 x int8 -> int32) instead of in float32, which holds the same
-            integers exactly up to 2^24 and is faster wherever there is no integer convolution, as in XLA on CPUs. On
-            GPUs, for which XLA has none to int32, the convolutions go through float32 in either case.
-          method: "embed" for the pooled features that the classifier reads, before they are quantised for it.
+            integers exactly up to 2^24 and is faster where there is no integer convolution, as in XLA on CPUs. On GPUs,
+            for which XLA has no int8 -> int32 convolution, the convolutions are computed in float32 in either case.
+          method: "embed" for the pooled features, before they are quantised for the classifier.
 
         Returns:
-          `[N, num_classes]` float32; embeddings: `[N, variant.widths[-1]]`.
+          Logits `[N, num_classes]` float32; embeddings: `[N, variant.widths[-1]]`.
 
         Raises:
-          ValueError: an unknown method.
+          ValueError: `method` is unknown.
         """
         del train
         if method not in (None, "embed"):
@@ -92,11 +92,11 @@ class QuantizedNet:
         return embedding(variables["params"], outputs) if method else outputs["logits"]
 
     def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
-        """Return the net made ready for `make_predictor`.
+        """Return the net prepared for `make_predictor`.
 
-        On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held in
-        float32, exactly, since XLA has no fast integer convolution on CPUs: where 8 bits should buy speed there,
-        export the net (`export_quantized_onnx`) for a runtime with integer kernels.
+        On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held exactly
+        in float32, since XLA has no fast integer convolution on CPUs. For faster 8-bit inference there, export the net
+        (`export_quantized_onnx`) for a runtime with integer kernels.
         """
         integer = jax.default_backend() == "cpu" and native.int8_available()
         params, arithmetic = self.params, None
@@ -120,13 +120,13 @@ class QuantizedNet:
 
 
 def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarray, input_scale: Any) -> dict[str, Any]:
-    """Return a quantised layer from its float bias and its integers.
+    """Return a quantised layer from its float bias and integer weights.
 
     Args:
-      layer: the float layer, its bias as it is to be; a gate it has is kept.
-      kernel: the weights' integers, of any dtype.
-      scale: of each output channel, `[O]`, as from `safe_weight_scale`.
-      input_scale: of the layer's input.
+      layer: the float layer, with its final bias; its gate, if any, is kept.
+      kernel: integer weights, of any dtype.
+      scale: weight scale of each output channel, `[O]`, from `safe_weight_scale`.
+      input_scale: scale of the layer's input.
     """
     unit = np.float32(input_scale) * scale.astype(np.float32)
     return {name: tree for name, tree in layer.items() if name not in ("kernel", "bias")} | {
@@ -138,7 +138,7 @@ def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarr
 
 
 def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's real `kernel` and `bias`, whether it is quantised or not."""
+    """Return a layer's real-valued `kernel` and `bias`, whether it is quantised or not."""
     if not is_quantized(layer):
         return {"kernel": layer["kernel"], "bias": layer["bias"]}
     kernel = np.asarray(layer["kernel"], np.float32) * layer["kernel_scale"]
@@ -146,7 +146,7 @@ def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> np.ndarray:
-    """Return weight scales, raised where int32 could not hold a bias: the weights are next to nothing there."""
+    """Return the weight scales, raised where the bias would not fit in int32; the weights are negligible there."""
     least = np.abs(bias) / (np.float32(input_scale) * LARGEST_BIAS)
     return np.maximum(scale, least).astype(np.float32)
 
@@ -154,20 +154,20 @@ def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> 
 def forward(
     variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool, arithmetic: Arithmetic | None = None
 ) -> dict[str, Array]:
-    """Return what the layers of a quantised net read, and its logits.
+    """Return the inputs of a quantised net's layers, and its logits.
 
-    An accumulator becomes the next layer's input by `round(accumulator * (input_scale * kernel_scale / next_scale))`
-    in float32, ties to even, saturated to 0..255 (which is the ReLU): what ONNX Runtime's QLinearConv computes too.
+    The next layer's input is `round(accumulator * (input_scale * kernel_scale / next_scale))` in float32, ties to even,
+    saturated to 0..255 (which is the ReLU). ONNX Runtime's QLinearConv computes the same.
 
     Args:
       variant: the architecture.
-      params: `QuantizedNet.params`, the kernels of the body as the arithmetic wants them.
+      params: `QuantizedNet.params`, with the body's kernels in the form that `arithmetic` requires.
       images: `[N, H, W, C]` float, normalised.
-      integer: in integers, or in floats that hold them.
-      arithmetic: computes the body's quantised layers; XLA if None.
+      integer: compute in integers instead of in floats that hold them.
+      arithmetic: implementation of the body's quantised layers; XLA if None.
 
     Returns:
-      What each layer reads, by name, integers where it is quantised; and `logits`.
+      Each layer's input by name, in integers where the layer is quantised, and `logits`.
     """
     operations = IntegerOperations(variant, params, arithmetic or InXla(integer), integer)
     logits = walk(variant, operations, images.astype(jnp.float32))
@@ -176,9 +176,9 @@ def forward(
 
 @dataclasses.dataclass
 class IntegerOperations(FloatOperations):
-    """The walk through a quantised net. Integers go from layer to layer where nothing but the ReLU is between them.
+    """Operations of a quantised net. Integers are passed between layers with nothing but a ReLU between them.
 
-    The arithmetic computes the body's quantised layers; `integer` says how the classifier is computed (`accumulate`).
+    `arithmetic` computes the body's quantised layers; `integer` selects the classifier's arithmetic (`accumulate`).
     """
 
     arithmetic: Arithmetic
@@ -186,18 +186,18 @@ class IntegerOperations(FloatOperations):
 
     @functools.cached_property
     def _reader_of(self) -> dict[str, str]:
-        """The name of what reads a block's output, by the block's."""
+        """Name of each block -> name of the layer that reads its output."""
         return {block.name: reader for block, reader in with_readers(self.variant.blocks())}
 
     def read(self, name: str, x: Array) -> Array:
-        """Return the integers that the layer reads, or real numbers where it stayed in float."""
+        """Return the layer's input in integers, or in real numbers if the layer is float."""
         layer = self.layers[name]
         if "input_scale" in layer and not jnp.issubdtype(x.dtype, jnp.integer):
             x = to_integers(x, layer["input_scale"], input_dtype(name))
         return super().read(name, x)
 
     def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
-        """Add and multiply integers, and round to those of the next layer where it reads integers."""
+        """Convolve integers, and round to the next layer's integers if it reads integers."""
         layer = self.layers[block.name]
         if not is_quantized(layer):
             return super().conv(block, x, activate=activate)
@@ -210,11 +210,11 @@ class IntegerOperations(FloatOperations):
         return self.activation(block, y) if activate else y
 
     def pool(self, x: Array) -> Array:
-        """Return the mean of integers, a real number."""
+        """Return the real-valued mean of the integers."""
         return _mean(self.read(POOL, x), self.layers[POOL]["input_scale"])
 
     def linear(self, x: Array) -> Array:
-        """Add and multiply integers."""
+        """Compute the classifier's logits from integers."""
         layer = self.layers[LINEAR]
         if not is_quantized(layer):
             return super().linear(x)
@@ -224,10 +224,10 @@ class IntegerOperations(FloatOperations):
 
 
 def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
-    """Return the pooled features `[N, C]`, real numbers, from what `forward` returns."""
+    """Return the pooled features `[N, C]`, in real numbers, from the outputs of `forward`."""
     return _mean(outputs[POOL], params[POOL]["input_scale"])
 
 
 def _mean(x: Array, scale: Array) -> Array:
-    """Return the real spatial means `[N, C]` of integers, whose sum is exact."""
+    """Return the real-valued spatial means `[N, C]` of integers, from an exact sum."""
     return x.astype(jnp.float32).sum((1, 2)) * (scale / (x.shape[1] * x.shape[2]))

@@ -1,4 +1,4 @@
-"""From a float net and its scales to integers, one layer after another, each seeing what those before have become."""
+"""Layer-by-layer quantisation of a float net; each layer reads the outputs of the layers quantised before it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from .report import LayerReport, spread, sqnr
 from .stack import LINEAR, POOL, FloatOperations, Layers, layer_output, over_batches
 
 REPORT_IMAGES = 64
-"""How many are looked at where they serve nothing but the report."""
+"""Number of images used if they are needed only for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """How a float layer becomes a quantised one.
+    """Options for rounding float layers to quantised ones.
 
     Attributes:
-      per_channel: a weight scale for each output channel.
-      bias_correction: shift each bias by the mean error of its channel on the calibration images, which the rounding
-        of the weights and of all inputs before has left (Nagel et al., ICCV 2019, section 4.2, on data).
-      adaround: learn the rounding of weights; to the nearest if None.
-      in_float: layers that stay in float.
+      per_channel: use one weight scale per output channel.
+      bias_correction: shift each bias by its channel's mean error on the calibration images, which comes from rounding
+        the weights and all preceding inputs (Nagel et al., ICCV 2019, section 4.2, on data).
+      adaround: learn the rounding of weights with these options; round to nearest if None.
+      in_float: names of layers that stay in float.
     """
 
     per_channel: bool
@@ -39,13 +39,13 @@ class Rounding:
 
 
 class Activations(NamedTuple):
-    """What a layer reads, for all calibration images: in the float net, and in the quantised one."""
+    """A layer's input for all calibration images, in the float net and in the quantised net."""
 
     exact: np.ndarray
     quantized: np.ndarray
 
     def map(self, function: Callable[[Array], Array]) -> "Activations":
-        """Return `function` of both, batch by batch."""
+        """Return `function` applied to both, batch by batch."""
         return Activations(*(over_batches(function, x) for x in self))
 
 
@@ -62,9 +62,9 @@ def quantize_layers(
     Args:
       variant: the architecture.
       layers: the float net, equalised or not.
-      scales: of each layer's input, and of `pool`'s.
-      images: calibration images `[N, H, W, C]`, normalised; held in memory with two layers' outputs.
-      rounding: how.
+      scales: input scales of the layers and of `pool`.
+      images: calibration images `[N, H, W, C]`, normalised; held in memory together with two layers' outputs.
+      rounding: how layers are rounded.
       before: the float net before equalisation, for the report.
     """
     if not rounding.bias_correction and rounding.adaround is None:
@@ -76,7 +76,7 @@ def quantize_layers(
 
 @dataclasses.dataclass
 class RoundingOperations:
-    """The walk that quantises each layer as it comes to it, into `params`, and reports on it, into `reports`.
+    """Operations that quantise each layer in turn, adding to `params` and `reports`.
 
     The other attributes are as in `quantize_layers`.
     """
@@ -94,7 +94,7 @@ class RoundingOperations:
         return self.activation(block, outputs) if activate else outputs
 
     def gate(self, block: BlockSpec, name: str, x: Activations) -> Activations:
-        """Compute in float, as the quantised net does."""
+        """Apply the gate in float, as in the quantised net."""
         return x.map(lambda batch: self.float_net.gate(block, name, batch))
 
     def activation(self, block: BlockSpec, x: Activations) -> Activations:
@@ -102,7 +102,7 @@ class RoundingOperations:
         return x.map(lambda batch: self.float_net.activation(block, batch))
 
     def pool(self, x: Activations) -> Activations:
-        """Average what 8 bits leave of the last block's output."""
+        """Average the last block's output, fake-quantised in the quantised net."""
         return Activations(x.exact.mean((1, 2)), self._fake_quantized(POOL, x.quantized).mean((1, 2)))
 
     def linear(self, x: Activations) -> Activations:
@@ -110,7 +110,7 @@ class RoundingOperations:
         return self._layer(LINEAR, None, x, relu=False)
 
     def _layer(self, name: str, spec: BlockSpec | None, x: Activations, *, relu: bool) -> Activations:
-        """Quantise one layer; return its outputs in both nets, before the ReLU that follows it directly or not."""
+        """Quantise one layer; return its outputs in both nets, before any ReLU (`relu`: one follows directly)."""
         layer, before = self.float_net.layers[name], self.before[name]
         exact = _outputs(spec, layer, x.exact)
         alone, inputs, limit = x.exact, x.quantized, None
@@ -150,7 +150,7 @@ def _round(
     rounding: Rounding,
     relu: bool,
 ) -> dict[str, Any]:
-    """Return one quantised layer, from what it will read and what it should give."""
+    """Return one quantised layer, given its input in the quantised net and its target outputs."""
     scale = safe_weight_scale(weight_scale(layer["kernel"], rounding.per_channel), layer["bias"], input_scale)
     if rounding.adaround is None:
         integers = np.rint(layer["kernel"] / scale)
@@ -164,5 +164,5 @@ def _round(
 
 
 def _outputs(spec: BlockSpec | None, layer: Any, x: np.ndarray) -> np.ndarray:
-    """Return a layer's outputs before gate and activation, for all images."""
+    """Return a layer's outputs for all images, before gate and activation."""
     return over_batches(lambda batch: layer_output(spec, layer, batch), x)

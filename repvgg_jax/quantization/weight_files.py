@@ -1,4 +1,4 @@
-"""Quantised nets in `.safetensors` files: int8 weights with their scales, a quarter of the float file's size."""
+"""Quantised nets in `.safetensors` files: int8 weights and scales, at a quarter of the float file's size."""
 
 import os
 from pathlib import Path
@@ -15,10 +15,14 @@ from .net import QuantizedNet
 
 
 def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
-    """Write a quantised net to a `.safetensors` file that describes itself, atomically.
+    """Write a quantised net to a self-describing `.safetensors` file, atomically.
+
+    Args:
+      path: where to write.
+      net: the quantised net.
 
     Raises:
-      WeightsError: another suffix.
+      WeightsError: the suffix is not `.safetensors`.
       RepVGGError: the file cannot be written.
     """
     if Path(path).suffix != ".safetensors":
@@ -29,11 +33,11 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
 
 
 def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -> QuantizedNet:
-    """Return the quantised net that a file holds.
+    """Return the quantised net in a weight file.
 
     Args:
-      path: what `save_quantized` or `python -m convert --int8` wrote.
-      name: variant that it must be, as `load_weights` takes it.
+      path: a file written by `save_quantized` or `python -m convert --int8`.
+      name: expected variant, as for `load_weights`.
 
     Raises:
       UnknownModelError: no variant is called `name`.

@@ -1,4 +1,4 @@
-"""Reading and writing weight files: our own, the authors', timm's, MMPretrain's."""
+"""Reading and writing weight files in the native format and in those of the authors, timm and MMPretrain."""
 
 from .info import WeightsInfo, WeightsWarning, default_preprocessing
 from .loading import inspect_weights, load_weights

@@ -1,4 +1,4 @@
-"""A network's architecture, as a command line names it: a published variant, a JSON file, or a weight file."""
+"""Network architectures named on a command line: a published variant, a JSON file, or a weight file."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 def expected_variant(option: str, text: str | None) -> str | Variant | None:
-    """Return what `load_weights` takes for the variant to expect: a published one's name, or what a file describes.
+    """Return the expected variant for `load_weights`: a published variant's name, or the variant a file describes.
 
     Raises:
       RepVGGError: as from `find_variant`.
@@ -27,15 +27,15 @@ def find_variant(option: str, text: str) -> Variant:
     """Return the variant called `text`, or the one that the file `text` describes.
 
     A `.json` file holds a variant's fields, such as `{"num_blocks": [1, 2, 4, 1], "widths": [16, 16, 32, 64, 128]}`, or
-    the header of one of our weight files. Without a name of its own, the net is called as the file is.
+    the header of a native weight file. A variant without a name is named after the file.
 
     Args:
-      option: what names it, for messages.
+      option: name of the option, for error messages.
       text: a name of `list_models()`, a `.json` file, or anything that `inspect_weights` reads.
 
     Raises:
       UnknownModelError: it is neither a variant's name nor a file.
-      ConfigError: the JSON file cannot be read, or describes no network.
+      ConfigError: the JSON file cannot be read or does not describe a network.
       WeightsError: as from `inspect_weights`.
     """
     if not _is_file(text):

@@ -1,4 +1,4 @@
-"""What a command's weights argument names."""
+"""Resolution of a command's weights argument to a path or an address."""
 
 import os
 
@@ -10,21 +10,21 @@ from .pretrained import find_pretrained
 
 
 def weights_path(option: str, text: str) -> str:
-    """Return where the weights are that a command is given.
+    """Return the path or address of the weights named on a command line.
 
-    A file or folder of that name comes first; then a published variant's name stands for its ImageNet weights on the
-    Hugging Face hub. Addresses of the hub and of buckets stay as they are, and `~` in a path is expanded.
+    An existing file or folder takes precedence; otherwise a published variant's name stands for its ImageNet weights
+    on the Hugging Face hub. Hub and bucket addresses are returned unchanged, and `~` in a path is expanded.
 
     Args:
-      option: what it is given by, for the message.
-      text: what was given.
+      option: name of the option, for error messages.
+      text: the option's value.
 
     Returns:
-      What `load_weights` and `inspect_weights` read.
+      A path or address that `load_weights` and `inspect_weights` accept.
 
     Raises:
-      WeightsError: neither a file nor a variant's name, though it looks like one, or a variant without weights on the
-        hub.
+      WeightsError: `text` looks like a variant's name but is neither a variant nor a file, or the variant has no
+        weights on the hub.
       ConfigError: any other URL, or as `option_place`.
     """
     if is_hub_address(text):
@@ -42,11 +42,11 @@ def weights_path(option: str, text: str) -> str:
 
 
 def _variant_name(text: str) -> str | None:
-    """Return the published variant that `text` names, None if it is a path."""
+    """Return the name of the published variant that `text` names; None if `text` is a path."""
     try:
         return get_variant(text).name
     except UnknownModelError as error:
-        has_suffix = os.path.splitext(text)[1] != ""  # noqa: PTH122 (any text at all)
+        has_suffix = os.path.splitext(text)[1] != ""  # noqa: PTH122 (may be arbitrary text)
         if has_suffix or os.sep in text or not text.lower().startswith("repvgg"):
             return None
         raise WeightsError(f"there is no file {text}, and no such variant; known: {', '.join(VARIANTS)}") from error

@@ -1,4 +1,4 @@
-"""Weight files and training runs in buckets, read from a copy on this machine."""
+"""Weight files and training runs in buckets, read from a local copy."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ from .training_run import find_checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A copy of a weight file or a checkpoint.
+    """A local copy of a weight file or a checkpoint.
 
     Attributes:
       path: the copy.
-      original: what it is a copy of.
-      note: what a user should hear about the choice of a checkpoint.
+      original: the file or checkpoint in the bucket.
+      note: remark on the choice of the checkpoint to show the user, if any.
     """
 
     path: Path
@@ -28,15 +28,15 @@ class Copy:
     note: str | None
 
     def naming_original(self, text: str) -> str:
-        """Return a message about the copy as one about the original."""
+        """Return a message about the copy with the original's path in place of the copy's."""
         return text.replace(f"{self.path.parent}", f"{self.original.parent}")
 
 
 @contextlib.contextmanager
 def copied(address: str) -> Iterator[Copy]:
-    """Yield a copy of a weight file, its side file beside it, or of a run's checkpoint.
+    """Yield a local copy of a weight file, with its side file if any, or of a run's checkpoint.
 
-    Inside the block, a WeightsError that names the copy names the original instead.
+    A WeightsError raised inside the block names the original instead of the copy.
 
     Raises:
       ConfigError: as `BucketPath.parse`.

@@ -1,4 +1,4 @@
-"""Opening a weight file, whatever it is: its first bytes say, not its suffix."""
+"""Opening weight files of any format, which is detected from the first bytes, not from the suffix."""
 
 import io
 import stat
@@ -11,10 +11,10 @@ from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 
 def open_file(local: Path, where: str) -> io.FileIO:
-    """Open a file unbuffered: tensors are read in one piece each.
+    """Open a file unbuffered, since each tensor is read in one piece.
 
     Raises:
-      WeightsError: there is no such file, or it cannot be opened.
+      WeightsError: the file does not exist or cannot be opened.
     """
     with system_errors(WeightsError, f"cannot read {where}", ValueError):  # a name with a NUL
         try:
@@ -32,7 +32,7 @@ def read_container(handle: io.FileIO, path: Path, ema: bool, tensors_only: bool)
     """Return the tensors of an open file.
 
     Raises:
-      WeightsError: damaged, hostile, or not a weight file.
+      WeightsError: the file is damaged, unsafe, or not a weight file.
     """
     with system_errors(WeightsError, f"cannot read {path}"):
         start = handle.read(512)
@@ -49,7 +49,7 @@ EXPORTS = {".onnx": "an ONNX export", ".stablehlo": "a StableHLO export (jax.exp
 
 
 def _what_else(start: bytes, path: Path) -> str:
-    """Return what a file is that begins like no weight file."""
+    """Describe a file that is not a weight file, and say what to do."""
     if not start:
         return "the file is empty"
     export = EXPORTS.get(path.suffix.lower()) or _export(start)
@@ -65,11 +65,11 @@ def _what_else(start: bytes, path: Path) -> str:
 
 
 def _export(start: bytes) -> str:
-    """Return what other runtime's file begins so; empty if none that we write."""
-    # A flatbuffer, jax.export's: the place of its root table, then a table of fields, as long as it takes to get there.
+    """Describe an exported file of ours by its first bytes; empty if it is not one."""
+    # jax.export writes a flatbuffer: offset of the root table, then a field table that fills the space up to it.
     if start[1:4] == bytes(3) and start[4:6] == bytes((start[0] - 4 & 255, 0)):
         return EXPORTS[".stablehlo"]
-    # Protocol buffer's field 1, the version of ONNX's format in one byte, then field 2, the producer's name.
+    # ONNX files are protocol buffers: field 1 (the format's version, in one byte), then field 2 (the producer's name).
     if start[:1] == b"\x08" and start[2:3] == b"\x12":
         return EXPORTS[".onnx"]
     return ""

@@ -1,4 +1,4 @@
-"""What a file of ours says of the net in it: one JSON object, in a native file's header or beside a foreign one."""
+"""Description of a net as a JSON object, in a native file's header or in the side file of another family's file."""
 
 import contextlib
 import dataclasses
@@ -15,27 +15,27 @@ from .info import preprocessing_from_file
 FORMAT_VERSION = 1
 TRAINING, DEPLOY, INT8 = "training", "deploy", "int8"
 IS_DEPLOY = {TRAINING: False, DEPLOY: True, INT8: True}
-"""The forms of a net that a file can hold."""
+"""Forms of a net that a file can hold -> whether it is a deploy form."""
 
 FIELDS = {"version", "release", "variant", "form", "num_classes", "preprocessing", "class_names"}
 FIELDS |= {"num_batches_tracked", "crc32"}
-"""Of the JSON object."""
+"""Fields of the JSON object."""
 
 MAX_STEPS = 2**63 - 1
-"""Of a BN step counter, which PyTorch keeps as int64."""
+"""Maximum of a BN step counter, which is int64 in PyTorch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A net, without its numbers.
+    """Description of a net without its weights.
 
     Attributes:
       form: one of `IS_DEPLOY`.
       variant: the architecture.
-      num_classes: width of the classifier.
+      num_classes: number of classes.
       preprocessing: how images are prepared.
-      class_names: names by class index, if they are known.
-      num_batches_tracked: training steps that the BN statistics have seen, if known.
+      class_names: names by class index, or None.
+      num_batches_tracked: training steps that the BN statistics have seen, or None.
     """
 
     form: str
@@ -46,7 +46,7 @@ class Header:
     num_batches_tracked: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header as JSON types."""
+        """Return the header as a JSON-compatible dict."""
         fields = {
             "version": FORMAT_VERSION,
             "release": __version__,
@@ -62,17 +62,17 @@ class Header:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> "Header":
-        """Read what `to_json` wrote, or somebody else.
+        """Read a header written by `to_json`, without trusting it.
 
         Args:
           fields: the JSON object.
-          where: what to call its file.
-          num_tensors: in the net's file; it has no more blocks than those.
-          expected: where the activation comes from if it is a function, which a file cannot hold.
+          where: name of the file, for messages.
+          num_tensors: number of tensors in the net's file, which bounds the number of blocks.
+          expected: supplies the activation if it is a function, which a file cannot hold.
 
         Raises:
-          WeightsError: a later release's, with a field that this one does not know, or an activation that is not known.
-          ValueError, KeyError, TypeError, AttributeError, RecursionError: a damaged header.
+          WeightsError: the header is of a later release or has unknown fields, or the activation is unknown.
+          ValueError, KeyError, TypeError, AttributeError, RecursionError: the header is damaged.
         """
         if fields["version"] > FORMAT_VERSION:
             raise WeightsError(f"{where} has format version {fields['version']}; this release reads {FORMAT_VERSION}")
@@ -95,9 +95,9 @@ class Header:
 
 
 def variant_to_json(variant: Variant) -> str | dict[str, Any]:
-    """Return a published variant's name, or any other's fields: those of its numbers that are not RepVGG's own.
+    """Return the name of a published variant; for any other, a dict of the fields that are not at their defaults.
 
-    An activation that is a function has no name: it is null.
+    An activation that is a function has no name and becomes None.
     """
     try:
         if get_variant(variant.name) == variant:
@@ -114,18 +114,18 @@ def variant_to_json(variant: Variant) -> str | dict[str, Any]:
 
 
 def _without_defaults(record: Any) -> dict[str, Any]:
-    """Return a dataclass's fields, but for those at their default, which an earlier release need not know."""
+    """Return a dataclass's fields except those at their defaults, so that earlier releases can read the result."""
     values = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
     return {field.name: value for field, value in values if value != field.default}
 
 
 def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, expected: Variant | None) -> Variant:
-    """Return the variant of a header; arguments and errors as for `Header.from_json`."""
+    """Return the variant in a header; arguments and errors as for `Header.from_json`."""
     described = header["variant"]
     if isinstance(described, str):
         return get_variant(described)
     fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in described.items()}
-    if "stem_stride" in fields:  # files written before stages had strides of their own
+    if "stem_stride" in fields:  # in files written before each stage had a stride
         fields["strides"] = (fields.pop("stem_stride"), *Variant.strides[1:])
     _check_names(fields, _names(Variant) - {"published"}, where, header)
     if "branches" in fields:
@@ -136,7 +136,7 @@ def variant_from_json(header: Mapping[str, Any], where: str, num_tensors: int, e
     if fields.get("activation", "") is None:
         if expected is None:
             raise WeightsError(
-                f"{where}: the activation is a function of whoever wrote the file; give load_weights its Variant"
+                f"{where}: the activation is a Python function, which a file cannot hold; pass load_weights its Variant"
             )
         fields["activation"] = expected.activation
     fields["name"] = shown(fields.get("name", Variant.name))
@@ -158,7 +158,7 @@ def _check_names(fields: Mapping[str, Any], names: set[str], where: str, header:
 
 @contextlib.contextmanager
 def refusing_damage(what: str) -> Iterator[None]:
-    """Turn what reading damaged JSON raises inside the block into a WeightsError: "WHAT (ValueError: …)"."""
+    """Turn exceptions of reading damaged JSON inside the block into a WeightsError: "WHAT (ValueError: …)"."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -166,7 +166,7 @@ def refusing_damage(what: str) -> Iterator[None]:
 
 
 def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
-    """Return `value`, if it is a whole number within bounds.
+    """Return `value` if it is an integer within bounds.
 
     Raises:
       ValueError: it is not.

@@ -1,7 +1,7 @@
 """Weights on the Hugging Face hub: `hf://OWNER/REPOSITORY[@REVISION][/FILE]`, or `hf://VARIANT` for published ones.
 
 Download, cache (`HF_HOME`, `HF_HUB_CACHE`), offline mode (`HF_HUB_OFFLINE=1`), mirrors (`HF_ENDPOINT`) and tokens
-(`HF_TOKEN`) are huggingface_hub's own.
+(`HF_TOKEN`) are handled by huggingface_hub.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .pretrained import MAIN, find_pretrained
 
 SCHEME = "hf://"
 FILES = ("model.safetensors", "pytorch_model.bin")
-"""What timm's repositories hold, and ours the first of them, which is preferred."""
+"""File names in timm's repositories, the preferred one first; `push_to_hub` writes only that one."""
 
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -36,7 +36,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_address(path: object) -> bool:
-    """Whether `path` names something on the hub."""
+    """Return whether `path` is an address on the hub."""
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
@@ -50,7 +50,7 @@ def require_hub(what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class HubPlace:
-    """What an address names: the first of `files` that `repository` has in the first of `revisions` that it has."""
+    """The target of an address: the first available of `files` in the first available of `revisions`."""
 
     repository: str
     revisions: tuple[str, ...]
@@ -58,7 +58,11 @@ class HubPlace:
 
     @classmethod
     def parse(cls, address: str) -> "HubPlace":
-        """Raise WeightsError if it is no address, or names a variant without weights on the hub."""
+        """Parse a hub address.
+
+        Raises:
+          WeightsError: it is not a valid address, or names a variant without weights on the hub.
+        """
         name = address.removeprefix(SCHEME)
         with contextlib.suppress(UnknownModelError):
             row = find_pretrained(name)
@@ -66,18 +70,18 @@ class HubPlace:
         parts = _ADDRESS.fullmatch(name)
         if parts is None:
             expected = "hf://OWNER/REPOSITORY[@REVISION][/FILE], or hf://VARIANT"
-            raise WeightsError(f"{shown(address)} is no hub address; expected {expected}")
+            raise WeightsError(f"{shown(address)} is not a hub address; expected {expected}")
         return cls(parts["repository"], (parts["revision"] or MAIN,), (parts["file"],) if parts["file"] else FILES)
 
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """A weight file of the hub.
+    """A weight file downloaded from the hub.
 
     Attributes:
-      path: of the local copy, in the cache.
-      config: what its repository says of it.
-      note: what a user should hear about it, if anything.
+      path: the local copy in the cache.
+      config: contents of the repository's `config.json`, if it has one.
+      note: remark on the file to show the user, if any.
     """
 
     path: Path
@@ -86,11 +90,11 @@ class HubFile:
 
 
 def fetch(address: str) -> HubFile:
-    """Return the local copy of a hub file, downloaded unless the cache has it, and what its repository says of it.
+    """Return a weight file from the hub, downloaded unless it is in the cache, and its repository's configuration.
 
     Raises:
-      WeightsError: huggingface_hub is not installed, no such file, neither network nor cached copy, or the download is
-        damaged.
+      WeightsError: huggingface_hub is not installed, the file does not exist, the hub cannot be reached and the cache
+        does not have the file, or the download is damaged.
     """
     place = HubPlace.parse(address)
     require_hub(address)
@@ -99,21 +103,21 @@ def fetch(address: str) -> HubFile:
         weights, revision = _first_there(place, download)
     except WeightsError:
         raise
-    except Exception as error:  # whichever HTTP library the hub's uses has errors of its own
+    except Exception as error:  # huggingface_hub's HTTP library raises its own exceptions
         names, why = " or ".join(place.files), hub_errors.reason(error, place.repository)
         raise WeightsError(f"cannot fetch {address} ({names}): {why}") from error
     wanted, note = place.revisions[0], None
     if revision != wanted:
-        note = f"{address}: revision {wanted[:7]} of {place.repository} is not to be had; {revision} was taken instead"
+        note = f"{address}: revision {wanted[:7]} of {place.repository} is not available; {revision} is used instead"
     try:
         config = download("config.json", revision)
-    except Exception:  # there is none, or no network any more; the weights do without
+    except Exception:  # optional: it does not exist, or the network has failed since
         return HubFile(weights, None, note)
     return HubFile(weights, HubConfig.read(config, address), note)
 
 
 class _Download:
-    """Downloads from one repository; from the cache alone once the hub has turned out not to be reached."""
+    """Downloader for one repository, which uses only the cache once the hub cannot be reached."""
 
     def __init__(self, repository: str):
         self._repository = repository
@@ -134,14 +138,14 @@ class _Download:
             for broken in (Path(path), blob):
                 broken.unlink(missing_ok=True)
             raise WeightsError(
-                f"cannot fetch {name} of {self._repository}: the download is damaged (its SHA-256 is not the one that "
-                "the hub says), and nothing of it is kept; try again"
+                f"cannot fetch {name} of {self._repository}: the download is damaged (its SHA-256 differs from the "
+                "hub's) and has been deleted; try again"
             )
         return Path(path)
 
 
 def _first_there(place: HubPlace, download: _Download) -> tuple[Path, str]:
-    """Return the first file that is there, and its revision."""
+    """Return the first file that exists, and its revision."""
     first_error = None
     for revision, name in itertools.product(place.revisions, place.files):
         try:
@@ -158,22 +162,21 @@ def _first_there(place: HubPlace, download: _Download) -> tuple[Path, str]:
 
 @contextlib.contextmanager
 def explaining_damage(path: Path) -> Iterator[None]:
-    """Say so in a WeightsError that the block raises, if what it reads is a cached file that has been damaged since."""
+    """Extend a WeightsError raised inside the block with advice if the cached file at `path` is damaged."""
     try:
         yield
     except WeightsError as error:
         blob = _blob(path)
         if blob is None or _is_whole(blob):
             raise
-        raise WeightsError(f"{error}; the cached copy is damaged: remove {blob}, and it is fetched again") from error
+        raise WeightsError(f"{error}; the cached copy is damaged: remove {blob} to download it again") from error
 
 
 def _blob(path: Path) -> Path | None:
-    """Return the file in the hub's cache that the link `path` leads to, if it is called by its SHA-256, as all large
-    files there are."""
+    """Return the cache file that the link `path` points to if it is named by its SHA-256, as all large files are."""
     try:
         blob = Path(os.path.normpath(path.parent / path.readlink()))
-    except OSError:  # no link: a cache on a file system without them
+    except OSError:  # not a link: the cache's file system has none
         return None
     return blob if _SHA256.fullmatch(blob.name) else None
 
@@ -185,14 +188,18 @@ def _is_whole(blob: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class HubConfig:
-    """What timm's `config.json` says beyond the weights: preprocessing (None if absent) and class names."""
+    """Preprocessing and class names in timm's `config.json`; None where absent."""
 
     preprocessing: dict[str, Any] | None
     class_names: tuple[str, ...] | None
 
     @classmethod
     def read(cls, path: Path, address: str) -> "HubConfig":
-        """Raise WeightsError if the file is no JSON object of the expected kind."""
+        """Read a `config.json`.
+
+        Raises:
+          WeightsError: the file is not a JSON object of the expected kind.
+        """
         with refusing_damage(f"{address} has a damaged config.json"):
             if path.stat().st_size > MAX_CONFIG_BYTES:
                 raise ValueError("absurdly long")
@@ -210,7 +217,7 @@ class HubConfig:
             return cls(fields or None, None if names is None else tuple(map(str, names)))
 
     def apply(self, info: WeightsInfo) -> WeightsInfo:
-        """Return `info` with what the config adds to it."""
+        """Return `info` with the configuration's preprocessing and class names."""
         if self.preprocessing:
             preprocessing = Preprocessing.from_dict(info.preprocessing.to_dict() | self.preprocessing)
             info = dataclasses.replace(info, preprocessing=preprocessing)

@@ -1,4 +1,4 @@
-"""What went wrong between here and the Hugging Face hub, in one clause that says what to do."""
+"""Reasons why a request to the Hugging Face hub failed, in one clause that says what to do."""
 
 import errno
 
@@ -8,20 +8,20 @@ LOGIN = "the token of HF_TOKEN or `hf auth login`"
 
 
 def is_no_network(error: BaseException) -> bool:
-    """Whether a download failed for want of the hub, which another attempt would wait for in vain."""
+    """Return whether a download failed because the hub cannot be reached, so that trying again is pointless."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return isinstance(error, LocalEntryNotFoundError) and _http_error(error) is None
 
 
 def is_absence(error: BaseException) -> bool:
-    """Whether a download failed for this name or this revision alone: another may be there, or in the cache."""
+    """Return whether only this file or revision is missing, so that others may exist on the hub or in the cache."""
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     if is_no_network(error):
         return True
     cause = _http_error(error)
-    if cause is not None:  # a mirror's 404 need not say what it has not found
+    if cause is not None:  # a mirror's 404 may not state what is missing
         return isinstance(cause, EntryNotFoundError | RevisionNotFoundError) or (
             _status(cause) == 404 and not _is_missing_repository(cause)
         )
@@ -32,7 +32,7 @@ def reason(error: BaseException, repository: str) -> str:
     """Return why a request to the hub about a repository failed.
 
     Args:
-      error: what huggingface_hub, its HTTP library or the system raised.
+      error: exception raised by huggingface_hub, its HTTP library or the system.
       repository: owner and name.
     """
     from huggingface_hub import constants
@@ -48,7 +48,7 @@ def reason(error: BaseException, repository: str) -> str:
     if cause is not None:
         status = _status(cause)
         if isinstance(cause, GatedRepoError):
-            return f"{repository} is open to those alone whom its owner admits: ask at {endpoint}/{repository}"
+            return f"access to {repository} is restricted: request it at {endpoint}/{repository}"
         if _is_missing_repository(cause):
             return f"{endpoint} has no repository {repository}, or {LOGIN} is missing or may not see it"
         if isinstance(cause, RevisionNotFoundError):
@@ -57,8 +57,8 @@ def reason(error: BaseException, repository: str) -> str:
             return f"{repository} has no such file"
         if status in (401, 403):
             return f"{endpoint} refuses it ({status}): {LOGIN} is missing, wrong or may not do this"
-        said = getattr(cause, "server_message", None)
-        return shown(f"{endpoint} answered {status}" + (f": {' '.join(said.split())}" if said else ""))
+        message = getattr(cause, "server_message", None)
+        return shown(f"{endpoint} answered {status}" + (f": {' '.join(message.split())}" if message else ""))
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, LocalEntryNotFoundError):
@@ -70,14 +70,14 @@ def reason(error: BaseException, repository: str) -> str:
         what = f"the cache ({constants.HF_HUB_CACHE}) cannot be written: {reason_of(error)}"
         return f"{what}; HF_HUB_CACHE names another folder" if error.errno == errno.ENOSPC else what
     if isinstance(error, OSError) and "Consistency check" in str(error):
-        return "the download broke off, and nothing of it is kept; try again"
-    if isinstance(error, HfHubHTTPError.__bases__[0]):  # the base of the errors of whichever HTTP library it uses
+        return "the download was interrupted, and nothing of it is kept; try again"
+    if isinstance(error, HfHubHTTPError.__bases__[0]):  # the base class is the HTTP library's
         return f"the connection to {endpoint} failed ({shown(reason_of(error))}); try again"
     return shown(f"{type(error).__name__}: {reason_of(error)}")
 
 
 def _http_error(error: BaseException) -> BaseException | None:
-    """Return the hub's answer, if one is what an error, or the one behind it, is about."""
+    """Return the error or its cause, whichever holds an HTTP response of the hub; None if neither does."""
     from huggingface_hub.errors import HfHubHTTPError
 
     errors = (e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError))

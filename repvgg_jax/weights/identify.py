@@ -1,4 +1,4 @@
-"""What a file of tensors is, from its keys and shapes alone: whose naming, which form, which architecture."""
+"""Identification of a weight file's naming scheme, form and architecture from its keys and shapes alone."""
 
 import dataclasses
 import itertools
@@ -14,24 +14,24 @@ from .key_maps import FAMILIES, WRAPPER_ENTRIES, Family
 from .tensor_file import TensorFile
 
 MAX_WRAPPERS = 8
-"""How deep inside other modules a network is looked for."""
+"""Maximum depth at which a network is searched for inside other modules."""
 
 MAX_SEARCHED = 10_000
-"""Keys that are searched for networks inside other modules."""
+"""Maximum number of keys searched for networks inside other modules."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Identification:
-    """What the keys and shapes tell.
+    """Result of the identification.
 
     Attributes:
-      family: whose naming it is.
-      variant: the architecture; None if the keys show none that can be built.
-      deploy: fused form.
-      num_classes: rows of the classifier, 0 without one.
+      family: naming scheme of the keys.
+      variant: the architecture; None if the keys do not describe one that can be built.
+      deploy: whether it is the deploy (fused) form.
+      num_classes: rows of the classifier's weight; 0 without a classifier.
       in_channels: input channels of the first convolution.
-      strangers: keys that are none of the family's.
-      gaps: what speaks against a whole RepVGG, in words.
+      strangers: keys that the family does not have.
+      gaps: missing and unexpected parts, in words.
     """
 
     family: Family
@@ -44,10 +44,10 @@ class Identification:
 
 
 def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
-    """Return the network in a file: what begins with `prefix`, its keys without what wrappers put before them all.
+    """Return the network in a file: the entries whose keys begin with `prefix`, without wrappers' prefixes.
 
     Raises:
-      WeightsError: no key begins so, or what begins so is not all of one network.
+      WeightsError: no key begins with `prefix`, or those that do belong to several networks or to other tensors.
     """
     keys = [key for key in file.tensors if key.startswith(prefix)]
     if prefix and not keys:
@@ -72,9 +72,9 @@ def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Return the keys by what is left of them without wrappers' prefixes (`module.`, `_orig_mod.`, `model.`, …).
+    """Return a mapping from each key without its wrappers' prefix (`module.`, `_orig_mod.`, `model.`, …) to the key.
 
-    A wrapper's own scalars are left out.
+    Scalars that belong to a wrapper are omitted.
     """
     wrapped = [key for key in keys if key not in WRAPPER_ENTRIES]
     shared = _shared_prefixes(wrapped)
@@ -83,14 +83,14 @@ def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _shared_prefixes(keys: Collection[str]) -> list[str]:
-    """Return what all keys begin with, from nothing to as many whole names as they share."""
+    """Return the dotted prefixes shared by all keys, from the empty one to the longest."""
     names = next(iter(keys), "").split(".", MAX_WRAPPERS)[:-1]
     prefixes = ["".join(f"{name}." for name in names[:depth]) for depth in range(len(names) + 1)]
     return [prefix for prefix in prefixes if all(key.startswith(prefix) for key in keys)]
 
 
 def _net_prefixes(keys: Iterable[str]) -> list[str]:
-    """Return what stands before the blocks of each network inside a file."""
+    """Return the key prefix of each network in a file."""
     nets: list[str] = []
     for key in itertools.islice(keys, MAX_SEARCHED):
         names = key.split(".", MAX_WRAPPERS)[:-1]
@@ -102,16 +102,16 @@ def _net_prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def _any_block(keys: Iterable[str]) -> bool:
-    """Whether one of them is a block's in any family."""
+    """Return whether any of the keys belongs to a block in any family."""
     parses = (family.parse(key) for key in keys for family in FAMILIES.values())
     return any(parsed is not None and parsed[0] for parsed in parses)
 
 
 def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
-    """Return what a state dict with these keys and shapes is.
+    """Return the family, form and architecture of a state dict with these keys and shapes.
 
     Raises:
-      WeightsError: no known family has such keys.
+      WeightsError: no family has such keys.
     """
     parsed_by_family = [(family, _parse(family, shapes)) for family in FAMILIES.values()]
     family, parsed = max(parsed_by_family, key=lambda pair: len(pair[1]))
@@ -145,28 +145,28 @@ def _parse(family: Family, shapes: Mapping[str, Shape]) -> _Parsed:
 
 
 class _Body:
-    """The blocks that a file has, and the architecture that they add up to."""
+    """The blocks in a file, and the architecture that they form."""
 
     def __init__(self, parsed: _Parsed, main_layer: str):
         self.parsed = parsed
         self.main_layer = main_layer
         self.counts: dict[str, int] = {}
         for stage, position, _, _ in parsed:
-            # A gap is reported as missing keys later; a position beyond the number of keys is no architecture.
+            # Gaps are reported later, as missing keys. A position beyond the number of keys cannot be real.
             if stage and position < len(parsed):
                 self.counts[stage] = max(self.counts.get(stage, 0), position + 1)
 
     def kernel(self, stage: str, position: int) -> Shape:
-        """Return `[out, in, h, w]` of a block's 3x3 kernel, zeros if the file has none."""
+        """Return the shape `[out, in, h, w]` of a block's 3x3 kernel; zeros if the file has none."""
         shape = self.parsed.get((stage, position, self.main_layer, "weight"), ())
         return shape if len(shape) == 4 else (0, 0, 0, 0)
 
     def width(self, stage: str) -> int:
-        """Return the output channels of a stage."""
+        """Return the number of output channels of a stage."""
         return max((self.kernel(stage, position)[0] for position in range(self.counts.get(stage, 0))), default=0)
 
     def variant(self) -> Variant | None:
-        """Return the published variant with these numbers, else one called `custom`; None if they make no RepVGG."""
+        """Return the published variant with these blocks, else one called `custom`; None if they are not a RepVGG."""
         third = ("stage3_first", "stage3_second") if "stage3_first" in self.counts else ("stage3",)
         stages = (("stage1",), ("stage2",), third, ("stage4",))
         gates = {place: self._squeeze(name) for place, name in GATE_NAMES.items()}
@@ -191,28 +191,28 @@ class _Body:
         return variant if published is None else with_block(published, block)
 
     def _squeeze(self, gate: str) -> Shape | None:
-        """Return the shape of the last block's squeeze convolution; None if it has no such gate."""
+        """Return the shape of the last block's squeeze convolution; None if the block has no such gate."""
         return self.parsed.get(("stage4", self.counts.get("stage4", 0) - 1, f"{gate}/down", "weight"))
 
     def _groups(self) -> int:
-        """Return the groups of the first grouped block, block 2: the second of stage 1, or the first of stage 2."""
+        """Return the groups of block 2, the first grouped one: the second of stage 1 or the first of stage 2."""
         stage, before = ("stage1", "stage1") if self.counts.get("stage1", 0) > 1 else ("stage2", "stage1")
         inputs = self.kernel(stage, 1 if stage == before else 0)[1]
         return self.width(before) // inputs if inputs else 1
 
 
 def with_block(variant: Variant, block: BlockKind) -> Variant:
-    """Return the variant with blocks of that kind, whose accuracy nobody has published."""
+    """Return the variant with blocks of another kind, without its published accuracy."""
     return variant if variant.block == block else dataclasses.replace(variant, block=block, published=Published())
 
 
 def with_stated_epsilon(variant: Variant, stated: Variant) -> Variant:
-    """Return the variant that a caller gave, with the epsilon that a file states unless the caller's is unusual."""
+    """Return the caller's variant with the file's epsilon, unless the caller's epsilon is not the default."""
     return dataclasses.replace(variant, epsilon=stated.epsilon) if variant.epsilon == BN_EPSILON else variant
 
 
 def same_network(one: Variant, other: Variant) -> bool:
-    """Whether two variants have the same deploy-form layers, whatever their names, image sizes and options."""
+    """Return whether two variants have the same deploy-form layers; names, image sizes and options may differ."""
     fields = ["num_blocks", "widths", "groups", "squeeze_excite", "auxiliary_heads"]
     if one.squeeze_excite:
         fields.append("squeeze_excite_ratio")

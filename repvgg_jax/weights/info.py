@@ -1,4 +1,4 @@
-"""What a weight file says of itself."""
+"""Description of a weight file."""
 
 import dataclasses
 import math
@@ -11,29 +11,30 @@ from ..net.variants import VARIANTS, Variant
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, in_grey
 
 MAX_IMAGE_SIZE = 16_384
-"""Pixels. A file of unknown origin must not choose how much memory a prediction takes."""
+"""In pixels. Limits the memory that a file of unknown origin can make a prediction take."""
 
 
 class WeightsWarning(UserWarning):
-    """Something a user should hear about a weight file that was loaded nevertheless, such as a fresh classifier."""
+    """Warning about a weight file that was loaded nevertheless, for example with a newly initialised classifier."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsInfo:
-    """A weight file's contents, without the weights.
+    """Description of a weight file, without the weights.
 
     Attributes:
-      family: whose naming the file uses: `native`, or one of `key_maps.FAMILIES`.
-      variant: the architecture; called `custom` if it is none of the published ones.
-      deploy: fused form.
-      num_classes: width of the classifier; 0 if the file has none.
+      family: naming scheme of the file: `native`, or one of `key_maps.FAMILIES`.
+      variant: the architecture; called `custom` if it is not a published one.
+      deploy: whether it is the deploy (fused) form.
+      num_classes: number of classes; 0 without a classifier.
       in_channels: input channels of the first convolution.
-      dtype: storage dtype of the weights, as numpy names it.
-      num_parameters: learned parameters (running statistics not counted).
-      preprocessing: how images are to be prepared.
+      dtype: numpy name of the weights' storage dtype.
+      num_parameters: number of learned parameters, without running statistics.
+      preprocessing: how images are prepared.
       class_names: names by class index, if the file has them.
-      num_batches_tracked: training steps that the BN statistics have seen, if the file tells.
-      quantized: a net in 8 bits, for `load_quantized`; `dtype` is int8 then, though some layers may be in float.
+      num_batches_tracked: training steps that the BN statistics have seen, if the file contains it.
+      quantized: whether it is an 8-bit net, for `load_quantized`; `dtype` is int8 then, though some layers may be
+        float.
     """
 
     family: str
@@ -50,9 +51,9 @@ class WeightsInfo:
 
 
 def default_preprocessing(variant: Variant, in_channels: int = 3) -> Preprocessing:
-    """Return the evaluation preprocessing that a variant's published accuracy belongs to.
+    """Return the evaluation preprocessing for which a variant's accuracy was published.
 
-    One-channel networks take the mean of ImageNet's three means and deviations.
+    For one-channel networks, mean and std are those of ImageNet averaged over its three channels.
     """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if in_channels == 1:
@@ -64,18 +65,18 @@ def preprocessing_from_file(fields: Mapping[str, Any]) -> Preprocessing:
     """Return the preprocessing that a file of unknown origin describes.
 
     Raises:
-      ValueError, TypeError, AttributeError: it describes none, or one that makes no sense.
+      ValueError, TypeError, AttributeError: the fields do not describe a valid preprocessing.
     """
-    found = Preprocessing.from_dict(fields)
-    if type(found.image_size) is not int or found.image_size > MAX_IMAGE_SIZE:
+    preprocessing = Preprocessing.from_dict(fields)
+    if type(preprocessing.image_size) is not int or preprocessing.image_size > MAX_IMAGE_SIZE:
         raise ValueError(f"image_size is not an integer up to {MAX_IMAGE_SIZE}")
-    if not all(math.isfinite(number) for number in (*found.mean, *found.std)):
+    if not all(math.isfinite(number) for number in (*preprocessing.mean, *preprocessing.std)):
         raise ValueError("mean and std must be finite")
-    return found
+    return preprocessing
 
 
 def describe(path: str, info: WeightsInfo) -> str:
-    """Say what a file is, on three lines: the net, its images, its classes."""
+    """Return a description of a weight file on three lines: the net, its images, its classes."""
     form = "INT8 deploy" if info.quantized else "deploy" if info.deploy else "training"
     classes = f"{info.num_classes} classes" if info.num_classes else "no classifier"
     variant = info.variant.name

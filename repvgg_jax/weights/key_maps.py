@@ -1,9 +1,8 @@
-"""Whose file calls which weight what: one table per family, and nothing else to add for a new one.
+"""Names of weights in each family of files: one table per family, which is all that a new family needs.
 
-The parameter tree's own names (`layout.Layer.path`) are the common language. A family says where it keeps a
-block of each stage, what it calls the layers inside a block and the heads, in the order of its modules' state
-dict. Below the layers all families are PyTorch's: `weight`, `bias`, `running_mean`, `running_var`,
-`num_batches_tracked`.
+Every family's names map to those of the parameter tree (`layout.Layer.path`). A family defines the paths of the blocks
+in each stage, and the names of the layers in a block and of the heads, in the order of its modules' state dict. Inside
+a layer all families have PyTorch's names: `weight`, `bias`, `running_mean`, `running_var`, `num_batches_tracked`.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from functools import cached_property
 
 from ..net.variants import AUX_HEADS
 
-# The leaves of a layer, by kind: PyTorch's name -> collection and name in the tree, in state-dict order.
+# Kind of layer -> its leaves: PyTorch's name -> collection and name in the tree, in state-dict order.
 LEAVES: Mapping[str, Mapping[str, str]] = {
     "conv": {"weight": "params/{}/kernel", "bias": "params/{}/bias"},
     "linear": {"weight": "params/{}/kernel", "bias": "params/{}/bias"},
@@ -29,19 +28,19 @@ COUNTER = "num_batches_tracked"
 
 MODEL_KEYS = ("state_dict", "model", "model_state_dict")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
-"""Entries of a checkpoint that hold a state dict: the trained weights, and their moving average."""
+"""Checkpoint entries that hold a state dict: of the trained weights, and of their moving average."""
 
 WRAPPER_ENTRIES = ("n_averaged", "steps")
-"""Scalars that EMA wrappers keep beside the weights."""
+"""Scalars that EMA wrappers store next to the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One naming of RepVGG's weights.
+    """A naming scheme for RepVGG's weights.
 
     Attributes:
-      name: what users call it.
-      stages: for each stage of the tree, the path of its blocks; `{}` stands for the block's position.
+      name: the family's name in options and messages.
+      stages: stage of the tree -> path of its blocks; `{}` stands for the block's position.
       branches: layers inside a block -> path inside the block, in state-dict order.
       heads: layers outside the blocks -> path, in state-dict order.
     """
@@ -52,7 +51,7 @@ class Family:
     heads: Mapping[str, str]
 
     def block_path(self, stage: str, position: int) -> str | None:
-        """Return where the family keeps that block; None if it has no such stage."""
+        """Return the path of a block in the family; None if it has no such stage."""
         template = self.stages.get(stage)
         return None if template is None else template.format(position)
 
@@ -72,7 +71,7 @@ class Family:
         return {path: layer for layer, path in self.heads.items()}
 
     def parse(self, key: str) -> tuple[str, int, str, str] | None:
-        """`(stage, position, layer, leaf)` of a key of this family, stage `""` for heads; None for any other key."""
+        """Return `(stage, position, layer, leaf)` of a key, stage `""` for heads; None if it is not this family's."""
         path, _, leaf = key.rpartition(".")
         if path in self._heads:
             return "", 0, self._heads[path], leaf
@@ -85,12 +84,12 @@ class Family:
 
 
 def _stages(stem: str, later: str, first: int = 1) -> dict[str, str]:
-    """Return the paths of stages 0 to 4: `later` with the stage's number, which the family counts from `first`."""
+    """Return the paths of stages 0 to 4: `stem`, then `later` with the stage's number, counted from `first`."""
     return {"stage0": stem} | {f"stage{number}": later.format(number - 1 + first) for number in range(1, 5)}
 
 
 def _dotted(*layers: str) -> dict[str, str]:
-    """Return the tree's own names with dots: the authors' names are the tree's."""
+    """Return the authors' names of layers: the tree's, with dots."""
     return {layer: layer.replace("/", ".") for layer in layers}
 
 
@@ -104,7 +103,7 @@ AUTHORS = Family(
 )
 
 # QARepVGG (`QARepVGGBlockV2` of its authors, `QARepVGGBlock` of YOLOv6): the 1x1 convolution has no BN, the identity
-# has no entries at all, and the sum has a BN. Gates come before that BN there and after it here: no names.
+# has no entries, and the sum has a BN. Gates come before that BN there but after it here, so they have no names.
 QAREPVGG = dataclasses.replace(
     AUTHORS,
     name="qarepvgg",
@@ -138,7 +137,7 @@ TIMM = Family(
     heads={"linear": "head.fc"},
 )
 
-# `timm.create_model(…, features_only=True)`, which has no classifier.
+# `timm.create_model(…, features_only=True)`: no classifier.
 TIMM_FEATURES = dataclasses.replace(
     TIMM,
     name="timm-features",

@@ -1,4 +1,4 @@
-"""From a weight file, or its place on the Hugging Face hub, to a model and its variables."""
+"""Loading a model and its variables from a weight file, a training run, a bucket or the Hugging Face hub."""
 
 import dataclasses
 import os
@@ -33,22 +33,22 @@ from .tensor_file import TensorFile
 from .training_run import FACTS, find_checkpoint, read_checkpoint
 
 HEAD_SEED = 0
-"""A fresh classifier is the same one every time."""
+"""Fixed, so that a newly initialised classifier is reproducible."""
 
 MAX_THREADS = 4
-"""Tensors read and transposed at once; each thread holds a copy of one in the file's layout."""
+"""Tensors read and transposed in parallel; each thread holds one in the file's layout."""
 
 HEADS = ("linear", *(f"{name}/linear" for name in AUX_HEADS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """A weight file, identified: what it is, what it holds, and which entries of a model are in it.
+    """An identified weight file.
 
     Attributes:
-      file: the open file, its keys without wrappers' prefixes.
-      info: what it is.
-      items: all entries that the whole model has; none if it is quantised.
+      file: the open file, with keys without wrappers' prefixes.
+      info: the file's description.
+      items: all entries of the complete model; empty if it is quantised.
     """
 
     file: TensorFile
@@ -66,34 +66,34 @@ def load_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> tuple[RepVGG, dict[str, Any]]:
-    """Return the model and the variables that a weight file holds, whoever wrote it.
+    """Return the model and the variables in a weight file of any supported format.
 
-    Reads native files and those of the authors, timm and MMPretrain, training or deploy form, as safetensors or
-    as PyTorch writes them; what a file is shows in its keys and shapes. No code in a file is ever run.
+    Reads native files and those of the authors, timm and MMPretrain, in training or deploy form, in safetensors or
+    PyTorch format. The kind of file is determined from its keys and shapes. Code in a file is never run.
 
     Args:
-      path: a weight file, with the `PATH.json` that `save_weights` may have put beside it; a training run, for its
-        best checkpoint, or one of its checkpoints; any of them also in a bucket (`gs://…`, `s3://…`), from where it is
-        copied to this machine first; or on the Hugging Face hub, `hf://OWNER/REPOSITORY`, or `hf://RepVGG-A0` for a
+      path: a weight file, read together with its `PATH.json` if `save_weights` wrote one; a training run, for its best
+        checkpoint; or a single checkpoint. Each may be in a bucket (`gs://…`, `s3://…`), from which it is copied to the
+        local disk first. Or an address on the Hugging Face hub: `hf://OWNER/REPOSITORY`, or `hf://RepVGG-A0` for a
         variant's ImageNet weights.
-      name: variant the caller expects; needed only where the file cannot tell, checked where it can. A `Variant`
-        is taken as it is, if the weights fit it: PyTorch files do not tell a network's activation, stem stride
-        and output stride. (The epsilon that a native or side file states stays where the `Variant` has the usual one.)
-      num_classes: class count wanted. If the file has another, the classifier is a fresh one (a `WeightsWarning`
-        says so); everything else is loaded.
-      ema: take the moving average of the weights, where a training checkpoint has one.
-      tensors_only: pass over pickled objects of unknown classes beside the weights, which are refused otherwise.
-      epsilon: of the BatchNorms that the weights were trained with, which only native files tell; 1e-5 for others
-        unless given, as in PyTorch. YOLO trainers and Keras take 1e-3.
-      prefix: take only what is named so, such as `encoder.`, out of a larger model. A net without classifier needs
-        `num_classes`.
+      name: expected variant; needed only if the file does not determine it, otherwise checked against the file. A
+        `Variant` that fits the weights is used as it is, since PyTorch files do not contain a network's activation,
+        stem stride and output stride. (The epsilon in a native or side file is used if the `Variant` has the default.)
+      num_classes: number of classes. If the file has another number, the classifier is newly initialised, with a
+        `WeightsWarning`, and everything else is loaded.
+      ema: load the moving average of the weights, if a training checkpoint has one.
+      tensors_only: skip pickled objects of unknown classes next to the weights instead of refusing the file.
+      epsilon: epsilon of the BatchNorms that the weights were trained with. Only native files contain it; for others
+        the default is 1e-5, as in PyTorch. YOLO trainers and Keras use 1e-3.
+      prefix: load only the entries whose keys begin with this, such as `encoder.`, from a larger model. A net without
+        classifier needs `num_classes`.
 
     Returns:
       `model, variables`, in the form (training or deploy) that the file has; float32.
 
     Raises:
       UnknownModelError: no variant is called `name`.
-      WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one whole RepVGG.
+      WeightsError: the file is unreadable, unsafe, quantised, of another variant, or not exactly one complete RepVGG.
       ValueError: `num_classes` is not positive, or `epsilon` not above 0 and below 1.
     """
     options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
@@ -109,7 +109,7 @@ def load_with_info(
     stacklevel: int = 2,
     **options: Any,
 ) -> tuple[RepVGG, dict[str, Any], WeightsInfo]:
-    """Do as `load_weights`, and return what `inspect_weights` does besides, for one opening of the file."""
+    """Return the results of `load_weights` and `inspect_weights`, opening the file once."""
     if num_classes is not None:
         num_classes = checked_count("num_classes", num_classes)
     check_not_forked()
@@ -137,7 +137,7 @@ def load_with_info(
     if fresh:
         leaves |= fresh_heads(info.variant, info.deploy, wanted)
         had = f"{info.num_classes} classes" if info.num_classes else "no classifier"
-        message = f"{path} has {had}, not {wanted}: the classifier is a fresh one, everything else is loaded"
+        message = f"{path} has {had}, not {wanted}: the classifier is newly initialised, everything else is loaded"
         warnings.warn(message, WeightsWarning, stacklevel=stacklevel)
     return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves), info
 
@@ -151,13 +151,13 @@ def inspect_weights(
     epsilon: float | None = None,
     prefix: str = "",
 ) -> WeightsInfo:
-    """Return what `path` holds: family, variant, form, classes, dtype, preprocessing. Reads none of the numbers.
+    """Return a weight file's description (family, variant, form, classes, dtype, preprocessing) without its weights.
 
     Arguments as for `load_weights`.
 
     Raises:
       UnknownModelError: no variant is called `name`.
-      WeightsError: no sound weight file, or not exactly one whole RepVGG.
+      WeightsError: the file is not a valid weight file, or not exactly one complete RepVGG.
       ValueError: `epsilon` is not above 0 and below 1.
     """
     options: dict[str, Any] = dict(ema=ema, tensors_only=tensors_only, epsilon=epsilon, prefix=prefix)
@@ -177,10 +177,9 @@ def open_weights(
     prefix: str = "",
     headless: bool = False,
 ) -> Iterator[Contents]:
-    """Yield the file, open, once its keys and shapes are known to be exactly those of one model.
+    """Yield the open file after checking that its keys and shapes are exactly those of one model.
 
-    Args:
-      headless: accept a file without classifier though no `num_classes` is given.
+    Arguments as for `load_weights`; `headless` accepts a file without classifier even if `num_classes` is None.
 
     Raises:
       UnknownModelError, WeightsError: as `load_weights`.
@@ -218,7 +217,7 @@ def open_weights(
                 file.notes += [copy.naming_original(note) if copy else note] if note else []
         else:
             if prefix:
-                raise WeightsError(f"{path} is a native file, which holds one net alone: there is no prefix {prefix!r}")
+                raise WeightsError(f"{path} is a native file, which holds one net: prefix {prefix!r} does not apply")
             _check_expected(info.variant, expected, f"{path}")
             if exact is not None:
                 info = dataclasses.replace(info, variant=with_stated_epsilon(exact, info.variant))
@@ -242,9 +241,9 @@ def _native_contents(file: TensorFile, info: WeightsInfo, where: str) -> Content
 def _foreign_contents(
     file: TensorFile, expected: Variant | None, exact: Variant | None, headless: bool, where: str
 ) -> Contents:
-    """Return what a file of another family holds.
+    """Return the contents of a file of another family.
 
-    `exact`: numbers that the caller gave, who need not be told that they are nobody's.
+    `exact` is the `Variant` that the caller passed, if any; a note on a custom variant is then omitted.
     """
     identity = identify({key: tensor.shape for key, tensor in file.tensors.items()}, where)
     if identity.variant is not None and identity.variant.name != "custom":
@@ -259,7 +258,9 @@ def _foreign_contents(
         variant = with_block(variant, "qarepvgg" if identity.family is QAREPVGG else "repvgg")
     if variant.name == "custom" and exact is None:
         blocks, widths = (", ".join(map(str, numbers)) for numbers in (variant.num_blocks, variant.widths))
-        file.notes.append(f"{where} is no published variant: blocks {blocks}; widths {widths}; groups {variant.groups}")
+        file.notes.append(
+            f"{where} is not a published variant: blocks {blocks}; widths {widths}; groups {variant.groups}"
+        )
     entries = items(identity.family, variant, identity.deploy, identity.num_classes, identity.in_channels or 3)
     if not identity.num_classes and headless:
         entries = [item for item in entries if item.leaf is None or not _is_head(item.leaf) or item.key in file.tensors]
@@ -273,7 +274,7 @@ def _foreign_contents(
 
 
 def _advice(file: TensorFile, identity: Identification, headless: bool) -> str:
-    """Return what to do about a file that holds more or less than one whole network."""
+    """Return advice on a file that does not hold exactly one complete network."""
     advice = ""
     if identity.strangers:
         firsts = {key.partition(".")[0] for key in file.tensors.keys() - set(identity.strangers)}
@@ -291,7 +292,7 @@ def _check_expected(held: Variant, expected: Variant | None, where: str) -> None
 
 
 def _check_entries(file: TensorFile, entries: list[Item], where: str, variant: Variant) -> None:
-    """Check that a file has all of a model's entries and nothing else, but for BN counters, which may be absent."""
+    """Check that a file has exactly a model's entries; only BN counters may be absent."""
     expected = {item.key: item.file_shape for item in entries if item.leaf is not None or item.key in file.tensors}
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     check_shapes(shapes, expected, where, "a custom RepVGG" if variant.name == "custom" else variant.name)
@@ -323,7 +324,7 @@ def _is_head(leaf: str) -> bool:
 
 
 def fresh_heads(variant: Variant, deploy: bool, num_classes: int) -> dict[str, jax.Array]:
-    """Return classifiers (the auxiliary ones too) with PyTorch's default initialisation, the same ones every time."""
+    """Return newly initialised classifiers, including auxiliary ones: PyTorch's default initialisation, fixed seed."""
     leaves = {}
     for layer in head_layers(variant, deploy, num_classes):
         if layer.kind != "linear":

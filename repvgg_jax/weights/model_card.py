@@ -1,4 +1,4 @@
-"""What goes with a net's weights into a repository of the Hugging Face hub: its page, and what timm wants to know."""
+"""Files that accompany a net's weights on the Hugging Face hub: the model card and timm's configuration."""
 
 import json
 import math
@@ -16,7 +16,7 @@ LIBRARY = "repvgg-jax"
 MARK = "<!-- push_to_hub writes this page anew for as long as this line is in it. -->"
 TIMM_FILE = "timm.safetensors"
 METRIC_TYPES = {"top1": "accuracy", "top5": "top-5 accuracy"}
-"""The hub's words for our metrics; any other is of the type that it is called by."""
+"""Metric name -> the hub's metric type; any other metric's type is its name."""
 
 
 def model_card(
@@ -28,15 +28,15 @@ def model_card(
     dataset: str | None,
     timm: bool,
 ) -> str:
-    """Return the repository's README.md: metadata, what the net is, and how it is loaded.
+    """Return the repository's README.md: metadata, a description of the net, and how to load it.
 
     Args:
       repository: owner and name.
-      info: of the weight file.
-      license: of the weights, as the hub spells it.
-      metrics: by name.
-      dataset: what the metrics were measured on.
-      timm: whether there is a copy for timm.
+      info: the weight file's description.
+      license: licence of the weights, as the hub spells it.
+      metrics: values by name.
+      dataset: data set that the metrics were measured on.
+      timm: whether the repository has a copy for timm.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -73,7 +73,7 @@ def model_card(
 
 def _description(info: WeightsInfo) -> str:
     images = info.preprocessing
-    variant = info.variant.name if info.variant.name in VARIANTS else f"A RepVGG of its own ({info.variant.name})"
+    variant = info.variant.name if info.variant.name in VARIANTS else f"A custom RepVGG ({info.variant.name})"
     names = "" if info.class_names is None else f" ({first_ten(info.class_names)})"
     return (
         f"{variant}, {'deploy' if info.deploy else 'training'} form, {info.num_classes} classes{names}, "
@@ -101,7 +101,7 @@ def checked_metrics(metrics: Mapping[str, float] | None, dataset: str | None) ->
     """Return `metrics` as a dict.
 
     Raises:
-      WeightsError: one of them is not a finite number, or a name does not fit a line of a table.
+      WeightsError: a metric is not a finite number, or a name cannot be shown in a table row.
     """
     for name, value in (metrics or {}).items():
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -117,18 +117,18 @@ def _fits_a_table(name: object) -> bool:
 
 
 def timm_config(info: WeightsInfo) -> dict[str, Any]:
-    """Return the `config.json` by which timm's `hf-hub:` loader builds the net and prepares its images.
+    """Return the `config.json` from which timm's `hf-hub:` loader builds the net and its preprocessing.
 
     Raises:
-      WeightsError: timm has no such net.
+      WeightsError: timm cannot build this net, or it is in deploy form.
     """
     variant, images = info.variant, info.preprocessing
     row = PRETRAINED.get(variant.name)
     if row is None or variant != VARIANTS[variant.name]:
-        is_own = "with options of its own" if row else "which is none of timm's"
-        raise WeightsError(f"timm=True: timm cannot build {variant.name}, {is_own}; it has {', '.join(PRETRAINED)}")
+        why = "with non-default options" if row else "which is not one of its variants"
+        raise WeightsError(f"timm=True: timm cannot build {variant.name}, {why}; it has {', '.join(PRETRAINED)}")
     if info.deploy:
-        raise WeightsError("timm=True: timm's hf-hub: loader builds the training form alone; give that")
+        raise WeightsError("timm=True: timm's hf-hub: loader builds only the training form; pass that")
     size = [info.in_channels, images.image_size, images.image_size]
     config: dict[str, Any] = {
         "architecture": row.architecture,

@@ -1,7 +1,7 @@
-"""The native weight file: `.safetensors` with our own tensor names and a self-describing header.
+"""The native weight file: `.safetensors` with the parameter tree's names and a self-describing header.
 
 Tensors are named as in the parameter tree (`params/stage1_0/rbr_dense/conv/kernel`), kernels HWIO. The header's
-metadata holds one JSON object under `repvgg_jax`, with a CRC-32 for each tensor, and that object's own CRC-32 under
+metadata holds one JSON object under `repvgg_jax`, with a CRC-32 for each tensor, and the CRC-32 of that object under
 `repvgg_jax_crc32`. Files of the first releases have no checksums.
 """
 
@@ -44,20 +44,21 @@ def write(path: str | os.PathLike, header: Header, variables: Mapping[str, Any])
 
 
 def _crc32_start(dtype: np.dtype, shape: Shape) -> int:
-    """Return what a tensor's checksum begins with: numbers are not the same ones under another type or shape."""
+    """Return the initial value of a tensor's CRC-32, so that the checksum covers dtype and shape too."""
     return zlib.crc32(f"{dtype.name} {list(shape)}".encode())
 
 
 def read_info(file: TensorFile, expected: Variant | None = None) -> WeightsInfo | None:
-    """Return what a native file says of itself; None if it is a safetensors file of another family.
+    """Return the description in a native file's header; None if it is a safetensors file of another family.
 
-    From here on, the file's tensors are read with the checksums that it has for them.
+    Adds the header's checksums to `file.tensors`, so that later reads are verified.
 
     Args:
-      expected: where the activation comes from if it is a function, which a file cannot hold.
+      file: the open file.
+      expected: supplies the activation if it is a function, which a file cannot hold.
 
     Raises:
-      WeightsError: a damaged header, one of a later release, or an activation that is not known.
+      WeightsError: the header is damaged or of a later release, or the activation is unknown.
     """
     text = file.metadata.get(HEADER)
     if text is None:
@@ -100,5 +101,5 @@ def _with_checksums(tensors: Mapping[str, Tensor], checksums: Mapping[str, Any])
 
 
 def _is_parameter(name: str) -> bool:
-    """Whether a tensor was learned: neither a running statistic nor a scale."""
+    """Return whether a tensor is a learned parameter, not a running statistic or a scale."""
     return name.startswith("params/") and not name.endswith(("/kernel_scale", "/input_scale"))

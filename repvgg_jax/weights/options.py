@@ -1,4 +1,4 @@
-"""Options that every command which reads a weight file shares: what to take from it, and what it does not say."""
+"""Options shared by all commands that read a weight file."""
 
 import dataclasses
 import json
@@ -14,67 +14,67 @@ from .info import MAX_IMAGE_SIZE, WeightsInfo
 
 @dataclasses.dataclass(frozen=True)
 class WeightsOptions:
-    """What to take from a weight file, and what it does not say, or says wrongly, of its images and classes."""
+    """Options for reading a weight file, and values that it lacks or that are to be overridden."""
 
     ema: bool = False
-    """Take the moving average of the weights, where a training checkpoint has one."""
+    """Load the moving average of the weights, if a training checkpoint has one."""
     tensors_only: bool = False
-    """Pass over pickled objects beside the weights instead of refusing the file. Runs none of its code either way."""
+    """Skip pickled objects next to the weights instead of refusing the file. The file's code is never run."""
     prefix: str = ""
-    """Take only what is named so, such as `encoder.`, out of a larger model. A net without classifier needs a class
-    count, in Python and in `convert`."""
+    """Load only the entries whose keys begin with this, such as `encoder.`, from a larger model. A net without
+    classifier needs a class count, in Python and in `convert`."""
     epsilon: float | None = None
-    """What BatchNorm added to the variance when the weights were trained. Native files say it; for others 1e-5 unless
-    given. YOLO trainers and Keras take 1e-3."""
+    """Epsilon of the BatchNorms that the weights were trained with. Native files contain it; for others the default is
+    1e-5. YOLO trainers and Keras use 1e-3."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, for pixel values in 0..1; the weight file's own unless given, as everything below."""
+    """Mean of each channel, for pixel values in 0..1. Default, as for the options below: the weight file's value."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel."""
     image_size: int | None = None
-    """Height and width of the network's input, pixels."""
+    """Height and width of the network's input, in pixels."""
     crop_fraction: float | None = None
-    """Share of the resized shorter side that the central crop keeps, above 0 and at most 1."""
+    """Size of the centre crop as a fraction of the resized shorter side, above 0 and at most 1."""
     class_names: tuple[str, ...] | None = None
-    """Names of the classes, by index: the names themselves, or a file with a name in each line or a JSON list."""
+    """Names of the classes, by index: the names themselves, or a file with one name per line or a JSON list."""
 
     @property
     def reading(self) -> dict[str, Any]:
-        """Return the arguments of `load_weights` and `inspect_weights`.
+        """Return the keyword arguments for `load_weights` and `inspect_weights`.
 
         Raises:
-          ConfigError: an epsilon that cannot be one.
+          ConfigError: the epsilon is out of range.
         """
         if self.epsilon is not None and not 0 < self.epsilon < 1:
             raise ConfigError(f"--epsilon must be above 0 and below 1, not {self.epsilon}")
         return dict(ema=self.ema, tensors_only=self.tensors_only, epsilon=self.epsilon, prefix=self.prefix)
 
     def apply(self, info: WeightsInfo, num_classes: int | None = None) -> WeightsInfo:
-        """Return `info` with what the options say.
+        """Return `info` with the options' values.
 
         Args:
-          info: what a weight file says of itself.
-          num_classes: of a fresh classifier, where the file's is replaced.
+          info: a weight file's description.
+          num_classes: number of classes of a new classifier that replaces the file's.
 
         Raises:
-          ConfigError: numbers that make no preprocessing, other than one for each channel, not one name for each class,
-            or a file of names that cannot be read.
+          ConfigError: a value is invalid, there is not one number per channel or one name per class, or the file of
+            names cannot be read.
         """
-        given = {name: getattr(self, name) for name in ("image_size", "crop_fraction", "mean", "std")}
-        given = {name: value for name, value in given.items() if value is not None}
+        overrides = {name: getattr(self, name) for name in ("image_size", "crop_fraction", "mean", "std")}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"--image-size must be at least 1, not {self.image_size}")
         if self.image_size is not None and self.image_size > MAX_IMAGE_SIZE:
             raise ConfigError(f"--image-size must be at most {MAX_IMAGE_SIZE}, not {self.image_size}")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"--crop-fraction must be above 0 and at most 1, not {self.crop_fraction}")
-        for name in {"mean", "std"} & given.keys():
-            if len(given[name]) != info.in_channels:
-                wanted, count = info.in_channels, len(given[name])
+        for name in {"mean", "std"} & overrides.keys():
+            if len(overrides[name]) != info.in_channels:
+                wanted, count = info.in_channels, len(overrides[name])
                 raise ConfigError(f"--{name} needs one number for each of {wanted} channels, not {count}")
-            if not all(map(math.isfinite, given[name])):
-                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, given[name]))}")
+            if not all(map(math.isfinite, overrides[name])):
+                raise ConfigError(f"--{name} must be finite, not {' '.join(map(str, overrides[name]))}")
         try:
-            preprocessing = dataclasses.replace(info.preprocessing, **given)
+            preprocessing = dataclasses.replace(info.preprocessing, **overrides)
         except ValueError as error:
             raise ConfigError(f"{error}") from error
         classes = num_classes or info.num_classes
@@ -88,12 +88,12 @@ class WeightsOptions:
         return dataclasses.replace(info, preprocessing=preprocessing, class_names=class_names)
 
 
-def _read_names(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names, or those in a file if a file's name is all that is given."""
-    path = Path(expand_home(given[0])) if len(given) == 1 else None
+def _read_names(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names, or those in a file if there is a single entry and it is a file's name."""
+    path = Path(expand_home(values[0])) if len(values) == 1 else None
     try:
-        if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path's own raises where a name is too long)
-            return given
+        if path is None or not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises if a name is too long)
+            return values
         text = path.read_text(encoding="utf-8")
         if not text.lstrip().startswith("["):
             return tuple(line.strip() for line in text.splitlines() if line.strip())

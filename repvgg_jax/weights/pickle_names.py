@@ -1,6 +1,6 @@
-"""The names that pickles of tensors mention, as `safe_pickle` knows them: all of them are text, none is imported.
+"""Names that `safe_pickle` accepts in pickles of tensors. They are compared as text; none is imported.
 
-They are names that `torch.load(weights_only=True)` allows too, so that what one accepts is accepted by the other.
+`torch.load(weights_only=True)` allows them too, so both accept the same files.
 """
 
 _STORAGES = {
@@ -24,7 +24,7 @@ _STORAGES = {
 }
 STORAGE_DTYPES = {f"torch.{name}": dtype for name, dtype in _STORAGES.items()}
 STORAGE_DTYPES["torch.storage.UntypedStorage"] = "uint8"
-"""A storage's class -> the numbers in it, as numpy calls them. Quantized ones only matter for their length."""
+"""Storage class -> numpy dtype of its elements. For quantized storages only the element size matters."""
 
 _DTYPES = (
     *("float16", "float32", "float64", "bfloat16", "bool", "complex32", "complex64", "complex128"),
@@ -49,9 +49,9 @@ HARMLESS = frozenset(
         "collections.Counter",
     }
 )
-"""Names of plain values, and of calls that make no weights: what they would give is passed over."""
+"""Names of plain values, and of calls that do not create weights. Their results are skipped."""
 
 
 def python3_name(module: str, name: str) -> str:
-    """Return `module.name`; pickles that Python 2 can read call the built-in functions' module `__builtin__`."""
+    """Return `module.name` with Python 2's `__builtin__`, which older pickle protocols write, as `builtins`."""
     return f"{'builtins' if module == '__builtin__' else module}.{name}"

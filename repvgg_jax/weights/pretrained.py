@@ -1,8 +1,8 @@
-"""The published ImageNet weights that are on the Hugging Face hub: timm's copies of the authors' files, as one table.
+"""Table of the published ImageNet weights on the Hugging Face hub: timm's copies of the authors' files.
 
 Sources: repositories, files and licence from timm's table of weights (`timm/models/byobnet.py`, 1.0) and the pages of
-its repositories; revisions and sizes from those pages (A1, B1 and B2g4: sizes computed, as the others can be); top-1
-from timm's `results/results-imagenet.csv` (224 pixels, crop 0.875). `None` stands for what none of them says.
+its repositories; revisions and sizes from those pages (sizes of A1, B1 and B2g4: computed); top-1 from timm's
+`results/results-imagenet.csv` (224 pixels, crop 0.875). `None` means that none of these sources states it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from ..errors import WeightsError
 from ..net.variants import get_variant
 
 AUTHORS_PAGE = "https://github.com/DingXiaoH/RepVGG"
-"""Links the authors' own files, on Google Drive and Baidu Cloud."""
+"""Page with links to the authors' files on Google Drive and Baidu Cloud."""
 
 MAIN = "main"
 
@@ -22,12 +22,12 @@ class Pretrained:
 
     Attributes:
       variant: the variant's name.
-      architecture: timm's name of it.
-      revision: commit to take; `main` where no page shows one in full.
-      megabytes: size of the file, in 10^6 bytes.
-      top1: accuracy that timm measured, %.
-      licence: of the weights, as the hub spells it.
-      file: its name in the repository.
+      architecture: timm's name of the variant.
+      revision: commit to download; `main` where no page shows a full commit hash.
+      megabytes: file size, in 10^6 bytes.
+      top1: accuracy measured by timm, in %.
+      licence: licence of the weights, as the hub spells it.
+      file: file name in the repository.
     """
 
     variant: str
@@ -45,7 +45,7 @@ class Pretrained:
 
     @property
     def revisions(self) -> tuple[str, ...]:
-        """The revisions to look for, the preferred one first."""
+        """Revisions to try, the preferred one first."""
         return tuple(dict.fromkeys((self.revision, MAIN)))
 
 
@@ -66,14 +66,14 @@ PRETRAINED: dict[str, Pretrained] = {row.variant: row for row in _TABLE}
 
 
 def find_pretrained(name: str) -> Pretrained:
-    """Return where the ImageNet weights of a published variant are on the hub.
+    """Return the table row of a published variant's ImageNet weights on the hub.
 
     Args:
       name: one of `list_models()`; letter case does not matter.
 
     Raises:
-      UnknownModelError: no such variant.
-      WeightsError: the hub has none for it.
+      UnknownModelError: no variant is called `name`.
+      WeightsError: the hub has no weights of the variant.
     """
     name = get_variant(name).name
     if name not in PRETRAINED:

@@ -1,4 +1,4 @@
-"""The quantised weight file: a native file of form `int8`, with a layer's scales beside its integers.
+"""The quantised weight file: a native file of form `int8`, with each layer's scales next to its integers.
 
 `params/stage1_0/{kernel int8, kernel_scale, bias int32, input_scale}`, or `{kernel, bias}` in float32 for a layer left
 in float; `params/pool/input_scale`; gates (`se`, `post_se`) as in the deploy form.
@@ -20,7 +20,7 @@ REPARAM, SCALE, INPUT_SCALE = "/rbr_reparam/", "kernel_scale", "input_scale"
 
 
 def expected_tensors(variant: Variant, num_classes: int, in_channels: int, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> (shape, dtype) of all tensors; of `names`, those of the scales decide which layers are quantised."""
+    """Return name -> (shape, dtype) of all tensors; the layers with a scale in `names` are quantised."""
     expected: dict[str, Any] = {"params/pool/input_scale": ((), "float32")}
     for name, shape in expected_shapes(variant, True, num_classes, in_channels).items():
         layer, _, leaf = name.replace(REPARAM, "/").rpartition("/")
@@ -35,10 +35,10 @@ def expected_tensors(variant: Variant, num_classes: int, in_channels: int, names
 
 
 def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
-    """Check that a file holds all of a quantised net's tensors and nothing else.
+    """Check that a file has exactly the tensors of a quantised net.
 
     Raises:
-      WeightsError: lists what is missing, unexpected, or of another shape or type.
+      WeightsError: tensors are missing, unexpected, or of another shape or dtype; the message lists them.
     """
     expected = expected_tensors(info.variant, info.num_classes, info.in_channels, file.tensors)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -49,10 +49,10 @@ def check_tensors(file: TensorFile, info: WeightsInfo, where: str) -> None:
 
 
 def read_tensors(file: TensorFile, where: str) -> dict[str, Any]:
-    """Return the tree under `params`, once it is sure that every number makes sense.
+    """Return the tree under `params` after checking its values.
 
     Raises:
-      WeightsError: numbers that are not finite, or scales that are not positive.
+      WeightsError: a value is not finite, or a scale is not positive.
     """
     arrays = {}
     for name, tensor in file.tensors.items():

@@ -1,11 +1,11 @@
-"""Reading the pickles inside PyTorch files without running anything they ask for.
+"""Reader of the pickles in PyTorch files that runs none of their code.
 
-A pickle is a program. `torch.load(weights_only=True)` refuses programs that call what it does not know; this
-reader goes further and calls nothing at all: it walks the opcodes (`pickletools.genops`, which only parses) and
-knows a handful of names, for which it builds plain records itself. No name in the file is ever imported.
+A pickle is a program. `torch.load(weights_only=True)` refuses pickles that call unknown functions; this reader calls
+no function at all. It iterates over the opcodes (`pickletools.genops`, which only parses) and builds plain records for
+a small set of names. No name in the file is ever imported.
 
-Work and memory are bounded by the number of instructions: those that take a list made earlier, and so could do
-much with little, count as many as the list has entries.
+Time and memory are bounded by the number of instructions. An instruction that takes an existing list counts once for
+each of the list's entries, since it could otherwise do much work at little cost.
 """
 
 import dataclasses
@@ -17,33 +17,33 @@ from typing import Any
 from .pickle_names import HARMLESS, STORAGE_DTYPES, python3_name
 
 MAX_STEPS = 1_000_000
-"""A checkpoint with optimizer state and a moving average needs some hundred thousand; so many take a second or two."""
+"""A checkpoint with optimizer state and a moving average needs a few hundred thousand; this many take 1 to 2 s."""
 
 MAX_NAME = 300
-"""Longest module and class name; real ones stay far below."""
+"""Maximum total length of a module and class name; real ones are far shorter."""
 
 MAX_KEY_BITS = 64
-"""Largest integer that may be a dict's key: hashing one of millions of digits takes long, every time."""
+"""Maximum size of an integer dict key: hashing one of millions of digits takes long, every time."""
 
 
 class PickleError(ValueError):
-    """The bytes are no sound pickle, or no pickle of PyTorch tensors."""
+    """The bytes are not a valid pickle of PyTorch tensors."""
 
 
 class RefusedError(PickleError):
-    """The pickle holds an object that only running code could restore; `args[0]` is its class."""
+    """The pickle holds an object that cannot be restored without running code; `args[0]` is its class."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle refers to, `module.class`. It stays a name."""
+    """A name in the pickle, `module.class`, which is never imported."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A reference to a block of numbers stored beside the pickle: its key, element type and count."""
+    """A reference to a block of numbers stored outside the pickle: its key, element type and element count."""
 
     key: str
     dtype: str
@@ -52,7 +52,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor as the pickle describes it, unchecked: sizes and strides in elements of `storage`."""
+    """A tensor as described in the pickle, unchecked; offset, size and stride in elements of `storage`."""
 
     storage: Storage
     offset: Any
@@ -61,7 +61,7 @@ class TensorRecord:
 
 
 class Opaque:
-    """What stands for an object that was not restored. `contents` are its attributes and, of a mapping, its items."""
+    """Placeholder for an unrestored object; `contents` holds its attributes and, for a mapping, its items."""
 
     __slots__ = ("contents",)
 
@@ -73,13 +73,13 @@ _MARK = object()
 
 
 class Reader:
-    """A stack machine for the opcodes that make plain data.
+    """A stack machine for the opcodes that create plain data.
 
     Args:
-      tensors_only: let objects of unknown classes stand as `Opaque` instead of refusing the pickle.
+      tensors_only: represent objects of unknown classes by `Opaque` instead of refusing the pickle.
 
     Attributes:
-      storages: every storage that the pickles read so far refer to.
+      storages: all storages that the pickles read so far refer to.
     """
 
     def __init__(self, tensors_only: bool = False):
@@ -87,11 +87,11 @@ class Reader:
         self.storages: set[Storage] = set()
 
     def load(self, file: io.BufferedIOBase) -> Any:
-        """Return the object of the pickle that starts at the file's position; the position moves behind it.
+        """Return the object in the pickle at the file's current position, and move the position past the pickle.
 
         Raises:
-          RefusedError: an object of an unknown class, unless `tensors_only`.
-          PickleError: a damaged pickle, or one too long.
+          RefusedError: the pickle has an object of an unknown class, and `tensors_only` is not set.
+          PickleError: the pickle is damaged or too long.
         """
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -185,7 +185,7 @@ class Reader:
             target.update(_with_plain_keys(zip(values[::2], values[1::2], strict=True)))
 
     def _target(self, kind: type) -> Any:
-        """Return the list or dict that items are for; None if they are entries of an object that is not restored."""
+        """Return the list or dict to add items to; None if the items belong to an object that is not restored."""
         target = self.stack[-1]
         if isinstance(target, kind):
             return target
@@ -193,7 +193,7 @@ class Reader:
             return self._contents(target) if kind is dict else None
         raise PickleError(f"damaged pickle (items of no {kind.__name__})")
 
-    _additems = _pop_mark  # sets have no tensors
+    _additems = _pop_mark  # sets do not contain tensors
 
     def _frozenset(self, _: Any) -> None:
         self._to_mark()
@@ -227,7 +227,7 @@ class Reader:
         if not isinstance(function, Global) and not (isinstance(function, Opaque) and self.tensors_only):
             raise PickleError("damaged pickle (a call of something that is not a function)")
         rebuild = REBUILDERS.get(function.name) if isinstance(function, Global) else None
-        if rebuild is None:  # harmless: a name that is not was refused when it came up, or is to be passed over
+        if rebuild is None:  # harmless, or skipped because of tensors_only: others were refused in _push_global
             self.stack.append(Opaque())
             return
         if rebuild is _ordered_dict and arguments and isinstance(arguments[0], Sized):
@@ -253,7 +253,7 @@ class Reader:
         self._call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        """Give an object its attributes. Those of a dict, such as a state dict's `_metadata`, are no weights."""
+        """Set an object's attributes. Those of a dict, such as a state dict's `_metadata`, are not weights."""
         (attributes,) = self._take(1)
         target = self.stack[-1]
         if isinstance(target, Opaque) and isinstance(attributes, dict):
@@ -269,9 +269,9 @@ class Reader:
         return target.contents
 
     def _binpersid(self, _: Any) -> None:
-        """`("storage", type, key, location, count[, view])`: numbers that lie beside the pickle.
+        """Push the storage described by `("storage", type, key, location, count[, view])`.
 
-        Older files with pickled networks also refer to `("module", class, file, source)`.
+        Older files with pickled networks also have `("module", class, file, source)`.
         """
         (identity,) = self._take(1)
         if self.tensors_only and isinstance(identity, tuple) and identity[:1] == ("module",):
@@ -294,7 +294,7 @@ class Reader:
 
 
 def _with_plain_keys(pairs: Any) -> dict[Any, Any]:
-    """Return a dict of those pairs whose key is cheap to hash; no weight and no wrapper has another."""
+    """Return a dict of the pairs whose keys are cheap to hash; weights and wrappers have only such keys."""
     return {key: value for key, value in pairs if _is_plain_key(key)}
 
 
@@ -325,7 +325,7 @@ def _parameter(data: Any, _requires_grad: Any, _hooks: Any, _state: Any = None) 
 
 
 def _with_attributes(function: Any, _class: Any, arguments: Any, _state: Any) -> Any:
-    """Return a tensor that carries Python attributes, or is of a subclass."""
+    """Return a tensor that has Python attributes or is of a subclass."""
     if function not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
         return Opaque()
     return REBUILDERS[function.name](*arguments)
@@ -345,7 +345,7 @@ REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "collections.OrderedDict": _ordered_dict,
 }
-"""The calls that make weights, and what this reader builds instead of calling."""
+"""Calls that create tensors -> this reader's replacements for them."""
 
 _PUSHES = frozenset(
     op.name
@@ -369,4 +369,4 @@ _MAKERS: dict[str, Callable[[Reader], Any]] = {
     "TUPLE": lambda reader: tuple(reader._to_mark()),
     "LIST": lambda reader: reader._to_mark(),
 }
-"""Instructions that push something, made of what lies on the stack if of anything."""
+"""Instructions that push a value, some of them made from values on the stack."""

@@ -1,7 +1,7 @@
-"""Reading and writing safetensors files: an 8-byte length, a JSON header, numbers.
+"""Reading and writing safetensors files: an 8-byte length, a JSON header, and the tensors' data.
 
-The safetensors library judges the file first; the header is then read once more here, for the tensors' places, so
-that they come from the file one by one like those of every other format.
+The safetensors library validates the file first. The header is then parsed again here for the tensors' offsets, so
+that tensors are read one at a time, as in every other format.
 """
 
 import io
@@ -40,7 +40,7 @@ def read_safetensors(handle: io.FileIO, path: Path) -> TensorFile:
     """Return the tensors and the metadata of an open safetensors file.
 
     Raises:
-      WeightsError: damaged, cut short, or a header that lies about the file.
+      WeightsError: the file is damaged or truncated, or its header contradicts its contents.
     """
     try:
         length = handle.seek(0, 2)
@@ -95,7 +95,7 @@ def _locate(entry: dict[str, Any], start: int, length: int) -> Tensor:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name appears twice in its header")
-    return found
+    return entries

@@ -1,4 +1,4 @@
-"""From a model and its variables to a weight file, in our own format or under other people's names."""
+"""Writing a model and its variables to a weight file, in the native format or another family's."""
 
 import importlib.util
 import os
@@ -39,29 +39,28 @@ def save_weights(
     class_names: tuple[str, ...] | None = None,
     num_batches_tracked: int | None = None,
 ) -> None:
-    """Write a weight file, atomically; the suffix chooses the format.
+    """Write a weight file, atomically; the suffix selects the format.
 
-    `.safetensors` is native and self-describing, custom variants and block options included. `.pth`, `.pt`, `.bin` and
-    `.tar` are PyTorch's, with the authors' keys, order, shapes and dtypes, for
+    `.safetensors` files are native and self-describing, including custom variants and block options. `.pth`, `.pt`,
+    `.bin` and `.tar` files are PyTorch's, with the authors' keys, order, shapes and dtypes, for
     `load_state_dict(torch.load(path), strict=True)`.
 
-    A file under other people's names cannot hold preprocessing, class names, activation and strides. Where they are not
-    what its reader would assume, they go into `PATH.json` beside it, which `load_weights` reads, and a `WeightsWarning`
-    says so.
+    The files of other families cannot hold preprocessing, class names, activation or strides. Where these differ from
+    the defaults that a reader assumes, they are written to `PATH.json` next to the file, which `load_weights` reads,
+    and a `WeightsWarning` is issued.
 
     Args:
-      path: where to write; in a bucket too (`gs://…`, `s3://…`), where it becomes one object.
-      model: the model that `variables` belong to, training or deploy form.
+      path: where to write; in a bucket (`gs://…`, `s3://…`) the file becomes one object.
+      model: the model that `variables` belong to, in training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
-      family: whose names to use: `authors` (QARepVGG's or RepVGG's), `timm` or `mmpretrain`, in either format, or
-        `native`.
-      preprocessing: how its images are prepared; the variant's published evaluation if None.
+      family: naming scheme: `authors` (RepVGG's or QARepVGG's), `timm` or `mmpretrain`, in either format, or `native`.
+      preprocessing: how the model's images are prepared; the variant's published evaluation if None.
       class_names: names by class index.
-      num_batches_tracked: training steps behind the BN statistics; PyTorch files say 0 if None.
+      num_batches_tracked: training steps that the BN statistics have seen; PyTorch files say 0 if None.
 
     Raises:
-      WeightsError: unknown suffix or family, no torch for a PyTorch file, `variables` do not belong to `model`, the
-        family has no names for it, NaN in the weights, or a `PATH.json` of somebody else's in the way.
+      WeightsError: the suffix or family is unknown, PyTorch is needed but not installed, `variables` do not belong to
+        `model`, the family has no names for it, the weights contain NaN, or an unrelated `PATH.json` exists.
       RepVGGError: the file cannot be written.
     """
     if not isinstance(model, RepVGG):
@@ -89,10 +88,10 @@ def save_weights(
 
 
 def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flat tree of numbers that `variables` are.
+    """Return `variables` as a flat tree of arrays.
 
     Raises:
-      WeightsError: they are something else.
+      WeightsError: `variables` is not a tree of float arrays.
     """
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         what = ", ".join(map(shown, variables)) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
@@ -105,12 +104,12 @@ def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family: str | None) -> Family | None:
-    """Return the naming that a file gets, None for the native one.
+    """Return the naming scheme for a file; None for the native one.
 
-    RepVGGplus and the training form of QARepVGG have names of their authors' of their own.
+    For RepVGGplus and the training form of QARepVGG the authors use names that differ from RepVGG's.
 
     Raises:
-      WeightsError: unknown suffix or family, native names in a PyTorch file, or no torch to write it.
+      WeightsError: unknown suffix or family, native names in a PyTorch file, or PyTorch is needed but not installed.
     """
     suffix = Path(path).suffix
     if suffix not in WRITABLE:
@@ -141,7 +140,7 @@ def check_writable(
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> None:
-    """Fail as `save_weights` would for such a model, as far as that shows beforehand.
+    """Raise the errors of `save_weights` that can be foreseen without the weights.
 
     Raises:
       WeightsError, RepVGGError: as `save_weights`.
@@ -163,6 +162,6 @@ def _save_torch(path: Path, state: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
         try:
             torch.save(tensors, file)
-        except RuntimeError as error:  # a full disk ends in one, with the system's own error behind it
+        except RuntimeError as error:  # raised on a full disk, for example, with the system's error as its context
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError("PyTorch could not write it") from error

@@ -1,4 +1,4 @@
-"""Nets by the name of a variant or of a repository on the Hugging Face hub, and one's own nets to the hub."""
+"""Loading nets from the Hugging Face hub, by variant or repository, and pushing nets to it."""
 
 import json
 import re
@@ -26,20 +26,20 @@ _REPOSITORY = re.compile(r"[^/@\s]+/[^/@\s]+")
 def load_pretrained(name: str, num_classes: int | None = None) -> tuple[RepVGG, dict[str, Any]]:
     """Return a published variant with its ImageNet weights, from timm's repositories on the Hugging Face hub.
 
-    The file comes through huggingface_hub: its cache (`HF_HOME`), offline mode (`HF_HUB_OFFLINE=1`), mirrors
-    (`HF_ENDPOINT`) and token (`HF_TOKEN`) are used. `inspect_weights("hf://RepVGG-A0")` says how images are prepared.
+    The file is downloaded by huggingface_hub, with its cache (`HF_HOME`), offline mode (`HF_HUB_OFFLINE=1`), mirrors
+    (`HF_ENDPOINT`) and token (`HF_TOKEN`). `inspect_weights("hf://RepVGG-A0")` returns the preprocessing.
 
     Args:
       name: one of `list_models()`; letter case does not matter.
-      num_classes: class count wanted. If it is not 1000, the classifier is a fresh one (a `WeightsWarning` says so).
+      num_classes: number of classes. If it is not 1000, the classifier is newly initialised, with a `WeightsWarning`.
 
     Returns:
       `model, variables`, training form, float32, as from `load_weights`.
 
     Raises:
       UnknownModelError: no variant is called `name`.
-      WeightsError: the hub has no weights of it, cannot be reached while the cache does not have them, or refuses;
-        or huggingface_hub is not installed.
+      WeightsError: the hub has no weights of the variant, refuses access, or cannot be reached and the cache does not
+        have them; or huggingface_hub is not installed.
       ValueError: `num_classes` is not positive.
     """
     row = find_pretrained(name)
@@ -50,22 +50,22 @@ def load_pretrained(name: str, num_classes: int | None = None) -> tuple[RepVGG, 
 def from_hub(
     repo: str, name: str | Variant | None = None, num_classes: int | None = None, *, revision: str | None = None
 ) -> tuple[RepVGG, dict[str, Any]]:
-    """Return the model and the variables of a repository on the Hugging Face hub, whoever wrote its weight file.
+    """Return the model and the variables from a repository on the Hugging Face hub, in any supported file format.
 
-    The same as `load_weights("hf://OWNER/REPOSITORY@REVISION")`, whose other options serve nets of other people's.
-    `inspect_weights` of that address says how images are prepared and what the classes are called.
+    Equivalent to `load_weights("hf://OWNER/REPOSITORY@REVISION")`, which has further options for files that were not
+    written by `push_to_hub`. `inspect_weights` of that address returns the preprocessing and the class names.
 
     Args:
       repo: `OWNER/REPOSITORY`.
-      name: variant the caller expects, as for `load_weights`.
-      num_classes: class count wanted, as for `load_weights`.
+      name: expected variant, as for `load_weights`.
+      num_classes: number of classes, as for `load_weights`.
       revision: branch, tag or commit; the newest if None.
 
     Returns:
       `model, variables`, in the form (training or deploy) that was pushed; float32.
 
     Raises:
-      WeightsError: as `load_weights`, and no such repository or revision.
+      WeightsError: as `load_weights`, or the repository or the revision does not exist.
       UnknownModelError, ValueError: as `load_weights`.
     """
     address = f"{SCHEME}{_checked_repository(repo)}" + (f"@{revision}" if revision is not None else "")
@@ -89,35 +89,35 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Add RepVGG",
 ) -> str:
-    """Put a net into a repository on the Hugging Face hub, in one commit, for `from_hub`.
+    """Upload a net to a repository on the Hugging Face hub, in one commit, for `from_hub`.
 
-    The commit holds the native file (`model.safetensors`), a page (`README.md`) and, if asked for, a copy for timm
-    (`timm.safetensors` and `config.json`; `timm.create_model("hf-hub:OWNER/REPOSITORY", pretrained=True)`). A page that
-    is there already is left alone, unless it holds the line by which `push_to_hub` knows its own. A copy for timm of
-    an earlier push is removed when there is no new one.
+    The commit holds the native file (`model.safetensors`), a model card (`README.md`) and, if `timm` is set, a copy for
+    timm (`timm.safetensors` and `config.json`; `timm.create_model("hf-hub:OWNER/REPOSITORY", pretrained=True)`). An
+    existing README.md is kept, unless it contains the line that marks it as written by `push_to_hub`. The copy for timm
+    of an earlier push is removed if there is no new one.
 
     Args:
-      repo: `OWNER/REPOSITORY`; made if it does not exist.
-      model: the model that `variables` belong to, training or deploy form.
+      repo: `OWNER/REPOSITORY`; created if it does not exist.
+      model: the model that `variables` belong to, in training or deploy form.
       variables: `{"params", "batch_stats"}`, or `{"params"}` in deploy form.
-      preprocessing: how its images are prepared; the variant's published evaluation if None.
+      preprocessing: how the model's images are prepared; the variant's published evaluation if None.
       class_names: names by class index.
-      num_batches_tracked: training steps behind the BN statistics.
-      license: of the weights, as the hub spells it (`mit`, `apache-2.0`, …).
-      metrics: for the page, such as `{"top1": 0.9889}`.
-      dataset: what the metrics were measured on.
-      timm: add the copy for timm, which takes one of its variants in training form.
+      num_batches_tracked: training steps that the BN statistics have seen.
+      license: licence of the weights, as the hub spells it (`mit`, `apache-2.0`, …).
+      metrics: metrics for the model card, such as `{"top1": 0.9889}`.
+      dataset: data set that the metrics were measured on.
+      timm: add a copy for timm; the model must be a variant that timm has, in training form.
       private: make a new repository private; the account's default if None.
-      revision: branch to commit to, made if it does not exist; `main` if None.
-      message: of the commit.
+      revision: branch to commit to, created if it does not exist; `main` if None.
+      message: commit message.
 
     Returns:
       The commit's URL.
 
     Raises:
-      WeightsError: no repository's name, `variables` do not belong to `model`, timm cannot build the net, metrics that
-        are no numbers, or huggingface_hub is not installed; or the hub cannot be reached, or refuses. Nothing has been
-        committed then.
+      WeightsError: `repo` is not a repository name, `variables` do not belong to `model`, timm cannot build the net, a
+        metric is not a number, huggingface_hub is not installed, or the hub refuses or cannot be reached. Nothing has
+        been committed then.
     """
     repo, metrics = _checked_repository(repo), checked_metrics(metrics, dataset)
     if not message.strip():
@@ -132,7 +132,7 @@ def push_to_hub(
         texts = {"README.md": model_card(repo, info, license=license, metrics=metrics, dataset=dataset, timm=timm)}
         if timm:
             texts["config.json"] = json.dumps(timm_config(info), indent=2) + "\n"
-            # Its preprocessing and its class names are in config.json.
+            # Preprocessing and class names are in config.json.
             save_weights(folder / TIMM_FILE, model, variables, family="timm", num_batches_tracked=num_batches_tracked)
         with system_errors(WeightsError, f"cannot write to {folder}"):
             for name, text in texts.items():
@@ -142,7 +142,7 @@ def push_to_hub(
 
 
 def _commit(repo: str, folder: Path, private: bool | None, revision: str | None, message: str) -> str:
-    """Commit the files of a folder, and return the commit's URL."""
+    """Commit the files in a folder, and return the commit's URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="repvgg-jax")
@@ -162,16 +162,16 @@ def _commit(repo: str, folder: Path, private: bool | None, revision: str | None,
 
 def _checked_repository(repo: str) -> str:
     if not isinstance(repo, str) or _REPOSITORY.fullmatch(repo) is None:
-        raise WeightsError(f"{shown(repo)} is no repository of the hub; expected OWNER/REPOSITORY")
+        raise WeightsError(f"{shown(repo)} is not a repository name; expected OWNER/REPOSITORY")
     return repo
 
 
 @contextmanager
 def _answers(repo: str) -> Iterator[None]:
-    """Turn whatever a push fails with into a WeightsError."""
+    """Turn any exception raised by a push into a WeightsError."""
     try:
         yield
     except RepVGGError:
         raise
-    except Exception as error:  # whichever HTTP library the hub's uses has errors of its own
+    except Exception as error:  # huggingface_hub's HTTP library raises its own exceptions
         raise WeightsError(f"cannot push to {repo}: {hub_errors.reason(error, repo)}") from error

@@ -1,8 +1,8 @@
-"""What a file under other people's names cannot hold, in a JSON file beside it: `w.pth.json` beside `w.pth`.
+"""Side files: `w.pth.json` next to `w.pth` holds what the formats of other families cannot.
 
-The side file names the file that it belongs to by size and by the CRC-32 of its end: the end of a PyTorch file lists
-the checksums of everything in it, and that of any other file is weights. So whoever writes other weights under the
-old name, by whatever means, does not get the old preprocessing.
+The side file identifies its weight file by size and by the CRC-32 of its end. The end of a PyTorch file lists the
+checksums of everything in it; the end of any other file is weights. If the weight file is overwritten with other
+weights, by whatever means, the side file is therefore no longer applied.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ END_BYTES = 64 << 10
 
 
 def side_path(path: str | os.PathLike) -> Place:
-    """Return where the side file of `path` is."""
+    """Return the path of the side file of `path`."""
     return place(f"{os.fspath(path)}.json")
 
 
 def lost(header: Header, in_channels: int) -> str:
-    """Say what of `header` shows in no key and no shape of a foreign file; empty if nothing is lost."""
+    """Return in words what a foreign file's keys and shapes do not show of `header`; empty if nothing is lost."""
     variant = header.variant
     plain: dict[str, Any] = {"strides": (2, 2, 2, 2, 2), "output_stride": 32, "activation": "relu"}
     if header.form == TRAINING:
         plain["epsilon"] = BN_EPSILON
     values = {name: getattr(variant, name) for name in plain}
     words = [f"{name} {getattr(v, '__name__', v)}" for name, v in values.items() if v != plain[name]]
-    # What a reader takes a file for that says nothing.
+    # The defaults that a reader assumes without a side file.
     inferred = next((v for v in VARIANTS.values() if same_network(v, variant)), Variant((1, 1, 1, 1), (1, 1, 1, 1, 1)))
     assumed, wanted = default_preprocessing(inferred, in_channels).to_dict(), header.preprocessing.to_dict()
     words += [name for name, value in wanted.items() if value != assumed[name]]
@@ -51,10 +51,10 @@ def lost(header: Header, in_channels: int) -> str:
 
 
 def check_side_file(path: str | os.PathLike) -> None:
-    """Refuse to write a side file over somebody else's JSON.
+    """Check that the side file of `path` can be written, and that it would not overwrite an unrelated JSON file.
 
     Raises:
-      WeightsError: there is one.
+      WeightsError: an unrelated file of that name exists.
       RepVGGError: the side file cannot be written.
     """
     side = side_path(path)
@@ -67,13 +67,14 @@ def check_side_file(path: str | os.PathLike) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike, header: Header, in_channels: int) -> Iterator[Path]:
-    """Yield a temporary path for a foreign weight file, put in place together with the side file that it needs.
+    """Yield a temporary path for a foreign weight file, put in place together with its side file if one is needed.
 
-    The side file comes first: whatever happens in between, it never speaks for the file that was there before.
+    The side file is replaced first. If writing is interrupted between the two, its fingerprint does not match the old
+    weight file, and it is ignored.
 
     Raises:
-      WeightsError: the side file would take the place of somebody else's JSON.
-      RepVGGError: one of them cannot be written.
+      WeightsError: the side file would overwrite an unrelated JSON file.
+      RepVGGError: one of the files cannot be written.
     """
     words, side = lost(header, in_channels), side_path(path)
     is_ours = bool(_read(side))
@@ -86,39 +87,40 @@ def writing(path: str | os.PathLike, header: Header, in_channels: int) -> Iterat
             with atomic_path(side) as beside:
                 beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if words:
-        message = f"{path} cannot say {words}: written to {side}, which load_weights reads with it; keep them together"
+        message = f"{path} cannot hold {words}: written to {side}, which load_weights reads with it; keep them together"
         warnings.warn(message, WeightsWarning, stacklevel=4)
 
 
 def with_side_file(
     info: WeightsInfo, local: Path, expected: Variant | None, num_tensors: int
 ) -> tuple[WeightsInfo, str | None]:
-    """Return `info` with what the side file of `local` adds, if there is one, and what a user should hear about it.
+    """Return `info` completed from the side file of `local`, if there is one, and a note for the user, if any.
 
     Args:
-      info: what the file itself shows.
+      info: description from the weight file alone.
       local: the weight file.
-      expected: a variant that the caller gave; it is kept, all but a usual epsilon.
-      num_tensors: in the weight file.
+      expected: the caller's variant, which takes precedence except over the side file's epsilon, if its own is the
+        default.
+      num_tensors: number of tensors in the weight file.
 
     Raises:
-      WeightsError: the side file is damaged, of a later release, or of a net whose activation is a function, which only
-        `expected` can say.
+      WeightsError: the side file is damaged or of a later release, or the activation is a function and there is no
+        `expected` to supply it.
     """
     side = side_path(local)
     content = _read(side)
     if content is None:
         return info, None
     if not content:
-        return info, f"{side} cannot be read, and is passed over"
-    passed_over = f"{side} is passed over: it was written for another file than {local} is now"
+        return info, f"{side} cannot be read and is ignored"
+    mismatch = f"{side} is ignored: it was written for another file than {local} is now"
     if content.get(FILE) != _fingerprint(local):
-        return info, passed_over
+        return info, mismatch
     with refusing_damage(f"cannot read {side}, which belongs to {local}; fix or remove it: damaged"):
         header = Header.from_json(content[KEY], f"{side}", num_tensors, expected)
     same = (header.num_classes, IS_DEPLOY.get(header.form)) == (info.num_classes, info.deploy)
     if not same or not same_network(header.variant, info.variant):
-        return info, passed_over
+        return info, mismatch
     variant = header.variant if expected is None else with_stated_epsilon(expected, header.variant)
     return dataclasses.replace(
         info, variant=variant, preprocessing=header.preprocessing, class_names=header.class_names
@@ -133,7 +135,7 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def _read(side: Place) -> Mapping[str, Any] | None:
-    """Return the content of a side file; None if there is none, or one that is not ours; empty if it cannot be read."""
+    """Return a side file's content; None if it does not exist or is not a side file; empty if it cannot be read."""
     try:
         if not side.is_file():
             return None

@@ -1,4 +1,4 @@
-"""A model's weights as a list of file entries: which key belongs to which leaf, in which layout, in which order."""
+"""A model's weights as an ordered list of file entries: the key, leaf and layout of each."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ..net.variants import Variant
 from .key_maps import COUNTER, LEAVES, Family
 
 BLOCK_OUTPUTS = 128
-"""Output channels transposed at a time: such a slice of any RepVGG kernel stays in the cache."""
+"""Output channels transposed at a time: a slice of this size of any RepVGG kernel fits in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Item:
     """One entry of a weight file.
 
     Attributes:
-      key: its name in the file.
-      leaf: its name in the flat tree; None for a BN's step counter, which the tree does not have.
-      shape: in the tree.
-      axes: the tree's axes in the order of the file's; None if they agree.
+      key: name in the file.
+      leaf: name in the flat tree; None for a BN's step counter, which the tree does not have.
+      shape: shape in the tree.
+      axes: permutation of the tree's axes that gives the file's order; None if they are the same.
     """
 
     key: str
@@ -41,7 +41,9 @@ OIHW, OUT_IN = (3, 2, 0, 1), (1, 0)
 
 
 def items(family: Family | None, variant: Variant, deploy: bool, num_classes: int, in_channels: int) -> list[Item]:
-    """Return all entries of that model's file, in the order of the family's state dict; `family` None: the native one.
+    """Return all entries of a model's weight file, in the family's state-dict order.
+
+    `family` None stands for the native format.
 
     Raises:
       WeightsError: the family has no name for a part of the model.
@@ -51,7 +53,7 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
         return [Item(leaf, leaf, shape) for leaf, shape in shapes.items()]
     if not (deploy or (variant.branches.point and variant.branches.identity)):
         raise WeightsError(f"{family.name} files have no name for blocks without a 1x1 or an identity branch")
-    found = []
+    entries = []
     counts: dict[str, int] = {}
     for block in variant.blocks(in_channels):
         position = counts[block.stage] = counts.get(block.stage, -1) + 1
@@ -64,36 +66,36 @@ def items(family: Family | None, variant: Variant, deploy: bool, num_classes: in
             raise WeightsError(f"{family.name} files have no name for the {what} of {variant.name}")
         for layer, name in family.branches.items():
             if layer in layers:
-                found += _layer_items(layers[layer], f"{path}.{name}")
+                entries += _layer_items(layers[layer], f"{path}.{name}")
     heads = {layer.path: layer for layer in head_layers(variant, deploy, num_classes)}
     if num_classes and not heads.keys() <= family.heads.keys():
         raise WeightsError(f"{family.name} files have no name for the classifier of {variant.name}")
     for layer, name in family.heads.items():
         if layer in heads:
-            found += _layer_items(heads[layer], name)
-    return found
+            entries += _layer_items(heads[layer], name)
+    return entries
 
 
 def _layer_items(layer: Layer, path: str) -> list[Item]:
     shapes = dict(layer.leaves())
     axes = {"conv": OIHW, "linear": OUT_IN, "bn": None}[layer.kind]
-    found = []
+    entries = []
     for name, template in LEAVES[layer.kind].items():
         leaf = template.format(layer.path)
         if leaf in shapes:
-            found.append(Item(f"{path}.{name}", leaf, shapes[leaf], axes if name == "weight" else None))
+            entries.append(Item(f"{path}.{name}", leaf, shapes[leaf], axes if name == "weight" else None))
     if layer.kind == "bn":
-        found.append(Item(f"{path}.{COUNTER}", None, ()))
-    return found
+        entries.append(Item(f"{path}.{COUNTER}", None, ()))
+    return entries
 
 
 def to_leaf(values: np.ndarray, item: Item) -> np.ndarray:
-    """A file's values as the tree has them: float32, row-major, in memory of their own that JAX can take over."""
+    """Return a file's values in the tree's layout: float32, row-major, in newly allocated memory that JAX can adopt."""
     leaf = _aligned_empty(item.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         if item.axes is None:
             leaf[...] = values
-        else:  # [O, I, h, w] -> [h, w, I, O], or [O, I] -> [I, O]: both are a transposed matrix at each of h * w points
+        else:  # [O, I, h, w] -> [h, w, I, O], or [O, I] -> [I, O]: a matrix transpose at each of the h * w points
             outputs, inputs = values.shape[:2]
             source = values.reshape(outputs, inputs, -1)
             target = leaf.reshape(-1, inputs, outputs)
@@ -104,12 +106,12 @@ def to_leaf(values: np.ndarray, item: Item) -> np.ndarray:
 
 
 def from_leaf(leaf: np.ndarray, item: Item) -> np.ndarray:
-    """Do the inverse of `to_leaf`: return float32, row-major, in memory of its own."""
+    """Invert `to_leaf`: return a float32, row-major copy in the file's layout."""
     return np.array(leaf if item.axes is None else leaf.transpose(item.axes), np.float32, order="C")
 
 
 def _aligned_empty(shape: Shape) -> np.ndarray:
-    """Return uninitialised float32 at a 64-byte boundary, where JAX on a CPU uses it without another copy."""
+    """Return an uninitialised float32 array aligned to 64 bytes, which JAX on a CPU uses without copying."""
     count = int(np.prod(shape)) * 4
     raw = np.empty(count + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -128,7 +130,7 @@ def state_dict(
     """Return `arrays` (a flat tree) under the family's keys, in its layout, order and dtypes.
 
     Raises:
-      WeightsError: the family has no name for a part of the model, or for a number that is not the usual constant.
+      WeightsError: the family has no name for a part of the model, or for a value that it takes to be constant.
     """
     entries = items(family, variant, deploy, num_classes, in_channels)
     for leaf, constant in constants(variant, deploy).items():

@@ -1,4 +1,4 @@
-"""The tensors in a file, described before any of them is read: every reader's common result."""
+"""Common result of all readers: descriptions of a file's tensors, each of which is read on demand."""
 
 import dataclasses
 import io
@@ -23,12 +23,13 @@ CHUNK_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A run of bytes in a file, and their checksum.
+    """A range of bytes in a file, and its checksum.
 
     Attributes:
-      offset, size: where they are, in bytes from the start of the file.
-      crc32: what the file says their CRC-32 is; None if it does not say.
-      start: the CRC-32 to go on from.
+      offset: position of the first byte, from the start of the file.
+      size: number of bytes.
+      crc32: the CRC-32 stated in the file; None if there is none.
+      start: initial value of the CRC-32.
     """
 
     offset: int
@@ -39,14 +40,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in its file.
+    """Location of a tensor in its file.
 
     Attributes:
-      shape: sizes.
-      dtype: of its elements, as numpy has it.
-      offset: of its first element, in bytes from the start of the file.
+      shape: size of each dimension.
+      dtype: numpy dtype of the elements.
+      offset: position of the first element, in bytes from the start of the file.
       strides: in elements.
-      record: the bytes with a checksum that it is part of; None if the file has no checksums.
+      record: the checksummed bytes that contain the tensor; None if the file has no checksums.
     """
 
     shape: Shape
@@ -62,21 +63,21 @@ class Tensor:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last in the file, both included."""
+        """Number of elements in the file from the tensor's first to its last, inclusive."""
         steps = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         return 1 + steps if self.size else 0
 
 
 @dataclasses.dataclass
 class TensorFile:
-    """An open weight file. Tensors are read one by one, into a buffer that the thread's next read overwrites.
+    """An open weight file. Tensors are read one at a time, into a buffer that the thread's next read overwrites.
 
     Attributes:
-      path: its name, for messages.
+      path: the file's name, for messages.
       handle: the open file, unbuffered.
-      tensors: what it holds, by key.
+      tensors: its tensors, by key.
       metadata: text entries of a safetensors header.
-      notes: what a user should hear about the file.
+      notes: remarks about the file to show the user.
     """
 
     path: Path
@@ -92,7 +93,7 @@ class TensorFile:
         """Return the tensor's values; valid until the same thread's next `read`.
 
         Raises:
-          WeightsError: the file ends before the tensor does, cannot be read, or its checksum says that it is damaged.
+          WeightsError: the file is truncated or cannot be read, or the checksum does not match.
         """
         count = tensor.span * tensor.dtype.itemsize
         buffer: np.ndarray = getattr(self._local, "buffer", np.empty(0, np.uint8))
@@ -113,13 +114,13 @@ class TensorFile:
         with self._lock, system_errors(WeightsError, f"cannot read {self.path}"):
             self.handle.seek(offset)
             while len(view):
-                got = self.handle.readinto(view)
-                if not got:
+                count = self.handle.readinto(view)
+                if not count:
                     raise WeightsError(f"{self.path} was cut short while it was read")
-                view = view[got:]
+                view = view[count:]
 
     def _checksum(self, record: Record) -> int:
-        """Return the CRC-32 of a record of which a tensor is only a part."""
+        """Return the CRC-32 of a record that is larger than the tensor being read."""
         chunk, crc = bytearray(min(CHUNK_BYTES, record.size)), record.start
         for start in range(0, record.size, CHUNK_BYTES):
             view = memoryview(chunk)[: record.size - start]
@@ -144,7 +145,7 @@ def sizes(value: Any) -> Shape:
     """Return `value` as a tuple of non-negative integers.
 
     Raises:
-      ValueError: it is none, or longer than any weight's.
+      ValueError: `value` is not a list of such integers, or has more dimensions than any weight.
     """
     if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
         raise ValueError("a tensor's shape is not a list of sizes")
@@ -154,7 +155,7 @@ def sizes(value: Any) -> Shape:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share their place: a dimension's steps are no longer than what lies within one."""
+    """Return whether two elements may share memory: some dimension's stride does not exceed the inner extent."""
     reach = 0
     for step, n in sorted(zip(tensor.strides, tensor.shape, strict=True)):
         if n > 1:
@@ -165,7 +166,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def check_disjoint(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Check that every tensor has bytes of its own.
+    """Check that no two tensors share bytes.
 
     Raises:
       WeightsError: two tensors share or overlap storage.

@@ -1,4 +1,4 @@
-"""Which of the dicts in a training checkpoint is the model's weights."""
+"""Search for the model's state dict in a training checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,26 +9,26 @@ from .key_maps import EMA_KEYS, MODEL_KEYS
 from .safe_pickle import Opaque, TensorRecord
 
 MAX_ENTRIES = 1_000_000
-"""Entries that are looked at in all: a hostile pickle may refer to the same dict any number of times."""
+"""Maximum number of entries examined: a hostile pickle may refer to the same dict any number of times."""
 
 MAX_PATH = 500
-"""Longest name of a tensor inside a pickled network; cuts off networks that contain themselves."""
+"""Maximum length of a tensor's name in a pickled network; stops at networks that contain themselves."""
 
 
 def find_state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[str, TensorRecord], list[str]]:
-    """Return the dict of tensors that is the model, or its moving average, and what to tell the user about the choice.
+    """Return the state dict of the model, or of its moving average, and notes for the user on the choice.
 
-    A bare state dict, one under a known name, or the only one there is under any name. Of a pickled network that
-    was passed over (`tensors_only`), the parameters and buffers of its modules.
+    Accepts a bare state dict, one under a usual name, or the only one under any name. A pickled network that was not
+    restored (`tensors_only`) gives the parameters and buffers of its modules.
 
     Raises:
-      WeightsError: there is none, there are several, or it has entries that are no tensors.
+      WeightsError: there is no state dict, there are several, or it has entries that are not tensors.
     """
     search = _Search(path)
     entries = search.entries(root)
     models, averages = search.states(entries, MODEL_KEYS), search.states(entries, EMA_KEYS)
     if not models and not averages:
-        # The root comes last: trainers keep tensors such as the best accuracy beside the weights.
+        # The root comes last: trainers keep other tensors, such as the best accuracy, next to the weights.
         models = search.states(entries, entries) or search.states({"": root}, [""])
         if len(models) > 1:
             raise WeightsError(f"cannot read {path}: several of its entries hold tensors: {first_ten(models)}")
@@ -47,23 +47,23 @@ def find_state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[str, Tens
 
 
 class _Search:
-    """Looks for state dicts, at a bounded number of entries."""
+    """Search for state dicts that examines a bounded number of entries."""
 
     def __init__(self, path: Path):
         self.path = path
         self.left = MAX_ENTRIES
 
     def entries(self, value: Any) -> Mapping[Any, Any]:
-        """Return what a dict, or an object that was passed over, has by name; nothing of anything else."""
+        """Return the entries of a dict or of an object that was not restored; an empty dict for any other value."""
         contents = value.contents if isinstance(value, Opaque) else value
-        found = contents if isinstance(contents, dict) else {}
-        self.left -= 1 + len(found)
+        entries = contents if isinstance(contents, dict) else {}
+        self.left -= 1 + len(entries)
         if self.left < 0:
             raise WeightsError(f"cannot read {self.path}: a checkpoint of absurd size")
-        return found
+        return entries
 
     def states(self, entries: Mapping[Any, Any], keys: Iterable[Any]) -> dict[Any, Mapping[Any, Any]]:
-        """Return those of the entries that are state dicts."""
+        """Return the entries under `keys` that are state dicts."""
         states = {key: self._state(entries[key]) for key in keys if key in entries}
         return {key: state for key, state in states.items() if any(isinstance(t, TensorRecord) for t in state.values())}
 
@@ -72,7 +72,7 @@ class _Search:
         return self._module_state(value) if isinstance(value, Opaque) and "_modules" in entries else entries
 
     def _module_state(self, network: Opaque) -> dict[str, Any]:
-        """The state dict of a pickled `torch.nn.Module`, from the attributes that the pickle gives its modules."""
+        """Return the state dict of a pickled `torch.nn.Module`, from its modules' pickled attributes."""
         state: dict[str, Any] = {}
         waiting: list[tuple[str, Any]] = [("", network)]
         while waiting:

@@ -1,9 +1,10 @@
-"""PyTorch's files: where their pickles and their numbers lie. Reads zip archives (torch 1.6 on) and the older form.
+"""Reader of PyTorch files, both zip archives (torch 1.6 and later) and the older format, without torch.
 
-The pickles go through `safe_pickle`, which runs nothing; each declared size is held against the file's before
-anything of that size is allocated; and tensors are read one by one from their place in the file. So a hostile file
-costs its own size and some hundred MB at most, and torch itself is not needed. The tests hold this reader to
-`torch.load(weights_only=True)`: the same tensors from every sound file, and nothing that it refuses as unsafe.
+The pickles are read by `safe_pickle`, which runs no code. Each declared size is checked against the file's size before
+anything of that size is allocated, and tensors are read one at a time from their positions in the file. A hostile file
+therefore costs at most its own size plus a few hundred MB of memory. The tests compare this reader with
+`torch.load(weights_only=True)`: it gives the same tensors for every valid file and accepts nothing that torch refuses
+as unsafe.
 """
 
 import dataclasses
@@ -38,10 +39,10 @@ LEGACY_PROTOCOL = 1001
 ENCRYPTED, UTF8_NAME = 1, 1 << 11
 MAX_PICKLE_BYTES = 64 << 20
 MAX_DIRECTORY_BYTES = 4 << 20
-"""Some fifty thousand records, each of which costs `zipfile` an object of some hundred bytes."""
+"""About fifty thousand records; `zipfile` allocates an object of a few hundred bytes for each."""
 
 Places = Mapping[str, Record]
-"""Storage key -> where it is in the file."""
+"""Storage key -> its bytes in the file."""
 
 
 def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_only: bool = False) -> TensorFile:
@@ -49,12 +50,12 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
 
     Args:
       handle: the open file.
-      path: its name, for messages.
-      ema: take the moving average instead of the trained weights.
-      tensors_only: pass over objects of unknown classes beside the weights instead of refusing the file.
+      path: the file's name, for messages.
+      ema: return the moving average instead of the trained weights.
+      tensors_only: skip objects of unknown classes next to the weights instead of refusing the file.
 
     Raises:
-      WeightsError: damaged, hostile, or without a state dict.
+      WeightsError: the file is damaged, unsafe, or has no state dict.
     """
     handle.seek(0)
     is_zip = handle.read(4) == ZIP_MAGIC
@@ -62,9 +63,9 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
         root, places = (_read_zip if is_zip else _read_legacy)(handle, Reader(tensors_only))
     except RefusedError as error:
         raise WeightsError(
-            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which only running code that the "
-            "file names could restore. To take the tensors alone, running nothing: load_weights(…, tensors_only=True) "
-            "or python -m convert IN OUT --tensors-only"
+            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which cannot be restored without "
+            "running code named in the file. To load only the tensors, without running code: "
+            "load_weights(…, tensors_only=True) or python -m convert IN OUT --tensors-only"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
         raise WeightsError(f"cannot read {path}: not a valid PyTorch file ({shown(reason_of(error))})") from error
@@ -81,7 +82,7 @@ def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     with zipfile.ZipFile(handle) as archive:
         records = archive.infolist()
     names = {record.filename: record for record in records}
-    # torch.save can be told to compute no checksums (`set_crc32_options`), and writes zeros then.
+    # With checksums disabled (`torch.serialization.set_crc32_options`), torch.save writes zeros.
     checked = any(record.CRC for record in records)
     pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(names) != len(records) or len(pickles) != 1:
@@ -107,26 +108,26 @@ def _read_zip(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
 
 
 def _directory_bytes(handle: io.FileIO, length: int) -> int:
-    """Return the declared length of the zip directory, whose entries `zipfile` would all turn into objects.
+    """Return the declared length of the zip directory, to be limited before `zipfile` makes an object of each entry.
 
     PyTorch ends its files with the directory, the 64-bit end record and its locator (76 bytes), and the end record
-    (22 bytes). A file that ends in another way, such as with a comment, could look different to different readers.
+    (22 bytes). A file with any other ending, such as a comment, might be read differently by different readers.
     """
     handle.seek(max(0, length - 98))
     tail = handle.read(98).rjust(98, b"\0")
     wide, locator, end = tail[:56], tail[56:76], tail[76:]
     if not end.startswith(b"PK\x05\x06"):
         raise PickleError("no zip directory at its end: cut short?")
-    size, offset, behind = *struct.unpack_from("<II", end, 12), 22
+    size, offset, end_bytes = *struct.unpack_from("<II", end, 12), 22
     if locator.startswith(b"PK\x06\x07"):
-        size, offset, behind = *struct.unpack_from("<QQ", wide, 40), 98
-    if offset + size + behind != length:
+        size, offset, end_bytes = *struct.unpack_from("<QQ", wide, 40), 98
+    if offset + size + end_bytes != length:
         raise PickleError("its zip directory is not where it says")
     return size
 
 
 def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
-    """Return where a record's bytes begin, behind its own header, which must agree with the directory on its name."""
+    """Return the offset of a record's data, after its local header, whose name must match the directory's."""
     handle.seek(record.header_offset)
     header = handle.read(30)
     if header[:4] != ZIP_MAGIC:
@@ -139,7 +140,7 @@ def _record_start(handle: io.FileIO, record: zipfile.ZipInfo) -> int:
 
 
 def _checked_bytes(handle: io.FileIO, name: str, places: Places, limit: int) -> bytes:
-    """Return a whole record, which must be the one that its checksum belongs to."""
+    """Return a whole record after verifying its checksum."""
     record = places[name]
     if record.size > limit:
         raise PickleError(f"a part of {record.size} bytes where at most {limit} make sense")
@@ -151,7 +152,7 @@ def _checked_bytes(handle: io.FileIO, name: str, places: Places, limit: int) -> 
 
 
 def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
-    """Read pickles of magic number, protocol, system, object and storage keys; then each storage: count, numbers."""
+    """Read a legacy file: pickles of magic number, protocol, system, object, storage keys; then each storage."""
     length = handle.seek(0, io.SEEK_END)
     handle.seek(0)
     head = io.BytesIO(handle.read(MAX_PICKLE_BYTES))
@@ -167,7 +168,7 @@ def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     keys = reader.load(head)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise PickleError("its list of storages is not a list")
-    if sorted(keys) != sorted(storage.key for storage in reader.storages):  # one entry for each, of one type
+    if sorted(keys) != sorted(storage.key for storage in reader.storages):  # one entry per storage, of a single type
         raise PickleError("its list of storages does not match its tensors")
     places, position = {}, head.tell()
     for key in keys:
@@ -186,7 +187,7 @@ def _numpy_dtype(name: str) -> np.dtype:
 
 
 def _locate(record: TensorRecord, places: Places, key: str, path: Path) -> Tensor:
-    """Return the tensor's place, once its claims are held against the bytes that are there."""
+    """Return the tensor's location after checking its declared sizes against the file."""
     dtype = _numpy_dtype(record.storage.dtype)
     try:
         shape, strides = sizes(record.size), sizes(record.stride)

@@ -1,7 +1,7 @@
-"""A training run's checkpoints, read as a weight file: `runs/x` for the best of them, `runs/x/checkpoints/6` for one.
+"""Checkpoints of a training run, read like weight files: `runs/x` for the best, `runs/x/checkpoints/6` for one.
 
-They are orbax's, as `train/checkpoint.py` writes them: an item `state` with the arrays, and an item `facts` that says,
-in JSON, which net it is (as a native file's header does), which arrays there are, and their common CRC-32.
+They are orbax checkpoints, as written by `train/checkpoint.py`: an item `state` with the arrays, and an item `facts`,
+JSON with a description of the net (as in a native file's header), the arrays' shapes, and their common CRC-32.
 """
 
 import contextlib
@@ -32,32 +32,32 @@ Folder = TypeVar("Folder", Path, BucketPath)
 METRIC = "top1"
 STATE, FACTS = "state", "facts/metadata"
 MARKER = "commit_success.txt"
-"""What orbax writes into a checkpoint last. In a bucket, where nothing is renamed, one without it is not complete."""
+"""The file that orbax writes last. In a bucket, where nothing is renamed, a checkpoint without it is incomplete."""
 MAX_FACTS_BYTES = 64 << 20
 AVERAGED = "batch_stats"
-"""What each device has of its own; its average over them is the net's."""
+"""The collection that each device has a copy of; the net's is the average over devices."""
 
 GRACE_SECONDS = 0.2
-"""How long tensorstore's further operations may take to fail after the first, whose error orbax has raised."""
+"""Seconds to wait for tensorstore's pending operations to fail after orbax has raised the first error."""
 
 COLLECTIONS = {
     False: {"params": "params", AVERAGED: AVERAGED},
     True: {"ema_params": "params", f"ema_{AVERAGED}": AVERAGED},
 }
-"""By whether the moving average is asked for: the state's fields, and what they are called in a net's variables."""
+"""Moving average or not -> the state's fields -> their collections in a net's variables."""
 
 QAT_RANGE = "input_range"
-"""What quantisation-aware training keeps beside BN statistics, and no float net has."""
+"""Leaf that quantisation-aware training keeps next to the BN statistics; float nets do not have it."""
 
 
 def find_checkpoint(folder: Folder) -> tuple[Folder, str | None]:
-    """Return the checkpoint that a folder is, or the best in it, and what a user should hear about the choice.
+    """Return `folder` if it is a checkpoint, else the best checkpoint in it, and a note for the user on the choice.
 
     Args:
-      folder: a run's folder, its `checkpoints`, or one checkpoint.
+      folder: a run's folder, its `checkpoints` folder, or a single checkpoint.
 
     Raises:
-      WeightsError: there is none.
+      WeightsError: there is no checkpoint.
     """
     if _is_complete(folder):
         return folder, None
@@ -85,13 +85,13 @@ def _is_complete(checkpoint: Place) -> bool:
 
 
 def evaluations(checkpoints: Place) -> dict[int, float]:
-    """Return top-1 by step of a run's checkpoints that have been evaluated, the better one of weights and average.
+    """Return top-1 by step of a run's evaluated checkpoints: the better of the weights and their moving average.
 
-    It is in the checkpoint, as orbax's metrics; for those of earlier versions, or where that file is damaged, in the
-    run's metrics.jsonl.
+    It is read from orbax's metrics in the checkpoint or, for checkpoints of earlier versions and if that file is
+    damaged, from the run's metrics.jsonl.
     """
     best_top1: dict[int, float] = {}
-    absent = FileNotFoundError if isinstance(checkpoints, BucketPath) else OSError  # a bucket may answer later
+    absent = FileNotFoundError if isinstance(checkpoints, BucketPath) else OSError  # a bucket's errors may be temporary
     with contextlib.suppress(absent):
         for line in (checkpoints.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a line cut short by a crash
@@ -105,15 +105,15 @@ def evaluations(checkpoints: Place) -> dict[int, float]:
 
 
 def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
-    """Return a checkpoint as a native file of training form; its arrays are read when the first of them is.
+    """Return a checkpoint as a native file in training form, whose arrays are all read on the first access.
 
     Args:
-      handle: its `FACTS`, open.
+      handle: the checkpoint's open `FACTS` file.
       folder: the checkpoint.
-      ema: take the moving average of the weights.
+      ema: return the moving average of the weights.
 
     Raises:
-      WeightsError: damaged, without a moving average, or of a release that did not say which net it is.
+      WeightsError: the checkpoint is damaged, has no moving average, or is of a release that did not describe the net.
     """
     with refusing_damage(f"cannot read {folder}: damaged checkpoint"):
         handle.seek(0)
@@ -140,17 +140,17 @@ def read_checkpoint(handle: io.FileIO, folder: Path, ema: bool) -> TensorFile:
 
 
 def _name(key: str) -> str:
-    """`['params']['linear']['bias']` -> `params/linear/bias`."""
+    """Return JAX's path `['params']['linear']['bias']` as `params/linear/bias`."""
     return "/".join(re.findall(r"\['([^']*)'\]", key))
 
 
 def _key(name: str) -> str:
-    """The inverse of `_name`."""
+    """Invert `_name`."""
     return "".join(f"['{part}']" for part in name.split("/"))
 
 
 def _places(shapes: Mapping[str, Any], ema: bool) -> dict[str, str]:
-    """Return the name in the state by the name among a net's variables."""
+    """Return a mapping from names in a net's variables to names in the state."""
     places = {}
     for name in shapes:
         field, _, rest = name.partition("/")
@@ -165,12 +165,12 @@ def _is_averaged(place: str) -> bool:
 
 @dataclasses.dataclass(kw_only=True)
 class _CheckpointFile(TensorFile):
-    """A checkpoint, whose arrays are all read when the first of them is. A tensor's offset is its number.
+    """A checkpoint whose arrays are all read on the first access. A tensor's `offset` is its index.
 
     Attributes:
-      shapes: of the state's arrays, by name.
-      crc32: of all of them.
-      places: the name in the state of each tensor.
+      shapes: shapes of the state's arrays, by name.
+      crc32: CRC-32 of all arrays.
+      places: each tensor's name in the state.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -179,7 +179,7 @@ class _CheckpointFile(TensorFile):
     _arrays: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """As `TensorFile.read`."""
+        """Return the tensor's values; see `TensorFile.read`."""
         with self._lock:
             if not self._arrays:
                 state = _restore(self.path, self.shapes, self.crc32)
@@ -188,10 +188,10 @@ class _CheckpointFile(TensorFile):
 
 
 def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) -> dict[str, np.ndarray]:
-    """Return all arrays of a checkpoint by name, which must be those that were saved.
+    """Return all arrays of a checkpoint by name, after comparing their shapes and CRC-32 with those saved.
 
     Raises:
-      WeightsError: orbax is not installed, cannot read them, or they are others.
+      WeightsError: orbax is not installed, cannot read the arrays, or they differ from those saved.
     """
     try:
         import orbax.checkpoint as ocp
@@ -204,7 +204,7 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 tree = checkpointer.restore((folder / STATE).absolute())
             leaves = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
-        except Exception as error:  # damage comes out of orbax and tensorstore as whatever they like
+        except Exception as error:  # orbax and tensorstore report damage with all kinds of exceptions
             time.sleep(GRACE_SECONDS)
             raise WeightsError(f"cannot read {folder}: damaged checkpoint ({shown(reason_of(error))})") from error
     same_shapes = {name: leaf.shape for name, leaf in leaves.items()} == dict(shapes)
@@ -215,7 +215,7 @@ def _restore(folder: Path, shapes: Mapping[str, tuple[int, ...]], crc32: int) ->
 
 @contextlib.contextmanager
 def without_late_failures() -> Iterator[None]:
-    """Leave out the further failures of tensorstore's operations after the first, whose error orbax has raised."""
+    """Suppress reports of tensorstore operations that fail after orbax has raised the first error."""
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def of_others(unraisable: Any) -> None:
@@ -237,7 +237,7 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 
 
 def checksum(leaves: Mapping[str, np.ndarray]) -> int:
-    """Return the CRC-32 over names (as JAX writes paths, `['a']['b']`) and numbers of a checkpoint's arrays."""
+    """Return the CRC-32 over the names (JAX paths, `['a']['b']`) and values of a checkpoint's arrays."""
     crc = 0
     for path, leaf in sorted(leaves.items()):
         crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, zlib.crc32(path.encode(), crc))

@@ -19,7 +19,7 @@ from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
 from tests.helpers.weight_files import TINY, assert_same_bits, random_model, torch_state
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 SMALL = dataclasses.replace(TINY, num_blocks=(2, 1, 1, 1))
 TO = {"timm.safetensors": ("--to", "timm")}
@@ -111,7 +111,7 @@ def test_a_fused_net_that_differs_is_not_written(tmp_path):
     done = convert(tmp_path / "bad.pth", tmp_path / "out.pth")
     note, error = done.stderr.splitlines()
     assert note.startswith("warning: ")
-    assert "is no published variant" in note
+    assert "is not a published variant" in note
     assert (done.returncode, done.stdout) == (2, "")
     assert error.startswith("error: the fused net differs from the training form")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
@@ -121,8 +121,8 @@ def test_warnings_such_as_a_new_classifier_go_to_stderr(tmp_path):
     torch.save({"model": torch_state(TINY)}, tmp_path / "w.pth")
     done = convert(tmp_path / "w.pth", tmp_path / "out.safetensors", "--num-classes", "3", "--keep-training-form")
     assert done.returncode == 0
-    assert "the classifier is a fresh one" in done.stderr
-    assert "no published variant" in done.stderr
+    assert "the classifier is newly initialised" in done.stderr
+    assert "not a published variant" in done.stderr
     assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
     assert rv.inspect_weights(tmp_path / "out.safetensors").num_classes == 3
 

@@ -346,7 +346,7 @@ def test_a_warning_of_a_real_process_is_one_line_too(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: class ")
-    assert done.stderr.startswith(f"warning: {tmp_path / 'w.pth'} is no published variant")
+    assert done.stderr.startswith(f"warning: {tmp_path / 'w.pth'} is not a published variant")
     assert done.stderr.count("\n") == 1
 
 

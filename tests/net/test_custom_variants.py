@@ -174,7 +174,7 @@ def test_a_modified_published_variant_still_loads_by_its_name(tmp_path):
 def test_an_activation_function_is_restored_from_the_variant(tmp_path):
     model = rv.create_model(VARIANT, 5, activation=squash)
     rv.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
-    with pytest.raises(rv.WeightsError, match=r"activation is a function .* give load_weights its Variant"):
+    with pytest.raises(rv.WeightsError, match=r"activation is a Python function, .* pass load_weights its Variant"):
         rv.load_weights(tmp_path / "w.safetensors")
     assert rv.load_weights(tmp_path / "w.safetensors", model.variant)[0] == model
 
@@ -183,17 +183,17 @@ def test_an_activation_function_is_restored_from_the_variant(tmp_path):
 def test_pytorch_files_need_the_variant_or_the_side_file_for_options(family, tmp_path):
     model = rv.create_model(VARIANT, 5, **OPTIONS)
     variables = random_variables(model)
-    with pytest.warns(WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
+    with pytest.warns(WeightsWarning, match=r"cannot hold strides \(1, 2, 2, 2, 2\), output_stride 8, activation gelu"):
         rv.save_weights(tmp_path / "w.pth", model, variables, family=family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded, loaded_variables = rv.load_weights(tmp_path / "w.pth", model.variant)
     assert loaded == model
     assert_same_bits(variables, loaded_variables)
-    with pytest.warns(WeightsWarning, match="is no published variant"):
+    with pytest.warns(WeightsWarning, match="is not a published variant"):
         assert rv.load_weights(tmp_path / "w.pth")[0].variant == model.variant
     (tmp_path / "w.pth.json").unlink()
-    with pytest.warns(WeightsWarning, match="is no published variant"):
+    with pytest.warns(WeightsWarning, match="is not a published variant"):
         assert rv.load_weights(tmp_path / "w.pth")[0].variant == VARIANT
 
 

@@ -34,7 +34,7 @@ EPSILON = 1e-3
 IMAGES = np.random.default_rng(0).normal(size=(2, 40, 48, 3)).astype(np.float32)
 SMALLEST = rv.Variant((1, 2, 1, 1), (8, 8, 8, 16, 16), name="Small")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def with_small_variances(variables: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_native_files_store_the_epsilon_and_others_have_a_side_file(tmp_path):
     # A Variant provides what a file cannot store; this file stores it.
     assert rv.load_weights(tmp_path / "w.safetensors", SMALLEST)[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.safetensors", epsilon=1e-4)[0].variant.epsilon == 1e-4
-    with pytest.warns(WeightsWarning, match=r"cannot say epsilon 0\.001"):
+    with pytest.warns(WeightsWarning, match=r"cannot hold epsilon 0\.001"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
     assert rv.load_weights(tmp_path / "w.pth")[0].variant.epsilon == EPSILON
     assert rv.load_weights(tmp_path / "w.pth", SMALLEST)[0].variant.epsilon == EPSILON

@@ -39,7 +39,7 @@ from tests.helpers.random_weights import random_variables
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def to_oracle(model: rv.RepVGG, variables: dict[str, Any], oracle: torch_oracle.RepVGG, folder: Path) -> None:

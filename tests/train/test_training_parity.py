@@ -53,7 +53,7 @@ FULL = dataclasses.replace(PLAIN, nesterov=True, warmup_epochs=0.6, label_smooth
 # the same wherever XLA compiles it.
 EXACT = Preprocessing(SIZE, mean=(0.0, 0.0, 0.0), std=(0.25, 0.25, 0.25))
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def photograph_batches(size: int = SIZE, batch_size: int = 16, seed: int = 0) -> list[Batch]:

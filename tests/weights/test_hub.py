@@ -92,7 +92,7 @@ def test_old_repositories_and_those_without_a_config_load_too(hub, tmp_path):
 def test_without_a_network_or_a_cached_copy_the_error_is_one_line():
     assert "cannot fetch hf://timm/repvgg_b3.rvgg_in1k" in refused("hf://timm/repvgg_b3.rvgg_in1k")
     for address in ("hf://", "hf://timm", "hf://timm/", "hf://a/b@c@d"):
-        assert "is no hub address" in refused(address)
+        assert "is not a hub address" in refused(address)
     assert "cannot fetch hf://no spaces/allowed" in refused("hf://no spaces/allowed")
 
 

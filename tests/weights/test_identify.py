@@ -51,7 +51,7 @@ def test_every_variant_family_and_form_is_identified_by_keys_and_shapes(name, de
 def test_unpublished_variants_are_inferred_and_reported_as_custom(custom, tmp_path):
     family = families_of(custom)[0] if custom.squeeze_excite != "after_relu" else FAMILIES["authors-plus"]
     torch.save(torch_state(custom, family=family), tmp_path / "w.pth")
-    with pytest.warns(WeightsWarning, match="no published variant"):
+    with pytest.warns(WeightsWarning, match="not a published variant"):
         model, variables = rv.load_weights(tmp_path / "w.pth")
     assert model.variant == custom
     assert_same_bits(unflatten(random_arrays(custom)), variables)
@@ -138,7 +138,7 @@ def test_another_class_count_gets_a_new_head_and_a_warning(suffix, tmp_path):
         model, original = rv.load_weights(tmp_path / "w.pth")
     path = tmp_path / f"w{suffix}"
     rv.save_weights(path, model, original)
-    with pytest.warns(WeightsWarning, match="has 5 classes, not 3: the classifier is a fresh one"):
+    with pytest.warns(WeightsWarning, match="has 5 classes, not 3: the classifier is newly initialised"):
         model, variables = rv.load_weights(path, num_classes=3)
     again = rv.load_weights(path, num_classes=3)[1]
     assert model.num_classes == 3

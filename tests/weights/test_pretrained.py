@@ -76,7 +76,7 @@ def test_the_logits_equal_those_of_the_original_net(fake_hub, tmp_path):
 def test_another_class_count_gets_a_new_classifier(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path)
     fake_hub.add(REPOSITORY, {"model.safetensors": content})
-    with pytest.warns(WeightsWarning, match="has 1000 classes, not 7: the classifier is a fresh one") as caught:
+    with pytest.warns(WeightsWarning, match="has 1000 classes, not 7: the classifier is newly initialised") as caught:
         model, loaded = rv.load_pretrained(NAME, num_classes=7)
     assert caught[0].filename == __file__
     assert model.num_classes == 7
@@ -98,7 +98,7 @@ def test_the_cache_works_offline_whether_filled_by_us_or_by_timm(fake_hub, small
         if name == NAME:
             _, loaded = rv.load_pretrained(name)
         else:
-            with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not to be had; main was taken instead"):
+            with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not available; main is used instead"):
                 _, loaded = rv.load_pretrained(name)
         assert_same_bits(variables, loaded)
         assert len(fake_hub.requests) == before
@@ -122,7 +122,7 @@ def test_the_tables_revision_is_used_if_there_is_one(fake_hub, small, tmp_path):
 def test_without_that_revision_main_is_used_with_a_warning(fake_hub, small, tmp_path):
     content, _, variables = timm_file(tmp_path, PINNED)
     fake_hub.add(PINNED_REPOSITORY, {"model.safetensors": content})
-    with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not to be had; main was taken instead"):
+    with pytest.warns(WeightsWarning, match="revision dc6dcc7 of .* is not available; main is used instead"):
         _, loaded = rv.load_pretrained(PINNED)
     assert_same_bits(variables, loaded)
 
@@ -145,7 +145,7 @@ def test_the_hubs_refusals_are_distinguished(fake_hub, small, tmp_path, monkeypa
     repository = fake_hub.add(REPOSITORY, {"other.safetensors": content})
     assert refused().endswith(f"(model.safetensors): {REPOSITORY} has no such file")
     fake_hub.fault = refusal(403, "GatedRepo", "Access to this model is restricted")
-    assert f"whom its owner admits: ask at {where}/{REPOSITORY}" in refused()
+    assert f"is restricted: request it at {where}/{REPOSITORY}" in refused()
     fake_hub.fault = refusal(403, "", "Forbidden")
     assert (
         f"{where} refuses it (403): the token of HF_TOKEN or `hf auth login` is missing, wrong or may not" in refused()
@@ -198,7 +198,7 @@ def test_a_damaged_cached_file_is_named(fake_hub, small, tmp_path):
     rv.load_pretrained(NAME)
     (blob,) = tmp_path.glob("hub-cache/models--*/blobs/*")
     blob.write_bytes(content[:-99])
-    assert refused().endswith(f"; the cached copy is damaged: remove {blob}, and it is fetched again")
+    assert refused().endswith(f"; the cached copy is damaged: remove {blob} to download it again")
     blob.unlink()
     rv.load_pretrained(NAME)
 

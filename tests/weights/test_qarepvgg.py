@@ -15,7 +15,7 @@ from tests.helpers.comparison import relative_difference
 from tests.helpers.random_weights import random_variables
 from tests.helpers.weight_files import assert_same_bits, refused
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 BLOCKS, WIDTHS = (2, 1, 3, 1), (8, 8, 12, 16, 24)
 

@@ -150,9 +150,9 @@ def test_a_net_for_grey_images_loads_in_timm_too(account):
 
 def test_nets_that_timm_cannot_build_are_refused_before_anything_is_sent(account):
     for model, words in (
-        (rv.create_model(SMALL, 3), "timm cannot build Small, which is none of timm's"),
-        (rv.create_model("RepVGG-A0", 3, deploy=True), "builds the training form alone"),
-        (rv.create_model("RepVGG-A0", 3, epsilon=1e-3), "timm cannot build RepVGG-A0, with options of its own"),
+        (rv.create_model(SMALL, 3), "timm cannot build Small, which is not one of its variants"),
+        (rv.create_model("RepVGG-A0", 3, deploy=True), "builds only the training form"),
+        (rv.create_model("RepVGG-A0", 3, epsilon=1e-3), "timm cannot build RepVGG-A0, with non-default options"),
     ):
         with pytest.raises(rv.WeightsError, match=words):
             rv.push_to_hub(REPO, model, random_variables(model), timm=True)
@@ -199,7 +199,7 @@ def test_branches_commits_and_private_repositories_work(account, monkeypatch, tm
 
 def test_class_counts_and_variants_are_treated_as_by_load_weights(account):
     rv.push_to_hub(REPO, *small_net())
-    with pytest.warns(UserWarning, match="the classifier is a fresh one") as caught:
+    with pytest.warns(UserWarning, match="the classifier is newly initialised") as caught:
         model, _ = rv.from_hub(REPO, num_classes=5)
     assert caught[0].filename == __file__
     assert model.num_classes == 5
@@ -217,7 +217,7 @@ def pushing(**options) -> str:
 
 def test_an_impossible_push_is_one_line_and_sends_nothing(account):
     for repo in ("flowers", "a/b/c", "a b/c", "", "hf://me/flowers"):
-        assert "is no repository of the hub; expected OWNER/REPOSITORY" in pushing(repo=repo)
+        assert "is not a repository name; expected OWNER/REPOSITORY" in pushing(repo=repo)
     assert "metrics must be names with finite numbers, not top1: nan" in pushing(metrics={"top1": float("nan")})
     assert "metrics must be names with finite numbers, not top1: '1'" in pushing(metrics={"top1": "1"})
     assert "metrics must be names" in pushing(metrics={"a|b": 1})

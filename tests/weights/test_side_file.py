@@ -23,7 +23,7 @@ COLOUR = rv.Preprocessing(48, 0.9, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 FAMILIES = {"w.pth": None, "w.safetensors": "timm", "w.pt": "mmpretrain"}
 SAID = ("--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.25", "0.3", "--image-size", "48", "--crop-fraction", "0.9")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is no published variant:repvgg_jax.weights.WeightsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is not a published variant:repvgg_jax.weights.WeightsWarning")
 
 
 def net(channels: int = 3, **options):
@@ -42,7 +42,7 @@ def native(tmp_path) -> Path:
 def test_preprocessing_names_and_options_are_restored(name, family, tmp_path):
     model, variables = net(activation="silu", strides=(1, 2, 2, 2, 2))
     with pytest.warns(
-        WeightsWarning, match=r"cannot say strides \(1, 2, 2, 2, 2\), activation silu, image_size, crop_fraction, mean"
+        WeightsWarning, match=r"cannot hold strides \(1, 2, 2, 2, 2\), activation silu, image_size, crop_fraction, mean"
     ):
         rv.save_weights(tmp_path / name, model, variables, family=family, preprocessing=COLOUR, class_names=NAMES)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.json"]
@@ -55,9 +55,9 @@ def test_preprocessing_names_and_options_are_restored(name, family, tmp_path):
 
 def test_an_activation_function_must_be_given(tmp_path):
     model, variables = net(activation=jax.nn.celu)
-    with pytest.warns(WeightsWarning, match="cannot say activation celu"):
+    with pytest.warns(WeightsWarning, match="cannot hold activation celu"):
         rv.save_weights(tmp_path / "w.pth", model, variables)
-    with pytest.raises(rv.WeightsError, match="the activation is a function of whoever wrote the file; give load_w"):
+    with pytest.raises(rv.WeightsError, match="activation is a Python function, which a file cannot hold; pass load_w"):
         rv.load_weights(tmp_path / "w.pth")
     assert rv.load_weights(tmp_path / "w.pth", model.variant)[0] == model
 
@@ -72,12 +72,12 @@ def test_no_side_file_is_written_if_the_file_stores_everything(tmp_path):
 def test_a_side_file_applies_only_to_its_own_weights(tmp_path):
     model, variables = net()
     path = tmp_path / "w.pth"
-    with pytest.warns(WeightsWarning, match="cannot say"):
+    with pytest.warns(WeightsWarning, match="cannot hold"):
         rv.save_weights(path, model, variables, preprocessing=COLOUR)
     state = torch.load(path, weights_only=True)
     state["linear.bias"] += 1  # as if trained further by another script and saved under the old name
     torch.save(state, path)
-    with pytest.warns(WeightsWarning, match=r"w\.pth\.json is passed over: it was written for another file"):
+    with pytest.warns(WeightsWarning, match=r"w\.pth\.json is ignored: it was written for another file"):
         rv.load_weights(path)
     assert rv.inspect_weights(path).preprocessing == rv.Preprocessing()
     # They stay together if both are moved.
@@ -90,7 +90,7 @@ def test_a_side_file_applies_only_to_its_own_weights(tmp_path):
     rv.save_weights(tmp_path / "moved.pth", model, variables)
     assert rv.inspect_weights(tmp_path / "moved.pth").preprocessing == rv.Preprocessing()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*passed over")
+        warnings.filterwarnings("error", message=".*is ignored")
         rv.load_weights(tmp_path / "moved.pth")
 
 
@@ -113,14 +113,14 @@ def test_a_damaged_side_file_is_reported(native, tmp_path):
     (tmp_path / "w.pth.json").write_text(json.dumps(sound), encoding="utf-8")
     assert "w.pth.json, which belongs to" in error_of(convert("--inspect", tmp_path / "w.pth"))
     (tmp_path / "w.pth.json").write_text('{"repvgg_jax": {', encoding="utf-8")
-    with pytest.warns(WeightsWarning, match=r"w\.pth\.json cannot be read, and is passed over"):
+    with pytest.warns(WeightsWarning, match=r"w\.pth\.json cannot be read and is ignored"):
         rv.load_weights(tmp_path / "w.pth")
 
 
 def test_convert_reports_what_goes_to_the_side_file_and_inspect_shows_it(native, tmp_path):
     done = convert(native, tmp_path / "w.pth")
     assert done.returncode == 0
-    assert "w.pth cannot say image_size, crop_fraction, mean, std, class_names: written to" in done.stderr
+    assert "w.pth cannot hold image_size, crop_fraction, mean, std, class_names: written to" in done.stderr
     shown = convert("--inspect", tmp_path / "w.pth").stdout
     images = "images: 48 pixels, centre crop 0.9 of the shorter side resized to 53"
     assert f"{images}, mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3" in shown
