@@ -81,7 +81,7 @@ def test_a_side_file_applies_only_to_its_own_weights(tmp_path):
         rv.load_weights(path)
     assert rv.inspect_weights(path).preprocessing == rv.Preprocessing()
     # They stay together if both are moved.
-    with pytest.warns(WeightsWarning, match="cannot say"):
+    with pytest.warns(WeightsWarning, match="cannot hold"):
         rv.save_weights(path, model, variables, preprocessing=COLOUR)
     for suffix in ("", ".json"):
         (tmp_path / f"w.pth{suffix}").rename(tmp_path / f"moved.pth{suffix}")
