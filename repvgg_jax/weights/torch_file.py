@@ -173,9 +173,10 @@ def _read_legacy(handle: io.FileIO, reader: Reader) -> tuple[Any, Places]:
     places, position = {}, head.tell()
     for key in keys:
         handle.seek(position)
-        (count,) = struct.unpack("<q", handle.read(8))
+        declared = handle.read(8)  # fewer bytes if the file ends within them
+        count = int.from_bytes(declared, "little", signed=True)
         size = count * item_sizes[key]
-        if count < 0 or position + 8 + size > length:
+        if len(declared) < 8 or count < 0 or position + 8 + size > length:
             raise PickleError(f"storage {shown(key)} declares more numbers than the file has")
         places[key] = Record(position + 8, size)
         position += 8 + size
