@@ -168,7 +168,8 @@ class Variant:
         reduction = dilation = 1
         for stage in self.stages():
             dilated = stage.stride == 2 and reduction >= self.output_stride
-            # The block without its stride keeps the previous dilation, to see the same pixels; later ones double it.
+            # A block whose stride is omitted keeps the previous dilation, so it reads the same pixels. Later blocks
+            # double it.
             dilation_before, dilation = dilation, 2 * dilation if dilated else dilation
             reduction *= 1 if dilated else stage.stride
             for position in range(stage.depth):

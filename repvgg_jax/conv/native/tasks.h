@@ -132,7 +132,7 @@ struct Blocks {
   }
 };
 
-// Number of parts to divide a group's panels into, so that `tasks` times as many tasks keep all threads busy.
+// Number of parts to divide a group's panels into, so that `tasks` tasks, each divided so, keep all threads busy.
 inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
   if (tasks >= 3 * threads || tasks % threads == 0) return 1;
   return std::min(pairs, (3 * threads + tasks - 1) / tasks);

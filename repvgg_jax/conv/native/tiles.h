@@ -33,7 +33,7 @@ namespace repvgg {
 constexpr int TILE = 16;         // rows of a tile
 constexpr int TILE_BYTES = 64;   // bytes of a row
 
-// Whether the operating system allows this process to use tiles; it must be asked once.
+// Whether the operating system allows this process to use tiles; a process must request permission once.
 inline bool tiles_allowed() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;

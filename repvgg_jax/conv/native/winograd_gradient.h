@@ -1,7 +1,8 @@
-// The kernel gradient of a stride-1 convolution by Winograd's algorithm in reverse. With
-// Y = A^T [(G k G^T) * (B^T d B)] A, the gradient of k is G^T [sum over tiles of (B^T d B) * (A y A^T)] G. Each position
-// of the transformed tiles is one matrix product over the tiles. It takes 2.25 multiplications for m = 4, or 4 for
-// m = 2, where the direct sum takes 9.
+// The kernel gradient of a stride-1 convolution by Winograd's algorithm in reverse.
+//
+// With Y = A^T [(G k G^T) * (B^T d B)] A, the gradient of k is G^T [sum over tiles of (B^T d B) * (A y A^T)] G. Each
+// position of the transformed tiles is one matrix product over the tiles. It takes 2.25 multiplications for m = 4, or 4
+// for m = 2, where the direct sum takes 9.
 
 #pragma once
 
