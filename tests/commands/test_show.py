@@ -209,7 +209,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(weights, tmp_path,
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "small.html"
     page.write_text("<h1>My own notes</h1>", encoding="utf-8")
-    assert "small.html exists already, and is no page that show has written" in error_of(show(weights))
+    assert "small.html exists already and was not written by show" in error_of(show(weights))
     assert page.read_text(encoding="utf-8") == "<h1>My own notes</h1>"
     page.unlink()
     for _ in range(2):
