@@ -31,7 +31,7 @@ class Summary:
     For a weight file, also print its preprocessing and classes.
     """
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")] = ()
     """Variants or weight files. Without any, all variants are listed."""
     image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
     """Height and width of the image in pixels. Unless set, the weight file's value, or 224 for a variant."""
