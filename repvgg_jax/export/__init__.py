@@ -1,4 +1,4 @@
-"""Deploy-form nets as files that other runtimes run: ONNX, StableHLO, TensorFlow's SavedModel."""
+"""Export of deploy-form nets to other runtimes: ONNX, StableHLO and TensorFlow's SavedModel."""
 
 from .onnx_file import export_onnx, export_quantized_onnx
 from .saved_model import export_saved_model

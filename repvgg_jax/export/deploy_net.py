@@ -1,4 +1,4 @@
-"""What every export starts from: one net in deploy form, its numbers in float32, and how its images are prepared."""
+"""Common input of all exports: a net in deploy form, its parameters in float32, and the preprocessing of its images."""
 
 import dataclasses
 import json
@@ -19,26 +19,27 @@ from ..weights.info import default_preprocessing
 InputLayout = Literal["NCHW", "NHWC"]
 
 Check = Callable[[Path], object]
-"""What a caller may do with a file, under its temporary name, before it counts as written."""
+"""Called with a written file under its temporary name, before it is put in place."""
 
 INPUT, OUTPUT = "images", "logits"
-"""Names of the input and the output, in every format that has names."""
+"""Names of the input and the output, in all formats that have names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeployNet:
-    """A net ready to be written.
+    """A net to be exported.
 
     Attributes:
       model: deploy form, float32.
-      params: its parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`;
-        of a quantised net, its integers and scales in the same places, and `pool`.
-      channels: of an image.
-      height, width: of an image.
-      input_layout: how a batch of images lies in memory.
-      preprocessing: what makes an image network input.
-      class_names: names by class index, if they are known.
-      dynamic_size: whether height and width are to stay free, where the format can say so.
+      params: parameters as float32 NumPy arrays, `{"stage0": {"rbr_reparam": {"kernel", "bias"}}, …, "linear"}`. For a
+        quantised net, integers and scales in the same places, and `pool`.
+      channels: number of input channels.
+      height: image height in pixels.
+      width: image width in pixels.
+      input_layout: memory layout of a batch of images.
+      preprocessing: preprocessing of the images.
+      class_names: names by class index, or None.
+      dynamic_size: whether the export accepts any height and width, if the format supports that.
     """
 
     model: RepVGG
@@ -53,13 +54,13 @@ class DeployNet:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of one image, as `input_layout` orders it."""
+        """Return the shape of one image in the order of `input_layout`."""
         if self.input_layout == "NCHW":
             return self.channels, self.height, self.width
         return self.height, self.width, self.channels
 
     def metadata(self) -> dict[str, str]:
-        """Return what a file says of itself, besides the net."""
+        """Return the metadata to store in the file."""
         size = self.height if self.height == self.width else [self.height, self.width]
         entries = {
             "variant": self.model.variant.name,
@@ -80,21 +81,21 @@ def deploy_net(
     class_names: tuple[str, ...] | None = None,
     dynamic_size: bool = False,
 ) -> DeployNet:
-    """Fuse a training form, and check what is to be written; float32 throughout, whatever the model computes in.
+    """Fuse the model if it is in training form, check it, and convert it to float32 for export.
 
     Args:
       model: training or deploy form.
-      variables: its variables, of any float dtype.
-      input_layout: of the exported net's input.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: what makes an image network input; the variant's published evaluation if None.
+      variables: variables of `model`, of any float dtype.
+      input_layout: input layout of the exported net.
+      image_size: size in pixels, one number or (height, width); that of `preprocessing` if None.
+      preprocessing: preprocessing of the images; the variant's published evaluation preprocessing if None.
       class_names: names by class index.
-      dynamic_size: leave height and width free.
+      dynamic_size: accept any height and width.
 
     Raises:
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
-      ValueError: an unknown layout, a non-positive size, or not one name for each class.
+      WeightsError: the variables do not belong to this model, or contain NaN.
+      FusionError: the training form cannot be fused.
+      ValueError: the layout is unknown, a size is not positive, or there is not one name per class.
     """
     check_input_layout(input_layout)
     if class_names is not None and len(class_names) != model.num_classes:
@@ -112,7 +113,7 @@ def deploy_net(
 
 
 def check_input_layout(input_layout: str) -> None:
-    """Raise ValueError for anything but NCHW and NHWC."""
+    """Raise ValueError unless the layout is NCHW or NHWC."""
     if input_layout not in get_args(InputLayout):
         raise ValueError(f"input_layout must be {' or '.join(get_args(InputLayout))}, not {input_layout!r}")
 

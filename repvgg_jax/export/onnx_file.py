@@ -1,4 +1,4 @@
-"""ONNX files."""
+"""Export to ONNX files."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from ..quantization.stack import LINEAR, POOL
 from .deploy_net import Check, DeployNet, InputLayout, check_input_layout, deploy_net
 
 OnnxTarget = Literal["onnxruntime", "tensorrt"]
-"""Whose rules a quantised graph follows; OpenVINO runs both kinds."""
+"""Runtime whose rules a quantised graph follows. OpenVINO runs both kinds."""
 
 
 def export_onnx(
@@ -35,26 +35,27 @@ def export_onnx(
 ) -> None:
     """Write the deploy form as an ONNX file, atomically.
 
-    The file takes `images` (float32, normalised, `[N, C, H, W]` or `[N, H, W, C]`, any N) and gives `logits`
-    (float32 `[N, classes]`). Its metadata tells the variant, the layout, the preprocessing and the class names.
+    The graph has the input `images` (float32, normalised, `[N, C, H, W]` or `[N, H, W, C]`, any N) and the output
+    `logits` (float32 `[N, classes]`). Its metadata contains the variant, the layout, the preprocessing and the class
+    names.
 
     Args:
-      path: where to write.
-      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
-      variables: its variables.
-      input_layout: NCHW, as ONNX computes, or NHWC, transposed once in front.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: what makes an image network input; the variant's published evaluation if None.
+      path: file to write.
+      model: training form (fused here) or deploy form, with any computation dtype; the file is float32.
+      variables: variables of `model`.
+      input_layout: NCHW, the layout in which ONNX computes, or NHWC, which is transposed once at the input.
+      image_size: size in pixels, one number or (height, width); that of `preprocessing` if None.
+      preprocessing: preprocessing of the images; the variant's published evaluation preprocessing if None.
       class_names: names by class index.
-      dynamic_size: leave height and width free in the file; `image_size` then only says what the net was made for.
-      check: sees the written file before it is put in place; what it raises leaves nothing behind.
+      dynamic_size: accept any height and width; `image_size` then only records the size the net was made for.
+      check: called with the written file before it is put in place. If it raises, no file is left.
 
     Raises:
       ExportError: onnx is not installed.
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
+      WeightsError: the variables do not belong to this model, or contain NaN.
+      FusionError: the training form cannot be fused.
       RepVGGError: the file cannot be written.
-      ValueError: an unknown layout, a non-positive size, or not one name for each class.
+      ValueError: the layout is unknown, a size is not positive, or there is not one name per class.
     """
     check_onnx_installed()
     from .onnx_graph import build_onnx
@@ -76,25 +77,25 @@ def export_quantized_onnx(
     dynamic_size: bool = False,
     target: OnnxTarget = "onnxruntime",
 ) -> None:
-    """Write a quantised net as an ONNX file in QDQ form, atomically; input and output as `export_onnx` has them.
+    """Write a quantised net as an ONNX file in QDQ form, atomically. Input and output are those of `export_onnx`.
 
-    For ONNX Runtime, weights are int8, biases int32, activations uint8 with the scales of `net`, and the image's
-    zero-point is 128: int8 in the form of uint8, which runtimes fuse with the uint8 that follows. For TensorRT,
-    everything quantised is int8 with a zero-point of 0 and biases are float32; activations after a ReLU then have 128
-    steps in place of 256 for the same range, so that the logits are not those of `net`.
+    For ONNX Runtime, weights are int8, biases int32, and activations uint8 with the scales of `net`. The image's
+    zero-point is 128: int8 represented as uint8, which runtimes fuse with the uint8 activations that follow. For
+    TensorRT, all quantised tensors are int8 with a zero-point of 0, and biases are float32. Activations after a ReLU
+    then have 128 steps instead of 256 for the same range, so the logits differ from those of `net`.
 
     Args:
-      path: where to write.
-      net: from `quantize` or `load_quantized`.
-      input_layout: NCHW, as ONNX computes, or NHWC, transposed once in front.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      dynamic_size: leave height and width free in the file; `image_size` is then not used.
-      target: the runtime whose rules the graph follows. OpenVINO runs both kinds.
+      path: file to write.
+      net: net from `quantize` or `load_quantized`.
+      input_layout: NCHW, the layout in which ONNX computes, or NHWC, which is transposed once at the input.
+      image_size: size in pixels, one number or (height, width); that of the net's preprocessing if None.
+      dynamic_size: accept any height and width; `image_size` is then not used.
+      target: runtime whose rules the graph follows. OpenVINO runs both kinds.
 
     Raises:
       ExportError: onnx is not installed.
       RepVGGError: the file cannot be written.
-      ValueError: a non-positive size, or an unknown target or layout.
+      ValueError: a size is not positive, or the target or layout is unknown.
     """
     if target not in get_args(OnnxTarget):
         raise ValueError(f"target must be {' or '.join(get_args(OnnxTarget))}, not {target!r}")
@@ -125,6 +126,6 @@ def export_quantized_onnx(
 
 
 def check_onnx_installed() -> None:
-    """Raise ExportError, with what to install, where there is no onnx."""
+    """Raise ExportError with an installation hint if onnx is not installed."""
     if importlib.util.find_spec("onnx") is None:
         raise ExportError(f"writing ONNX needs onnx: {install_hint('export')}")

@@ -1,7 +1,7 @@
-"""A deploy-form net as an ONNX graph, written node by node: the operators that the net consists of and no others.
+"""A deploy-form net as an ONNX graph, written node by node with only the operators that the net consists of.
 
-Convolution and ReLU in the body (and the squeeze-and-excite gates, where the variant has them), then global average
-pool, flatten and one matrix product. ONNX is NCHW throughout; images that come as NHWC are transposed once, in front.
+These are convolution and ReLU in the body (and squeeze-and-excite gates, if the variant has them), then global average
+pooling, flattening and one matrix product. ONNX is NCHW throughout; NHWC images are transposed once at the input.
 """
 
 from collections.abc import Mapping
@@ -19,37 +19,37 @@ from ..version import __version__
 from .deploy_net import INPUT, OUTPUT, DeployNet
 
 OPSET = 17
-"""Of 2022: old enough for every runtime in use, and past 13, the first with per-channel quantisation."""
+"""From 2022: old enough for every runtime in use, and later than 13, the first with per-channel quantisation."""
 
 IR_VERSION = 8
-"""The file format's version that came with this opset; runtimes refuse later ones than they know."""
+"""Version of the file format that belongs to this opset; runtimes refuse versions newer than they support."""
 
 BATCH, HEIGHT, WIDTH = "N", "H", "W"
-"""Names of the dimensions that a file leaves free."""
+"""Names of the dynamic dimensions."""
 
 
 class Graph:
-    """Nodes and constants in the order in which they were added; tensors are called after the nodes that make them."""
+    """Nodes and constants in the order in which they were added. Each tensor has the name of the node that makes it."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def node(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """Add a node of one output; returns the output's name, which is the node's."""
+        """Add a node with one output, and return the output's name, which is also the node's."""
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
     def constant(self, name: str, array: np.ndarray | np.generic) -> str:
-        """Add a tensor that is part of the file; returns its name."""
+        """Add a tensor that is stored in the file, and return its name."""
         self.constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def model(self, net: DeployNet) -> onnx.ModelProto:
-        """Return the whole as a checked model, whose output is that of the last node.
+        """Return the graph as a checked model, whose output is that of the last node.
 
         Raises:
-          onnx.checker.ValidationError: it is not valid ONNX.
+          onnx.checker.ValidationError: the model is not valid ONNX.
         """
         self.nodes[-1].output[0] = OUTPUT
         shape: list[int | str] = [*net.image_shape]
@@ -72,13 +72,13 @@ class Graph:
 
 
 class OnnxOperations:
-    """The walk that writes a net node by node, in float32; what it hands on are the nodes' names.
+    """Operations for `walk` that add a net to a graph, in float32; values are the names of nodes.
 
     Args:
-      net: what to write.
+      net: net to write.
 
     Attributes:
-      graph: what is written so far.
+      graph: graph written so far.
     """
 
     def __init__(self, net: DeployNet):
@@ -86,7 +86,7 @@ class OnnxOperations:
         self.graph = Graph()
 
     def conv(self, block: BlockSpec, x: str, *, activate: bool) -> str:
-        """Add a `Conv`, padded as PyTorch pads: half a (dilated) kernel on every side."""
+        """Add a `Conv` with PyTorch's padding: half a (dilated) kernel on each side."""
         params = self.net.params[block.name]["rbr_reparam"]
         size, dilation = params["kernel"].shape[0], block.dilation
         attributes: dict[str, Any] = dict(
@@ -98,7 +98,7 @@ class OnnxOperations:
         return self.activation(block, x) if activate else x
 
     def write_conv(self, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
-        """Add a convolution of `x` (`[N, C, H, W]`) by `params`: kernel `[h, w, in / groups, out]`, bias `[out]`."""
+        """Add a convolution of `x` (`[N, C, H, W]`) with `params`: kernel `[h, w, in / groups, out]`, bias `[out]`."""
         kernel = self.graph.constant(f"{name}/kernel", params["kernel"].transpose(3, 2, 0, 1))
         bias = self.graph.constant(f"{name}/bias", params["bias"])
         return self.graph.node("Conv", [x, kernel, bias], name, **attributes)
@@ -114,7 +114,7 @@ class OnnxOperations:
         return self.graph.node("Mul", [x, gate], f"{name}/scale")
 
     def activation(self, block: BlockSpec, x: str) -> str:
-        """Add one node for ReLU, few for the others."""
+        """Add the variant's activation function: one node for ReLU, a few for the others."""
         return add_activation(self.graph, self.net.model.variant.activation, x, f"{block.name}/relu")
 
     def pool(self, x: str) -> str:
@@ -122,7 +122,7 @@ class OnnxOperations:
         return self.graph.node("Flatten", [self.graph.node("GlobalAveragePool", [x], "pool")], "flatten")
 
     def linear(self, x: str) -> str:
-        """Add a `Gemm` node; the kernel lies as PyTorch's exporter lays it, the way runtimes have met most often."""
+        """Add a `Gemm` node. The kernel has the layout of PyTorch's exporter, the one that runtimes see most often."""
         params = self.net.params["linear"]
         kernel = self.graph.constant("linear/kernel", params["kernel"].T)
         bias = self.graph.constant("linear/bias", params["bias"])
@@ -133,12 +133,12 @@ def build_onnx(net: DeployNet, operations: type[OnnxOperations] = OnnxOperations
     """Return the net as a checked ONNX model.
 
     Args:
-      net: what to write.
-      operations: how it is written.
+      net: net to write.
+      operations: class that writes the layers.
 
     Returns:
-      Input `images` float32 `[N, C, H, W]` or `[N, H, W, C]` with any N (and any H and W, if asked for), output
-      `logits` float32 `[N, classes]`.
+      Model with the input `images`, float32 `[N, C, H, W]` or `[N, H, W, C]`, with any N (and any H and W if the net
+      has `dynamic_size`), and the output `logits`, float32 `[N, classes]`.
     """
     writer = operations(net)
     x = INPUT
@@ -149,10 +149,10 @@ def build_onnx(net: DeployNet, operations: type[OnnxOperations] = OnnxOperations
 
 
 def add_activation(graph: Graph, activation: Activation, x: str, name: str) -> str:
-    """Add an activation; returns its last node.
+    """Add an activation function, and return the name of its last node.
 
     Raises:
-      ExportError: it is a Python function, which ONNX cannot hold.
+      ExportError: the activation is a Python function, which ONNX cannot represent.
     """
 
     def number(label: str, value: float) -> str:

@@ -1,8 +1,8 @@
 """A quantised net as an ONNX graph in QDQ form: the float graph with QuantizeLinear and DequantizeLinear around layers.
 
-Runtimes with integer kernels (ONNX Runtime, OpenVINO, TensorRT) recognise DequantizeLinear, Conv, QuantizeLinear and
-compute it in 8 bits; any other runs the graph as it stands, in float. What they take differs: on CPUs activations after
-a ReLU are unsigned, while TensorRT has signed ones alone (`TensorRTOperations`).
+Runtimes with integer kernels (ONNX Runtime, OpenVINO, TensorRT) recognise the pattern DequantizeLinear, Conv,
+QuantizeLinear and compute it in 8 bits; others run the graph literally, in float. Their requirements differ: on CPUs,
+activations after a ReLU are unsigned, while TensorRT supports only signed ones (`TensorRTOperations`).
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from .onnx_graph import OnnxOperations
 
 
 class QDQOperations(OnnxOperations):
-    """The walk that writes a quantised net, whose `params` have the `pool`'s scale too; what is float stays so."""
+    """Operations for `walk` that add a quantised net to a graph. Layers that are in float stay in float."""
 
     output_axis = 1
-    """Of the classifier's kernel."""
+    """Output axis of the classifier's kernel."""
 
     def write_conv(self, x: str, name: str, params: Mapping[str, np.ndarray], **attributes: Any) -> str:
-        """Add QuantizeLinear, DequantizeLinear, and `Conv` of dequantised weights."""
+        """Add QuantizeLinear, DequantizeLinear, and a `Conv` with dequantised weights."""
         if not is_quantized(params):
             return super().write_conv(x, name, params, **attributes)
         x = self.write_input(x, name, params["input_scale"], input_dtype(name.partition("/")[0]))
@@ -32,11 +32,11 @@ class QDQOperations(OnnxOperations):
         return self.graph.node("Conv", [x, kernel, self.write_bias(name, params)], name, **attributes)
 
     def pool(self, x: str) -> str:
-        """Add the average over pixels of the last block's integers."""
+        """Add QuantizeLinear, DequantizeLinear, and the mean over all pixels."""
         return super().pool(self.write_input(x, POOL, self.net.params[POOL]["input_scale"], input_dtype(POOL)))
 
     def linear(self, x: str) -> str:
-        """Add the same for `Gemm`."""
+        """Add QuantizeLinear, DequantizeLinear, and a `Gemm` with dequantised weights."""
         params = self.net.params[LINEAR]
         if not is_quantized(params):
             return super().linear(x)
@@ -47,11 +47,11 @@ class QDQOperations(OnnxOperations):
 
     @staticmethod
     def scale_and_zero(scale: Any, dtype: np.dtype) -> tuple[Any, Any]:
-        """Return scale and zero-point of an activation; int8 is uint8 around 128."""
+        """Return scale and zero-point of an activation. int8 becomes uint8 with zero-point 128."""
         return scale, np.uint8(128 if dtype == SIGNED else 0)
 
     def write_input(self, x: str, name: str, scale: Any, dtype: np.dtype) -> str:
-        """Add QuantizeLinear and DequantizeLinear."""
+        """Add QuantizeLinear and DequantizeLinear for a layer's input."""
         scale, zero = self.scale_and_zero(scale, dtype)
         parameters = [
             self.graph.constant(f"{name}/input_scale", np.float32(scale)),
@@ -61,12 +61,12 @@ class QDQOperations(OnnxOperations):
         return self.graph.node("DequantizeLinear", [x, *parameters], f"{name}/dequantize")
 
     def write_bias(self, name: str, params: Mapping[str, np.ndarray]) -> str:
-        """Add a bias: int32."""
+        """Add a bias in int32."""
         unit = np.float32(params["input_scale"]) * params["kernel_scale"]
         return self.write_integers(f"{name}/bias", params["bias"], unit)
 
     def write_integers(self, name: str, integers: np.ndarray, scale: np.ndarray, axis: int = 0) -> str:
-        """Add integers that the graph reads as real numbers; one scale for all where all are the same."""
+        """Add integers and their DequantizeLinear, with a single scale if all scales are the same."""
         shared = len(np.unique(scale)) == 1
         scale = scale[0] if shared else scale
         parameters = [
@@ -79,7 +79,7 @@ class QDQOperations(OnnxOperations):
 
 
 class TensorRTOperations(QDQOperations):
-    """As TensorRT's ONNX parser takes them: int8 alone, zero-points of 0, biases in float32.
+    """Operations that follow the rules of TensorRT's ONNX parser: only int8, zero-points of 0, biases in float32.
 
     "Working with Quantized Types", https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/
     work-quantized-types.html: symmetric quantisation, activations per tensor, weights per tensor or output channel.
@@ -90,9 +90,9 @@ class TensorRTOperations(QDQOperations):
 
     @staticmethod
     def scale_and_zero(scale: Any, dtype: np.dtype) -> tuple[Any, Any]:
-        """Return the same range in int8: what 255 stood for is 127's."""
+        """Return the scale for the same range in int8, so that 127 stands for the value that 255 stood for."""
         return scale * (levels(dtype) / levels(SIGNED)), np.int8(0)
 
     def write_bias(self, name: str, params: Mapping[str, np.ndarray]) -> str:
-        """Add a bias: float32."""
+        """Add a bias in float32."""
         return self.graph.constant(f"{name}/bias", np.asarray(dequantized(params)["bias"], np.float32))

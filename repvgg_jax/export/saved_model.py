@@ -1,4 +1,4 @@
-"""TensorFlow's SavedModel, by way of `jax.experimental.jax2tf`."""
+"""Export to TensorFlow's SavedModel through `jax.experimental.jax2tf`."""
 
 import importlib.util
 import os
@@ -25,26 +25,26 @@ def export_saved_model(
     preprocessing: Preprocessing | None = None,
     check: Check | None = None,
 ) -> None:
-    """Write the deploy form as a SavedModel, a new folder that appears at once or not at all.
+    """Write the deploy form as a SavedModel, a new folder that is created atomically.
 
     Its signature `serving_default` takes `images` (float32, normalised, `[N, H, W, C]` or `[N, C, H, W]`, any N >= 1)
-    and gives `logits` (float32 `[N, classes]`). The weights are `tf.Variable`s.
+    and returns `logits` (float32 `[N, classes]`). The weights are `tf.Variable`s.
 
     Args:
-      path: the folder, which must not exist.
-      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
-      variables: its variables.
-      input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: tells the image size; the variant's published evaluation if None.
-      check: sees what was written before it is put in place; what it raises leaves nothing behind.
+      path: folder to create; it must not exist.
+      model: training form (fused here) or deploy form, with any computation dtype; the export is float32.
+      variables: variables of `model`.
+      input_layout: NHWC, the layout in which this library computes, or NCHW, which is transposed once at the input.
+      image_size: size in pixels, one number or (height, width); that of `preprocessing` if None.
+      preprocessing: provides the image size; the variant's published evaluation preprocessing if None.
+      check: called with the written folder before it is put in place. If it raises, no folder is left.
 
     Raises:
       ExportError: TensorFlow is not installed, or this jax has no jax2tf.
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
-      RepVGGError: the folder exists, or cannot be written.
-      ValueError: an unknown layout or a non-positive size.
+      WeightsError: the variables do not belong to this model, or contain NaN.
+      FusionError: the training form cannot be fused.
+      RepVGGError: the folder exists or cannot be written.
+      ValueError: the layout is unknown, or a size is not positive.
     """
     check_tensorflow_installed()
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
@@ -59,7 +59,7 @@ def export_saved_model(
         native_serialization_platforms=PLATFORMS,
     )
     module, weights = tf.Module(), jax.tree.map(tf.Variable, net.params)
-    setattr(module, "params", weights)  # noqa: B010 (TensorFlow saves what is an attribute; its type has none)
+    setattr(module, "params", weights)  # noqa: B010 (TensorFlow saves attributes, but its type declares none)
     images = tf.TensorSpec([None, *net.image_shape], tf.float32, name=INPUT)
     logits = tf.function(lambda images: converted(weights, images), autograph=False, input_signature=[images])
     with atomic_folder(path) as temporary:
@@ -69,7 +69,7 @@ def export_saved_model(
 
 
 def check_tensorflow_installed() -> None:
-    """Raise ExportError, with what to install, where there is no TensorFlow or no jax2tf."""
+    """Raise ExportError with an installation hint if TensorFlow or jax2tf is missing."""
     if importlib.util.find_spec("tensorflow") is None:
         raise ExportError("writing a SavedModel needs TensorFlow: pip install tensorflow")
     if importlib.util.find_spec("jax.experimental.jax2tf") is None:

@@ -1,4 +1,4 @@
-"""StableHLO files: the whole net as `jax.export` writes it, which runs wherever JAX does, without this package."""
+"""Export to StableHLO files with `jax.export`. They run wherever JAX does, without this package."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -29,24 +29,24 @@ def export_stablehlo(
 ) -> None:
     """Write the deploy form as a file for `jax.export.deserialize`, atomically.
 
-    `jax.export.deserialize(bytearray(file))` gives an object whose `call(images)` takes float32 normalised images
-    (`[N, H, W, C]` or `[N, C, H, W]`, any N >= 1) and gives float32 logits `[N, classes]`, on CPU, CUDA and TPU.
-    Loading needs jax and flatbuffers, which `jax.export` uses, and nothing else; weights are part of the program.
+    `jax.export.deserialize(bytearray(file))` returns an object whose `call(images)` takes float32 normalised images
+    (`[N, H, W, C]` or `[N, C, H, W]`, any N >= 1) and returns float32 logits `[N, classes]`, on CPU, CUDA and TPU.
+    Loading needs only jax and flatbuffers, which `jax.export` uses. The weights are part of the program.
 
     Args:
-      path: where to write.
-      model: training form (fused here) or deploy form, computing in any dtype; the file is float32.
-      variables: its variables.
-      input_layout: NHWC, as this library computes, or NCHW, transposed once in front.
-      image_size: pixels, one number or (height, width); the preprocessing's if None.
-      preprocessing: tells the image size; the variant's published evaluation if None.
-      check: sees what was written before it is put in place; what it raises leaves nothing behind.
+      path: file to write.
+      model: training form (fused here) or deploy form, with any computation dtype; the file is float32.
+      variables: variables of `model`.
+      input_layout: NHWC, the layout in which this library computes, or NCHW, which is transposed once at the input.
+      image_size: size in pixels, one number or (height, width); that of `preprocessing` if None.
+      preprocessing: provides the image size; the variant's published evaluation preprocessing if None.
+      check: called with the written file before it is put in place. If it raises, no file is left.
 
     Raises:
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
+      WeightsError: the variables do not belong to this model, or contain NaN.
+      FusionError: the training form cannot be fused.
       RepVGGError: the file cannot be written.
-      ValueError: an unknown layout or a non-positive size.
+      ValueError: the layout is unknown, or a size is not positive.
     """
     net = deploy_net(model, variables, input_layout, image_size, preprocessing)
     serialized = export_program(net).serialize()
@@ -57,20 +57,20 @@ def export_stablehlo(
 
 
 def export_program(net: DeployNet) -> jax_export.Exported:
-    """Return the net as one program from images to logits, its weights inside, its batch size free."""
+    """Return the net as one program from images to logits, with its weights and a dynamic batch size."""
     forward = forward_function(net)
 
     def logits(images: Array) -> Array:
         return forward(net.params, images)
 
-    logits.__name__ = net.model.variant.name  # what `Exported.fun_name` tells whoever loads it
+    logits.__name__ = net.model.variant.name  # becomes `Exported.fun_name` in the loaded file
     (batch,) = jax_export.symbolic_shape("N")
     images = jax.ShapeDtypeStruct((batch, *net.image_shape), jnp.float32)
     return jax_export.export(jax.jit(logits), platforms=PLATFORMS)(images)
 
 
 def forward_function(net: DeployNet) -> Callable[[Mapping[str, Any], Array], Array]:
-    """Return `forward(params, images) -> logits`, for images that lie as the net's `input_layout` says."""
+    """Return `forward(params, images) -> logits` for images in the net's `input_layout`."""
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
         if net.input_layout == "NCHW":
