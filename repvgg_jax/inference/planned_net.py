@@ -62,7 +62,10 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
 def planned_forward(
     model: RepVGG, plan: Plan, output: Output = "logits"
 ) -> Callable[[Mapping[str, Any], Array], Array]:
-    """Return `forward(prepared params, normalised images [batch_size, H, W, C]) -> [batch_size, outputs]`, not jitted."""
+    """Return `forward(params, images) -> [batch_size, outputs]`, to be jitted.
+
+    `forward` takes parameters from `prepare_params`, and normalised images `[batch_size, H, W, C]`.
+    """
 
     def run_stage(params: Mapping[str, Any], stage: StagePlan, x: Array) -> Array:
         for layer in stage.layers:

@@ -1,4 +1,4 @@
-"""INT8: post-training quantisation, quantisation-aware training, and nets that compute in integers."""
+"""INT8: post-training quantisation, quantisation-aware training, and integer inference."""
 
 from .adaround import AdaRoundOptions
 from .methods import METHODS, Method, quantize

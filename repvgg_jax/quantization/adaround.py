@@ -1,10 +1,10 @@
-"""AdaRound (Nagel et al., ICML 2020): whether each weight is rounded up or down is learned, layer by layer.
+"""AdaRound (Nagel et al., ICML 2020): learns layer by layer whether to round each weight up or down.
 
-To the nearest is the best rounding of one weight, not of a sum of many. The layer's output on calibration data decides:
-each weight is `floor(w / s) + h`, h between 0 and 1, and a growing penalty drives every h to one of its ends.
+Rounding to nearest is best for a single weight, but not for a sum of many. Here the layer's output on calibration data
+decides: each weight is `floor(w / s) + h` with h between 0 and 1, and a growing penalty drives every h to 0 or 1.
 
-A late layer of small images has more weights than the calibration images have pixels there, and would learn them by
-heart: some images are held out, and where they come out no better the layer is rounded to the nearest after all.
+With small images, a late layer has more weights than the calibration images have pixels there, and would overfit. So
+some images are held out; if the learned rounding does not improve on them, the layer is rounded to nearest.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ from .quantizer import WEIGHT_LEVELS
 from .stack import Geometry, geometry, linear_map
 
 ZETA, GAMMA = 1.1, -0.1
-"""The sigmoid's stretch (paper, equation 23): h reaches its ends at finite values."""
+"""Stretch of the sigmoid (paper, equation 23), so that h reaches 0 and 1 at finite logits."""
 
 HELD_OUT = 4
-"""One of so many calibration images is not learned from but decides, up to `MAX_HELD_OUT` of them."""
+"""One in this many calibration images is held out for validation, up to `MAX_HELD_OUT` images."""
 
 MAX_HELD_OUT = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaRoundOptions:
-    """How long and how hard rounding is optimised.
+    """Settings for the optimisation of the rounding.
 
     Attributes:
-      steps: optimiser steps for each layer.
-      batch_size: calibration images in a step.
-      learning_rate: Adam's.
-      penalty: weight of the penalty against the reconstruction error; both are shares of their starting values.
-      warm_up: share of the steps without penalty.
-      hardness: the penalty's exponent, from the first to the last of the steps that have it.
+      steps: optimiser steps per layer.
+      batch_size: calibration images per step.
+      learning_rate: Adam's learning rate.
+      penalty: weight of the penalty against the reconstruction error, both relative to their starting values.
+      warm_up: fraction of the steps without penalty.
+      hardness: the penalty's exponent at the first and the last step with penalty.
     """
 
     steps: int = 400
@@ -56,7 +56,7 @@ class AdaRoundOptions:
 
 
 def require_optax() -> None:
-    """Raise QuantizationError, with what to install, where there is no optax."""
+    """Raise QuantizationError with an installation hint if optax is not installed."""
     if importlib.util.find_spec("optax") is None:
         raise QuantizationError(f"learned rounding needs optax: {install_hint('train')}")
 
@@ -71,19 +71,19 @@ def learn_rounding(
     relu: bool,
     options: AdaRoundOptions,
 ) -> np.ndarray:
-    """Return the weights' integers that bring the layer's output nearest to its float one.
+    """Return the integer weights that bring the layer's output closest to that of the float layer.
 
     Args:
       spec: the block; None for the classifier.
       layer: float `kernel` and `bias`.
-      scale: of each output channel, `[O]`.
-      inputs: what the layer will read in the quantised net, real values `[N, …]`.
-      targets: the float net's output of this layer, before the ReLU.
-      relu: whether a ReLU follows directly, after which errors below zero do not count.
-      options: the optimiser's.
+      scale: weight scale of each output channel, `[O]`.
+      inputs: the layer's inputs in the quantised net, dequantised, `[N, …]`.
+      targets: the layer's outputs in the float net, before the ReLU.
+      relu: whether a ReLU follows directly; errors below zero then do not count.
+      options: settings of the optimiser.
 
     Returns:
-      Integers of the kernel's shape, as float32.
+      Integers in the shape of the kernel, as float32.
     """
     require_optax()
     held_out = min(len(inputs) // HELD_OUT, MAX_HELD_OUT)
@@ -93,7 +93,7 @@ def learn_rounding(
     kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
     steps = channelwise(scale, kernel.ndim)
     shape = geometry(spec)
-    with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not compute without
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it
         soft = _optimize(shape, relu, options, kernel, bias, steps, inputs[:count], targets[:count], places)
     nearest, learned = jnp.round(kernel / steps), jnp.floor(kernel / steps) + (soft >= 0.5).astype(kernel.dtype)
 
@@ -106,7 +106,7 @@ def learn_rounding(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _error(shape: Geometry | None, relu: bool, weights: Array, bias: Array, x: Array, target: Array) -> Array:
-    """Return the mean squared error of a layer's output, after the ReLU if there is one."""
+    """Return the mean squared error of the layer's output, after the ReLU if there is one."""
     output = linear_map(shape, x, weights) + channelwise(bias, x.ndim)
     if relu:
         output, target = nn.relu(output), nn.relu(target)
@@ -129,7 +129,7 @@ def _optimize(
     targets: Array,
     places: Array,
 ) -> Array:
-    """Return each weight's h after the last step. Layers of one shape share one compilation."""
+    """Return each weight's h after the last step. Layers of the same shape share one compilation."""
     import optax
 
     floor = jnp.floor(kernel / scale)
@@ -145,7 +145,7 @@ def _optimize(
         h = _rectified_sigmoid(logits)
         progress = (step / options.steps - options.warm_up) / (1 - options.warm_up)
         high, low = options.hardness
-        # Cosine from soft to hard, as the paper's code anneals.
+        # Cosine annealing from soft to hard, as in the paper's code.
         exponent = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.clip(progress, 0, 1) * jnp.pi))
         undecided = (1 - jnp.abs(2 * h - 1) ** exponent).mean()
         return error(floor + h, x, target) / start_error + jnp.where(progress >= 0, options.penalty, 0) * undecided

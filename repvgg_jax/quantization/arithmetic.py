@@ -1,4 +1,4 @@
-"""How a layer of quantised numbers is computed: by XLA, or by native convolutions with the kernels packed for them."""
+"""Computation of a quantised layer: by XLA, or by native convolutions with packed kernels."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,50 +16,50 @@ from ..net.variants import BlockSpec, Variant
 from .stack import LINEAR, geometry, linear_map, with_readers
 
 SHIFT = 128
-"""Between int8 and uint8."""
+"""Offset between int8 and uint8."""
 
 
 def is_quantized(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer of `QuantizedNet.params` computes in integers."""
+    """Return whether a layer of `QuantizedNet.params` is quantised."""
     return "kernel_scale" in layer
 
 
 class Arithmetic(Protocol):
-    """How a quantised layer of the body is computed. All give the same integers."""
+    """Computation of the body's quantised layers. All implementations give the same integers."""
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
-        """Products of uint8 or int8 `x`, their sum and the bias: int32, or float32 that holds the same."""
+        """Return the convolution of uint8 or int8 `x` plus bias, as int32, or as float32 with the same integers."""
         ...
 
     def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
-        """`totals` times `factor` (`[O]`), rounded and saturated to uint8."""
+        """Return `totals` times `factor` (`[O]`), rounded and saturated to uint8."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class InXla:
-    """XLA's convolutions, of integers or of floats that hold them."""
+    """XLA's convolutions, on integers or on floats with the same values."""
 
     integer: bool
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
-        """See `accumulate`."""
+        """Call `accumulate`."""
         return accumulate(spec, x, layer, self.integer)
 
     def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
-        """In float32, ties to even."""
+        """Multiply in float32 and round ties to even."""
         return _saturate(self.totals(spec, x, layer).astype(jnp.float32) * channelwise(factor))
 
 
 def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integer: bool) -> Array:
-    """Products, their sum and the bias: int32, or the same integers in float32.
+    """Return a layer's convolution or matrix product plus bias: int32, or the same integers in float32.
 
     Args:
       spec: the block; None for the classifier.
       x: uint8 or int8 `[N, H, W, C]` or `[N, C]`.
-      layer: quantised.
-      integer: int8 x int8 -> int32. Unsigned inputs are shifted by 128 for that, which the sum of the weights
-        takes back.
+      layer: the quantised layer.
+      integer: compute int8 x int8 -> int32. Unsigned inputs are then shifted by 128, and the bias is corrected by the
+        sum of the weights.
     """
     kernel, bias = layer["kernel"], layer["bias"]
     if not integer:
@@ -73,7 +73,7 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
     if spec is None:
         return lax.dot(signed, kernel, preferred_element_type=jnp.int32) + bias
     padding = spec.dilation * (kernel.shape[0] // 2)
-    # Real zeros lie around the image, which the shift has made -128.
+    # Pad with real zeros, which the shift has turned into -128.
     signed = lax.pad(signed, jnp.int8(-shift), ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)))
     in_integers = _convolution(spec, jnp.int8, jnp.int32)
     in_floats = _convolution(spec, jnp.float32, jnp.float32)  # XLA has no int8 -> int32 convolution for GPUs
@@ -81,9 +81,9 @@ def accumulate(spec: BlockSpec | None, x: Array, layer: Mapping[str, Any], integ
 
 
 def _convolution(spec: BlockSpec, inputs: Any, sums: Any) -> Callable[[Array, Array], Array]:
-    """Return the convolution of padded int8 `[N, H, W, C]` with int8 kernels to int32, computed in these dtypes.
+    """Return a convolution of padded int8 `[N, H, W, C]` with int8 kernels to int32 that computes in these dtypes.
 
-    float32 at full precision holds the same integers, exactly up to 2^24.
+    float32 at full precision gives the same integers, exactly up to 2^24.
     """
 
     def convolve(x: Array, kernel: Array) -> Array:
@@ -103,14 +103,14 @@ def _convolution(spec: BlockSpec, inputs: Any, sums: Any) -> Callable[[Array, Ar
 
 
 def _saturate(x: Array) -> Array:
-    """Rounded to uint8."""
+    """Round to uint8."""
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
 
 
 def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
-    """`QuantizedNet.params` with what the native convolution wants in place of the kernels of the layers that it takes.
+    """Return `QuantizedNet.params` with packed kernels for the layers that the native convolution supports.
 
-    The classifier's integers become float32, as its product is computed in.
+    The classifier's integers become float32, the dtype in which its product is computed.
     """
     packed = dict(params)
     for spec, following in with_readers(variant.blocks(in_channels)):
@@ -123,9 +123,9 @@ def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -
 
 
 def pack_layer(spec: BlockSpec, layer: Mapping[str, Any], next_scale: Any) -> dict[str, Any]:
-    """One quantised layer, for a next one whose input has the scale `next_scale`."""
+    """Pack one quantised layer, followed by a layer whose input has the scale `next_scale`."""
     kernel, bias = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
-    if spec.name == "stage0":  # its int8 image is shifted to be unsigned, which the bias takes back
+    if spec.name == "stage0":  # the int8 image is shifted to be unsigned; the bias compensates for that
         bias = bias - SHIFT * kernel.astype(np.int32).sum((0, 1, 2))
     unit = np.float32(layer["input_scale"]) * np.asarray(layer["kernel_scale"], np.float32)
     return {name: leaf for name, leaf in layer.items() if name not in ("kernel", "bias")} | {
@@ -136,16 +136,16 @@ def pack_layer(spec: BlockSpec, layer: Mapping[str, Any], next_scale: Any) -> di
 
 
 class NativeIntegers:
-    """`Arithmetic` by `native.convolve_int8`, on parameters from `pack_layers`; by XLA where it takes none."""
+    """`Arithmetic` with `native.convolve_int8` on parameters from `pack_layers`, and XLA for layers not packed."""
 
     _other = InXla(integer=False)
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
-        """int32."""
+        """Return int32."""
         return _convolve(spec, x, layer, jnp.int32) if "packed" in layer else self._other.totals(spec, x, layer)
 
     def rounded(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any], factor: Array) -> Array:
-        """uint8; the factor is the one that was packed."""
+        """Return uint8; for a packed layer the factor is the packed one."""
         if "packed" not in layer:
             return self._other.rounded(spec, x, layer, factor)
         return _convolve(spec, x, layer, jnp.uint8)

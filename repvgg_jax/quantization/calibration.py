@@ -1,7 +1,7 @@
-"""Ranges of activations: what part of a layer's input 8 bits should cover.
+"""Activation ranges: the part of a layer's input range that 8 bits should cover.
 
-Each layer's input is seen as a histogram of absolute values; a method chooses the threshold that becomes the largest
-integer, everything above it saturates.
+Each layer's input is summarised as a histogram of absolute values. A method chooses the threshold that becomes the
+largest integer; larger values saturate.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ Calibration = Literal["minmax", "percentile", "mse", "entropy"]
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How often absolute values fall into `BINS` equal bins between 0 and `limit`.
+    """Histogram of absolute values in `BINS` equal bins between 0 and `limit`.
 
     Attributes:
-      counts: `[BINS]`.
-      limit: the largest absolute value seen.
-      levels: integers that the positive values are mapped to, 255 or 127.
+      counts: number of values per bin, `[BINS]`.
+      limit: the largest absolute value.
+      levels: the largest integer, 255 or 127.
     """
 
     counts: np.ndarray
@@ -38,24 +38,24 @@ class Histogram:
 
     @property
     def centers(self) -> np.ndarray:
-        """Return the bins' middles, `[BINS]`."""
+        """Return the bin centres, `[BINS]`."""
         return (np.arange(len(self.counts)) + 0.5) * (self.limit / len(self.counts))
 
 
 def minmax(histogram: Histogram) -> float:
-    """Return the largest value seen: nothing saturates."""
+    """Return the largest value, so that nothing saturates."""
     return histogram.limit
 
 
 def percentile(histogram: Histogram, share: float = PERCENTILE) -> float:
-    """Return the value that `share` per cent of all lie below."""
+    """Return the value below which `share` per cent of all values are."""
     below = np.cumsum(histogram.counts)
     place = int(np.searchsorted(below, below[-1] * share / 100))
     return histogram.limit * (place + 1) / len(histogram.counts)
 
 
 def mse(histogram: Histogram) -> float:
-    """Return the threshold with the least mean squared error of rounding and saturation together."""
+    """Return the threshold with the smallest mean squared error from rounding and saturation together."""
     values, candidates = histogram.centers, _candidates(histogram)
     scales = (candidates / histogram.levels)[:, None]
     error = values - scales * np.clip(np.rint(values / scales), 0, histogram.levels)
@@ -63,10 +63,10 @@ def mse(histogram: Histogram) -> float:
 
 
 def entropy(histogram: Histogram) -> float:
-    """Return the threshold whose quantised distribution loses least information: smallest Kullback-Leibler divergence.
+    """Return the threshold whose quantised distribution loses the least information (Kullback-Leibler divergence).
 
-    Migacz, "8-bit inference with TensorRT" (GTC 2017): the distribution up to the threshold, with what lies above
-    heaped onto its last bin, against the same one averaged over each integer's bins.
+    Migacz, "8-bit inference with TensorRT" (GTC 2017): compares the distribution up to the threshold, with everything
+    above added to its last bin, to the same distribution averaged over the bins of each integer.
     """
     best, threshold = np.inf, histogram.limit
     for kept in range(histogram.levels + 1, len(histogram.counts) + 1):
@@ -87,7 +87,7 @@ def _divergence(histogram: Histogram, kept: int) -> float:
     if averaged.sum() == 0:
         return np.inf
     p, q = heaped / heaped.sum(), averaged / averaged.sum()
-    if (p[~occupied] > 0).any():  # saturated values where no integer stands for anything
+    if (p[~occupied] > 0).any():  # saturated values in a bin without any others
         return np.inf
     return float((p[occupied] * np.log(np.maximum(p[occupied], 1e-30) / q[occupied])).sum())
 
@@ -105,12 +105,12 @@ THRESHOLDS: dict[Calibration, Callable[[Histogram], float]] = {
 
 
 def input_dtype(name: str) -> np.dtype:
-    """Return int8 for the first layer, which reads the image; uint8 after a ReLU."""
+    """Return a layer's input dtype: int8 for the first layer, which reads the image, and uint8 after a ReLU."""
     return SIGNED if name == "stage0" else UNSIGNED
 
 
 def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the largest absolute value of every channel of every layer's input, `[C]` each."""
+    """Return the largest absolute value of each channel of each layer's input, by layer, `[C]` each."""
 
     def largest(batch: Array) -> dict[str, np.ndarray]:
         inputs = layer_inputs(variant, layers, batch)
@@ -120,13 +120,13 @@ def channel_ranges(variant: Variant, layers: Layers, images: np.ndarray) -> dict
 
 
 def input_scales(variant: Variant, layers: Layers, images: np.ndarray, method: Calibration) -> dict[str, np.float32]:
-    """Return the scale of every layer's input on calibration images, by name; also `pool`'s.
+    """Return the scale of each layer's input, by name, including `pool`.
 
     Args:
       variant: the architecture.
       layers: the float net.
-      images: `[N, H, W, C]`, normalised.
-      method: how a threshold is chosen.
+      images: calibration images `[N, H, W, C]`, normalised.
+      method: method that chooses the threshold.
     """
     limits = {name: float(ranges.max()) for name, ranges in channel_ranges(variant, layers, images).items()}
     thresholds = limits

@@ -1,7 +1,8 @@
-"""Equalisation: channels of one layer scaled down and of the next one up, so that both quantise well.
+"""Equalisation: scales a layer's channels down and those of the next layer up, so that both quantise well.
 
-Between two layers only ReLU, pooling and channel gates stand, and `relu(x / s) = relu(x) / s`: dividing a layer's
-output channel and multiplying the next layer's input channel by the same s > 0 leaves the net's function as it is.
+Between two layers there are only ReLU, pooling and channel gates, and `relu(x / s) = relu(x) / s`. So dividing a
+layer's output channel and multiplying the next layer's input channel by the same s > 0 does not change the net's
+function.
 """
 
 from collections.abc import Mapping
@@ -19,16 +20,16 @@ NamedLayers = dict[str, dict[str, Any]]
 
 
 def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
-    """Equalise across layers (Nagel et al., ICCV 2019, section 4.1): for per-tensor weight scales.
+    """Equalise across layers for per-tensor weight scales (Nagel et al., ICCV 2019, section 4.1).
 
-    At its fixed point channel i has the same range in the layer that writes it and in the one that reads it.
+    At the fixed point, each channel has the same range in the layer that writes it and in the layer that reads it.
 
     Args:
       variant: the architecture.
       layers: the float net.
 
     Returns:
-      New layers of the same function.
+      New layers that compute the same function.
     """
     layers = _copy(layers)
     for _ in range(SWEEPS):
@@ -45,11 +46,11 @@ def equalize_weights(variant: Variant, layers: NamedLayers) -> NamedLayers:
 
 
 def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[str, np.ndarray]) -> NamedLayers:
-    """Equalise for per-channel weight scales, which take up any range of a layer's output channels by themselves.
+    """Equalise for per-channel weight scales, which adapt to any ranges of a layer's output channels.
 
-    What is left to balance is the activation, which has one scale for all channels, against the input channels of
-    the layer that reads it, which share the scale of each output channel (as SmoothQuant does for transformers,
-    Xiao et al., ICML 2023, at strength 1/2).
+    This leaves the activation, which has one scale for all channels, to be balanced against the input channels of the
+    layer that reads it, which share the scale of each output channel. SmoothQuant (Xiao et al., ICML 2023) does the
+    same for transformers; this is its strength 1/2.
 
     Args:
       variant: the architecture.
@@ -57,7 +58,7 @@ def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[
       ranges: largest absolute value of each channel of each layer's input (`channel_ranges`).
 
     Returns:
-      New layers of the same function.
+      New layers that compute the same function.
     """
     layers = _copy(layers)
     for writer, reader, groups in pairs(variant):
@@ -69,7 +70,7 @@ def equalize_activations(variant: Variant, layers: NamedLayers, ranges: Mapping[
 
 
 def pairs(variant: Variant) -> list[tuple[str, str, int]]:
-    """Return `(writing layer, reading layer, its groups)` for every boundary between two layers."""
+    """Return `(writing layer, reading layer, groups of the reading layer)` for each pair of adjacent layers."""
     specs = variant.blocks()
     readers = [(spec.name, spec.groups) for spec in specs[1:]] + [(LINEAR, 1)]
     return [(writer.name, *reader) for writer, reader in zip(specs, readers, strict=True)]
@@ -87,9 +88,9 @@ def input_ranges(kernel: np.ndarray, groups: int = 1) -> np.ndarray:
 
 
 def _factors(written: np.ndarray, read: np.ndarray) -> np.ndarray:
-    """Return what to divide the written and multiply the read channel by, for both to get their geometric mean.
+    """Return the factors by which to divide the written and multiply the read channels so that their ranges match.
 
-    Dead channels, of range zero on either side, stay as they are.
+    Both get the geometric mean of their ranges. Dead channels, with range zero on either side, get the median factor.
     """
     alive = (written > 0) & (read > 0)
     ratio = np.where(alive, written, 1) / np.where(alive, read, 1)
@@ -99,10 +100,10 @@ def _factors(written: np.ndarray, read: np.ndarray) -> np.ndarray:
 
 
 def _rescale(layers: NamedLayers, writer: str, reader: str, groups: int, factors: np.ndarray, gate: str | None) -> None:
-    """Divide the writer's output channels by `factors`, and make every reader of them multiply."""
+    """Divide the writer's output channels by `factors`, and multiply the weights that read them."""
     layers[writer]["kernel"] = layers[writer]["kernel"] / factors
     layers[writer]["bias"] = layers[writer]["bias"] / factors
-    if gate is not None:  # its output scales the channels, and must not change itself
+    if gate is not None:  # its output scales the channels, and must stay the same
         down = layers[writer][gate]["down"]
         layers[writer][gate] = layers[writer][gate] | {"down": down | {"kernel": down["kernel"] * factors[:, None]}}
     kernel = layers[reader]["kernel"]

@@ -1,4 +1,4 @@
-"""Post-training quantisation as recipes, from the naive one to the full one."""
+"""Post-training quantisation: recipes from naive to full."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,19 +21,19 @@ from .reconstruct import Rounding, quantize_layers
 from .stack import LINEAR, check_relu, layers_of
 
 MIN_IMAGES = 8
-"""Fewer say nothing of the range of an activation."""
+"""Fewer images are not enough to estimate activation ranges."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is done to a float net on its way to 8 bits.
+    """A recipe for quantising a float net to 8 bits.
 
     Attributes:
-      per_channel: a weight scale for each output channel instead of one for the layer.
-      calibration: how the range of an activation is chosen.
-      equalize: rescale channels between layers first, for the kind of weight scales that follow.
-      bias_correction: take the mean error of each channel back.
-      adaround: learn the rounding of weights.
+      per_channel: use one weight scale per output channel instead of one per layer.
+      calibration: method that chooses activation ranges.
+      equalize: first rescale channels between layers, in the way that suits the weight scales.
+      bias_correction: correct each bias by the mean error of its channel.
+      adaround: learn the rounding of weights with these settings; None rounds to nearest.
     """
 
     per_channel: bool = True
@@ -65,27 +65,30 @@ def quantize(
     preprocessing: Preprocessing | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> QuantizedNet:
-    """Return a net with 8-bit weights and activations, made from a trained one without training.
+    """Quantise a trained net to 8-bit weights and activations, without training.
 
     Args:
       model: training form (fused here) or deploy form.
-      variables: its variables.
-      calibration_images: a few hundred images like those that the net will see, prepared like them: float
-        `[N, H, W, C]`, normalised; or uint8, if `preprocessing` is given to normalise them with.
-      method: one of `METHODS`, or a `Method` of one's own. "full" learns the rounding of weights as well, which takes
-        optax and many times as long, and pays where weights have one scale for a layer.
-      per_channel: in place of the method's.
-      calibration: in place of the method's.
-      float_first: leave the first convolution in float.
-      float_last: leave the classifier in float.
-      preprocessing: how images are prepared; kept with the net. Images of another size are refused then.
-      class_names: names by class index, kept with the net.
+      variables: variables of `model`.
+      calibration_images: a few hundred images that are representative of the net's inputs and prepared in the same way:
+        `[N, H, W, C]`, float and normalised, or uint8 together with `preprocessing`, which then normalises them.
+      method: name of one of `METHODS`, or a custom `Method`. "full" also learns the rounding of weights; this needs
+        optax and takes many times as long. It pays off with one weight scale per layer.
+      per_channel: overrides the method's setting.
+      calibration: overrides the method's setting.
+      float_first: keep the first convolution in float.
+      float_last: keep the classifier in float.
+      preprocessing: preprocessing of the images, stored with the net. Calibration images must then have its size.
+      class_names: names by class index, stored with the net.
+
+    Returns:
+      The quantised net, with a report on each layer.
 
     Raises:
-      QuantizationError: no such method, another activation than ReLU, or images that are too few, of another shape
-        or with NaN.
-      WeightsError: the variables are not this model's, or have NaN.
-      FusionError: a training form that cannot be fused.
+      QuantizationError: the method is unknown, the activation is not ReLU, or the images are too few, have the wrong
+        shape or contain NaN.
+      WeightsError: the variables do not belong to this model, or contain NaN.
+      FusionError: the training form cannot be fused.
     """
     method = choose_method(method, per_channel, calibration)
     if not model.deploy:
@@ -116,10 +119,10 @@ def quantize(
 def choose_method(
     method: str | Method, per_channel: bool | None = None, calibration: Calibration | None = None
 ) -> Method:
-    """Return the method called so, with what replaces its own choices.
+    """Return the named method with its settings overridden by those that are not None.
 
     Raises:
-      QuantizationError: there is none of that name.
+      QuantizationError: there is no method of that name.
     """
     if isinstance(method, str):
         if method not in METHODS:
@@ -130,10 +133,10 @@ def choose_method(
 
 
 def check_images(images: Any, channels: int, preprocessing: Preprocessing | None) -> np.ndarray:
-    """Return calibration images, normalised, once it is sure that they are fit for it.
+    """Check calibration images, and return them normalised.
 
     Raises:
-      QuantizationError: says what is wrong, and with which image.
+      QuantizationError: the images are unsuitable; the text says why, and which image.
     """
     images = np.asarray(images)
     size = "H, W" if preprocessing is None else f"{preprocessing.image_size}, {preprocessing.image_size}"

@@ -1,4 +1,4 @@
-"""A quantised net, and its forward pass in integers."""
+"""Quantised nets and their forward pass in integers."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .report import LayerReport
 
 LARGEST_BIAS = 2**30
-"""Of an int32 bias; what is left of the range is for the sum of the products."""
+"""Largest int32 bias; the rest of the range is for the sum of the products."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,15 +35,15 @@ class QuantizedNet:
 
     Attributes:
       variant: the architecture.
-      num_classes: width of the classifier.
-      in_channels: of an image.
-      params: by layer. A quantised one has `kernel` int8 `[3, 3, I / groups, O]` (`linear`: `[C, classes]`),
-        `kernel_scale` float32 `[O]`, `bias` int32 `[O]` in units of `input_scale * kernel_scale`, and `input_scale`
-        float32; one left in float has `kernel` and `bias` float32. `pool` has only an `input_scale`. Channel gates
-        (`se`, `post_se`) are float.
-      preprocessing: how images are prepared.
-      class_names: names by class index, if known.
-      report: what quantisation did to each layer; empty for a net from a file.
+      num_classes: number of classes.
+      in_channels: number of input channels.
+      params: parameters by layer. A quantised layer has `kernel` int8 `[3, 3, I / groups, O]` (`linear`:
+        `[C, classes]`), `kernel_scale` float32 `[O]`, `bias` int32 `[O]` in units of `input_scale * kernel_scale`, and
+        `input_scale` float32. A float layer has `kernel` and `bias` in float32. `pool` has only an `input_scale`.
+        Channel gates (`se`, `post_se`) are in float.
+      preprocessing: preprocessing of the images.
+      class_names: names by class index, or None.
+      report: quantisation error of each layer; empty for a net loaded from a file.
     """
 
     variant: Variant
@@ -56,7 +56,7 @@ class QuantizedNet:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Return the parameters as `apply` takes them."""
+        """Return the variables for `apply`."""
         return {"params": self.params}
 
     def apply(
@@ -68,22 +68,22 @@ class QuantizedNet:
         integer: bool = False,
         method: Literal["embed"] | None = None,
     ) -> Array:
-        """Return logits or embeddings, like a Flax model's `apply`.
+        """Return logits or embeddings, like the `apply` of a Flax model.
 
         Args:
-          variables: this net's.
+          variables: variables of this net.
           images: `[N, H, W, C]` float, normalised.
-          train: changes nothing.
-          integer: multiply and add in integers (int8 x int8 -> int32) instead of in float32, which holds the same
-            integers exactly up to 2^24 and is faster wherever there is no integer convolution, as in XLA on CPUs. On
-            GPUs, for which XLA has none to int32, the convolutions go through float32 in either case.
-          method: "embed" for the pooled features that the classifier reads, before they are quantised for it.
+          train: ignored.
+          integer: compute in integers (int8 x int8 -> int32) instead of float32. float32 represents the same integers
+            exactly up to 2^24, and is faster where there is no integer convolution, as in XLA on CPUs. On GPUs, where
+            XLA has no convolution to int32, the convolutions use float32 in either case.
+          method: "embed" for the pooled features that feed the classifier, before they are quantised for it.
 
         Returns:
-          `[N, num_classes]` float32; embeddings: `[N, variant.widths[-1]]`.
+          Logits `[N, num_classes]` or embeddings `[N, variant.widths[-1]]`, float32.
 
         Raises:
-          ValueError: an unknown method.
+          ValueError: the method is unknown.
         """
         del train
         if method not in (None, "embed"):
@@ -92,11 +92,11 @@ class QuantizedNet:
         return embedding(variables["params"], outputs) if method else outputs["logits"]
 
     def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
-        """Return the net made ready for `make_predictor`.
+        """Return the net prepared for `make_predictor`.
 
-        On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held in
-        float32, exactly, since XLA has no fast integer convolution on CPUs: where 8 bits should buy speed there,
-        export the net (`export_quantized_onnx`) for a runtime with integer kernels.
+        On a CPU with AVX-512 VNNI, the body uses native integer convolutions. Elsewhere it computes the same integers
+        in float32, exactly, since XLA has no fast integer convolution on CPUs. For speed from 8 bits there, export the
+        net (`export_quantized_onnx`) to a runtime with integer kernels.
         """
         integer = jax.default_backend() == "cpu" and native.int8_available()
         params, arithmetic = self.params, None
@@ -120,13 +120,13 @@ class QuantizedNet:
 
 
 def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarray, input_scale: Any) -> dict[str, Any]:
-    """Return a quantised layer from its float bias and its integers.
+    """Return a quantised layer from its float bias and integer weights.
 
     Args:
-      layer: the float layer, its bias as it is to be; a gate it has is kept.
-      kernel: the weights' integers, of any dtype.
-      scale: of each output channel, `[O]`, as from `safe_weight_scale`.
-      input_scale: of the layer's input.
+      layer: the float layer, with its final bias; its gate, if any, is kept.
+      kernel: integer weights, of any dtype.
+      scale: weight scale of each output channel, `[O]`, from `safe_weight_scale`.
+      input_scale: scale of the layer's input.
     """
     unit = np.float32(input_scale) * scale.astype(np.float32)
     return {name: tree for name, tree in layer.items() if name not in ("kernel", "bias")} | {
@@ -138,7 +138,7 @@ def quantize_layer(layer: Mapping[str, Any], kernel: np.ndarray, scale: np.ndarr
 
 
 def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's real `kernel` and `bias`, whether it is quantised or not."""
+    """Return a layer's `kernel` and `bias` as real numbers, whether it is quantised or not."""
     if not is_quantized(layer):
         return {"kernel": layer["kernel"], "bias": layer["bias"]}
     kernel = np.asarray(layer["kernel"], np.float32) * layer["kernel_scale"]
@@ -146,7 +146,7 @@ def dequantized(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> np.ndarray:
-    """Return weight scales, raised where int32 could not hold a bias: the weights are next to nothing there."""
+    """Return the weight scales, raised where the bias would overflow int32; the weights there are almost zero."""
     least = np.abs(bias) / (np.float32(input_scale) * LARGEST_BIAS)
     return np.maximum(scale, least).astype(np.float32)
 
@@ -154,20 +154,20 @@ def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> 
 def forward(
     variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool, arithmetic: Arithmetic | None = None
 ) -> dict[str, Array]:
-    """Return what the layers of a quantised net read, and its logits.
+    """Return the inputs of all layers of a quantised net, and its logits.
 
     An accumulator becomes the next layer's input by `round(accumulator * (input_scale * kernel_scale / next_scale))`
-    in float32, ties to even, saturated to 0..255 (which is the ReLU): what ONNX Runtime's QLinearConv computes too.
+    in float32, ties to even, saturated to 0..255 (which applies the ReLU). ONNX Runtime's QLinearConv does the same.
 
     Args:
       variant: the architecture.
-      params: `QuantizedNet.params`, the kernels of the body as the arithmetic wants them.
+      params: `QuantizedNet.params`, with the body's kernels packed if the arithmetic needs that.
       images: `[N, H, W, C]` float, normalised.
-      integer: in integers, or in floats that hold them.
-      arithmetic: computes the body's quantised layers; XLA if None.
+      integer: compute in integers instead of floats with the same values.
+      arithmetic: computation of the body's quantised layers; XLA if None.
 
     Returns:
-      What each layer reads, by name, integers where it is quantised; and `logits`.
+      The input of each layer by name, in integers if the layer is quantised; and `logits`.
     """
     operations = IntegerOperations(variant, params, arithmetic or InXla(integer), integer)
     logits = walk(variant, operations, images.astype(jnp.float32))
@@ -176,9 +176,9 @@ def forward(
 
 @dataclasses.dataclass
 class IntegerOperations(FloatOperations):
-    """The walk through a quantised net. Integers go from layer to layer where nothing but the ReLU is between them.
+    """Operations for `walk` through a quantised net. Layers pass on integers if there is only a ReLU between them.
 
-    The arithmetic computes the body's quantised layers; `integer` says how the classifier is computed (`accumulate`).
+    `arithmetic` computes the body's quantised layers; `integer` applies to the classifier (`accumulate`).
     """
 
     arithmetic: Arithmetic
@@ -186,18 +186,18 @@ class IntegerOperations(FloatOperations):
 
     @functools.cached_property
     def _reader_of(self) -> dict[str, str]:
-        """The name of what reads a block's output, by the block's."""
+        """By block: name of the layer that reads its output."""
         return {block.name: reader for block, reader in with_readers(self.variant.blocks())}
 
     def read(self, name: str, x: Array) -> Array:
-        """Return the integers that the layer reads, or real numbers where it stayed in float."""
+        """Return the layer's input: integers, or real numbers if the layer is in float."""
         layer = self.layers[name]
         if "input_scale" in layer and not jnp.issubdtype(x.dtype, jnp.integer):
             x = to_integers(x, layer["input_scale"], input_dtype(name))
         return super().read(name, x)
 
     def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
-        """Add and multiply integers, and round to those of the next layer where it reads integers."""
+        """Compute the convolution in integers, and round the result to the next layer's integers if it reads those."""
         layer = self.layers[block.name]
         if not is_quantized(layer):
             return super().conv(block, x, activate=activate)
@@ -210,11 +210,11 @@ class IntegerOperations(FloatOperations):
         return self.activation(block, y) if activate else y
 
     def pool(self, x: Array) -> Array:
-        """Return the mean of integers, a real number."""
+        """Return the mean over pixels as real numbers."""
         return _mean(self.read(POOL, x), self.layers[POOL]["input_scale"])
 
     def linear(self, x: Array) -> Array:
-        """Add and multiply integers."""
+        """Compute the classifier in integers, and return real logits."""
         layer = self.layers[LINEAR]
         if not is_quantized(layer):
             return super().linear(x)
@@ -224,10 +224,10 @@ class IntegerOperations(FloatOperations):
 
 
 def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
-    """Return the pooled features `[N, C]`, real numbers, from what `forward` returns."""
+    """Return the pooled features `[N, C]` as real numbers from the outputs of `forward`."""
     return _mean(outputs[POOL], params[POOL]["input_scale"])
 
 
 def _mean(x: Array, scale: Array) -> Array:
-    """Return the real spatial means `[N, C]` of integers, whose sum is exact."""
+    """Return the spatial means `[N, C]` of integers as real numbers; the sums are exact."""
     return x.astype(jnp.float32).sum((1, 2)) * (scale / (x.shape[1] * x.shape[2]))

@@ -1,9 +1,9 @@
-"""Quantisation-aware training: every block trains as the one 8-bit convolution that it will be.
+"""Quantisation-aware training: each block trains as the single 8-bit convolution that it becomes.
 
-A block's branches stay what is learned, but what runs is their equivalent kernel, fake-quantised with a scale for each
-output channel, on fake-quantised inputs; so the loss sees the deployed net. The running BN statistics are those that
-training started with and stay so: the kernel is then a fixed function of what is learned (gammas and betas included),
-and no batch statistics disturb it. Ranges of activations follow the largest value of each batch by a moving average.
+The parameters are still those of the branches. The forward pass computes their equivalent kernel, fake-quantised with
+one scale per output channel, on fake-quantised inputs, so the loss is that of the deployed net. The running BatchNorm
+statistics are frozen: the kernel is then a fixed function of the parameters (gammas and betas included), without noise
+from batch statistics. Activation ranges are moving averages of the largest value of each batch.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from .quantizer import fake_quantize_activations, fake_quantize_weights, levels,
 from .stack import LINEAR, POOL, check_relu, layers_of
 
 RANGE = "input_range"
-"""The leaf of `batch_stats` that follows a layer's largest input; 0 before the first batch."""
+"""Leaf of `batch_stats` with the moving average of a layer's largest input; 0 before the first batch."""
 
 MOMENTUM = 0.99
 
 
 def _quantized_input(module: nn.Module, x: Array, dtype: np.dtype) -> Array:
-    """Return `x` through 8 bits, in the range that the module keeps; the first batch sets it, later ones move it."""
+    """Fake-quantise `x` in the module's range, which the first batch sets and later ones update."""
     kept = module.variable("batch_stats", RANGE, jnp.zeros, ())
     if module.is_mutable_collection("batch_stats"):
         largest = jnp.abs(lax.stop_gradient(x)).max().astype(jnp.float32)
@@ -51,7 +51,7 @@ def _quantized_kernel(kernel: Array) -> Array:
 
 
 class QuantizedInput(nn.Module):
-    """8 bits on the way to a layer without weights: the pool."""
+    """Fake quantisation of the input of a layer without weights: the pool."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -59,7 +59,7 @@ class QuantizedInput(nn.Module):
 
 
 class QATBlock(RepVGGBlock):
-    """A training-form block, with its parameters and statistics, that computes its quantised deploy form."""
+    """A training-form block with the usual parameters and statistics that computes its quantised deploy form."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -87,7 +87,7 @@ class QATLinear(Linear):
 
 
 class QATRepVGG(RepVGG):
-    """A training form that computes its quantised deploy form; `batch_stats` has ranges besides.
+    """A training form that computes its quantised deploy form. `batch_stats` also contains the activation ranges.
 
     Auxiliary heads, which are not deployed, stay in float.
     """
@@ -105,10 +105,10 @@ class QATRepVGG(RepVGG):
 
 
 def quantization_aware(model: RepVGG) -> QATRepVGG:
-    """Return the model that trains `model`, a training form, as the quantised net that it will be.
+    """Return the quantisation-aware version of `model`, a training form.
 
     Raises:
-      QuantizationError: a deploy form, another activation than ReLU, or another dtype than float32.
+      QuantizationError: the model is in deploy form, its activation is not ReLU, or its dtype is not float32.
     """
     if model.deploy:
         raise QuantizationError("quantisation-aware training needs the training form, not the deploy form")
@@ -120,14 +120,14 @@ def quantization_aware(model: RepVGG) -> QATRepVGG:
 
 
 def with_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a training form's variables with ranges that the first batch will set."""
+    """Return a training form's variables with activation ranges added, to be set by the first batch."""
     names = [name for name in variables["params"] if name.startswith("stage") and not name.endswith("_aux")]
     ranges = {f"batch_stats/{name}/{RANGE}": jnp.zeros(()) for name in (*names, LINEAR, POOL)}
     return unflatten(flatten(variables) | ranges)
 
 
 def without_ranges(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain training form's variables."""
+    """Return the variables of the plain training form, without activation ranges."""
     return unflatten({name: leaf for name, leaf in flatten(variables).items() if not name.endswith(f"/{RANGE}")})
 
 
@@ -137,16 +137,16 @@ def quantized_net(
     preprocessing: Preprocessing,
     class_names: tuple[str, ...] | None = None,
 ) -> QuantizedNet:
-    """Return the net that was trained, in integers: nothing is chosen or calibrated any more.
+    """Convert a net from quantisation-aware training to integers, without further calibration.
 
     Args:
-      model: as it was trained.
-      variables: its variables, ranges included.
-      preprocessing: how images are prepared; kept with the net.
+      model: the trained model.
+      variables: variables of `model`, including activation ranges.
+      preprocessing: preprocessing of the images, stored with the net.
       class_names: names by class index.
 
     Raises:
-      QuantizationError: no batch has set the ranges.
+      QuantizationError: the ranges have not been set by any batch.
     """
     stats, scales = variables["batch_stats"], {}
     for name in (*(spec.name for spec in model.variant.blocks()), LINEAR, POOL):

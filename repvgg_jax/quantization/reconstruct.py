@@ -1,4 +1,4 @@
-"""From a float net and its scales to integers, one layer after another, each seeing what those before have become."""
+"""Conversion of a float net to integers layer by layer, each on the outputs of the quantised layers before it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from .report import LayerReport, spread, sqnr
 from .stack import LINEAR, POOL, FloatOperations, Layers, layer_output, over_batches
 
 REPORT_IMAGES = 64
-"""How many are looked at where they serve nothing but the report."""
+"""Number of images to use if they are needed only for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounding:
-    """How a float layer becomes a quantised one.
+    """Settings for rounding float layers to integers.
 
     Attributes:
-      per_channel: a weight scale for each output channel.
-      bias_correction: shift each bias by the mean error of its channel on the calibration images, which the rounding
-        of the weights and of all inputs before has left (Nagel et al., ICCV 2019, section 4.2, on data).
-      adaround: learn the rounding of weights; to the nearest if None.
-      in_float: layers that stay in float.
+      per_channel: use one weight scale per output channel.
+      bias_correction: correct each bias by the mean error of its channel on the calibration images, caused by rounding
+        the weights and all earlier layers (Nagel et al., ICCV 2019, section 4.2, on data).
+      adaround: learn the rounding of weights with these settings; None rounds to nearest.
+      in_float: names of layers that stay in float.
     """
 
     per_channel: bool
@@ -39,13 +39,13 @@ class Rounding:
 
 
 class Activations(NamedTuple):
-    """What a layer reads, for all calibration images: in the float net, and in the quantised one."""
+    """A layer's inputs for all calibration images, in the float net and in the quantised net."""
 
     exact: np.ndarray
     quantized: np.ndarray
 
     def map(self, function: Callable[[Array], Array]) -> "Activations":
-        """Return `function` of both, batch by batch."""
+        """Apply `function` to both, batch by batch."""
         return Activations(*(over_batches(function, x) for x in self))
 
 
@@ -62,9 +62,9 @@ def quantize_layers(
     Args:
       variant: the architecture.
       layers: the float net, equalised or not.
-      scales: of each layer's input, and of `pool`'s.
-      images: calibration images `[N, H, W, C]`, normalised; held in memory with two layers' outputs.
-      rounding: how.
+      scales: input scale of each layer and of `pool`.
+      images: calibration images `[N, H, W, C]`, normalised; held in memory together with two layers' outputs.
+      rounding: settings for the rounding.
       before: the float net before equalisation, for the report.
     """
     if not rounding.bias_correction and rounding.adaround is None:
@@ -76,9 +76,9 @@ def quantize_layers(
 
 @dataclasses.dataclass
 class RoundingOperations:
-    """The walk that quantises each layer as it comes to it, into `params`, and reports on it, into `reports`.
+    """Operations for `walk` that quantise each layer into `params` and add a report on it to `reports`.
 
-    The other attributes are as in `quantize_layers`.
+    The other attributes are those of `quantize_layers`.
     """
 
     float_net: FloatOperations
@@ -102,7 +102,7 @@ class RoundingOperations:
         return x.map(lambda batch: self.float_net.activation(block, batch))
 
     def pool(self, x: Activations) -> Activations:
-        """Average what 8 bits leave of the last block's output."""
+        """Average the last block's output over pixels, in the quantised net after quantising it to 8 bits."""
         return Activations(x.exact.mean((1, 2)), self._fake_quantized(POOL, x.quantized).mean((1, 2)))
 
     def linear(self, x: Activations) -> Activations:
@@ -110,7 +110,7 @@ class RoundingOperations:
         return self._layer(LINEAR, None, x, relu=False)
 
     def _layer(self, name: str, spec: BlockSpec | None, x: Activations, *, relu: bool) -> Activations:
-        """Quantise one layer; return its outputs in both nets, before the ReLU that follows it directly or not."""
+        """Quantise one layer; return its outputs before any ReLU in both nets. `relu`: whether one follows directly."""
         layer, before = self.float_net.layers[name], self.before[name]
         exact = _outputs(spec, layer, x.exact)
         alone, inputs, limit = x.exact, x.quantized, None
@@ -150,7 +150,7 @@ def _round(
     rounding: Rounding,
     relu: bool,
 ) -> dict[str, Any]:
-    """Return one quantised layer, from what it will read and what it should give."""
+    """Return one quantised layer, fitted to its inputs in the quantised net and its target outputs."""
     scale = safe_weight_scale(weight_scale(layer["kernel"], rounding.per_channel), layer["bias"], input_scale)
     if rounding.adaround is None:
         integers = np.rint(layer["kernel"] / scale)

@@ -1,4 +1,4 @@
-"""What quantisation does to each layer, so that one sees which of them hurts."""
+"""Quantisation error of each layer, to find the layers that lose the most."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ from .equalize import output_ranges
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One layer.
+    """Quantisation error of one layer. SQNR is the signal to quantisation noise ratio in dB (`sqnr`).
 
     Attributes:
-      name: the layer's.
-      largest_weight: of the float net as it was given, absolute.
-      spread: of the same, the largest range of an output channel over the median one: what one scale has to span.
-      equalized_spread: the same after equalisation; equal to `spread` without.
-      largest_input: where the layer's input saturates; None in float.
-      weight_sqnr: signal to quantisation noise of the weights, dB (`sqnr`); infinite in float, as the next two may be.
-      output_sqnr: of the output before the ReLU with this layer alone quantised, dB.
-      network_sqnr: of the same with all layers before it quantised too, dB.
+      name: name of the layer.
+      largest_weight: largest absolute weight in the float net, before equalisation.
+      spread: largest range of an output channel divided by the median range, before equalisation: the ratio that a
+        single weight scale has to cover.
+      equalized_spread: spread after equalisation; equal to `spread` without equalisation.
+      largest_input: value at which the layer's input saturates; None for a float layer.
+      weight_sqnr: SQNR of the weights; infinite for a float layer, where the next two may be infinite too.
+      output_sqnr: SQNR of the output before the ReLU if only this layer is quantised.
+      network_sqnr: SQNR of the same output if all layers before it are quantised too.
     """
 
     name: str
@@ -36,21 +37,22 @@ class LayerReport:
 
 
 def spread(kernel: np.ndarray) -> float:
-    """Return the largest range of an output channel over the median one; 1 for a kernel of zeros."""
+    """Return the largest range of an output channel divided by the median range; 1 for a kernel of zeros."""
     ranges = output_ranges(kernel)
     middle = float(np.median(ranges))
     return float(ranges.max()) / middle if middle else 1.0
 
 
 def sqnr(expected: Any, quantized: Any) -> float:
-    """Return signal to quantisation noise, `10 log10(signal power / noise power)`, dB, over channels alike.
+    """Return the signal to quantisation noise ratio, `10 log10(signal power / noise power)`, in dB.
 
-    The noise's share of the power is taken channel by channel, at most 1, and averaged: powers added over all channels
-    would be the largest channel's, which one scale for all of them serves well, and hide that it has ruined the others.
+    The ratio of noise to signal power is computed per channel, limited to 1, and averaged, so that all channels count
+    equally. Powers summed over all channels would be dominated by the largest channel. A common scale suits that one,
+    so the sum would hide the damage to the others.
 
     Args:
-      expected: `[…, C]`; channels of zeros are left out.
-      quantized: the same after quantisation.
+      expected: exact values `[…, C]`; channels of zeros are ignored.
+      quantized: values after quantisation, in the same shape.
     """
     expected, quantized = (np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1]) for x in (expected, quantized))
     signal, noise = np.square(expected).sum(0), np.square(expected - quantized).sum(0)
@@ -60,7 +62,7 @@ def sqnr(expected: Any, quantized: Any) -> float:
 
 
 def report_table(reports: Sequence[LayerReport]) -> str:
-    """Return the reports as text, one line per layer."""
+    """Return the reports as a text table with one line per layer."""
     header = ("layer", "|w| max", "spread", "equalised", "|x| max", "weights dB", "alone dB", "in net dB")
     rows = [header] + [
         (

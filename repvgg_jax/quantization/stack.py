@@ -1,9 +1,9 @@
-"""A deploy-form net as the plain stack of layers that it is, for whoever looks at one layer after another.
+"""A deploy-form net as a plain stack of layers, for processing layer by layer.
 
-`Layers` is `{"stage0": {"kernel", "bias"[, "se" or "post_se"]}, …, "linear": {"kernel", "bias"}}`. Between the last
-block and `linear` the global average `pool` has a name too, since its input is quantised like any layer's.
+`Layers` is `{"stage0": {"kernel", "bias"[, "se" or "post_se"]}, …, "linear": {"kernel", "bias"}}`. The global average
+between the last block and `linear` is called `pool`; its input is quantised like that of any layer.
 
-Functions on one layer are compiled one by one: many layers of a net have the same shape, and share a compilation.
+Each function on one layer is compiled separately: many layers of a net have the same shape and share a compilation.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from ..net.walk import walk
 Layers = Mapping[str, Mapping[str, Any]]
 
 Geometry = tuple[int, int, int]
-"""Stride, groups, dilation."""
+"""(stride, groups, dilation)."""
 
 POOL, LINEAR = "pool", "linear"
 
@@ -35,32 +35,32 @@ BATCH_SIZE = 32
 
 
 def check_relu(variant: Variant) -> None:
-    """Raise QuantizationError for a net with another activation, whose outputs uint8 does not hold."""
+    """Raise QuantizationError unless the activation is ReLU: uint8 cannot represent other activations' outputs."""
     if variant.activation != "relu":
         raise QuantizationError(f"only nets with ReLU are quantised, this one has {variant.activation}")
 
 
 def layers_of(deploy_params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the layers of a deploy-form parameter tree, as float32 NumPy arrays that nobody else holds."""
+    """Return the layers of a deploy-form parameter tree, as new float32 NumPy arrays."""
     layers = {}
     for name, block in deploy_params.items():
-        beside = {key: tree for key, tree in block.items() if key != "rbr_reparam"}  # a gate; all of the classifier
+        beside = {key: tree for key, tree in block.items() if key != "rbr_reparam"}  # a gate; the whole classifier
         layers[name] = jax.tree.map(lambda leaf: np.array(leaf, np.float32), {**block.get("rbr_reparam", {}), **beside})
     return layers
 
 
 def with_readers(specs: Sequence[BlockSpec]) -> list[tuple[BlockSpec, str]]:
-    """Return each block of the body with the name of what reads its output: the next block, or the pool."""
+    """Return each block of the body with the name of the layer that reads its output: the next block, or the pool."""
     return list(zip(specs, [*(spec.name for spec in specs[1:]), POOL], strict=True))
 
 
 def geometry(spec: BlockSpec | None) -> Geometry | None:
-    """Return what a compilation depends on besides the arrays' shapes; None for the classifier."""
+    """Return the parameters that a compilation depends on in addition to array shapes; None for the classifier."""
     return None if spec is None else (spec.stride, spec.groups, spec.dilation)
 
 
 def linear_map(shape: Geometry | None, x: Array, kernel: Array) -> Array:
-    """Return a layer's convolution, or the classifier's matrix product where `shape` is None; without bias."""
+    """Return a layer's convolution, or the classifier's matrix product if `shape` is None, without bias."""
     return x @ kernel if shape is None else deploy_conv(x, kernel, *shape)
 
 
@@ -83,24 +83,24 @@ def _gated(squeeze_width: int, gate: Mapping[str, Any], x: Array) -> Array:
 
 @dataclasses.dataclass
 class FloatOperations:
-    """The walk through a float net, layer by layer; `inputs` is what each has read, by name."""
+    """Operations for `walk` through a float net. `inputs` collects the input of each layer by name."""
 
     variant: Variant
     layers: Layers
     inputs: dict[str, Array] = dataclasses.field(default_factory=dict, init=False)
 
     def read(self, name: str, x: Array) -> Array:
-        """Return `x` as the layer called `name` reads it."""
+        """Record `x` as the input of the layer called `name`, and return it."""
         self.inputs[name] = x
         return x
 
     def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
-        """Convolve in float32."""
+        """Compute the convolution in float32."""
         y = layer_output(block, self.layers[block.name], self.read(block.name, x))
         return self.activation(block, y) if activate else y
 
     def gate(self, block: BlockSpec, name: str, x: Array) -> Array:
-        """Squeeze and excite in float32."""
+        """Apply the squeeze-and-excite gate in float32."""
         return _gated(self.variant.squeeze_width(block.out_channels), self.layers[block.name][name], x)
 
     def activation(self, block: BlockSpec, x: Array) -> Array:
@@ -109,26 +109,26 @@ class FloatOperations:
         return nn.relu(x)
 
     def pool(self, x: Array) -> Array:
-        """Average in float32."""
+        """Average over pixels in float32."""
         return self.read(POOL, x).mean((1, 2))
 
     def linear(self, x: Array) -> Array:
-        """Classify in float32."""
+        """Compute the classifier in float32."""
         return layer_output(None, self.layers[LINEAR], self.read(LINEAR, x))
 
 
 def layer_inputs(variant: Variant, layers: Layers, images: Any) -> dict[str, Array]:
-    """Return what each layer of the float net reads, by name: from `stage0`'s images to `linear`'s `[N, C]`."""
+    """Return the input of each layer of the float net by name, from `stage0` (the images) to `linear` (`[N, C]`)."""
     operations = FloatOperations(variant, layers)
     walk(variant, operations, images)
     return operations.inputs
 
 
 def in_batches(function: Callable[[Array], Any], images: Array | np.ndarray) -> list[Any]:
-    """Return `function` of `images`, `BATCH_SIZE` at a time."""
+    """Apply `function` to `BATCH_SIZE` images at a time, and return the results."""
     return [function(jnp.asarray(images[start : start + BATCH_SIZE])) for start in range(0, len(images), BATCH_SIZE)]
 
 
 def over_batches(function: Callable[[Array], Array], images: Array | np.ndarray) -> np.ndarray:
-    """Return the same as one NumPy array."""
+    """Apply `function` to `BATCH_SIZE` images at a time, and return the results as one NumPy array."""
     return np.concatenate(in_batches(lambda batch: np.asarray(function(batch)), images))

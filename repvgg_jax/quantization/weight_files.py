@@ -1,4 +1,4 @@
-"""Quantised nets in `.safetensors` files: int8 weights with their scales, a quarter of the float file's size."""
+"""Quantised nets in `.safetensors` files: int8 weights with their scales, a quarter of the size of a float file."""
 
 import os
 from pathlib import Path
@@ -15,10 +15,14 @@ from .net import QuantizedNet
 
 
 def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
-    """Write a quantised net to a `.safetensors` file that describes itself, atomically.
+    """Write a quantised net to a self-describing `.safetensors` file, atomically.
+
+    Args:
+      path: file to write.
+      net: net from `quantize` or `load_quantized`.
 
     Raises:
-      WeightsError: another suffix.
+      WeightsError: the suffix is not .safetensors.
       RepVGGError: the file cannot be written.
     """
     if Path(path).suffix != ".safetensors":
@@ -29,15 +33,15 @@ def save_quantized(path: str | os.PathLike, net: QuantizedNet) -> None:
 
 
 def load_quantized(path: str | os.PathLike, name: str | Variant | None = None) -> QuantizedNet:
-    """Return the quantised net that a file holds.
+    """Load a quantised net from a file.
 
     Args:
-      path: what `save_quantized` or `python -m convert --int8` wrote.
-      name: variant that it must be, as `load_weights` takes it.
+      path: file written by `save_quantized` or `python -m convert --int8`.
+      name: expected variant, as in `load_weights`.
 
     Raises:
       UnknownModelError: no variant is called `name`.
-      WeightsError: the file is unreadable, holds float weights, or is of another variant.
+      WeightsError: the file is unreadable, contains float weights, or is of another variant.
     """
     with open_weights(path, name, headless=True) as contents:
         info = contents.info
