@@ -182,7 +182,7 @@ def version_line() -> str:
 
 
 def _show_every_character() -> None:
-    """Print an escape for a character that the locale's encoding lacks, instead of raising UnicodeEncodeError."""
+    r"""Print `\xe9` for a character that the locale's encoding lacks, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
