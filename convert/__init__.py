@@ -1,0 +1,1 @@
+"""Conversion of weight files, quantisation, and export to other runtimes."""

@@ -1,12 +1,12 @@
-"""Conversion: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
+"""Conversion command: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
 
-Reads whatever `repvgg_jax.load_weights` reads, whoever wrote it; suffixes and `--to` choose the format written: weights
-again, or a file that another runtime runs (`exports`).
-`--int8 --calibration DATA` quantises (`int8`).
-`python -m convert --inspect FILE` says what a file is.
+Reads every format that `repvgg_jax.load_weights` reads. The suffix of OUT and `--to` choose the format written: another
+weight file, or a file for another runtime (`exports`).
+`--int8 --calibration DATA` quantises (`quantization`).
+`python -m convert --inspect FILE` describes a file.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("convert.__main__")
@@ -41,45 +41,53 @@ from .output import check_output
 from .quantization import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
-"""Largest relative difference between the forms' logits that is still float32 rounding, in the deepest nets."""
+"""Largest relative difference of the two forms' logits that float32 rounding explains, even in the deepest nets."""
 
 
-_TO_HELP = f"Whose names to write into a weight file: {NATIVE}, {', '.join(FAMILIES)}. Also makes a .bin PyTorch's."
+_IN_HELP = (
+    "Weight file to read: a path, an hf://OWNER/REPOSITORY address, or a variant's name for its ImageNet weights "
+    "(unless a file has that name)."
+)
+_OUT_HELP = (
+    "File to write; the suffix sets the format. Weight files: .safetensors (native); .pth, .pt, .tar (PyTorch, with "
+    "the authors' tensor names). Exports, always fused: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a "
+    "trailing slash (TensorFlow)."
+)
+_TO_HELP = (
+    f"Tensor names to use in the weight file: {NATIVE}, {', '.join(FAMILIES)}. With this option, .bin is a PyTorch "
+    "file instead of an export."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Convert a weight file: any known format in, any writable out, fused into the deploy form on the way."""
+    """Convert a weight file to another format, fusing the training form into the deploy form on the way."""
 
-    input: tyro.conf.Positional[str | None] = None
-    """Weight file to read, or hf://OWNER/REPOSITORY. Or the name of a variant, for its ImageNet weights, unless a file
-    has that name."""
-    output: tyro.conf.Positional[str | None] = None
-    """Weight file to write: .safetensors (native), or .pth, .pt, .tar (PyTorch, the authors' names). Or, fused for
-    another runtime: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a final slash (TensorFlow)."""
+    input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[IN]", help=_IN_HELP)] = None
+    output: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[OUT]", help=_OUT_HELP)] = None
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Variant the file must hold."""
+    """Variant that IN must contain."""
     overwrite: bool = False
-    """Replace OUT if it exists. OUT is never the file that is read."""
+    """Replace OUT if it exists. OUT can never be the file that is read."""
     keep_training_form: bool = False
-    """Rewrite the weights in another format without fusing them."""
+    """Change only the format: do not fuse the weights."""
     to: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help=_TO_HELP)] = None
     num_classes: int | None = None
-    """Write a fresh classifier of this many classes if the file has another."""
+    """Write a newly initialised classifier with this many classes if the file's has a different number."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
-    """Exports: how the images lie that they take. NCHW for .onnx, NHWC for the others, unless given."""
+    """Exports: layout of the input images. Unless set, NCHW for .onnx and NHWC for the others."""
     free_size: bool = False
-    """.onnx: leave height and width of the images free."""
+    """ONNX exports: accept images of any height and width."""
     check_images: tuple[str, ...] = ()
-    """Exports: image files or folders to compare the export with JAX on, instead of two photographs."""
+    """Exports: image files or folders on which to compare the export with JAX, instead of two sample photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Say what this file is, and convert nothing."""
+    """Describe this file; convert nothing."""
     weights: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
     quantization: tyro.conf.OmitArgPrefixes[Int8Options] = dataclasses.field(default_factory=Int8Options)
 
 
 def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
-    """Return `||a - b|| / ||a||` of two models' logits on one random batch, at the smallest size that fills the net.
+    """Return `||a - b|| / ||a||` of two models' logits on one random batch of the smallest images that fill the net.
 
     Raises:
       WeightsError: the first model's logits are not finite.
@@ -95,15 +103,16 @@ def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, othe
 
 
 def convert(arguments: Arguments) -> str:
-    """Do what `arguments` ask for, and say in one line what was done.
+    """Convert as `arguments` specify, and return a one-line summary.
 
     Raises:
-      WeightsError: unreadable input, an output that cannot be written, or a fused net that differs from the
-        training form.
-      ExportError: a missing library, or an export that differs from JAX.
-      DataError: images to check with that cannot be read.
-      FusionError: `keep_training_form` for an input in deploy form.
-      ConfigError: no input or no output, an output that is the input or exists, or options that do not fit it.
+      WeightsError: the input cannot be read, the output cannot be written, or the fused net differs from the training
+        form.
+      ExportError: a library is missing, or the export differs from JAX.
+      DataError: the images for the check cannot be read.
+      FusionError: `keep_training_form` with an input in deploy form.
+      ConfigError: the input or output is missing, the output is the input or exists already, or an option does not
+        apply to this output.
     """
     arguments = _expanded(arguments)
     if arguments.input is None or arguments.output is None:
@@ -156,7 +165,7 @@ def convert(arguments: Arguments) -> str:
 
 
 def _expanded(arguments: Arguments) -> Arguments:
-    """Return the arguments with the input found, and `~` expanded as the shell does but for `--option=~/x`."""
+    """Return the arguments with the input resolved and `~` expanded (shells do not expand it in `--option=~/x`)."""
     return dataclasses.replace(
         arguments,
         input=arguments.input and weights_path("IN", arguments.input),
@@ -166,16 +175,18 @@ def _expanded(arguments: Arguments) -> Arguments:
 
 
 def _export_format(arguments: Arguments, output: str) -> Format | None:
-    """Return the other runtime's format that the output is to have; None for a weight file.
+    """Return the export format of the output, or None for a weight file.
 
     Raises:
-      ConfigError: options of weight files for an export or the other way round, or a suffix of neither.
+      ConfigError: the suffix is unknown, or an option for weight files is used with an export or vice versa.
     """
     export = None if arguments.to is not None and Path(output).suffix == ".bin" else choose_format(output)
     if export is None:
         if Path(output).suffix not in WRITABLE:
-            known = ", ".join((*WRITABLE, *(suffix for suffix in FORMATS if suffix not in WRITABLE)))
-            raise ConfigError(f"cannot write {output}: unknown suffix {Path(output).suffix!r}, expected one of {known}")
+            suffixes = ", ".join((*WRITABLE, *(suffix for suffix in FORMATS if suffix not in WRITABLE)))
+            raise ConfigError(
+                f"cannot write {output}: unknown suffix {Path(output).suffix!r}, expected one of {suffixes}"
+            )
         _check_no_export_options(arguments)
         return None
     if arguments.free_size and export is not ONNX:
@@ -188,7 +199,7 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
 
 
 def _check_int8_arguments(arguments: Arguments, output: str) -> None:
-    """Raise ConfigError for options that a quantised net's file does not take."""
+    """Raise ConfigError for an option that does not apply to a quantised output."""
     if arguments.keep_training_form or arguments.to:
         raise ConfigError("--int8 writes a fused net under our own names: remove --keep-training-form and --to")
     if Path(output).suffix != ".onnx":
@@ -205,7 +216,7 @@ def _check_no_export_options(arguments: Arguments) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = tyro.cli(Arguments, prog="python -m convert")
     if arguments.inspect is not None:
         if arguments.input is not None:

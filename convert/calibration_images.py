@@ -1,4 +1,4 @@
-"""Calibration images from disk, prepared as evaluation prepares them."""
+"""Calibration images from disk, prepared as for evaluation."""
 
 import os
 import warnings
@@ -18,24 +18,24 @@ DEFAULT_COUNT = 256
 
 
 def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, count: int = DEFAULT_COUNT) -> np.ndarray:
-    """Read some images of a data set, the same ones every time.
+    """Read a random sample of a data set's images, the same one every time.
 
-    They are decoded one at a time. For one that cannot be read, another is taken.
+    Images are decoded one at a time. One that cannot be read is replaced by another.
 
     Args:
-      spec: a folder with images at any depth, of which those under `train/` are taken if there is such a folder; or
-        `digits`, for training images of scikit-learn's.
+      spec: a folder with images at any depth (only its `train/` subfolder, if there is one), or `digits` for the
+        training images of scikit-learn's digits.
       preprocessing: size, crop and channels.
-      count: how many; all if there are fewer.
+      count: number of images to read; all of them if there are fewer.
 
     Returns:
       uint8 `[N, image_size, image_size, C]`.
 
     Raises:
-      DataError: no such folder, no image in it, or none that can be read.
+      DataError: the folder does not exist, contains no images, or none that can be read.
 
     Warns:
-      DataWarning: names each image that cannot be read, and says how many there were.
+      DataWarning: one for each image that cannot be read, and one with their number.
     """
     total, read = _data_set(spec, preprocessing)
     size = preprocessing.image_size
@@ -62,7 +62,7 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
 
 
 def _data_set(spec: str | os.PathLike, preprocessing: Preprocessing) -> tuple[int, Callable[[int], np.ndarray]]:
-    """Return how many images there are, and what reads one, prepared."""
+    """Return the number of images, and a function that reads and prepares the image at an index."""
     if os.fspath(spec) == "digits" and not is_folder(spec):
         scans, mode = training_scans(), "L" if preprocessing.channels == 1 else "RGB"
         return len(scans), lambda index: eval_transform(to_mode(Image.fromarray(scans[index]), mode), preprocessing)

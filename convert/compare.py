@@ -1,4 +1,4 @@
-"""How far two nets' logits are apart."""
+"""Comparison of two nets' logits."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ import repvgg_jax as rv
 
 
 def logits_of(model: rv.RepVGG, variables: Any, images: np.ndarray | jax.Array) -> np.ndarray:
-    """Return a model's logits, computed with all of float32's digits.
+    """Return a model's logits, computed in full float32 precision.
 
-    Layer by layer: many have the same shape, while compiling a whole net for one batch takes long.
+    Runs layer by layer: many layers share a shape, and compiling the whole net for one batch takes longer.
     """
     with jax.default_matmul_precision("highest"):
         return np.asarray(model.apply(variables, images))
 
 
 def relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
-    """Return `||expected - actual|| / ||expected||`, in float64: no square overflows; NaN if a logit is not finite."""
+    """Return `||expected - actual|| / ||expected||`, in float64 to avoid overflow; NaN if any logit is not finite."""
     expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
     if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
         return float("nan")

@@ -1,4 +1,4 @@
-"""Outputs for other runtimes: each is run and compared with JAX before it is put in place."""
+"""Exports to other runtimes. Each is run and compared with JAX before it is put in place."""
 
 import contextlib
 import dataclasses
@@ -26,22 +26,22 @@ from .compare import logits_of, relative_difference
 from .output import replacing_folder
 
 MAX_CHECK_IMAGES = 16
-"""Taken from a folder, in order of name."""
+"""Largest number of images taken from a folder, in order of name."""
 
 Batch = tuple[str, np.ndarray]
-"""What the images are, and the images: float32 `[N, H, W, C]`, normalised."""
+"""A description of the images, and the images: float32 `[N, H, W, C]`, normalised."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format for another runtime.
+    """An export format.
 
     Attributes:
-      write: `write(path, model, variables, …)`.
-      run: `run(path, images)` gives logits, and is called after the program that computed them.
-      layout: of the input, where the user does not say.
-      check_installed: raises ExportError where a library is missing.
-      folder: whether it is a folder and not a file.
+      write: `write(path, model, variables, …)` writes the export.
+      run: `run(path, images)` returns the logits that the export computes.
+      layout: default layout of the input.
+      check_installed: raises ExportError if a library is missing.
+      folder: whether the export is a folder instead of a file.
     """
 
     write: Callable[..., None]
@@ -51,7 +51,7 @@ class Format:
     folder: bool = False
 
     def check(self, path: str, *, overwrite: bool = False) -> None:
-        """Raise RepVGGError where writing to `path` would, as far as that shows beforehand."""
+        """Raise RepVGGError if it is already clear that writing to `path` would fail."""
         self.check_installed()
         if not self.folder:
             check_target(path)
@@ -60,7 +60,7 @@ class Format:
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Compute by ONNX Runtime, or where that is not installed by onnx's own reference, which is slow."""
+    """Compute logits with ONNX Runtime, or with onnx's slow reference evaluator if that is not installed."""
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -74,12 +74,12 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
 
 
 def stablehlo_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Compute by JAX, from the file alone."""
+    """Compute logits with JAX from the file alone."""
     return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
 
 
 def saved_model_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Compute by TensorFlow."""
+    """Compute logits with TensorFlow."""
     import tensorflow as tf  # pyright: ignore[reportMissingImports]
 
     signature = tf.saved_model.load(str(path)).signatures["serving_default"]
@@ -93,7 +93,7 @@ FORMATS = {".onnx": ONNX, ".stablehlo": STABLEHLO, ".bin": STABLEHLO, ".savedmod
 
 
 def choose_format(output: str) -> Format | None:
-    """Return the format by suffix, or a final slash for a SavedModel; None for anything else, such as weight files."""
+    """Return the export format by suffix (SavedModel for a trailing slash), or None, as for weight files."""
     if output.endswith(("/", os.sep)):
         return SAVED_MODEL
     return FORMATS.get(Path(output).suffix)
@@ -112,22 +112,23 @@ def write_export(
     batches: Iterable[Batch],
     tolerance: float,
 ) -> str:
-    """Write `output` if it computes what JAX does, and say how near it comes.
+    """Write an export, keep it only if it agrees with JAX, and return a summary of the differences.
 
     Args:
       output: file or folder to write.
-      chosen: its format.
-      model, variables: deploy form.
-      layout: of the input.
-      preprocessing: of the images, which tells their size.
-      class_names: names by class index. Goes into ONNX files only.
-      free_size: leave height and width free, in ONNX files.
+      chosen: export format.
+      model: model in deploy form.
+      variables: variables of `model`.
+      layout: input layout of the export.
+      preprocessing: preprocessing of the images, including their size.
+      class_names: names by class index; stored in ONNX files only.
+      free_size: accept any height and width; ONNX files only.
       batches: images to compare on.
-      tolerance: largest relative difference of the logits that is still rounding.
+      tolerance: largest relative difference of the logits to accept as rounding.
 
     Raises:
-      ExportError: it computes something else; nothing is written.
-      RepVGGError: it cannot be written.
+      ExportError: the export differs from JAX; nothing is written.
+      RepVGGError: the output cannot be written.
     """
     measured = []
 
@@ -158,13 +159,13 @@ def check_batches(
     """Return two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
 
     Args:
-      paths: image files, and folders of which the first images are taken.
-      preprocessing: makes input of them.
-      channels: that the net takes.
-      free_size: also one random image of another size, which is not square.
+      paths: image files, and folders from which the first images are taken.
+      preprocessing: how to prepare the images.
+      channels: number of input channels of the net.
+      free_size: add one random image of another, non-square size.
 
     Raises:
-      DataError: a path that is no image and no folder with images.
+      DataError: a path is neither an image nor a folder of images.
     """
     size = preprocessing.image_size
     rng = np.random.default_rng(0)
@@ -195,7 +196,7 @@ def check_batches(
 
 
 def _image_files(path: str) -> list[Path]:
-    """Return the file itself, or a folder's first images by name."""
+    """Return the file itself, or the folder's first images by name."""
     folder = Path(path)
     if not is_folder(folder):
         return [folder]

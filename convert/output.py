@@ -1,4 +1,4 @@
-"""Where a conversion may write: never over what it reads, and over anything else only if told to."""
+"""Checks of the output path: never overwrite the input, and other files only with `--overwrite`."""
 
 import contextlib
 import os
@@ -12,17 +12,17 @@ from repvgg_jax.paths import exists, in_bucket, place
 
 
 def check_output(source: str, output: str, *, overwrite: bool, folder: bool = False) -> None:
-    """Refuse an output that would cost the user a file.
+    """Refuse an output that would destroy one of the user's files.
 
     Args:
-      source: what is read; a file, a folder, or an address.
-      output: what is written.
-      overwrite: replace what is there, unless it is the source.
-      folder: a SavedModel is written, and only a SavedModel may be replaced by it.
+      source: input file, folder or address.
+      output: output file or folder.
+      overwrite: allow replacing an existing output that is not the source.
+      folder: the output is a SavedModel, which may only replace another SavedModel.
 
     Raises:
-      ConfigError: `output` is `source`, by whatever name or link, or exists; or as `place`.
-      RepVGGError: it is in a bucket that cannot be asked.
+      ConfigError: `output` is `source` under the same or another name, or exists already; also as `place`.
+      RepVGGError: the output is in a bucket that cannot be reached.
     """
     with system_errors(RepVGGError, f"cannot write {output}"):
         if not exists(output):
@@ -37,10 +37,10 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
 
 @contextlib.contextmanager
 def replacing_folder(output: str) -> Iterator[str]:
-    """Yield a name for a folder to write, which takes the place of `output` when the block succeeds.
+    """Yield the name of a folder to write, which replaces `output` when the block succeeds.
 
     Raises:
-      RepVGGError: it cannot be put in place; what was there stays.
+      RepVGGError: the folder cannot be put in place; the old one stays.
     """
     target = Path(output)
     if not os.path.lexists(target):
@@ -65,5 +65,5 @@ def _same_file(source: str, output: str) -> bool:
         return in_bucket(source) and in_bucket(output) and place(source) == place(output)
     try:
         return Path(source).samefile(output)
-    except (OSError, ValueError):  # an address, a broken link, or nothing at all: reported when it is read
+    except (OSError, ValueError):  # an address, a broken link or a missing file: reported on reading
         return False

@@ -1,4 +1,4 @@
-"""`python -m convert IN OUT --int8 --calibration DATA`: post-training quantisation of a weight file."""
+"""Post-training quantisation of a weight file: `python -m convert IN OUT --int8 --calibration DATA`."""
 
 import dataclasses
 from pathlib import Path
@@ -19,35 +19,35 @@ from repvgg_jax.weights import WeightsInfo
 
 @dataclasses.dataclass(frozen=True)
 class Int8Options:
-    """Quantisation to 8 bits."""
+    """Post-training quantisation to INT8."""
 
     int8: bool = False
-    """Quantise: OUT is then .safetensors, or .onnx in QDQ form."""
+    """Quantise. OUT must then be .safetensors, or .onnx (written in QDQ form)."""
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    """Images to calibrate with: a folder, or `digits`."""
+    """Images to calibrate on: a folder, or digits for scikit-learn's data set."""
     method: str = "corrected"
-    """naive, per-channel, equalized, corrected, or full: all of it with learned rounding, which takes long."""
+    """One of naive, per-channel, equalized, corrected, full. full also learns the rounding, which is slow."""
     activations: Calibration | None = None
-    """How the ranges of activations are chosen, in place of the method's own choice."""
+    """How to choose the activation ranges, instead of the method's default."""
     per_tensor: bool = False
-    """One weight scale for a layer instead of one for each output channel."""
+    """Use one weight scale per layer instead of one per output channel."""
     float_first: bool = False
-    """Leave the first convolution in float."""
+    """Keep the first convolution in float."""
     float_last: bool = False
-    """Leave the classifier in float."""
+    """Keep the classifier in float."""
     calibration_images: int = DEFAULT_COUNT
-    """How many images of DATA to take."""
+    """Number of images to take from DATA."""
     onnx_target: OnnxTarget = "onnxruntime"
-    """Whose rules an .onnx follows. TensorRT wants int8 everywhere and float biases; OpenVINO runs both."""
+    """Runtime that an .onnx is written for. tensorrt: int8 everywhere, float biases. OpenVINO runs both."""
     report: bool = False
-    """Print what quantisation does to each layer."""
+    """Print the quantisation error of each layer."""
 
 
 def check_options(options: Int8Options, output: str) -> None:
-    """Refuse what cannot work, before anything is read.
+    """Reject options that cannot work, before anything is read.
 
     Raises:
-      ConfigError: options that do not go together.
+      ConfigError: the options contradict each other.
       RepVGGError: the output cannot be written, or a library is missing.
     """
     if not options.int8:
@@ -74,18 +74,19 @@ def check_options(options: Int8Options, output: str) -> None:
 def quantize_and_write(
     options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo, **onnx_options: Any
 ) -> str:
-    """Calibrate, quantise and write; return what was done.
+    """Calibrate, quantise and write the output; return a summary.
 
     Args:
-      options: of the command.
+      options: options of the command.
       output: file to write.
-      model, variables: deploy form.
-      info: of the input file.
-      onnx_options: of `export_quantized_onnx`, where `output` is an .onnx.
+      model: model in deploy form.
+      variables: variables of `model`.
+      info: description of the input file.
+      **onnx_options: options of `export_quantized_onnx`; used if `output` is an .onnx.
 
     Raises:
-      DataError: calibration images that cannot be read.
-      QuantizationError: too few of them.
+      DataError: the calibration images cannot be read.
+      QuantizationError: there are too few calibration images.
       RepVGGError: the output cannot be written.
     """
     assert options.calibration is not None

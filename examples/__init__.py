@@ -1,0 +1,1 @@
+"""Examples of training, fine-tuning and using RepVGG nets."""

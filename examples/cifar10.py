@@ -1,12 +1,12 @@
 """Experiments on CIFAR-10: `python -m examples.cifar10 nets DATA` or `python -m examples.cifar10 blocks DATA`.
 
-`nets` trains the preset and nets of sizes that others have published, for their accuracy. `blocks` trains one small net
-with and without the branches of its block (the paper's Table 6), and with other blocks, on several seeds. DATA is a
-folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it. Runs lie in the workdir; the same
-command again goes on from there, and prints what is finished.
+`nets` measures the accuracy of the preset and of net sizes published by others. `blocks` trains one small net with and
+without the branches of its block (the paper's Table 6), and with other blocks, on several seeds. DATA is a folder with
+train/CLASS/* and val/CLASS/*, or `cifar10` if TFDS has prepared it. Runs are kept in the workdir; running the same
+command again resumes them and prints the results.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.cifar10")
@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from matplotlib.figure import Figure
@@ -34,12 +34,12 @@ from train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run of the preset `cifar10`, with some of its options changed.
+    """The preset `cifar10` with some of its options changed.
 
     Attributes:
-      name: in tables.
-      options: words for the command line of `train.main`.
-      published: error in per cent that others report for a net of this architecture, after their own recipe.
+      name: name in tables.
+      options: command-line options of `train.main`.
+      published: error in per cent that others report for this architecture with their own recipe.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Trial:
     published: float | None = None
 
     def recipe(self, arguments: "Arguments", seed: int) -> Recipe:
-        """What is run for this trial and seed."""
+        """Return the recipe for this trial and seed."""
         words = [*self.options.split(), "--data", arguments.data, "--seed", str(seed)]
         if arguments.data_dir is not None:
             words += ["--data-dir", arguments.data_dir]
@@ -60,12 +60,12 @@ class Trial:
 
 
 def published(blocks: str, widths: str, error: float, name: str) -> Trial:
-    """A net of the table in github.com/fattorib/RepVGG-CIFAR10, which trained it for 200 to 250 epochs."""
+    """Return a net from the table in github.com/fattorib/RepVGG-CIFAR10, where it was trained for 200 to 250 epochs."""
     return Trial(name, f"--num-blocks {blocks} --widths {widths}", error)
 
 
 SHORT = "--epochs 8 --warmup-epochs 1 --num-blocks 2 3 6 1 --widths 16 16 32 64 160 --strides 1 2 2 2 1"
-"""A net of 15 layers that an epoch takes half a minute on two cores."""
+"""A net of 15 layers; an epoch takes half a minute on two cores."""
 
 EXPERIMENTS: dict[str, tuple[Trial, ...]] = {
     "nets": (
@@ -94,24 +94,24 @@ class Arguments:
     """Train nets on CIFAR-10 and compare them."""
 
     experiment: tyro.conf.Positional[Literal["nets", "blocks"]]
-    """nets: the preset and published sizes. blocks: the branches of a block, one by one."""
-    data: tyro.conf.Positional[str]
-    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` where TFDS has prepared it."""
+    """nets: the preset and published sizes. blocks: ablation of the block's branches, and other blocks."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Folder with train/CLASS/* and val/CLASS/*, or cifar10 if TFDS has prepared it."""
     workdir: str = "runs/cifar10"
-    """Where runs and results are kept."""
+    """Folder for runs and results."""
     data_dir: str | None = None
-    """Where TFDS keeps its data sets."""
+    """Folder with TFDS's data sets."""
     seeds: int | None = None
-    """Runs of each trial; 1 for nets, 3 for blocks, if not given."""
+    """Number of runs per trial. Unless set, 1 for nets and 3 for blocks."""
     epochs: int | None = None
-    """Of each run; the trial's own if not given."""
+    """Epochs per run. Unless set, each trial's default."""
     only: tuple[str, ...] = ()
-    """Names of the trials to run, such as A0; all if not given."""
+    """Names of the trials to run, such as A0. Without any, all are run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the runs of a trial gave: parameters in deploy form, and the fused net's error in per cent for each seed."""
+    """Results of a trial: parameters in deploy form, and the fused net's error in per cent for each seed."""
 
     trial: Trial
     params: int
@@ -120,11 +120,11 @@ class Outcome:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; 0 for one."""
+        """Standard deviation over the seeds; 0 for a single seed."""
         return statistics.stdev(self.errors) if len(self.errors) > 1 else 0.0
 
     def row(self) -> str:
-        """One line of the table."""
+        """Return the outcome as a row of the table."""
         mean = f"{statistics.mean(self.errors):.2f}"
         if len(self.errors) > 1:
             mean += f" ± {self.spread:.2f}"
@@ -136,13 +136,13 @@ HEADER = "| trial | deploy parameters, M | epochs | error, % | published, % |\n|
 
 
 def finished_error(folder: Path) -> float | None:
-    """Return the fused net's error in per cent on the whole test split; None if the run has not reached its end."""
-    found = [row["top1"] for row in read_rows(folder / "metrics.jsonl") if row.get("form") == "deploy"]
-    return 100 * (1 - found[-1]) if found else None
+    """Return the fused net's error in per cent on the whole test split; None if the run has not finished."""
+    accuracies = [row["top1"] for row in read_rows(folder / "metrics.jsonl") if row.get("form") == "deploy"]
+    return 100 * (1 - accuracies[-1]) if accuracies else None
 
 
 def outcome(trial: Trial, arguments: Arguments, seeds: int) -> Outcome:
-    """Train what is not finished yet; leaves as SIGTERM asks to.
+    """Run a trial, training only the seeds that have not finished; exit if a signal stops the training.
 
     Raises:
       RepVGGError: the data cannot be read, or the workdir cannot be used.
@@ -163,7 +163,7 @@ def outcome(trial: Trial, arguments: Arguments, seeds: int) -> Outcome:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write a picture of the errors: a dot for each seed, a bar at their mean."""
+    """Write a plot of the errors: a dot per seed, a bar at the mean, and a cross at the published value."""
     figure = Figure(figsize=(7, 0.6 + 0.5 * len(outcomes)), layout="constrained")
     axes = figure.subplots()
     for place, one in enumerate(reversed(outcomes)):
@@ -179,10 +179,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def run(arguments: Arguments) -> list[Outcome]:
-    """Run an experiment; print its table, and write it into the workdir as JSON and as a picture.
+    """Run an experiment, print its table, and write it to the workdir as JSON and as a plot.
 
     Raises:
-      ConfigError: no trial is called so, or the numbers make no sense.
+      ConfigError: there is no trial of that name, or the number of seeds is not positive.
       RepVGGError: the data cannot be read, or the workdir cannot be used.
     """
     trials = {trial.name: trial for trial in EXPERIMENTS[arguments.experiment]}
@@ -206,5 +206,5 @@ def run(arguments: Arguments) -> list[Outcome]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(tyro.cli(Arguments, prog="python -m examples.cifar10"))

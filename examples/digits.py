@@ -1,10 +1,10 @@
-"""After `python -m train.main --preset digits`: the two forms side by side, and a picture of what the net says.
+"""Comparison of the two forms after `python -m train.main --preset digits`, and a picture of the predictions.
 
 `python -m examples.digits RUN` loads both weight files of a run, compares their predictions on every test image, times
-both forms, and writes `RUN/predictions.png` and some test digits as images into `RUN/digits/`.
+both forms, and writes `RUN/predictions.png` and some test digits as images in `RUN/digits/`.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.digits")
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -34,16 +35,16 @@ ROUNDS = 30
 class Arguments:
     """Compare the two forms of a run on digits, and draw its predictions."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder, with final.safetensors and deploy.safetensors."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, with final.safetensors and deploy.safetensors."""
     data_dir: str | None = None
-    """Where TFDS keeps its data sets."""
+    """Folder with TFDS's data sets."""
     batch_size: int = 16
-    """Images at a time, for the timing."""
+    """Batch size for the timing."""
 
 
 def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """All test digits as the network wants them, uint8 `[N, H, W, 3]`, and their labels `[N]`."""
+    """Return all test digits at the network's input size, uint8 `[N, H, W, 3]`, and their labels `[N]`."""
     dataset = data.open_dataset(
         "digits", image_size=info.preprocessing.image_size, data_dir=data_dir, evaluation_only=True
     )
@@ -55,14 +56,14 @@ def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray,
 
 
 def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Median seconds of each function, called in turn so that all see the same machine."""
+    """Return the median seconds of each function, calling them in turn so that machine load affects all alike."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 2):  # the first two rounds warm up
-        for function, own in zip(functions, times, strict=True):
+        for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(function())
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own[2:]) for own in times]
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[2:]) for seconds in times]
 
 
 def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], path: Path) -> None:
@@ -76,7 +77,7 @@ def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, name
             f"{names[best]}  {100 * row[best]:.0f} %", color="black" if best == label else "red", fontsize=10
         )
         axes.axis("off")
-    figure.suptitle("test digits, and what the fused net says")
+    figure.suptitle("test digits and predictions of the fused net")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -85,7 +86,7 @@ def compare(arguments: Arguments) -> None:
     """Print agreement and latencies of the two forms; write the picture and the images.
 
     Raises:
-      RepVGGError: the run is not finished, or its files cannot be read.
+      RepVGGError: the run has not finished, or its files cannot be read.
     """
     run = Path(arguments.run)
     info = rv.inspect_weights(run / "final.safetensors")
@@ -125,5 +126,5 @@ def compare(arguments: Arguments) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     compare(tyro.cli(Arguments, prog="python -m examples.digits"))

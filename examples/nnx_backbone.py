@@ -1,12 +1,12 @@
-"""RepVGG inside a model of Flax's NNX: train it with `nnx.Optimizer`, fuse its backbone, deploy it in two ways.
+"""RepVGG as the backbone of a Flax NNX model: train with `nnx.Optimizer`, fuse the backbone, deploy in two ways.
 
 `python -m examples.nnx_backbone` trains on scikit-learn's digits for a few dozen steps. The backbone is our linen
-module in `nnx.bridge.ToNNX`, the head is NNX's own. After training, the backbone's variables are taken out and fused;
-they go into an NNX model in deploy form, and into a compiled predictor. All three give the same logits. docs/nnx.md
-says what to watch for.
+module in `nnx.bridge.ToNNX`, and the head is an NNX layer. After training, the backbone's variables are extracted and
+fused, for an NNX model in deploy form and for a compiled predictor. All three give the same logits. docs/nnx.md
+describes the pitfalls.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.nnx_backbone")
@@ -28,42 +28,45 @@ from repvgg_jax.errors import ConfigError
 
 SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-"""Linen's names of a RepVGG's collections, and the NNX variables that hold them."""
+"""By linen collection of a RepVGG: the corresponding type of NNX variable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train an NNX model with a RepVGG backbone on real digits, fuse the backbone, compare."""
+    """Train an NNX model with a RepVGG backbone on real digits, fuse the backbone, and compare the results."""
 
     steps: int = 60
+    """Number of training steps."""
     batch_size: int = 32
+    """Images per step."""
     seed: int = 0
+    """Seed for initialisation and batches."""
 
 
 class DigitsNet(nnx.Module):
-    """Logits of digits: a RepVGG's pooled features, then a linear layer of NNX; `[N, H, W, 1] -> [N, 10]`."""
+    """Digit classifier: pooled features of a RepVGG, then an NNX linear layer; `[N, H, W, 1] -> [N, 10]`."""
 
     def __init__(self, backbone: rv.RepVGG, images: ArrayLike, *, rngs: nnx.Rngs):
-        # The streams are for initialisation alone. A ToNNX that keeps some (`rngs=` in its constructor) draws from them
-        # at every call, and cannot be called from a plain `jax.jit` any more; only dropout needs that.
+        # Use the random streams only for initialisation. A ToNNX with streams of its own (`rngs=` in its constructor)
+        # draws from them in every call, and can then not be called from a plain `jax.jit`; only dropout needs that.
         self.backbone = nnx.bridge.ToNNX(backbone)
-        # The whole net, not `embed` alone: a predictor takes it with its classifier, though nothing here reads that.
+        # Initialise the whole net, not only `embed`: the predictor needs the classifier, although nothing here uses it.
         self.backbone.lazy_init(images, rngs=rngs)
         self.head = nnx.Linear(backbone.variant.widths[-1], 10, rngs=rngs)
 
     def __call__(self, images: ArrayLike, train: bool = False) -> jax.Array:
-        # Without `mutable`, BatchNorm is not allowed to update its running statistics, and `train=True` is an error.
+        # Without `mutable`, BatchNorm cannot update its running statistics, and `train=True` is an error.
         mutable = ["batch_stats"] if train else False
         return self.head(self.backbone(images, train, method="embed", mutable=mutable))
 
 
 def linen_variables(net: nnx.bridge.ToNNX) -> dict[str, Any]:
-    """Return the variables of a wrapped linen module as linen has them, `{"params": …, "batch_stats": …}`."""
+    """Return the variables of a wrapped linen module in linen's format, `{"params": …, "batch_stats": …}`."""
     return {name: nnx.to_pure_dict(nnx.state(net, kind)) for name, kind in COLLECTIONS.items()}
 
 
 def put_variables(net: nnx.bridge.ToNNX, variables: Mapping[str, Any]) -> None:
-    """Give a wrapped linen module, initialised already, other values: those of a file, or fused ones."""
+    """Set the variables of a wrapped linen module that is already initialised, for example from a file."""
     for name, tree in variables.items():
         state = nnx.state(net, COLLECTIONS[name])
         nnx.replace_by_pure_dict(state, tree)
@@ -71,7 +74,7 @@ def put_variables(net: nnx.bridge.ToNNX, variables: Mapping[str, Any]) -> None:
 
 
 def real_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Return 1437 training and 360 test images, float32 `[N, 32, 32, 1]`, normalised, each with its labels `[N]`."""
+    """Return 1437 training and 360 test images, float32 `[N, 32, 32, 1]`, normalised, with their labels `[N]`."""
     pixels, labels = digits.scans()
     images = ((pixels / 255 - digits.MEAN) / digits.STD).astype(np.float32)
     images = images.repeat(4, axis=1).repeat(4, axis=2)[..., None]
@@ -82,7 +85,7 @@ def real_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 @nnx.jit
 def train_step(net: DigitsNet, optimizer: nnx.Optimizer, images: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Take one step and return its loss; weights and running statistics change in place."""
+    """Do one training step and return its loss; weights and running statistics change in place."""
 
     def loss_of(net: DigitsNet) -> jax.Array:
         logits = net(images, train=True)
@@ -94,7 +97,7 @@ def train_step(net: DigitsNet, optimizer: nnx.Optimizer, images: ArrayLike, labe
 
 
 def train(net: DigitsNet, images: np.ndarray, labels: np.ndarray, arguments: Arguments) -> list[float]:
-    """Train `net` in place on random batches; return the losses, one for each step."""
+    """Train `net` in place on random batches; return the loss of each step."""
     schedule = optax.cosine_decay_schedule(0.1, arguments.steps)
     optimizer = nnx.Optimizer(net, optax.sgd(schedule, momentum=0.9), wrt=nnx.Param)
     rng, losses = np.random.default_rng(arguments.seed), []
@@ -107,12 +110,12 @@ def train(net: DigitsNet, images: np.ndarray, labels: np.ndarray, arguments: Arg
 
 
 def deployed(net: DigitsNet, backbone: rv.RepVGG, images: np.ndarray) -> DigitsNet:
-    """Return the same net with its backbone fused, an NNX model as before; `net` is left alone.
+    """Return a copy of the net with its backbone fused, also an NNX model; `net` is not changed.
 
     Args:
-      net: trained.
+      net: trained net.
       backbone: the linen module in it.
-      images: a batch, for its shape.
+      images: a batch, used for its shape.
     """
     deploy_backbone, deploy_variables = rv.to_deploy(backbone, linen_variables(net.backbone))
     fused = DigitsNet(deploy_backbone, images, rngs=nnx.Rngs(0))
@@ -122,12 +125,12 @@ def deployed(net: DigitsNet, backbone: rv.RepVGG, images: np.ndarray) -> DigitsN
 
 
 def compiled(net: DigitsNet, backbone: rv.RepVGG, image_size: int) -> Callable[[Any], jax.Array]:
-    """Return a function from images to logits: a predictor in the backbone's place, then the head of `net`.
+    """Return a function from images to logits: a compiled predictor instead of the backbone, then the head of `net`.
 
     Args:
-      net: trained.
+      net: trained net.
       backbone: the linen module in it, in training form.
-      image_size: height and width of the images, pixels.
+      image_size: height and width of the images in pixels.
     """
     variables = linen_variables(net.backbone)
     embed = rv.make_predictor(backbone, variables, batch_size=32, image_size=image_size, output="embedding")
@@ -136,10 +139,10 @@ def compiled(net: DigitsNet, backbone: rv.RepVGG, image_size: int) -> Callable[[
 
 
 def run(arguments: Arguments) -> dict[str, np.ndarray]:
-    """Train, fuse, deploy; return the test images' logits `[360, 10]` by the form that computed them.
+    """Train, fuse and deploy; return the logits `[360, 10]` of the test images for each form.
 
     Raises:
-      ConfigError: no steps, or empty batches.
+      ConfigError: the number of steps or the batch size is not positive.
     """
     if min(arguments.steps, arguments.batch_size) < 1:
         raise ConfigError("--steps and --batch-size must be at least 1")
@@ -164,5 +167,5 @@ def run(arguments: Arguments) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(tyro.cli(Arguments, prog="python -m examples.nnx_backbone"))

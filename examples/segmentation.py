@@ -1,14 +1,14 @@
-"""RepVGG as a dilated backbone: PSPNet finds coins, then its backbone is fused, and the masks stay the same.
+"""RepVGG as a dilated backbone: a PSPNet segments coins, then its backbone is fused, and the masks stay the same.
 
-`python -m examples.segmentation` takes scikit-image's photograph of Greek coins from Pompeii, which the package ships.
-Nobody has drawn masks for it: the truth is what a watershed on the image's edges gives, seeded where the picture is
-clearly coin or clearly ground (the classical method for this picture). The network learns to do the same from crops of
-the left two thirds; the right third, which training never sees, is the test.
+`python -m examples.segmentation` uses the photograph of Greek coins from Pompeii that comes with scikit-image. There
+are no hand-drawn masks for it. The ground truth is computed by a watershed on the image's edges, seeded where the
+picture is clearly coin or clearly ground (the classical method for this picture). The network learns this from crops of
+the left two thirds, and is tested on the right third.
 
-Writes `segmentation.png`: input, truth, prediction. PSPNet: arXiv 1612.01105.
+Writes `segmentation.png`: input, ground truth, prediction. PSPNet: arXiv 1612.01105.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.segmentation")
@@ -42,18 +42,20 @@ TRAIN_COLUMNS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train a PSPNet with a RepVGG backbone on real coins, fuse the backbone, compare."""
+    """Train a PSPNet with a RepVGG backbone on real coins, fuse the backbone, and compare the results."""
 
     steps: int = 200
-    """Batches of crops to train on."""
+    """Number of training steps."""
     batch_size: int = 8
+    """Crops per step."""
     out: str = "runs/segmentation"
     """Folder for the picture."""
     seed: int = 0
+    """Seed for initialisation and crops."""
 
 
 class PyramidPooling(nn.Module):
-    """Averages over 1x1, 2x2, 3x3 and 6x6 regions, each projected, enlarged again and put beside the input."""
+    """Averages over 1x1, 2x2, 3x3 and 6x6 regions, each projected, upsampled and concatenated with the input."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -67,13 +69,13 @@ class PyramidPooling(nn.Module):
 
 
 def region_means(x: jax.Array, bins: int) -> jax.Array:
-    """`[N, H, W, C] -> [N, bins, bins, C]` for any H and W (`torch.nn.AdaptiveAvgPool2d`)."""
+    """Average over regions: `[N, H, W, C] -> [N, bins, bins, C]` for any H and W (`torch.nn.AdaptiveAvgPool2d`)."""
     rows, columns = (region_weights(size, bins) for size in x.shape[1:3])
     return jnp.einsum("rh,nhwc,sw->nrsc", rows, x, columns)
 
 
 def region_weights(size: int, bins: int) -> np.ndarray:
-    """`[bins, size]`: how much each pixel counts in each region; regions share a pixel where `bins` does not divide."""
+    """Return each pixel's weight in each region, `[bins, size]`; regions overlap if `bins` does not divide `size`."""
     weights = np.zeros((bins, size), np.float32)
     for region in range(bins):
         start, stop = region * size // bins, -(-(region + 1) * size // bins)
@@ -82,14 +84,14 @@ def region_weights(size: int, bins: int) -> np.ndarray:
 
 
 class PSPNet(nn.Module):
-    """Class scores of every pixel, `[N, H, W, 1] -> [N, H, W, classes]`."""
+    """PSPNet with class scores for every pixel, `[N, H, W, 1] -> [N, H, W, classes]`."""
 
     deploy: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         backbone = rv.create_model(BACKBONE, deploy=self.deploy, name="backbone")
-        x = backbone.features(images, train)["stage4"]  # an eighth of the image's size
+        x = backbone.features(images, train)["stage4"]  # an eighth of the image's height and width
         x = PyramidPooling(name="pyramid")(x, train)
         x = nn.relu(ConvBN(64, 3, name="neck")(x, train))
         x = nn.Conv(len(CLASSES), (1, 1), name="head")(x)
@@ -97,7 +99,7 @@ class PSPNet(nn.Module):
 
 
 def coins() -> tuple[np.ndarray, np.ndarray]:
-    """The photograph, normalised, `[303, 384, 1]`, and the class of every pixel, `[303, 384]`."""
+    """Return the normalised photograph, `[303, 384, 1]`, and the class of every pixel, `[303, 384]`."""
     from skimage import data, filters, segmentation
 
     pixels = data.coins()
@@ -108,7 +110,10 @@ def coins() -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_crops(image: np.ndarray, mask: np.ndarray, count: int, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Square crops, turned, mirrored and with another contrast: `[count, CROP, CROP, 1]`, `[count, CROP, CROP]`."""
+    """Return square crops with random rotation, mirroring, contrast and brightness, and their masks.
+
+    Shapes: `[count, CROP, CROP, 1]` and `[count, CROP, CROP]`.
+    """
     images, masks = [], []
     for _ in range(count):
         top, left = (rng.integers(0, size - CROP + 1) for size in mask.shape)
@@ -122,7 +127,7 @@ def random_crops(image: np.ndarray, mask: np.ndarray, count: int, rng: np.random
 
 
 def train(arguments: Arguments, image: np.ndarray, mask: np.ndarray) -> Any:
-    """The variables of a PSPNet trained on crops of `image`; prints the loss now and then."""
+    """Train a PSPNet on crops of `image`, printing the loss at intervals; return its variables."""
     net, rng = PSPNet(), np.random.default_rng(arguments.seed)
     variables = jax.jit(net.init)(jax.random.key(arguments.seed), jnp.zeros((1, CROP, CROP, 1)))
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, arguments.steps), weight_decay=1e-4)
@@ -148,13 +153,13 @@ def train(arguments: Arguments, image: np.ndarray, mask: np.ndarray) -> Any:
 
 
 def mean_iou(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union, averaged over the classes."""
+    """Return the intersection over union, averaged over the classes."""
     both = [(predicted == c, truth == c) for c in range(len(CLASSES))]
     return float(np.mean([(a & b).sum() / (a | b).sum() for a, b in both]))
 
 
 def draw(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, path: Path) -> None:
-    """Input, truth and prediction side by side."""
+    """Write a picture of input, ground truth and prediction side by side."""
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     panels = figure.subplots(1, 3)
     shown = (("input", image), ("truth (watershed)", truth), ("prediction, fused backbone", predicted))
@@ -167,10 +172,10 @@ def draw(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, path: Path
 
 
 def run(arguments: Arguments) -> tuple[float, float]:
-    """The whole story; returns the mean IoU before and after fusion.
+    """Train, fuse and compare; return the mean IoU before and after fusion.
 
     Raises:
-      ConfigError: no steps, or empty batches.
+      ConfigError: the number of steps or the batch size is not positive.
       RepVGGError: the picture cannot be written.
     """
     if min(arguments.steps, arguments.batch_size) < 1:
@@ -198,5 +203,5 @@ def run(arguments: Arguments) -> tuple[float, float]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run(tyro.cli(Arguments, prog="python -m examples.segmentation"))

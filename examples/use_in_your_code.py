@@ -1,10 +1,10 @@
-"""RepVGG in a training loop of your own: create, load, train with optax, fuse, predict.
+"""RepVGG in your own training loop: create or load a net, train it with optax, fuse it, predict.
 
 `python -m examples.use_in_your_code [WEIGHTS]` trains on scikit-learn's digits for a few dozen steps. WEIGHTS is any
-file that `rv.load_weights` reads, in training form; without one, a small net starts from random weights.
+training-form file that `rv.load_weights` reads; without it, a small net is trained from random weights.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.use_in_your_code")
@@ -23,7 +23,7 @@ SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
 
 
 def real_digits() -> tuple[np.ndarray, np.ndarray]:
-    """1797 scans of handwritten digits, float32 [N, 32, 32, 3] of mean 0 and deviation 1, and their labels [N]."""
+    """Return 1797 scans of digits, float32 `[N, 32, 32, 3]` with mean 0 and deviation 1, and their labels `[N]`."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 8, 8).repeat(4, axis=1).repeat(4, axis=2)
     images = (images - images.mean()) / images.std()
@@ -31,10 +31,10 @@ def real_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """The example, in the order of the authors' README."""
+    """Run the example, in the order of the authors' README."""
     images, labels = real_digits()
 
-    # Create, or load: `num_classes` gives a file of another class count a fresh classifier.
+    # Create or load. If the file has another number of classes, `num_classes` adds a newly initialised classifier.
     if len(sys.argv) > 1:
         model, variables = rv.load_weights(sys.argv[1], num_classes=10)
         if model.deploy:
@@ -63,14 +63,14 @@ def main() -> None:
 
     rng = np.random.default_rng(0)
     for step in range(1, STEPS + 1):
-        chosen = rng.integers(0, 1437, BATCH)  # the first four fifths; the rest is never trained on
+        chosen = rng.integers(0, 1437, BATCH)  # the first four fifths; the rest is for testing
         params, batch_stats, optimizer_state, loss = train_step(
             params, batch_stats, optimizer_state, images[chosen], labels[chosen]
         )
         if step % 20 == 0:
             print(f"step {step}: loss {loss:.3f}")
 
-    # Fuse and compare. `to_deploy` leaves its inputs alone.
+    # Fuse and compare. `to_deploy` does not change its inputs.
     variables = {"params": params, "batch_stats": batch_stats}
     deploy_model, deploy_variables = rv.to_deploy(model, variables)
     logits = jax.jit(model.apply)(variables, images[1437:])
@@ -78,7 +78,7 @@ def main() -> None:
     difference = np.linalg.norm(logits - fused_logits) / np.linalg.norm(logits)
     print(f"relative difference between the two forms: {difference:.1e}")
 
-    # Deploy: compiled once, for any number of images.
+    # Deploy: compile once, for any number of images.
     predict = rv.make_predictor(deploy_model, deploy_variables, batch_size=32, image_size=32)
     right = np.mean(predict(images[1437:]).argmax(-1) == labels[1437:])
     print(f"{100 * right:.1f} % of {len(labels) - 1437} held-out digits right")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .public import *  # noqa: F403 (the list of names is there)
+    from .public import *  # noqa: F403 (`public` lists the names)
     from .public import __all__ as __all__
-else:  # A type checker that saw this would take any misspelt name for a public one.
+else:  # Hidden from type checkers, which would accept any misspelt name because of `__getattr__`.
 
     def __getattr__(name: str) -> Any:
-        """Load the public names, and JAX with them, when the first is used: a command must take Ctrl-C over before."""
+        """Load the public names, and JAX, when the first one is used: commands must handle Ctrl-C before that."""
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f".{name}", __name__)
         public = importlib.import_module(".public", __name__)

@@ -1,6 +1,6 @@
-"""What an installed package offers on the command line: `python -m repvgg_jax {summary,predict,show} …`."""
+"""Commands of the installed package: `python -m repvgg_jax {summary,predict,show} …`."""
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from .cli import run_module
 
     run_module("repvgg_jax.__main__")
@@ -26,26 +26,26 @@ from .weights.info import describe
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Print parameters, FLOPs and Winograd multiplications beside the published figures.
+    """Print parameters, FLOPs and Winograd multiplications next to the published figures.
 
-    Of a weight file print its preprocessing and its classes too.
+    For a weight file, also print its preprocessing and classes.
     """
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Variants or weight files; all variants if none is given."""
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")] = ()
+    """Variants or weight files. Without any, all variants are listed."""
     image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Side of the image in pixels; 224, or the weight file's own."""
+    """Height and width of the image in pixels. Unless set, the weight file's value, or 224 for a variant."""
     num_classes: int | None = None
-    """Width of the classifier; 1000, or the weight file's own."""
+    """Number of classes. Unless set, the weight file's value, or 1000 for a variant."""
 
 
 def summary(arguments: Summary) -> None:
-    """Print a table of all named variants, then each weight file.
+    """Print a table of the named variants, then a description and a table for each weight file.
 
     Raises:
-      UnknownModelError: a name that is neither a variant nor a weight file.
-      WeightsError: a weight file that cannot be read.
-      ConfigError: a size that is not positive.
+      UnknownModelError: a name is neither a variant nor a weight file.
+      WeightsError: a weight file cannot be read.
+      ConfigError: a size is not positive.
     """
     options = {"image_size": arguments.image_size, "num_classes": arguments.num_classes}
     sizes = {name: value for name, value in options.items() if value is not None}
@@ -60,7 +60,7 @@ def summary(arguments: Summary) -> None:
 
 
 def _is_weight_file(name: str) -> bool:
-    """Whether a name means a file, existing or not, and not a variant."""
+    """Return whether a name stands for a file, existing or not, instead of a variant."""
     try:
         get_variant(name)
     except UnknownModelError:
@@ -70,11 +70,11 @@ def _is_weight_file(name: str) -> bool:
 
 
 def main() -> None:
-    """The command. Exit status: 0, 1 if there was an image that could not be read, 2 for any other error."""
+    """Run the command. Exit status: 0, 1 if an image could not be read, 2 for any other error."""
     arguments = tyro.extras.subcommand_cli_from_dict(
         {"summary": Summary, "predict": Predict, "show": Show},
         prog="python -m repvgg_jax",
-        description="RepVGG for JAX. --version, alone, prints the version.",
+        description="RepVGG for JAX. --version as the only argument prints the version.",
         args=sys.argv[1:],
     )
     if isinstance(arguments, Summary):

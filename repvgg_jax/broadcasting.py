@@ -1,4 +1,4 @@
-"""Broadcasting said out loud, as `jax_numpy_rank_promotion="raise"` demands."""
+"""Explicit broadcasting, for `jax_numpy_rank_promotion="raise"`."""
 
 from typing import Any
 
@@ -7,6 +7,6 @@ from jax import numpy as jnp
 
 
 def channelwise(values: Any, rank: int = 4) -> Array:
-    """Return `[C]` with axes of size 1 in front, to be broadcast over an array of that rank: `[1, 1, 1, C]`."""
+    """Return `[C]` values as `[1, …, 1, C]` with `rank` axes, to broadcast over an array of that rank."""
     values = jnp.asarray(values)
     return lax.expand_dims(values, range(rank - values.ndim))

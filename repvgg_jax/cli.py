@@ -1,4 +1,4 @@
-"""What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
+"""Common frame of all commands: a user's mistake gives one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
 import importlib
@@ -20,15 +20,15 @@ _PACKAGES = ("repvgg_jax", "train", "convert")
 
 
 def run_module(name: str, prepare: Callable[[], object] = lambda: None, *, huge_pages: bool = False) -> NoReturn:
-    """Run the `main` of the module `name` as a command, and end the process with its status.
+    """Run the `main` of the module `name` as a command, and exit with its status.
 
-    A command's module calls this in its first lines, before the imports that take long, so that Ctrl-C ends it cleanly
-    (`interrupts`) during those too, and a library that is missing is one line.
+    A command's module calls this in its first lines, before its slow imports. Ctrl-C during the imports then exits
+    cleanly (`interrupts`), and a missing library gives a one-line error.
 
     Args:
-      name: of the module.
+      name: name of the module.
       prepare: called before the import.
-      huge_pages: give the process's memory in huge pages where the system can, for which it is started anew.
+      huge_pages: restart the process with memory in huge pages, where the system supports it.
     """
     if huge_pages:
         restart_with_huge_pages()
@@ -43,10 +43,10 @@ def run_module(name: str, prepare: Callable[[], object] = lambda: None, *, huge_
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command's `main`; returns when it does. `--version` as the only argument prints versions instead.
+    """Run a command's `main`. With `--version` as the only argument, print versions instead.
 
     Raises:
-      SystemExit: 2 for an error the user can mend, 1 if nobody reads the output any more, 130 after Ctrl-C.
+      SystemExit: 2 for an error the user can fix, 1 if the reader of the output has gone, 130 after Ctrl-C.
     """
     _show_every_character()
     with _recorded_stdout():
@@ -59,7 +59,7 @@ def _run(main: Callable[[], object]) -> None:
             main()
     except RepVGGError as error:
         _fail(f"error: {error}", 2)
-    except KeyboardInterrupt:  # only where `interrupts` does not watch
+    except KeyboardInterrupt:  # raised only if `interrupts` does not watch
         _fail("interrupted", 130)
     except ModuleNotFoundError as error:
         hint = missing_library(error)
@@ -78,14 +78,14 @@ def _run(main: Callable[[], object]) -> None:
         _check_stdout()
         raise
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says it; its exception's class needs JAX to be imported
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's error, matched by text: its class would need JAX imported
             raise
         _fail(f"error: {_out_of_memory(error)}", 2)
     _check_stdout()
 
 
 def _fail(line: str, status: int) -> NoReturn:
-    # What orbax and tensorstore had begun may go on failing, and asyncio tells of it when the tasks are collected.
+    # Pending orbax and tensorstore tasks may still fail; asyncio would log that when it collects them.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     if _stdout_error() is not None:
         _discard(sys.stdout)
@@ -102,9 +102,9 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def _check_stdout() -> None:
-    """End the process if what was printed cannot be written."""
+    """Exit if the output cannot be written."""
     error = _stdout_error()
-    if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has left
+    if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has exited
         _discard(sys.stdout)
         sys.exit(1)
     if error is not None:
@@ -112,7 +112,7 @@ def _check_stdout() -> None:
 
 
 class _Stdout:
-    """A stream, and the first error that writing to it has met."""
+    """A stream that remembers the first error of writing to it."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -140,7 +140,7 @@ class _Stdout:
 
 @contextlib.contextmanager
 def _recorded_stdout() -> Iterator[None]:
-    """Let `_stdout_error` know of errors, which `print` raises like any other of the system's."""
+    """Record the errors of writing to stdout for `_stdout_error`; from `print` they look like any other OSError."""
     before: Any = sys.stdout
     if before is not None:  # closed by the shell
         sys.stdout = cast(TextIO, _Stdout(before))
@@ -151,7 +151,7 @@ def _recorded_stdout() -> Iterator[None]:
 
 
 def _stdout_error() -> OSError | None:
-    """Return why stdout cannot be written; None if it can."""
+    """Return the error of writing to stdout, or None."""
     if isinstance(sys.stdout, _Stdout) and sys.stdout.error is not None:
         return sys.stdout.error
     try:
@@ -163,7 +163,7 @@ def _stdout_error() -> OSError | None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Give a stream's buffer to nobody, so that Python does not fail on it at its end."""
+    """Redirect a stream to /dev/null, so that Python does not fail when it flushes it at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -173,8 +173,8 @@ def _print_version() -> None:
 
 
 def version_line() -> str:
-    """Return this package's version, and those that a report of a fault needs besides."""
-    import importlib.metadata  # takes long, for a line that is seldom wanted
+    """Return the versions that a bug report needs: this package's, its main libraries' and Python's."""
+    import importlib.metadata  # slow to import and rarely needed
     import platform
 
     libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy"))
@@ -182,7 +182,7 @@ def version_line() -> str:
 
 
 def _show_every_character() -> None:
-    """Print `\\xe9` for a character that the locale's encoding lacks, where Python would raise UnicodeEncodeError."""
+    r"""Print `\xe9` for a character that the locale's encoding lacks, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -190,7 +190,7 @@ def _show_every_character() -> None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Leave the place in the code, of which a command's user has no use, out of warnings and of our loggers' lines."""
+    """Print warnings and our log records on one line, without the code location, which is no use to a user."""
 
     def one_line(message: Warning | str, *_place: object, **_line: object) -> str:
         return f"warning: {' '.join(str(message).split())}\n"
@@ -203,7 +203,7 @@ def _one_line_warnings() -> Iterator[None]:
     warnings.formatwarning = one_line
     for logger in loggers:
         logger.addHandler(lines)
-        logger.propagate = False  # to handlers that other libraries may have given the root logger
+        logger.propagate = False  # other libraries may have added handlers to the root logger
     try:
         yield
     finally:

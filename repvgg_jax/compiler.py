@@ -1,9 +1,9 @@
-"""C++ sources compiled for this machine the first time they are needed, as `torch.compile` does it on a CPU.
+"""Compilation of C++ sources for this machine on first use, as `torch.compile` does on a CPU.
 
-The library lies in the user's cache folder, named by a digest of what it depends on. So does the compiler's message
-where it rejected the source, for a day, so that not every process tries in vain. A library is code: it is loaded only
-from where nobody else can have put it (`ownership.py`), and compiled into a temporary folder where there is no such
-place. `REPVGG_JAX_NATIVE=0` in the environment asks for none.
+The library is kept in the user's cache folder under a digest of everything it depends on. If the compiler rejects the
+source, its message is kept there for a day, so that other processes do not try again. A library is code: it is loaded
+only from a folder that nobody else can write to (`ownership.py`). If the cache is not such a folder, the library is
+compiled into a temporary one. `REPVGG_JAX_NATIVE=0` in the environment turns native code off.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SWITCH = "REPVGG_JAX_NATIVE"
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300
 FAILURE_SECONDS = 24 * 3600
-"""How long a rejected source is not tried again."""
+"""Time before a rejected source is tried again."""
 
 _FOR_THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 _PASSING_TROUBLE = (
@@ -42,39 +42,39 @@ _PASSING_TROUBLE = (
     *("temporarily unavailable", "permission denied", "text file busy"),
     *("signal", "killed", "internal compiler error"),
 )
-"""What compilers, assemblers and linkers say, in lower case, of a machine in trouble and not of the source."""
+"""Messages of compilers, assemblers and linkers, in lower case, that blame the machine and not the source."""
 
 _log = logging.getLogger(__name__)
 
 
 def switched_on() -> bool:
-    """Whether the environment allows native code."""
+    """Return whether the environment allows native code."""
     return os.environ.get(SWITCH, "1") != "0"
 
 
 def load_compiled(source: Path) -> ctypes.CDLL | None:
-    """Return the library that a wheel brought for this processor; None if it brought none that can be loaded."""
+    """Return the library that the wheel contains for this processor, or None if there is none that can be loaded."""
     processor = this_processor()
     library = compiled_file(source, processor) if processor else None
     if library is None or not library.exists():
         return None
     try:
         return ctypes.CDLL(os.fspath(library))
-    except OSError as error:  # such as a C library that is too old
+    except OSError as error:  # for example, the C library is too old
         _log.warning("the compiled library of the wheel is not used: %s", error)
         return None
 
 
 def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | None:
-    """Return the library made of a source file and the headers beside it.
+    """Return the library compiled from a source file and the headers next to it.
 
     Args:
-      source: C++17.
-      purpose: what it is for, in the plural, for the log.
-      options: of the compiler.
+      source: C++17 source file.
+      purpose: plural noun for the log, such as "convolutions".
+      *options: additional compiler options.
 
     Returns:
-      None where there is no compiler for this machine, or it fails, which the log says.
+      The library. None if there is no compiler for this machine, or if it fails; a failure is logged.
     """
     command = _command(options)
     if command is None:
@@ -96,7 +96,7 @@ def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | Non
             except OSError:
                 if not is_old:
                     raise
-                _compile(command, source, library, rejected)  # it has been damaged since
+                _compile(command, source, library, rejected)  # the cached file is damaged
                 return ctypes.CDLL(os.fspath(library))
     except (OSError, RepVGGError) as error:
         _log.warning("no native %s: %s", purpose, str(error).splitlines()[0])
@@ -104,7 +104,7 @@ def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | Non
 
 
 def _command(options: tuple[str, ...]) -> list[str] | None:
-    """Return the compiler and its options, without files; None where there is none for this machine."""
+    """Return the compiler and its options, without file names; None if there is no compiler for this machine."""
     flag = _FOR_THIS_CPU.get(platform.machine())
     compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
     if flag is None or compiler is None or sys.platform == "win32":
@@ -113,16 +113,16 @@ def _command(options: tuple[str, ...]) -> list[str] | None:
 
 
 def _digest(source: Path, command: list[str]) -> str:
-    """Return a name for what comes out of the compiler."""
+    """Return a digest of everything that the compiler's output depends on."""
     texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h"))))
-    installed = f"{Path(command[0]).stat().st_mtime_ns}"  # another one may succeed where this one fails
+    installed = f"{Path(command[0]).stat().st_mtime_ns}"  # another version may succeed where this one fails
     dependencies = (*texts, *command, installed, jaxlib.version.__version__, cpu_model())
     return hashlib.sha256("\n".join(dependencies).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def _folder(purpose: str, library: str) -> Iterator[Path]:
-    """Yield the cache, or a temporary folder where that cannot be used or where others could put libraries into it.
+    """Yield the cache folder, or a temporary one if the cache is unusable or others could put libraries into it.
 
     Raises:
       OSError: neither can be used.
@@ -138,13 +138,13 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
     else:
         yield folder
         return
-    # A loaded library needs its file no longer.
+    # The file may be deleted once the library is loaded.
     with scratch_folder("repvgg_jax-", tempfile.gettempdir()) as temporary:
         yield find_private_folder(temporary)
 
 
 def _is_own(library: Path) -> bool:
-    """Return whether the library is there and the user's own; anything else of its name is cleared away."""
+    """Return whether the library exists and belongs to the user; remove any other file of that name."""
     try:
         check_own_file(library)
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _is_own(library: Path) -> bool:
 
 
 def _is_recent(rejected: Path) -> bool:
-    """Whether a compiler's message is there that still counts."""
+    """Return whether a rejection by the compiler is on record and has not expired."""
     with contextlib.suppress(OSError):
         check_own_file(rejected)
         return 0 <= time.time() - rejected.stat().st_mtime < FAILURE_SECONDS
@@ -165,10 +165,10 @@ def _is_recent(rejected: Path) -> bool:
 
 
 def _compile(command: list[str], source: Path, library: Path, rejected: Path) -> None:
-    """Write the library, or what the compiler has against the source.
+    """Write the library, or the compiler's message if it rejects the source.
 
     Raises:
-      RepVGGError: there is no library: the compiler rejected the source, or something else went wrong.
+      RepVGGError: no library could be made: the compiler rejected the source, or something else went wrong.
     """
     with atomic_path(library, mode=0o700) as temporary:
         status, message = _run([*command, os.fspath(source), "-o", f"{temporary}"])
@@ -182,8 +182,8 @@ def _compile(command: list[str], source: Path, library: Path, rejected: Path) ->
 
 
 def _blames_source(status: int, message: str) -> bool:
-    """Whether a compiler's failure is its verdict on the source or the options, which will be the same next time."""
-    # A shell reports a program that cannot be run as 126 or 127, and one that a signal ended as 128 and more.
+    """Return whether a compiler failed because of the source or the options, and so will fail again."""
+    # A shell reports a program that cannot be run as 126 or 127, and one that a signal ended as 128 or more.
     return 0 < status < 126 and bool(message.strip()) and not any(t in message.lower() for t in _PASSING_TROUBLE)
 
 
@@ -191,7 +191,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     """Return the compiler's exit status (negative: the signal that ended it) and its messages, in English.
 
     Raises:
-      RepVGGError: it takes too long.
+      RepVGGError: the compiler takes too long.
     """
     environment = os.environ | {"LC_ALL": "C"}
     nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -201,10 +201,10 @@ def _run(command: list[str]) -> tuple[int, str]:
         try:
             _, message = process.communicate(timeout=COMPILE_SECONDS)
         except BaseException as error:
-            # All of its group: the driver's children do the work, and hold the pipe that `communicate` reads.
+            # Kill the whole group: the driver's children do the work, and hold the pipe that `communicate` reads.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()  # which `Popen` leaves out after Ctrl-C
+            process.wait()  # `Popen` does not wait after Ctrl-C
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RepVGGError(f"{command[0]} took longer than {COMPILE_SECONDS} s") from None
             raise

@@ -1,8 +1,8 @@
-"""The console commands that `pip install` makes: `repvgg`, `repvgg-train`, `repvgg-evaluate` and `repvgg-convert`.
+"""Console commands that `pip install` creates: `repvgg`, `repvgg-train`, `repvgg-evaluate` and `repvgg-convert`.
 
-Training and conversion are applications beside the library, in folders called `train` and `convert`: names that no
-package should claim in everybody's environment. So the wheel leaves them out, and these commands find them in the
-checkout that an editable install points to, whatever the current folder is.
+Training and conversion are applications next to the library, in the top-level packages `train` and `convert`. A wheel
+should not install packages with names that general, so it omits them. These commands find them in the checkout that an
+editable install points to, from any working directory.
 """
 
 import sys
@@ -13,22 +13,22 @@ from .errors import RepVGGError
 
 
 def repvgg() -> None:
-    """`python -m repvgg_jax`."""
+    """Run `python -m repvgg_jax`."""
     run_module("repvgg_jax.__main__")
 
 
 def train() -> None:
-    """`python -m train.main`."""
+    """Run `python -m train.main`."""
     _run_of_checkout("train.main", huge_pages=True)
 
 
 def evaluate() -> None:
-    """`python -m train.evaluate`."""
+    """Run `python -m train.evaluate`."""
     _run_of_checkout("train.evaluate")
 
 
 def convert() -> None:
-    """`python -m convert`."""
+    """Run `python -m convert`."""
     _run_of_checkout("convert.__main__")
 
 
@@ -41,6 +41,6 @@ def _run_of_checkout(module: str, *, huge_pages: bool = False) -> None:
                 f"{Path(sys.argv[0]).name} runs python -m {name} of a checkout, and this installation has none: "
                 "in a checkout, run pip install -e '.[train]'"
             )
-        sys.path.insert(0, str(checkout))  # in front: others may have claimed the names
+        sys.path.insert(0, str(checkout))  # first, since other packages may have these names
 
     run_module(module, find_checkout, huge_pages=huge_pages)

@@ -1,16 +1,16 @@
-"""scikit-learn's digits: 1797 real 8x8 scans, split once for ever into training and test images."""
+"""scikit-learn's digits: 1797 real 8x8 scans, with a fixed split into training and test images."""
 
 import numpy as np
 
 from .errors import DataError
 
 TEST_IMAGES = 360
-# Of the training images' pixels, in 0..1.
+# Statistics of the training images' pixels, scaled to 0..1.
 MEAN, STD = 0.306, 0.376
 
 
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """Return uint8 [1797, 8, 8] in 0..255 and int [1797].
+    """Return all scans, uint8 `[1797, 8, 8]` in 0..255, and their labels, int `[1797]`.
 
     Raises:
       DataError: scikit-learn is not installed.
@@ -25,27 +25,27 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
-    """Return a stratified random choice of `count` examples, the same for ever.
+    """Return the indices of a fixed stratified random sample of `count` examples.
 
     Args:
-      labels: int [N].
-      count: how many to choose; every class gives its share, rounded by largest remainder.
+      labels: int `[N]`.
+      count: size of the sample. Each class contributes its share, rounded by largest remainder.
 
     Returns:
-      int [count], ascending.
+      int `[count]`, ascending.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     shares = sizes * count / len(labels)
     chosen = np.floor(shares).astype(int)
     chosen[np.argsort(chosen - shares, kind="stable")[: count - chosen.sum()]] += 1
-    # RandomState, since its streams never change (NEP 19), while those of a Generator may.
+    # RandomState, whose streams never change (NEP 19); those of a Generator may.
     random = np.random.RandomState(0)
     picks = [random.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, chosen, strict=True)]
     return np.sort(np.concatenate(picks))
 
 
 def training_scans() -> np.ndarray:
-    """Return uint8 [1437, 8, 8]: all that are not held out for tests.
+    """Return the scans that are not held out for testing, uint8 `[1437, 8, 8]`.
 
     Raises:
       DataError: scikit-learn is not installed.

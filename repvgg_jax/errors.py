@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 
 class RepVGGError(Exception):
-    """Base of every error that bad input can cause; its text is one clear sentence."""
+    """Base class of all errors that bad input can cause; the text is one clear sentence."""
 
 
 class UnknownModelError(RepVGGError, ValueError):
@@ -13,27 +13,27 @@ class UnknownModelError(RepVGGError, ValueError):
 
 
 class FusionError(RepVGGError, ValueError):
-    """A parameter tree that cannot be re-parameterised: already fused, or without running statistics."""
+    """A parameter tree that cannot be re-parameterised: it is already fused, or has no running statistics."""
 
 
 class WeightsError(RepVGGError):
-    """A weight file that cannot be read, or that does not fit the model asked for."""
+    """A weight file that cannot be read, or that does not fit the requested model."""
 
 
 class QuantizationError(RepVGGError, ValueError):
-    """A net that cannot be quantised, or calibration images that it cannot be quantised with."""
+    """A net that cannot be quantised, or calibration images that are unsuitable for it."""
 
 
 class ExportError(RepVGGError):
-    """A net that cannot be written for another runtime: a library is missing, or the file computes something else."""
+    """A failed export: a library is missing, or the exported file does not compute what the net does."""
 
 
 class DataError(RepVGGError):
-    """A data set that cannot be found or read, or an image that is no image."""
+    """A data set that cannot be found or read, or a file that is not an image."""
 
 
 class DataWarning(UserWarning):
-    """An image that was left out because it cannot be read."""
+    """An image that was skipped because it cannot be read."""
 
 
 class ConfigError(RepVGGError, ValueError):
@@ -41,27 +41,27 @@ class ConfigError(RepVGGError, ValueError):
 
 
 def first_ten(names: Iterable[object]) -> str:
-    """Return the first ten names and how many follow, on one line whatever the names hold."""
+    """Return the first ten names and the number of others, always on one line."""
     names = list(names)
     more = f", and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(shown(name) for name in names[:10]) + more
 
 
 def shown(name: object) -> str:
-    """Return a name from a file of unknown origin, fit for an error message: printable and of bounded length."""
+    """Return a name from an untrusted file in a form fit for error messages: printable and of limited length."""
     text = name if isinstance(name, str) else f"a {type(name).__name__}"
     text = text if text and text.isprintable() else ascii(text[:200])
     return text if len(text) <= 200 else text[:197] + "…"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why something failed, on one line: the system's words, or the exception's, or at least its name."""
+    """Return the reason for an error on one line: the system's text, else the exception's, else its class name."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
 def system_errors(kind: type[RepVGGError], doing: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn the system's errors inside the block, and `others`, into `kind`: "cannot read w.pth: Permission denied"."""
+    """Turn OSError, and `others`, inside the block into `kind`: "cannot read w.pth: Permission denied"."""
     try:
         yield
     except (OSError, *others) as error:

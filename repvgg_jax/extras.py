@@ -1,4 +1,4 @@
-"""Optional libraries: which extra brings which, and what to say where one is missing."""
+"""Optional libraries: the extra that installs each, and the error if one is missing."""
 
 EXTRAS = {
     "train": (
@@ -22,16 +22,16 @@ EXTRAS = {
     "wandb": ("wandb",),
     "dev": ("skimage",),
 }
-"""The modules that each extra of pyproject.toml brings and we import."""
+"""By extra of pyproject.toml: the modules that it installs and we import."""
 
 
 def install_hint(extra: str) -> str:
-    """Return how to install an extra: from a checkout, since no release exists that pip could find."""
+    """Return the command that installs an extra from a checkout; there is no release on PyPI."""
     return f"pip install -e '.[{extra}]' in your checkout of repvgg-jax"
 
 
 def missing_library(error: ModuleNotFoundError) -> str | None:
-    """Return one line on the optional library that an import has not found, or None if it is none of them."""
+    """Return a one-line error for a missing optional library, or None if the module is not one of them."""
     name = (error.name or "").partition(".")[0]
     for extra, modules in EXTRAS.items():
         if name in modules:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Atomic writing of files and folders: a reader never sees half of one."""
 
 import contextlib
 import functools
@@ -17,17 +17,17 @@ from .storage import BucketPath
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
+    """Yield a temporary path next to `path`, renamed to it when the block succeeds and removed when it fails.
 
-    The temporary file has the same name, in a hidden folder of its own, since some writers choose their format by the
-    suffix. For a path in a bucket it is on this machine, and becomes one object when the block succeeds.
+    The temporary file has the same name, inside a hidden folder, since some writers choose the format by the suffix.
+    For a path in a bucket, it is on this machine and is uploaded as one object when the block succeeds.
 
     Args:
       path: the file to write.
-      mode: its permissions; if None those of the file that is replaced, or what `open` would give.
+      mode: its permissions. If None, those of the file that is replaced, or the ones that `open` would set.
 
     Raises:
-      RepVGGError: the folder does not exist, cannot be written to, or the disk is full.
+      RepVGGError: the folder does not exist or cannot be written to, or the disk is full.
     """
     target = place(path)
     check_target(target)
@@ -39,7 +39,7 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
         with scratch_folder(hidden_prefix(target), target.parent) as folder:
             temporary = folder / target.name
             yield temporary
-            if mode is None:  # some writers make files that only their owner can read
+            if mode is None:  # some writers create files that only their owner can read
                 mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
             temporary.chmod(mode)
             with temporary.open("rb") as written:
@@ -62,10 +62,10 @@ def _uploaded(target: BucketPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def uploaded_folder(target: BucketPath) -> Iterator[Path]:
-    """Yield a folder of this machine, whose files become objects in `target`, one by one, when the block succeeds.
+    """Yield a local folder, whose files are uploaded to `target` one by one when the block succeeds.
 
     Raises:
-      RepVGGError: they cannot be written.
+      RepVGGError: a file cannot be uploaded.
     """
     try:
         with scratch_folder("repvgg-", tempfile.gettempdir()) as folder:
@@ -77,10 +77,10 @@ def uploaded_folder(target: BucketPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, renamed to it when the block succeeds and removed when it fails.
+    """Yield a temporary folder next to `path`, renamed to it when the block succeeds and removed when it fails.
 
     Raises:
-      RepVGGError: `path` exists, it cannot be made, or it is in a bucket, which has no folders.
+      RepVGGError: `path` exists or cannot be created, or is in a bucket, which has no folders.
     """
     check_new_folder(path)
     target = Path(expand_home(path))
@@ -88,7 +88,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         with scratch_folder(hidden_prefix(target), target.parent) as temporary:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            with signals_wait():  # who is told to remove the folder would go on inside it under its new name
+            with signals_wait():  # a signal's cleanup must not delete the folder under its new name
                 temporary.rename(target)
     except OSError as error:
         raise RepVGGError(f"cannot write {target}: {error.strerror or error}") from error
@@ -96,9 +96,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder in `parent`, removed after the block, also when a signal ends the process in it.
+    """Yield a temporary folder in `parent`, removed after the block, also if a signal ends the process.
 
-    The block may still be running then: what it opens after that fails, for want of the folder.
+    After a signal the block may still be running; opening files in the removed folder then fails.
     """
     folder = Path(parent, f"{prefix}{secrets.token_hex(4)}")
     with on_exit(functools.partial(_remove, folder)):
@@ -111,15 +111,15 @@ def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
 
 
 def hidden_prefix(target: Path) -> str:
-    """Return how the name of a temporary folder beside `target` begins; all of a long name would be too long."""
+    """Return the prefix for a temporary folder next to `target`, shortened so that the whole name is not too long."""
     return f".{target.stem[:50]}-"
 
 
 def check_new_folder(path: str | os.PathLike) -> None:
-    """Fail where `atomic_folder` would, as far as that shows beforehand.
+    """Check in advance, as far as possible, that `atomic_folder` can write `path`.
 
     Raises:
-      RepVGGError: `path` exists, or its parent does not, or it cannot be written to, or is in a bucket.
+      RepVGGError: `path` exists, its parent does not exist or cannot be written to, or it is in a bucket.
     """
     if isinstance(place(path), BucketPath):
         raise RepVGGError(f"cannot write {path}: folders cannot appear whole in a bucket; write it here, and copy it")
@@ -129,17 +129,17 @@ def check_new_folder(path: str | os.PathLike) -> None:
 
 
 def check_target(path: str | os.PathLike) -> None:
-    """Fail where `atomic_path` would, as far as that shows beforehand: for before a long computation.
+    """Check in advance, as far as possible, that `atomic_path` can write `path`. Call it before a long computation.
 
     Raises:
-      RepVGGError: `path` is a folder, or in none that exists and can be written to, or no possible name.
+      RepVGGError: `path` is a folder or an invalid name, or its folder does not exist or cannot be written to.
     """
     target = place(path)
     if isinstance(target, BucketPath):
         _check_object(target)
         return
     with system_errors(RepVGGError, f"cannot write {target}", ValueError), contextlib.suppress(FileNotFoundError):
-        os.lstat(target)  # fails for a name too long, or with a NUL
+        os.lstat(target)  # fails for a name that is too long or contains a NUL
     if target.is_dir():
         raise RepVGGError(f"cannot write {target}: it is a folder")
     if not target.parent.is_dir():
@@ -149,7 +149,7 @@ def check_target(path: str | os.PathLike) -> None:
 
 
 def _check_object(target: BucketPath) -> None:
-    """Fail if `target` is the bucket, a folder in it, or cannot be asked for. Whether it may be written shows later."""
+    """Raise RepVGGError if `target` is a bucket or folder, or cannot be looked up; does not check write permission."""
     with system_errors(RepVGGError, f"cannot write {target}"):
         is_folder = not target.key or target.is_dir()
     if is_folder:
@@ -157,13 +157,13 @@ def _check_object(target: BucketPath) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that another thread may still be writing into: under a name by which that cannot find it."""
+    """Remove a folder that another thread may still be writing to, after renaming it so that it is not found."""
     with contextlib.suppress(OSError):
         folder = folder.rename(folder.with_name(f"{folder.name}-removed"))
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:
-    umask = os.umask(0)  # it can only be read by setting it
+    umask = os.umask(0)  # can only be read by setting it
     os.umask(umask)
     return umask

@@ -1,4 +1,4 @@
-"""Which files of a folder are images: the one listing of training, evaluation, calibration and prediction."""
+"""Listing of the image files in a folder, shared by training, evaluation, calibration and prediction."""
 
 import os
 from collections import Counter
@@ -14,8 +14,8 @@ class ImageFiles(NamedTuple):
     """The images of a folder.
 
     Attributes:
-      paths: of the images, each beginning with the folder that was listed.
-      left_out: how many other files there are, by suffix ("" for a name without one).
+      paths: paths of the images, each starting with the folder that was listed.
+      left_out: number of other files by suffix ("" for names without one).
     """
 
     paths: list[str]
@@ -25,9 +25,9 @@ class ImageFiles(NamedTuple):
 def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
     """List the images in `folder` at any depth, in the order of torchvision's `ImageFolder`.
 
-    An image is a file whose suffix is in `IMAGE_SUFFIXES`, in upper or lower case. Links are followed, except one to
-    a folder that it lies in. Unlike in torchvision, names that begin with a dot do not count: they are editors' and
-    file managers' (`._photo.jpg`, `.ipynb_checkpoints/`). A link to nothing does, so that its reader says so.
+    An image is a file whose suffix is in `IMAGE_SUFFIXES`, in upper or lower case. Links are followed, except a link to
+    a folder that contains it. Unlike torchvision, skips names that begin with a dot: editors and file managers create
+    them (`._photo.jpg`, `.ipynb_checkpoints/`). Broken links are listed, so that reading them reports an error.
 
     Raises:
       DataError: `folder`, or a folder in it, cannot be listed.
@@ -53,10 +53,10 @@ def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
 
 
 def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the paths of `image_files`.
+    """Return the paths of `image_files`, of which there must be at least one.
 
     Raises:
-      DataError: as `image_files`, or there is none.
+      DataError: as `image_files`, or there are no images.
     """
     paths = image_files(folder).paths
     if not paths:
@@ -65,7 +65,7 @@ def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Say what was left out, such as "3 files that are not images (2 .txt, 1 .csv)"."""
+    """Describe the files left out, such as "3 files that are not images (2 .txt, 1 .csv)"."""
     total = left_out.total()
     kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common(5)]
     if len(left_out) > len(kinds):
@@ -79,6 +79,6 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _inside(folder: str, link: str) -> bool:
-    """Whether `folder` is where `link` leads to, or lies in it: following the link would not end."""
+    """Return whether `link` leads to `folder` or one of its parents: following it would never end."""
     here, there = Path(folder).resolve(), Path(link).resolve()
     return here.is_relative_to(there)

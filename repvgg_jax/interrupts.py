@@ -1,11 +1,11 @@
-"""The signals that stop a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP when its terminal is closed.
+"""Signals that stop a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP when its terminal is closed.
 
-Python runs a signal's handler in the main thread when that next executes Python: minutes later if XLA is compiling, or
-inside a callback from C++, which may swallow the handler's exception or crash on it. So the handlers here do nothing. A
-thread hears of the signals through `signal.set_wakeup_fd`; it ends the process, or where there is a state to save first
-(`defer`), it notes that the process is to stop.
+Python runs a signal handler in the main thread when that next executes Python code. This may be minutes later if XLA is
+compiling, or inside a callback from C++, which may swallow the handler's exception or crash on it. So the handlers here
+do nothing. A thread receives the signals through `signal.set_wakeup_fd`. It ends the process, or, if there is a state
+to save first (`defer`), records that the process has to stop.
 
-Only commands call `watch`. Who uses the library keeps the handlers that are in place.
+Only commands call `watch`. Programs that use the library keep their handlers.
 """
 
 import atexit
@@ -21,11 +21,11 @@ from typing import NoReturn
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 LAST_SECONDS = 2
-"""How long the end of a process may take: a terminal, a pipe or a file system may be stuck."""
+"""Time limit in seconds for each last step before exit: a terminal, a pipe or a file system may be stuck."""
 
 
 class _Watch:
-    """What the thread that hears of signals and the main thread share."""
+    """State shared by the signal thread and the main thread."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -40,10 +40,10 @@ _watch = _Watch()
 
 
 def watch() -> None:
-    """Watch for signals from now to the end of the process. They end it at once, with status 128 + the signal's number.
+    """Watch for signals until the process ends. A signal ends it at once, with status 128 + the signal's number.
 
-    A signal that the parent has set to be ignored (`nohup`, a script's background job) stays so. On Windows, which has
-    no such thing as a wakeup pipe, nothing changes.
+    A signal that the parent has set to be ignored (`nohup`, a script's background job) stays ignored. On Windows, which
+    has no wakeup pipe for this, nothing changes.
     """
     if _watch.active or sys.platform == "win32":
         return
@@ -56,41 +56,41 @@ def watch() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _do_nothing)
     os.register_at_fork(after_in_child=_forget)
-    atexit.register(_ignore_from_now_on)  # before all others, and so called after them
+    atexit.register(_ignore_from_now_on)  # registered first, so called last
     _watch.active = True
 
 
 def watching() -> bool:
-    """Whether this process is a command that watches for signals."""
+    """Return whether this process is a command that watches for signals."""
     return _watch.active
 
 
 def requested() -> signal.Signals | None:
-    """Return the first signal since `defer`; None if there was none."""
+    """Return the first signal since `defer`, or None."""
     return _watch.requested
 
 
 def defer(on_request: Callable[[signal.Signals], object] = lambda number: None) -> None:
-    """From now on, a signal only asks for a stop (`requested`); a SIGINT after that ends the process at once.
+    """Let the next signal only request a stop (`requested`); a SIGINT after that still ends the process at once.
 
     Args:
-      on_request: called with the first signal, in the thread that hears of it.
+      on_request: called with the first signal, in the signal thread.
     """
     with _watch.lock:
         _watch.on_request = on_request
 
 
 def end_deferral() -> None:
-    """From now on, a signal ends the process at once again."""
+    """Let a signal end the process at once again."""
     with _watch.lock:
         _watch.on_request = None
 
 
 @contextlib.contextmanager
 def on_exit(action: Callable[[], object]) -> Iterator[None]:
-    """Inside the block, do `action` when a signal ends the process: nothing else of the block is executed then.
+    """Run `action` if a signal ends the process inside the block, whose `finally` clauses are not executed then.
 
-    It runs in another thread, while the block may still be running.
+    The action runs in another thread, while the block may still be running.
     """
     with _watch.lock:
         _watch.actions.append(action)
@@ -103,16 +103,16 @@ def on_exit(action: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Let a signal that comes inside the block wait for its end: for what must not be torn apart, and is over at once.
+    """Delay signals until the block ends. Use it for short operations that must not be interrupted halfway.
 
-    One that is already ending the process lets the block wait instead, for ever.
+    If a signal is already ending the process, the block does not start: it waits until the process is gone.
     """
     with _watch.lock:
         yield
 
 
 def say(line: str) -> None:
-    """Print a line on stderr without Python's streams, whose locks the main thread may hold."""
+    """Print a line to stderr, bypassing Python's streams, whose locks the main thread may hold."""
 
     def write() -> None:
         with contextlib.suppress(OSError):
@@ -142,7 +142,7 @@ def _handle(number: signal.Signals) -> None:
 
 
 def _leave(number: signal.Signals) -> NoReturn:
-    """End the process without another line of its own code, with the lock held."""
+    """End the process without running any more of the main thread's code; called with the lock held."""
     _within_seconds(_last_actions)
     say("interrupted" if number == signal.SIGINT else f"stopped by {number.name}")
     os._exit(128 + number)
@@ -164,7 +164,7 @@ def _within_seconds(work: Callable[[], object]) -> None:
 
 
 def _leave_terminal() -> None:
-    """Let what is still printed go nowhere: printing to a terminal that is closed fails."""
+    """Redirect further output to /dev/null: printing to a closed terminal fails."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in _watch.terminals:
@@ -179,12 +179,12 @@ def _is_terminal(stream: int) -> bool:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Stand in the place of Python's own handler: the thread hears of the signal by the pipe."""
+    """Replace Python's default handler: the signal thread is notified through the pipe."""
     del number, frame
 
 
 def _ignore_from_now_on() -> None:
-    """Let no signal change the status of finished work: Python's end gives handled ones their first meaning back."""
+    """Ignore signals during exit, so that none changes the exit status: Python restores the default handlers there."""
     for number in SIGNALS:
         if signal.getsignal(number) == _do_nothing:
             signal.signal(number, signal.SIG_IGN)
@@ -192,7 +192,7 @@ def _ignore_from_now_on() -> None:
 
 def _forget() -> None:
     """Keep a forked child's signals out of its parent's pipe."""
-    with contextlib.suppress(ValueError):  # forked by another thread than the main one
+    with contextlib.suppress(ValueError):  # forked from another thread than the main one
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) == _do_nothing:

@@ -1,4 +1,4 @@
-"""This machine's processor, and the folder for what has been found out about it."""
+"""Properties of this machine's processor, and the cache folder for measurements of it."""
 
 import hashlib
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """Return `$XDG_CACHE_HOME/repvgg_jax/NAME`, or the same under `~/.cache`; creates nothing.
+    """Return `$XDG_CACHE_HOME/repvgg_jax/NAME`, or the same under `~/.cache`, without creating it.
 
     Raises:
-      OSError: the user has no home folder, as under a number that no account has.
+      OSError: the user has no home folder, for example because no account has the user's number.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # the XDG specification: what is relative is to be ignored
+    if not base.is_absolute():  # the XDG specification says to ignore relative paths
         try:
             base = Path.home() / ".cache"
         except RuntimeError as error:
@@ -22,12 +22,12 @@ def cache_folder(name: str) -> Path:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """Return the processor's name, and a digest of the instruction sets: virtual machines share names."""
+    """Return the processor's name and a digest of its instruction sets: virtual machines share names."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

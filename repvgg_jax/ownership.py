@@ -1,8 +1,8 @@
-"""Files that only the current user can have written, for what is loaded as code or believed without a check.
+"""Files that only the current user can have written, for content that is loaded as code or trusted unchecked.
 
-The rule is that of OpenSSH's StrictModes: every folder from the root down belongs to the user or to the system, and
-nobody else can write to it, except where its sticky bit keeps others from renaming what is not theirs. Systems without
-POSIX owners (Windows) have no such check: a user's profile is closed to other users there.
+The rule is that of OpenSSH's StrictModes: every folder from the root down belongs to the user or the system, and nobody
+else can write to it, unless its sticky bit keeps others from renaming files that are not theirs. On systems without
+POSIX owners (Windows) there is no check: a user's profile is closed to other users there.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ _HAS_OWNERS = hasattr(os, "geteuid")
 
 
 def make_private_folder(path: Path) -> Path:
-    """Return the folder without symbolic links in its path, after making what is missing with mode 0700.
+    """Create the folder and missing parents with mode 0700, and return its path with symbolic links resolved.
 
     Raises:
-      OSError: it cannot be made, or somebody else could write to it or put another in its place; the text says where.
+      OSError: the folder cannot be created, or somebody else could write to it or replace it; the text says where.
     """
     path = _resolved(path)
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -30,10 +30,10 @@ def make_private_folder(path: Path) -> Path:
 
 
 def find_private_folder(path: Path) -> Path:
-    """Return the folder without symbolic links in its path, which must exist.
+    """Return an existing folder's path with symbolic links resolved.
 
     Raises:
-      OSError: it does not exist, or somebody else could write to it or put another in its place.
+      OSError: the folder does not exist, or somebody else could write to it or replace it.
     """
     path = _resolved(path)
     _check_path(path, is_leaf=True)
@@ -43,7 +43,7 @@ def find_private_folder(path: Path) -> Path:
 def check_own_file(path: Path) -> None:
     """Raise OSError unless `path` is a regular file of the current user that nobody else can write to.
 
-    Says something about its content only in a folder from `make_private_folder` or `find_private_folder`.
+    The content can be trusted only in a folder from `make_private_folder` or `find_private_folder`.
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -62,13 +62,13 @@ def _resolved(path: Path) -> Path:
 
 
 def _check_path(path: Path, *, is_leaf: bool) -> None:
-    """Raise OSError unless nobody else can change what lies at a path without symbolic links.
+    """Raise OSError if somebody else could replace what is at a path without symbolic links.
 
     Args:
-      path: a folder that exists.
-      is_leaf: nobody else may make files in it either, which a sticky bit allows.
+      path: an existing folder.
+      is_leaf: also forbid others to create files in it, which a sticky bit allows.
     """
-    # In a container, the root folder's owner may be a number that stands for the system.
+    # In a container, the system may own the root folder under a number other than 0.
     trusted = {0, os.geteuid(), Path(path.anchor).stat().st_uid} if _HAS_OWNERS else set()
     for folder in (path, *path.parents):
         status = folder.stat()
@@ -85,19 +85,19 @@ def _check_path(path: Path, *, is_leaf: bool) -> None:
 
 
 def _others_can_write(path: Path, status: os.stat_result) -> bool:
-    """Whether the mode lets anybody but the owner (and the system) write."""
+    """Return whether the mode lets anybody but the owner and the system write."""
     if not status.st_mode & _OTHERS_WRITE:
         return False
     return bool(status.st_mode & stat.S_IWOTH) or not _is_private_group(path, status.st_gid)
 
 
 def _is_private_group(path: Path, group: int) -> bool:
-    """Whether a group is the user's alone, as where every user has one and the umask is 002."""
+    """Return whether the user is the group's only member, as on systems with a group per user and umask 002."""
     import grp
     import pwd
 
     with contextlib.suppress(KeyError, OSError, AttributeError):
-        # With an access control list, the group's bits stand for everybody on the list.
+        # With an access control list, the group's bits apply to everybody on the list.
         if "system.posix_acl_access" in os.listxattr(path):
             return False
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)

@@ -1,4 +1,4 @@
-"""Paths as users type them, and the one place where they become something to read and write (`place`)."""
+"""Paths as users type them, and their conversion into local or bucket paths (`place`)."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from .errors import ConfigError
 from .storage import LIBRARIES, BucketPath
 
 Place = Path | BucketPath
-"""A file or folder: of this machine, or in a bucket."""
+"""A file or folder, on this machine or in a bucket."""
 
 
 def is_url(text: str) -> bool:
-    """Return whether `text` is a URL (`gs://…`, `s3://…`) and not a path."""
+    """Return whether `text` is a URL (`gs://…`, `s3://…`), not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
@@ -23,15 +23,15 @@ def in_bucket(path: str | os.PathLike) -> bool:
 
 
 def expand_home(path: str | os.PathLike) -> str:
-    """Return `path` with `~` expanded, or as it is where no user has that name. A final slash stays."""
-    return os.path.expanduser(os.fspath(path))  # noqa: PTH111 (Path's own raises and drops the slash)
+    """Return `path` with `~` expanded, or unchanged if there is no such user. Keeps a trailing slash."""
+    return os.path.expanduser(os.fspath(path))  # noqa: PTH111 (Path.expanduser raises and drops the slash)
 
 
 def place(path: str | os.PathLike) -> Place:
-    """Return what `path` names: something in a bucket, or a path of this machine with `~` expanded.
+    """Return `path` as a BucketPath if it is a URL, else as a local Path with `~` expanded.
 
     Raises:
-      ConfigError: as `BucketPath.parse`, for a URL.
+      ConfigError: as `BucketPath.parse`.
     """
     if isinstance(path, BucketPath):
         return path
@@ -39,10 +39,14 @@ def place(path: str | os.PathLike) -> Place:
 
 
 def option_place(name: str, text: str) -> Place:
-    """Return what an option's `text` names: something in a bucket, or as `local_path`.
+    """Return an option's `text` as a BucketPath if it is a URL, else as `local_path` does.
+
+    Args:
+      name: the option, for the error message.
+      text: its value.
 
     Raises:
-      ConfigError: as `local_path`, but for buckets, and as `BucketPath.parse`.
+      ConfigError: as `local_path` for a path, and as `BucketPath.parse` for a URL.
     """
     if not is_url(text):
         return local_path(name, text)
@@ -53,18 +57,18 @@ def option_place(name: str, text: str) -> Place:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Return whether there is something at `path`, be it a broken link; False too for a name that is not possible.
+    """Return whether `path` exists. True for a broken link, False for an invalid name.
 
     Raises:
       ConfigError: as `place`.
-      OSError: a bucket cannot be asked.
+      OSError: the bucket cannot be reached.
     """
     where = place(path)
     return where.exists() if isinstance(where, BucketPath) else os.path.lexists(where)
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-    """Return whether `path` is a folder; False too if it is not a possible name, for which `Path.is_dir` raises."""
+    """Return whether `path` is a folder; False for an invalid name, where `Path.is_dir` raises."""
     try:
         return os.path.isdir(path)  # noqa: PTH112
     except ValueError:  # a NUL in it
@@ -72,14 +76,14 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 def local_path(name: str, text: str) -> Path:
-    """Return `text` as a path on this machine, with `~` expanded also where no shell has done it (`--workdir=~/x`).
+    """Return `text` as a local path, with `~` expanded where the shell does not do so (`--workdir=~/x`).
 
     Args:
-      name: what the path is given by, for the message.
-      text: what was given.
+      name: option or argument that the path comes from, for the error message.
+      text: its value.
 
     Raises:
-      ConfigError: a URL, the home folder of an unknown user, or no possible name.
+      ConfigError: `text` is a URL, the home folder of an unknown user, or an invalid name.
     """
     if is_url(text):
         raise ConfigError(
@@ -93,7 +97,7 @@ def local_path(name: str, text: str) -> Path:
         os.lstat(path)
     except ValueError as error:
         raise ConfigError(f"{name} {text!r}: {error}") from error
-    except OSError as error:  # nothing need be there
+    except OSError as error:  # the path need not exist
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{name} {text}: {error.strerror}") from error
     return path

@@ -1,4 +1,4 @@
-"""`python -m repvgg_jax predict WEIGHTS IMAGE…`: the classes of images, written while others are still to be read."""
+"""Classification of images: `python -m repvgg_jax predict WEIGHTS IMAGE…`. Results are written batch by batch."""
 
 import dataclasses
 import sys
@@ -22,42 +22,47 @@ from .weights.argument import weights_path
 from .weights.imagenet_classes import class_names_to_show
 from .weights.options import WeightsOptions
 
+WEIGHTS_HELP = (
+    "Weight file in training form, deploy form or INT8, or a variant's name for its ImageNet weights (unless a file "
+    "has that name)."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
     """Print the most likely classes of images.
 
-    Photographs are turned upright as their EXIF orientation says. What cannot be read is named on stderr and left
-    out; the exit status is then 1.
+    Photographs are rotated upright according to their EXIF orientation. Files that cannot be read are reported on
+    stderr and skipped; the exit status is then 1.
     """
 
-    weights: tyro.conf.Positional[str]
-    """Weight file: training form, deploy form or INT8. Or the name of a variant, for its ImageNet weights, unless a
-    file has that name."""
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, or folders: all images below them."""
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS", help=WEIGHTS_HELP)]
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")]
+    """Image files, or folders that are searched for images recursively."""
     top: int = 5
-    """How many classes to print for each."""
+    """Number of classes to print per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """How many images to hold in memory and compute together."""
+    """Number of images to hold in memory and compute together."""
     format: Format = "text"
-    """csv: a row for each image and class. json: an object on a line for each image."""
+    """csv: one row per image and class. json: one line with a JSON object per image."""
     embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write pooled features to this .npy or .csv file instead, and print the image of each row."""
-    options: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
+    """Write pooled features to this .npy or .csv file instead, and print each row's image."""
+    options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
+        dataclasses.field(default_factory=WeightsOptions)
+    )
 
 
 def predict(arguments: Predict) -> int:
     """Print predictions, or write embeddings, batch by batch.
 
     Returns:
-      How many images (or folders) could not be read. Each has been named on stderr.
+      Number of images (or folders) that could not be read. Each has been reported on stderr.
 
     Raises:
-      ConfigError: options out of range, or that do not go together.
-      WeightsError: a weight file that cannot be read or used.
-      DataError: no image, or none that can be read.
-      RepVGGError: the file of embeddings cannot be written.
+      ConfigError: an option is out of range, or options contradict each other.
+      WeightsError: the weight file cannot be read or used.
+      DataError: there are no images, or none that can be read.
+      RepVGGError: the embeddings file cannot be written.
     """
     for option, value in (("--top", arguments.top), ("--batch-size", arguments.batch_size)):
         if value < 1:
@@ -86,10 +91,10 @@ def predict(arguments: Predict) -> int:
 def _outputs(
     arguments: Predict, info: WeightsInfo, reader: "ImageReader", output: Output
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield names of images and the net's output for them, float32 `[N, outputs]`, batch by batch."""
+    """Yield image names and the net's outputs for them, float32 `[N, outputs]`, batch by batch."""
     predictor = None
     for names, pixels in reader.batches(arguments.batch_size):
-        if predictor is None:  # only now: what is read first may show that there is nothing to predict
+        if predictor is None:  # only now, since reading may show that there is nothing to predict
             predictor = _predictor(arguments, info, len(names), output)
         rows = predictor(normalize(pixels, info.preprocessing))
         finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
@@ -109,16 +114,16 @@ def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[
 
 
 class ImageReader:
-    """Reads image files one after another, and names on stderr those that it cannot read.
+    """Reads image files one after another, and reports those that it cannot read on stderr.
 
     Args:
       paths: image files, or folders with images at any depth.
-      preprocessing: how images are prepared.
-      at_most: read no more than so many, spread evenly over all; None for all.
+      preprocessing: how to prepare the images.
+      at_most: largest number of images to read, spread evenly over all of them; None for all.
 
     Attributes:
-      failures: how many files or folders could not be read so far.
-      listed: how many image files there are, once `at_most` of them have been chosen.
+      failures: number of files or folders that could not be read so far.
+      listed: number of image files from which `at_most` were chosen; 0 before that.
     """
 
     def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing, at_most: int | None = None):
@@ -130,7 +135,7 @@ class ImageReader:
         """Yield names and pixels (uint8 `[N, H, W, C]`) of the readable images, `size` at a time.
 
         Raises:
-          DataError: there is none.
+          DataError: no image can be read.
         """
         if not self._paths:
             raise DataError("no image given")
@@ -173,7 +178,7 @@ class ImageReader:
                 self.fail(f"{error}")
 
     def fail(self, reason: str) -> None:
-        """Name on stderr what could not be read or used, and count it."""
+        """Report on stderr an image or folder that could not be read or used, and count it."""
         self.failures += 1
         print(f"error: {reason}", file=sys.stderr, flush=True)
 
@@ -184,7 +189,7 @@ def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: O
         return make_predictor(load_quantized(arguments.weights), None, batch_size, size, output=output)
     with warnings.catch_warnings():
         headless = output == "embedding" and not info.num_classes
-        if headless:  # any classifier will do, and a fresh one need not be announced
+        if headless:  # the classifier is not used, so do not warn that it is newly initialised
             warnings.simplefilter("ignore", WeightsWarning)
         model, variables = load_weights(
             arguments.weights, num_classes=1 if headless else None, **arguments.options.reading
@@ -193,6 +198,6 @@ def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: O
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the classes' probabilities, float64 `[N, classes]`."""
+    """Return class probabilities, float64 `[N, classes]`."""
     exponentials = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)

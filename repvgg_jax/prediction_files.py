@@ -1,4 +1,4 @@
-"""What `python -m repvgg_jax predict` writes: predictions as text, CSV or JSON; embeddings as .npy or CSV."""
+"""Output formats of `python -m repvgg_jax predict`: text, CSV or JSON for predictions, .npy or CSV for embeddings."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ EMBEDDING_SUFFIXES = (".npy", ".csv")
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """A class that an image may be of: its index, its name (None if the weight file has none), its probability."""
+    """A predicted class: its index, its name (None if the weight file has no names) and its probability."""
 
     index: int
     name: str | None
@@ -28,18 +28,18 @@ class Guess:
 
 
 WritePrediction = Callable[[str, Sequence[Guess]], None]
-"""Writes an image's name and its most likely classes, the likeliest first."""
+"""Writes an image's name and its most likely classes, most likely first."""
 
 WriteEmbeddings = Callable[[Sequence[str], np.ndarray], None]
-"""Writes images' names and embeddings, `[N, C]`."""
+"""Writes the names of N images and their embeddings, `[N, C]`."""
 
 
 def prediction_writer(kind: Format, stream: TextIO) -> WritePrediction:
-    """Return what writes predictions to a stream, after it has written the header if the format has one.
+    """Write the format's header, if it has one, to a stream, and return a function that writes predictions to it.
 
     * text: `IMAGE: NAME 89.1 %, NAME 2.6 %`, for people.
-    * csv: columns `image,rank,class,name,probability`, a row for each of an image's classes.
-    * json: a line for each image, `{"image": …, "predictions": [{"class": …, "name": …, "probability": …}, …]}`.
+    * csv: columns `image,rank,class,name,probability`, one row per image and class.
+    * json: one line per image, `{"image": …, "predictions": [{"class": …, "name": …, "probability": …}, …]}`.
     """
     if kind == "text":
 
@@ -68,15 +68,15 @@ def prediction_writer(kind: Format, stream: TextIO) -> WritePrediction:
 
 
 def _digits(probability: float) -> float:
-    """Keep six significant digits: what float32 holds."""
+    """Round to six significant digits, the precision of float32."""
     return float(f"{probability:.6g}")
 
 
 def check_embedding_file(path: str) -> None:
-    """Fail for a file that `embedding_writer` cannot write, as far as that shows beforehand.
+    """Check in advance, as far as possible, that `embedding_writer` can write a file.
 
     Raises:
-      ConfigError: another suffix than .npy or .csv.
+      ConfigError: the suffix is neither .npy nor .csv.
       RepVGGError: the folder does not exist or cannot be written to.
     """
     if Path(path).suffix not in EMBEDDING_SUFFIXES:
@@ -86,12 +86,12 @@ def check_embedding_file(path: str) -> None:
 
 @contextlib.contextmanager
 def embedding_writer(path: str) -> Iterator[WriteEmbeddings]:
-    """Yield what appends rows to a `.npy` file (float32 `[N, C]`) or a `.csv` file (columns `image,0,1,…`).
+    """Yield a function that appends rows to a `.npy` file (float32 `[N, C]`) or a `.csv` file (columns `image,0,1,…`).
 
-    The file appears when the block has succeeded; rows are not kept in memory.
+    The file appears once the block has succeeded. Rows are not kept in memory.
 
     Raises:
-      RepVGGError: it cannot be written.
+      RepVGGError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         if Path(path).suffix == ".csv":
@@ -114,11 +114,11 @@ class _CsvRows:
             self._rows.writerow(("image", *range(embeddings.shape[1])))
             self._begun = True
         for image, row in zip(images, embeddings, strict=True):
-            self._rows.writerow((image, *(f"{number:.9g}" for number in row)))  # 9 digits are float32 to the bit
+            self._rows.writerow((image, *(f"{number:.9g}" for number in row)))  # 9 digits identify every float32
 
 
 class _NpyRows:
-    """The header says how many rows follow; NumPy leaves room in it for the number to grow."""
+    """Writes the number of rows into the header at the end; NumPy reserves space there for it to grow."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

@@ -1,7 +1,7 @@
-"""From image files to network input: decoding, the evaluation transform, normalisation.
+"""From image files to network input: decoding, evaluation transform and normalisation.
 
-The geometry is torchvision's (`Resize`, `CenterCrop`), to the pixel, because the published accuracies were
-measured with it. Images stay uint8 until `normalize`, which is meant to run on the device.
+The geometry matches torchvision's `Resize` and `CenterCrop` to the pixel, because the published accuracies were
+measured with them. Images stay uint8 until `normalize`, which is meant to run on the device.
 """
 
 import contextlib
@@ -29,33 +29,33 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 IMAGE_FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "SGI", "QOI", "ICO"),
-    "TGA",  # the last, because its files begin with nothing that tells them from others
+    "TGA",  # last, because its files have no signature
 )
-"""PIL's names of the image formats that are decoded, whatever a file is called. Others are not: EPS, for one, would
-start Ghostscript."""
+"""PIL's names of the image formats that are decoded, regardless of the file name. Others are refused: EPS, for example,
+would start Ghostscript."""
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
     *(".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".pcx", ".sgi", ".rgb", ".rgba", ".bw", ".qoi", ".ico", ".tga", ".icb", ".vda", ".vst"),
 )
-"""What the names of image files end with, in lower case: PIL's suffixes of `IMAGE_FORMATS`, torchvision's among them.
-Without `.pfm`, whose numbers have no fixed range."""
+"""File name suffixes of images, in lower case: PIL's suffixes for `IMAGE_FORMATS`, which include torchvision's. Without
+`.pfm`, whose values have no fixed range."""
 
 
 def in_grey(numbers: tuple[float, ...]) -> tuple[float]:
-    """Return the mean or deviation of grey input: the mean over the colours, as timm has it."""
+    """Return the mean or standard deviation for grey input: the average over the colour channels, as in timm."""
     return (sum(numbers) / len(numbers),)
 
 
-_WHOLE_FROM = 320  # pixels: nothing is cropped off the shorter side of images evaluated at this size or a larger one
+_WHOLE_FROM = 320  # pixels: from this size on, the shorter side is not cropped for evaluation
 
 
 def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return what one number, a square's side, or two say of an image's size, pixels.
+    """Return an image size in pixels as (height, width). One number stands for a square.
 
     Raises:
-      ValueError: a size that is not positive.
+      ValueError: a size is not positive.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
@@ -65,14 +65,14 @@ def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns an image into network input; stored in the header of weight files.
+    """Preprocessing of images into network input; stored in the header of weight files.
 
     Attributes:
-      image_size: height and width of the network's input.
-      crop_fraction: share of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
-        1.0: the shorter side becomes `image_size` itself).
-      mean: one number per channel, for pixel values in 0..1. Their count is the number of channels.
-      std: as many.
+      image_size: height and width of the network's input in pixels.
+      crop_fraction: fraction of the resized shorter side that the central crop keeps (0.875: 256 -> 224;
+        1.0: the shorter side is resized to `image_size`).
+      mean: mean of each channel (1 or 3), for pixel values in 0..1.
+      std: standard deviation of each channel.
 
     Raises:
       ValueError: a field is out of range, or `mean` and `std` differ in length.
@@ -95,7 +95,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """1 (grey) or 3 (RGB)."""
+        """Number of channels: 1 (grey) or 3 (RGB)."""
         return len(self.mean)
 
     @property
@@ -104,10 +104,10 @@ class Preprocessing:
         return round(self.image_size / self.crop_fraction)
 
     def at_size(self, image_size: int) -> "Preprocessing":
-        """Return the preprocessing of the same net at another size, by the authors' rule.
+        """Return the preprocessing of the same net at another image size, by the authors' rule.
 
-        From 320 pixels on the shorter side is resized to `image_size` itself (crop fraction 1), below that to 8/7 of
-        it (0.875, as 256 is to 224). A net with a crop of its own below 320 keeps it below 320.
+        At 320 pixels or more, the shorter side is resized to `image_size` (crop fraction 1); below that, to 8/7 of it
+        (0.875, as 224 is to 256). A net whose size is below 320 keeps its crop fraction at other sizes below 320.
         """
         if image_size == self.image_size:
             return self
@@ -122,13 +122,13 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """Inverse of `to_dict`; absent fields take their defaults, unknown ones are ignored.
+        """Do the inverse of `to_dict`. Absent fields take their defaults; unknown ones are ignored.
 
         Raises:
           ValueError: a value does not fit its field.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in fields.items() if name in known}
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in fields.items() if name in names}
         try:
             for name in {"mean", "std"} & values.keys():
                 values[name] = tuple(float(number) for number in values[name])
@@ -137,7 +137,7 @@ class Preprocessing:
             raise ValueError(f"not a preprocessing description: {dict(fields)}") from error
 
 
-# EXIF's numbers of how the stored image is turned, and what turns it back.
+# By EXIF orientation: the transposition that turns the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -150,10 +150,10 @@ _TURNS = {
 
 
 def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False) -> Image.Image:
-    """Read and decode an image file, as `decode_image` does.
+    """Read an image file and decode it with `decode_image`.
 
     Raises:
-      DataError: it cannot be read, or as `decode_image`.
+      DataError: the file cannot be read, or as `decode_image`.
     """
     with system_errors(DataError, f"{path}", ValueError):  # a name with a NUL
         data = Path(path).read_bytes()
@@ -161,16 +161,16 @@ def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False
 
 
 def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = False) -> Image.Image:
-    """Decode an image file as torchvision's `ImageFolder` does: alpha is dropped, EXIF orientation ignored.
+    """Decode an image file as torchvision's `ImageFolder` does: drop alpha, ignore the EXIF orientation.
 
-    Unlike torchvision, which clips 16-bit grey images to white, keeps their high byte (as PIL itself does
-    for 16-bit colour). Of several frames it decodes the first.
+    Unlike torchvision, which clips 16-bit grey images to white, keeps their high byte, as PIL itself does for 16-bit
+    colour. Decodes the first of several frames.
 
     Args:
       data: the file's bytes, in one of `IMAGE_FORMATS`.
-      name: what to call the image in an error or a warning.
+      name: name of the image for errors and warnings.
       channels: 3 for RGB, 1 for grey.
-      exif: turn the image upright as its EXIF orientation says, as viewers do.
+      exif: rotate the image upright according to its EXIF orientation, as viewers do.
 
     Warns:
       Image.DecompressionBombWarning: the image has more than PIL's `MAX_IMAGE_PIXELS`.
@@ -179,7 +179,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = Fals
       A loaded PIL image of mode "RGB" or "L".
 
     Raises:
-      DataError: the bytes are not an image, are cut short, or unpack to a decompression bomb.
+      DataError: the bytes are not an image, are truncated, or are a decompression bomb.
     """
     mode = _pil_mode(channels)
     try:
@@ -190,29 +190,29 @@ def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = Fals
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: refused as a decompression bomb ({error})") from error
-    # On damaged bytes PIL's decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, …
+    # On damaged bytes PIL's decoders raise almost anything: OSError, SyntaxError, struct.error, IndexError, …
     except Exception as error:
         raise DataError(f"{name}: cannot be read as an image ({_reason(data, error)})") from error
 
 
 @functools.cache
 def _openers() -> tuple[Any, ...]:
-    """Return PIL's (factory, accept) of each of `IMAGE_FORMATS` that it was built with."""
+    """Return PIL's (factory, accept) pairs for those of `IMAGE_FORMATS` that it was built with."""
     Image.init()
     return tuple(Image.OPEN[kind] for kind in IMAGE_FORMATS if kind in Image.OPEN)
 
 
 def _identify(data: bytes, name: str) -> ImageFile.ImageFile:
-    """Do what `Image.open` does, which cannot say the image's name when it warns of many pixels.
+    """Open an image as `Image.open` does, but with its name in the warning about too many pixels.
 
     Raises:
-      DataError: it has more than twice `Image.MAX_IMAGE_PIXELS`.
-      UnidentifiedImageError: it is in none of `IMAGE_FORMATS`.
+      DataError: the image has more than twice `Image.MAX_IMAGE_PIXELS`.
+      UnidentifiedImageError: the format is not in `IMAGE_FORMATS`.
     """
     for factory, accept in _openers():
-        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Image.open: try the next
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # try the next, as Image.open does
             answer = accept is None or accept(data[:16])
-            if not answer or isinstance(answer, str):  # a text says why PIL was built without the format
+            if not answer or isinstance(answer, str):  # a string means that PIL was built without the format
                 continue
             image = factory(io.BytesIO(data), "")
             _check_pixels(image.size, name)
@@ -234,12 +234,12 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not PIL's `exif_transpose`, which also writes the other tags back, and raises where one of them is odd.
+    # PIL's `exif_transpose` also rewrites the other tags, and raises if one of them is malformed.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF data, on which PIL raises nearly anything; the pixels are whole
+    except Exception:  # damaged EXIF data, on which PIL raises almost anything; the pixels are intact
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
@@ -260,28 +260,28 @@ def _pil_mode(channels: int) -> str:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Return `image.convert(mode)` for mode "RGB" or "L", except that wide grey values lose their low byte."""
+    """Return `image.convert(mode)` for mode "RGB" or "L", but reduce 16-bit grey values to their high byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
-        # The same colours as P -> RGB, without PIL's warning about transparency given as bytes.
+        # The same colours as P -> RGB, without PIL's warning about transparency stored as bytes.
         image = image.convert("RGBA")
     return image.convert(mode)
 
 
 def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Do torchvision's `Resize` of the shorter side (bilinear, antialiased) and `CenterCrop`.
+    """Apply torchvision's `Resize` of the shorter side (bilinear, antialiased) and `CenterCrop`.
 
     Args:
       image: PIL image of mode "RGB" or "L".
-      preprocessing: gives `image_size` and `resize_size`.
+      preprocessing: provides `image_size` and `resize_size`.
 
     Returns:
-      uint8 [image_size, image_size, C], C as the image's mode has it.
+      uint8 `[image_size, image_size, C]`, with C = 3 for "RGB" and 1 for "L".
 
     Raises:
-      DataError: the image is so elongated that resizing it would fill the memory.
+      DataError: the image is so elongated that resizing it would exhaust memory.
     """
     width, height = image.size
     resized = _resized(width, height, preprocessing.resize_size)
@@ -290,14 +290,14 @@ def eval_transform(image: Image.Image, preprocessing: Preprocessing) -> np.ndarr
         raise DataError(f"an image of {width}x{height} pixels is too elongated to resize to {resized}")
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BILINEAR)
-    # crop_fraction <= 1 leaves both sides at least image_size: torchvision's padding never comes into play.
+    # With crop_fraction <= 1, both sides are at least image_size, so torchvision's padding is never needed.
     size = preprocessing.image_size
     left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
     return to_array(image.crop((left, top, left + size, top + size)))
 
 
 def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif: bool = False) -> np.ndarray:
-    """Read an image file as `eval_transform` prepares it: uint8 [image_size, image_size, C].
+    """Read an image file and prepare it with `eval_transform`: uint8 `[image_size, image_size, C]`.
 
     Raises:
       DataError: as `open_image` and `eval_transform`; the text names the file.
@@ -310,14 +310,14 @@ def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif
 
 
 def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Return (width, height) once the shorter side is `shorter`; the longer one truncates, as torchvision's does."""
+    """Return (width, height) for the shorter side `shorter`; the longer one is truncated, as in torchvision."""
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Return uint8 [H, W, C] of a PIL image of mode "RGB" or "L"."""
+    """Return a PIL image of mode "RGB" or "L" as uint8 `[H, W, C]`."""
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -330,11 +330,11 @@ def normalize(images: Any, preprocessing: Preprocessing) -> Any:
     """Return `(images / 255 - mean) / std`, in float32.
 
     Args:
-      images: uint8 [..., C]; a NumPy or a JAX array, also under `jit`.
-      preprocessing: gives mean and std, C numbers each.
+      images: uint8 `[..., C]`; a NumPy or JAX array, also under `jit`.
+      preprocessing: provides mean and std, C numbers each.
 
     Returns:
-      float32 [..., C], of the same kind of array.
+      float32 `[..., C]`, the same kind of array.
 
     Raises:
       ValueError: the last axis is not C.

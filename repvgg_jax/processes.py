@@ -1,18 +1,18 @@
-"""Guard against a fork after JAX was used: its threads are not copied, and the child hangs at its first computation."""
+"""Guard against forking once JAX is in use: its threads are not copied, so the child hangs when it first computes."""
 
 import os
 
 from .errors import RepVGGError
 
 _used_by: int | None = None
-"""The process that first loaded weights or made a predictor."""
+"""PID of the process that first loaded weights or made a predictor."""
 
 
 def check_not_forked() -> None:
-    """Note that this process uses JAX, or refuse to where it was forked from one that had.
+    """Record that this process uses JAX.
 
     Raises:
-      RepVGGError: it was.
+      RepVGGError: the process was forked from one that already used JAX.
     """
     global _used_by
     if _used_by is None:

@@ -1,6 +1,6 @@
-"""The kinds of processor that a wheel holds compiled code for, and the compiler's options.
+"""Processor types that a wheel contains compiled code for, and the compiler options.
 
-`setup.py` reads this file by its path, before the package is there: it imports the standard library alone.
+`setup.py` loads this file by path before the package is installed, so it imports only the standard library.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """One kind of processor.
+    """A processor type.
 
     Attributes:
       name: part of the library's file name.
-      machine: as `platform.machine` has it.
-      options: of GCC and Clang.
-      features: the names that `/proc/cpuinfo` must list; compilers imply the older ones.
+      machine: value of `platform.machine()`.
+      options: options of GCC and Clang.
+      features: names that `/proc/cpuinfo` must list. Older features, which the compiler options imply, are left out.
     """
 
     name: str
@@ -43,33 +43,33 @@ PROCESSORS = (
     ),
     Processor("armv8-a", "aarch64", ("-march=armv8-a",), frozenset({"asimd"})),
 )
-"""The later ones of a machine can do all that the earlier ones can."""
+"""In ascending order: for the same machine, later ones support everything that earlier ones do."""
 
 
 COMPILE = ("-std=c++17", "-O3", "-fPIC", "-shared")
 """Options for every library."""
 CONVOLUTIONS = ("-ffp-contract=fast", "-pthread", "-isystem")
-"""Those of `conv/native/conv3x3.cc`; the folder of XLA's headers follows."""
+"""Additional options for `conv/native/conv3x3.cc`; the folder of XLA's headers follows."""
 
 
 def best_processor(machine: str, features: Collection[str]) -> Processor | None:
-    """Return the last kind that a machine with these features has; None if it has none."""
+    """Return the last type in `PROCESSORS` that a machine with these features supports, or None."""
     usable = [one for one in PROCESSORS if one.machine == machine and one.features <= set(features)]
     return usable[-1] if usable else None
 
 
 def this_processor() -> Processor | None:
-    """Return the last kind that this machine has; None if it has none, or if that cannot be read (not Linux)."""
+    """Return the last type in `PROCESSORS` that this machine supports; None if there is none, or not on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     features = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    # Those that all cores have.
+    # Features that all cores have.
     common = set(features[0]).intersection(*features) if features else ()
     return best_processor(platform.machine(), common)
 
 
 def compiled_file(source: Path, processor: Processor) -> Path:
-    """Return where a wheel has the library that a source file was compiled to."""
+    """Return the path in a wheel of the library compiled from a source file."""
     return source.parent / "compiled" / f"{source.stem}-{processor.name}.so"

@@ -1,4 +1,4 @@
-"""The public names of the package, which `repvgg_jax` loads when the first of them is used."""
+"""Public names of the package. `repvgg_jax` loads this module when the first of them is used."""
 
 from .errors import (
     ConfigError,

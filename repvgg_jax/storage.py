@@ -1,6 +1,6 @@
-"""Objects in buckets: `gs://BUCKET/KEY` and `s3://BUCKET/KEY`, by fsspec with gcsfs or s3fs.
+"""Objects in buckets: `gs://BUCKET/KEY` and `s3://BUCKET/KEY`, through fsspec with gcsfs or s3fs.
 
-A bucket has no folders, no renaming and no appending. What it has is that an object appears whole or not at all.
+A bucket has no folders, no renaming and no appending, but every object is written atomically.
 """
 
 import contextlib
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-"""By scheme: the library that speaks it, and the extra that brings the library."""
+"""By scheme: the library that implements it, and the extra that installs the library."""
 
 MAX_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketPath(os.PathLike[str]):
-    """An object in a bucket, or all those whose names begin with its own and a slash, as a folder.
+    """An object in a bucket, or a folder: all objects whose keys begin with this key and a slash.
 
-    Its methods are `pathlib.Path`'s of those names, and whatever the service says is an OSError of one line.
+    Methods behave like those of `pathlib.Path` with the same names. Errors of the service are raised as OSError with a
+    one-line text.
 
     Attributes:
       scheme: `gs` or `s3`.
-      bucket: its name.
-      key: of the object, without a slash at its end; empty for the bucket itself.
+      bucket: name of the bucket.
+      key: key of the object, without a trailing slash; empty for the bucket itself.
     """
 
     scheme: str
@@ -46,16 +47,16 @@ class BucketPath(os.PathLike[str]):
 
     @classmethod
     def parse(cls, url: str) -> "BucketPath":
-        """Return the place that a URL names. Nothing is asked of the service.
+        """Return the path for a URL, without contacting the service.
 
         Raises:
-          ConfigError: another scheme than `gs` and `s3`, no bucket, or the library for it is not installed.
+          ConfigError: the scheme is neither `gs` nor `s3`, the URL has no bucket, or the library is not installed.
         """
         scheme, _, rest = url.partition("://")
         if scheme.lower() not in LIBRARIES:
-            known = " and ".join(f"{name}://" for name in LIBRARIES)
+            schemes = " and ".join(f"{name}://" for name in LIBRARIES)
             raise ConfigError(
-                f"{shown(url)}: only folders and files of this machine and {known} can be used; mount it there, "
+                f"{shown(url)}: only folders and files of this machine and {schemes} can be used; mount it there, "
                 "or copy it"
             )
         bucket, _, key = rest.partition("/")
@@ -77,42 +78,42 @@ class BucketPath(os.PathLike[str]):
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last part of the key."""
         return posixpath.basename(self.key)
 
     @property
     def suffix(self) -> str:
-        """The last part's, from its last dot on."""
+        """Suffix of the last part, including the dot."""
         return Path(self.name).suffix
 
     @property
     def stem(self) -> str:
-        """The last part, without its suffix."""
+        """Last part of the key without its suffix."""
         return Path(self.name).stem
 
     @property
     def parent(self) -> "BucketPath":
-        """What it is in; the bucket is in itself."""
+        """The containing folder or bucket; the bucket itself for a bucket."""
         return dataclasses.replace(self, key=posixpath.dirname(self.key))
 
     def with_name(self, name: str) -> "BucketPath":
-        """Return the place beside this one that is called `name`."""
+        """Return the path with the last part replaced by `name`."""
         return self.parent / name
 
     def is_file(self) -> bool:
-        """Whether there is such an object."""
+        """Return whether this is an object."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Whether there are objects in it."""
+        """Return whether this is a folder that contains objects."""
         return self._kind() == "directory"
 
     def exists(self) -> bool:
-        """Whether there is such an object, or one in it."""
+        """Return whether this is an object or a folder that contains objects."""
         return self._kind() is not None
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        """Yield what is in it, in order of name; nothing if there is no such folder."""
+        """Yield the folder's direct contents in order of name; nothing if it does not exist."""
         with self._one_line_errors():
             try:
                 names = self._service.ls(self._name, detail=False)
@@ -124,7 +125,7 @@ class BucketPath(os.PathLike[str]):
                 yield self / name.removeprefix(beginning)
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
-        """Yield what matches a pattern, each part of which is one name's: `*/metrics/metrics`."""
+        """Yield the paths that match a pattern. A wildcard does not match a slash: `*/metrics/metrics`."""
         first, _, rest = pattern.partition("/")
         is_name = not any(letter in first for letter in "*?[")
         for path in [self / first] if is_name else self.iterdir():
@@ -135,46 +136,46 @@ class BucketPath(os.PathLike[str]):
                     yield path
 
     def files(self) -> dict["BucketPath", int]:
-        """Return the objects in it, however deep, in order of name, and their sizes."""
+        """Return the objects in the folder, at any depth and in order of name, with their sizes in bytes."""
         with self._one_line_errors():
-            found: Any = self._service.find(self._name, detail=True)
+            entries: Any = self._service.find(self._name, detail=True)
         beginning = f"{self._name}/"
         return {
             self / name.removeprefix(beginning): int(info["size"])
-            for name, info in sorted(found.items())
+            for name, info in sorted(entries.items())
             if name.startswith(beginning) and not name.endswith("/")
         }
 
     def size(self) -> int:
-        """Return the number of bytes of an object."""
+        """Return the object's size in bytes."""
         with self._one_line_errors():
             return int(self._service.info(self._name)["size"])
 
     def read_bytes(self) -> bytes:
-        """Return an object's content."""
+        """Return the object's content."""
         with self._one_line_errors():
             content: Any = self._service.cat_file(self._name)
         return content
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Return an object's content as text."""
+        """Return the object's content as text."""
         return self.read_bytes().decode(encoding, errors)
 
     def write_bytes(self, content: bytes, *, only_if_new: bool = False) -> None:
-        """Write an object, whole.
+        """Write the object atomically.
 
         Args:
-          content: of the object.
-          only_if_new: raise FileExistsError if there is one, which the service judges: one of several writers wins.
+          content: content of the object.
+          only_if_new: raise FileExistsError if the object exists. The service decides: one of several writers wins.
         """
         with self._one_line_errors():
             self._service.pipe_file(self._name, content, mode="create" if only_if_new else "overwrite")
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Do nothing: a folder is there once something is in it."""
+        """Do nothing: a folder exists once it contains an object."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Remove an object."""
+        """Remove the object."""
         try:
             with self._one_line_errors():
                 self._service.rm_file(self._name)
@@ -183,7 +184,7 @@ class BucketPath(os.PathLike[str]):
                 raise
 
     def download(self, local: Path) -> None:
-        """Copy an object into a file of this machine, or what is in a folder into a folder."""
+        """Copy the object to a local file, or the folder's contents to a local folder."""
         files = self.files() if self.is_dir() else {self: 0}
         for file in files:
             target = local / file.key.removeprefix(self.key).lstrip("/")
@@ -192,24 +193,24 @@ class BucketPath(os.PathLike[str]):
                 self._service.get_file(file._name, str(target))
 
     def upload(self, local: Path) -> None:
-        """Copy a file of this machine into an object, which is there whole or, after an error, as it was."""
+        """Copy a local file to the object, atomically: after an error, the object is unchanged."""
         with self._one_line_errors():
             self._service.put_file(str(local), self._name)
 
     def upload_folder(self, local: Path, last: Sequence[str] = ()) -> None:
-        """Copy what is in a folder of this machine; the files `last` follow all others, and say that it is whole."""
+        """Copy a local folder's contents. The files `last` come after all others, to mark the folder as complete."""
         names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
             (self / name).upload(local / name)
 
     def remove_folder(self, first: Sequence[str] = ()) -> None:
-        """Remove what is in it, the objects `first` before all the others: they said that it was whole."""
+        """Remove the folder's contents. The objects `first` go before all others: they marked it as complete."""
         files = {file.key.removeprefix(f"{self.key}/"): file for file in self.files()}
         for name in [name for name in first if name in files] + [name for name in files if name not in first]:
             files[name].unlink(missing_ok=True)
 
     def move_folder(self, target: "BucketPath", first: Sequence[str] = ()) -> None:
-        """Copy what is in it to another place in the same bucket, and then remove it here as `remove_folder` does."""
+        """Copy the folder's contents to another folder of the bucket, then remove them here as `remove_folder` does."""
         for file in self.files():
             copy = target / file.key.removeprefix(f"{self.key}/")
             with file._one_line_errors():
@@ -218,7 +219,7 @@ class BucketPath(os.PathLike[str]):
 
     @property
     def _name(self) -> str:
-        """As fsspec's file systems call it."""
+        """Name of the object in fsspec's file systems."""
         return f"{self.bucket}/{self.key}" if self.key else self.bucket
 
     @property
@@ -234,7 +235,7 @@ class BucketPath(os.PathLike[str]):
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
-        """Turn whatever gcsfs, s3fs and the libraries below them raise into an OSError with a short `strerror`."""
+        """Turn all errors of gcsfs, s3fs and the libraries they use into an OSError with a short `strerror`."""
         try:
             yield
         except FileNotFoundError as error:
@@ -242,7 +243,7 @@ class BucketPath(os.PathLike[str]):
         except FileExistsError as error:
             raise FileExistsError(errno.EEXIST, "it exists", str(self)) from error
         except OSError as error:
-            if isinstance(error.strerror, str) and error.filename is not None:  # of this machine: a full disk
+            if isinstance(error.strerror, str) and error.filename is not None:  # a local error, such as a full disk
                 raise
             raise OSError(errno.EIO, _short(error), str(self)) from error
         except Exception as error:
@@ -256,7 +257,7 @@ def _short(error: Exception) -> str:
 
 @functools.cache
 def _service(scheme: str) -> "AbstractFileSystem":
-    """Return fsspec's file system of a scheme. Nothing is remembered of what it lists: other machines write too."""
+    """Return fsspec's file system for a scheme. Listings are not cached, since other machines write too."""
     import fsspec
 
     if scheme == "gs":
@@ -265,5 +266,5 @@ def _service(scheme: str) -> "AbstractFileSystem":
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Whether to print one of gcsfs's lines: not that an ordinary bucket's type is hidden, with every request."""
+    """Return False for gcsfs's record that it cannot determine a bucket's type: it logs this on every request."""
     return "Could not determine bucket type" not in record.getMessage()

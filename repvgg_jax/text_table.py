@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
-    """Return the rows as lines, their cells in columns; `right` aligns all columns but the first at the right."""
+    """Return the rows as lines with aligned columns; `right` right-aligns all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

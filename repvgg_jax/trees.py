@@ -1,4 +1,4 @@
-"""Variables trees as one level of names."""
+"""Flat form of variables trees."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ FlatArrays = Mapping[str, Any]
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `{"params": {…}, "batch_stats": {…}}` as one level of `/`-joined names."""
+    """Return `{"params": {…}, "batch_stats": {…}}` as one flat dict with `/`-joined names."""
     return traverse_util.flatten_dict(variables, sep="/")
 
 

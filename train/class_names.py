@@ -138,7 +138,8 @@ def fit_classifier(
             warnings.warn(f"{problem}: its classifier is kept, by index", WeightsWarning, stacklevel=2)
             return variables
         leaves |= fresh_heads(info.variant, info.deploy, info.num_classes)
-        message = f"{problem}: the classifier is newly initialised, everything else is loaded (--keep-classifier keeps it)"
+        fate = "the classifier is newly initialised, everything else is loaded (--keep-classifier keeps it)"
+        message = f"{problem}: {fate}"
     elif order != sorted(order):
         for name in CLASSIFIERS:
             for leaf in (f"params/{name}/kernel", f"params/{name}/bias"):

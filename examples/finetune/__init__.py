@@ -1,1 +1,1 @@
-"""Fine-tuning on your own photographs: `README.md` beside this file has the commands."""
+"""Fine-tuning on your own photographs: see the commands in `README.md` next to this file."""

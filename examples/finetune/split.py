@@ -1,10 +1,10 @@
-"""A folder of photographs in class folders, split for training: `python -m examples.finetune.split PHOTOS OUT`.
+"""Split of a folder with one folder per class for training: `python -m examples.finetune.split PHOTOS OUT`.
 
-`PHOTOS/CLASS/*`, at any depth, becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, which is what `--data` of
-`train.main` takes.
+`PHOTOS/CLASS/*`, at any depth, becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, the layout that `train.main --data`
+expects.
 """
 
-if __name__ == "__main__":  # before the imports that take long: see `run_module`
+if __name__ == "__main__":  # before the slow imports: see `run_module`
     from repvgg_jax.cli import run_module
 
     run_module("examples.finetune.split")
@@ -15,6 +15,7 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -28,32 +29,33 @@ from train.data.sources import class_folders, no_images
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Split a folder of class folders into train/ and val/."""
+    """Split a folder with one folder per class into train/ and val/."""
 
-    photos: tyro.conf.Positional[str]
-    """Folder with CLASS/IMAGE; it is left as it is."""
-    out: tyro.conf.Positional[str]
-    """Folder to make, with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    photos: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PHOTOS")]
+    """Folder with CLASS/IMAGE. It is not changed."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Folder to create, with train/CLASS/IMAGE and val/CLASS/IMAGE."""
     val: float = 0.2
-    """Share of each class that goes to val/, between 0 and 1; at least one image, and never all."""
+    """Fraction of each class that goes to val/, between 0 and 1; at least one image, and never all of them."""
     seed: int = 0
-    """Chooses which ones."""
+    """Seed of the random choice."""
 
 
 def chosen_for_val(names: list[str], share: float, seed: int) -> set[str]:
-    """About `share` of the `names`, at least one and never all: the same for the same names, share and seed."""
+    """Return a random fraction `share` of the names: at least one, never all, and reproducible by the seed."""
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     return set(random.Random(seed).sample(names, count))
 
 
 def split(arguments: Arguments) -> str:
-    """Make the split folder, whole or not at all, and say in one line what is in it.
+    """Create the split folder atomically, and return a one-line summary of its contents.
 
-    Images are hard links where the file system has them, which take no space; else copies.
+    Images are hard-linked, which takes no space, or copied if the file system does not support that.
 
     Raises:
-      ConfigError: `val` is not between 0 and 1, `out` exists or lies in `photos`, or `photos` is split already.
-      DataError: `photos` is no folder of class folders, a class has fewer than two images, or `out` cannot be made.
+      ConfigError: `val` is not between 0 and 1, `out` exists or is inside `photos`, or `photos` is already split.
+      DataError: `photos` does not have one folder per class, a class has fewer than two images, or `out` cannot be
+        created.
     """
     if not 0 < arguments.val < 1:
         raise ConfigError(f"--val must lie between 0 and 1, not {arguments.val}")
@@ -105,10 +107,10 @@ def split(arguments: Arguments) -> str:
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source.resolve())
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     print(split(tyro.cli(Arguments, prog="python -m examples.finetune.split")))

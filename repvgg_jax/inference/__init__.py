@@ -1,1 +1,1 @@
-"""The compiled predictor of a deploy form, and the plans that say how each of its layers is computed."""
+"""Compiled inference for the deploy form, and the plans that choose each layer's algorithm."""

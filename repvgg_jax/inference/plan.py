@@ -1,12 +1,11 @@
-"""Which algorithm computes each layer of a deploy-form net, and in what portions the batch is walked.
+"""Plans for deploy-form nets: the algorithm of each layer, and the portions in which a batch is processed.
 
-A small cost model answers at once (`default_plan`); `tuning` measures instead. On accelerators the plan is XLA's own
-convolution throughout.
+`default_plan` uses a small cost model, which is immediate; `tuning` measures instead. On accelerators, the plan is
+XLA's convolution for every layer.
 
-Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again; and
-memory that a call allocates afresh costs a page fault every 4 KiB, which outweighs the arithmetic of the first
-layers. So a batch is walked `outer` images at a time through the whole net, and within that, each stage walks its own
-`portion` of images at a time.
+Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again, and
+newly allocated memory costs a page fault per 4 KiB, which outweighs the arithmetic of the first layers. So `outer`
+images at a time go through the whole net, and each stage in turn processes them `portion` images at a time.
 """
 
 import dataclasses
@@ -19,12 +18,12 @@ from ..net.variants import Variant
 from ..text_table import text_table
 
 OUTER = 16
-"""Images that go through the whole net together: enough rows for the late stages' matrix products."""
+"""Largest number of images that go through the whole net together: enough rows for the late matrix products."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What computes the block called `name`."""
+    """Shape and algorithm of the block called `name`."""
 
     name: str
     shape: LayerShape
@@ -33,7 +32,7 @@ class LayerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """Consecutive layers, walked `portion` images at a time."""
+    """Consecutive layers that process `portion` images at a time."""
 
     portion: int
     layers: tuple[LayerPlan, ...]
@@ -41,13 +40,13 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one net computes one batch; `str` of it is a table.
+    """Plan for computing one batch with one net; `str(plan)` is a table.
 
     Attributes:
-      batch_size: images a call.
+      batch_size: images per call.
       outer: images that go through all stages together; the last ones of a call may be blank.
-      stages: in order; each portion divides `outer`.
-      source: who chose: "cost model", "measured", "cached measurement", or the platform's name.
+      stages: stages in order; each portion divides `outer`.
+      source: origin of the plan: "cost model", "measured", "cached measurement", or the platform's name.
     """
 
     batch_size: int
@@ -56,7 +55,7 @@ class Plan:
     source: str
 
     def algorithms(self) -> dict[str, str]:
-        """Algorithm of every block, by name."""
+        """Return the algorithm of every block by its name."""
         return {layer.name: layer.algorithm for stage in self.stages for layer in stage.layers}
 
     def __str__(self) -> str:
@@ -78,7 +77,7 @@ class Plan:
                 )
         direct = sum(layer.shape.multiplications() for stage in self.stages for layer in stage.layers) / 1e9
         planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
-        total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications an image"
+        total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications per image"
         return "\n".join([*text_table(rows), "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
 
     @staticmethod
@@ -87,7 +86,7 @@ class Plan:
 
 
 def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
-    """The net's convolutions with their shapes, stage by stage, all direct."""
+    """Return the net's convolutions with their shapes, grouped by stage, all with the algorithm "direct"."""
     height, width = image_size
     stages: dict[str, list[LayerPlan]] = {}
     for block in variant.blocks(in_channels):
@@ -99,7 +98,7 @@ def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int
 
 
 def xla_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int, source: str) -> Plan:
-    """XLA's own convolution for every layer, the batch in one piece: right for GPU, TPU and 16-bit floats."""
+    """Return the plan for GPU, TPU and 16-bit floats: XLA's convolution for every layer, the whole batch at once."""
     stages = (StagePlan(batch_size, tuple(layers)) for layers in stage_layers(variant, image_size, in_channels))
     return Plan(batch_size, batch_size, tuple(stages), source)
 
@@ -107,7 +106,7 @@ def xla_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_
 def default_plan(
     variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3, *, dtype: str = "float32"
 ) -> Plan:
-    """The cost model's choice for a CPU: by stage, the portion and the algorithms of least estimated time."""
+    """Return the cost model's plan for a CPU: for each stage, the portion and algorithms of least estimated time."""
     outer = outer_portion(batch_size)
 
     def best(shape: LayerShape, portion: int) -> tuple[str, float]:
@@ -124,17 +123,17 @@ def default_plan(
 
 
 def outer_portion(batch_size: int) -> int:
-    """Images that go through the whole net together: `OUTER` at most, the batch cut into equal parts, rounded up."""
+    """Return the number of images that go through the net together: equal parts of the batch, at most `OUTER` each."""
     return math.ceil(batch_size / math.ceil(batch_size / OUTER))
 
 
 def divisors(number: int) -> list[int]:
-    """Divisors in rising order."""
+    """Return the divisors in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def portion_choices(outer: int) -> Sequence[int]:
-    """Portions worth measuring: at most five, spread over the divisors."""
+    """Return the portions to measure: at most five, spread over the divisors."""
     choices = divisors(outer)
     while len(choices) > 5:
         del choices[len(choices) // 2]

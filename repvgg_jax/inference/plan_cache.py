@@ -1,7 +1,7 @@
-"""Measured plans, kept on disk between processes.
+"""Cache of measured plans on disk.
 
-One JSON file per plan, named by a digest of everything the measurement depends on; a file that cannot be read, that is
-not what it claims to be, or that somebody else may have written, counts as absent.
+There is one JSON file per plan, named by a digest of everything that the measurement depends on. A file is ignored if
+it cannot be read, has the wrong content, or may have been written by another user.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ FORMAT = 2
 
 
 def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
-    """What a measurement belongs to: device, versions, dtype, batch and every layer's shape."""
+    """Return everything that a measurement depends on: device, versions, dtype, batch and the shape of every layer."""
     return {
         "format": FORMAT,
         "repvgg_jax": __version__,
@@ -43,7 +43,7 @@ def cache_key(plan: Plan, dtype: str) -> dict[str, Any]:
 
 
 def load_plan(plan: Plan, dtype: str) -> Plan | None:
-    """The cached measurement for the net, batch and machine that `plan` is for; None if there is none."""
+    """Return the cached measurement for the net, batch and machine of `plan`, or None."""
     key = cache_key(plan, dtype)
     try:
         path = find_private_folder(cache_folder("plans")) / _file_name(key)
@@ -57,7 +57,7 @@ def load_plan(plan: Plan, dtype: str) -> Plan | None:
 
 
 def save_plan(plan: Plan, dtype: str) -> bool:
-    """Keep a measured plan; False, and no harm done, where it cannot be written or others could write to its folder."""
+    """Save a measured plan. Return False if the file cannot be written, or others could write to its folder."""
     key = cache_key(plan, dtype)
     stored = {"key": key, "portions": [stage.portion for stage in plan.stages], "algorithms": plan.algorithms()}
     try:
@@ -70,7 +70,7 @@ def save_plan(plan: Plan, dtype: str) -> bool:
 
 
 def device_name() -> str:
-    """Device kind; on a CPU also its model, and the number of cores this process may use."""
+    """Return the device kind; for a CPU, its model and the number of cores that this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -82,7 +82,7 @@ def _file_name(key: dict[str, Any]) -> str:
 
 
 def _with_choices(plan: Plan, dtype: str, portions: Any, algorithms: Any) -> Plan | None:
-    """`plan` with stored choices, or None where one is impossible."""
+    """Return `plan` with the stored choices, or None if one of them is invalid."""
     if len(portions) != len(plan.stages):
         return None
     stages = []

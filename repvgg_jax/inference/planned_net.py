@@ -1,4 +1,4 @@
-"""A deploy-form net computed as a `Plan` says: its parameters made ready, its forward pass, its compilation."""
+"""Computation of a deploy-form net by a `Plan`: preparation of parameters, forward pass and compilation."""
 
 import dataclasses
 import time
@@ -21,28 +21,28 @@ from ..net.walk import walk_block
 from .plan import LayerPlan, Plan, StagePlan
 
 Output = Literal["logits", "embedding"]
-"""What a predictor returns: class scores, or the pooled features that the classifier would read (`RepVGG.embed`)."""
+"""Output of a predictor: class scores, or the pooled features that feed the classifier (`RepVGG.embed`)."""
 
 CPU_OPTIONS: dict[str, Any] = {
-    # Eigen's matrix products: YNNPACK, XLA's default, packs anew each time, which small products do not repay.
+    # Use Eigen's matrix products. YNNPACK, XLA's default, packs the operands each time, too costly for small products.
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_prefer_vector_width": 512,
 }
 
 
 GRAPH_OPTIONS: dict[str, Any] = {
-    # cuDNN's graphs, which XLA records in a CUDA graph: one launch for the net instead of one for each layer. One image
-    # takes 0.6 times as long on an H100, 128 take 1.05 times as long.
+    # Use cuDNN graphs, which XLA records in a CUDA graph: one launch for the net instead of one per layer. On an H100,
+    # one image takes 0.6 times as long, and 128 images take 1.05 times as long.
     "xla_gpu_experimental_enable_conv_fusion": True,
 }
 
 
 def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[str, Any]:
-    """Deploy-form parameters with every kernel made ready for its algorithm, the body in `dtype`.
+    """Return deploy-form parameters with each kernel transformed for its algorithm and the body in `dtype`.
 
     Args:
       params: `{block: {"rbr_reparam": {kernel, bias}, …}, "linear": …}`.
-      plan: names each block's algorithm.
+      plan: plan that chooses each block's algorithm.
       dtype: computation dtype of the body; head parameters keep theirs.
     """
     ready: dict[str, Any] = {"linear": jax.tree.map(jnp.asarray, params["linear"])}
@@ -62,7 +62,10 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
 def planned_forward(
     model: RepVGG, plan: Plan, output: Output = "logits"
 ) -> Callable[[Mapping[str, Any], Array], Array]:
-    """`forward(prepared params, images [batch_size, H, W, C] normalised) -> [batch_size, outputs]`, to be jitted."""
+    """Return `forward(params, images) -> [batch_size, outputs]`, to be jitted.
+
+    `forward` takes parameters from `prepare_params`, and normalised images `[batch_size, H, W, C]`.
+    """
 
     def run_stage(params: Mapping[str, Any], stage: StagePlan, x: Array) -> Array:
         for layer in stage.layers:
@@ -89,7 +92,7 @@ def planned_forward(
 
 
 def _in_portions(function: Callable[[Array], Array], x: Array, portion: int) -> Array:
-    """`function(x)`, `portion` entries of the first axis at a time."""
+    """Return `function(x)`, computed on `portion` entries of the first axis at a time."""
     if portion >= len(x):
         return function(x)
     parts = lax.map(function, x.reshape(-1, portion, *x.shape[1:]))
@@ -98,13 +101,13 @@ def _in_portions(function: Callable[[Array], Array], x: Array, portion: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedOperations:
-    """What `walk_block` asks for, on prepared parameters."""
+    """Operations for `walk_block` on prepared parameters."""
 
     model: RepVGG
     params: Mapping[str, Any]
 
     def conv(self, block: LayerPlan, x: Array, *, activate: bool) -> Array:
-        """Compute by the planned algorithm, which can take a ReLU along."""
+        """Compute the convolution with the planned algorithm, which can include a ReLU."""
         relu = activate and self.model.variant.activation == "relu"
         x = convolve(
             x,
@@ -119,7 +122,7 @@ class PlannedOperations:
         return self.activation(block, x) if activate and not relu else x
 
     def gate(self, block: LayerPlan, name: str, x: Array) -> Array:
-        """Compute as `DeployBlock` does."""
+        """Apply the squeeze-and-excite gate as `DeployBlock` does."""
         model = self.model
         gate = SqueezeExcite(model.variant.squeeze_width(block.shape.out_channels), model.dtype, model.param_dtype)
         gated = gate.apply({"params": self.params[block.name][name]}, x)
@@ -127,27 +130,27 @@ class PlannedOperations:
         return gated
 
     def activation(self, block: LayerPlan, x: Array) -> Array:
-        """Apply the variant's."""
+        """Apply the variant's activation function."""
         del block
         return activation_function(self.model.variant.activation)(x)
 
 
 def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: Any) -> tuple[jax.stages.Compiled, Any]:
-    """Return `forward(params, batch)` compiled, and the parameters as the compiled code wants them.
+    """Compile `forward(params, batch)`; return it with the parameters in the layout that the compiled code expects.
 
-    On accelerators the compiler chooses how parameters lie in memory: cuDNN wants kernels as O, H, W, I and would have
-    each of them transposed in every call, which takes half of the memory traffic of one image. A net in bfloat16 is
-    compiled in two ways for a GPU, and the faster one is kept.
+    On accelerators the compiler chooses the memory layout of the parameters. cuDNN wants kernels as O, H, W, I and
+    would otherwise transpose each of them in every call, which takes half of the memory traffic for one image. For a
+    GPU, a bfloat16 net is compiled in two ways, and the faster one is kept.
 
     Args:
       platform: "cpu", "gpu", …
-      forward: what to compile.
-      params: arrays.
-      batch: a `jax.ShapeDtypeStruct`, in the layout of arrays everywhere.
+      forward: function to compile.
+      params: its parameters, as arrays.
+      batch: its input as a `jax.ShapeDtypeStruct`, in the default layout.
     """
     if platform == "cpu":
         return compile_for_cpu(forward, params, batch), params
-    with jax.disable_jit(False):  # nothing is compiled ahead of time otherwise
+    with jax.disable_jit(False):  # ahead-of-time compilation needs jit
         lowered = accelerated(forward).lower(params, batch)
         candidates = [lowered.compile()]
         if platform == "gpu" and any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params)):
@@ -157,7 +160,7 @@ def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: 
 
 
 def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array) -> tuple[jax.stages.Compiled, Any]:
-    """Return the candidate, a compiled net with its parameters, that takes the least time for calls in a row."""
+    """Return the candidate (a compiled net and its parameters) with the shortest time per call in consecutive calls."""
 
     def seconds(candidate: tuple[jax.stages.Compiled, Any], calls: int) -> float:
         compiled, params = candidate
@@ -175,20 +178,20 @@ def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array
 
 
 def accelerated(forward: Callable[..., Any], device: Any = None) -> Any:
-    """Return `forward(params, batch)` jitted for an accelerator, its parameters as the compiler wants them.
+    """Return `forward(params, batch)` jitted for an accelerator; the compiler chooses the layout of the parameters.
 
-    `device` may be one that is not here, to be compiled for.
+    `device` may be absent from this machine, for cross-compilation.
     """
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
     return jax.jit(forward, in_shardings=(Format(Layout.AUTO, sharding), sharding))
 
 
 def compile_for_cpu(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """`jit` ahead of time with this library's options for CPUs.
+    """Compile a function ahead of time with this library's options for CPUs.
 
     Args:
-      function: what to compile.
-      arguments: arrays or `jax.ShapeDtypeStruct`s.
+      function: function to compile.
+      *arguments: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
     """
     with jax.disable_jit(False):
         lowered = jax.jit(function).lower(*arguments)
@@ -196,7 +199,7 @@ def compile_for_cpu(function: Callable[..., Any], *arguments: Any) -> jax.stages
 
 
 def _compile_with(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled | None:
-    """Compile with XLA's options; None where this jaxlib does not know one of them."""
+    """Compile with XLA options; return None if this jaxlib does not have one of them."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

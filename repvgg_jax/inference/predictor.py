@@ -1,4 +1,4 @@
-"""Deploy inference: fused, planned, compiled ahead of time, called with arrays."""
+"""Inference with the deploy form: fused, planned and compiled ahead of time."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,16 +22,16 @@ from .tuning import choose_plan
 
 @dataclasses.dataclass(frozen=True)
 class PreparedNet:
-    """A net made ready for batches of one size, to be compiled by a `Predictor`.
+    """A net prepared for batches of one size, to be compiled by a `Predictor`.
 
     Attributes:
-      params: what `forward` takes, on the device.
+      params: parameters of `forward`, on the device.
       forward: `(params, normalised images [batch_size, *image_shape]) -> [batch_size, outputs]`, to be jitted.
-      batch_size: images a call takes.
+      batch_size: images per call.
       image_shape: `(height, width, channels)`.
-      output: what comes out.
-      plan: which algorithm computes each layer; None where all are computed alike.
-      integer: whether the body computes in 8-bit integers, natively.
+      output: kind of output.
+      plan: plan with each layer's algorithm; None if all layers use the same one.
+      integer: whether native code computes the body in 8-bit integers.
     """
 
     params: Mapping[str, Any]
@@ -44,34 +44,34 @@ class PreparedNet:
 
 
 class SelfContainedNet(Protocol):
-    """A net that has its parameters with it, and prepares itself: `repvgg_jax.QuantizedNet`."""
+    """A net that contains its parameters and prepares itself: `repvgg_jax.QuantizedNet`."""
 
     @property
     def in_channels(self) -> int:
-        """Channels of an image."""
+        """Number of input channels."""
         ...
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images are prepared for it."""
+        """Preprocessing of the net's images."""
         ...
 
     def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
-        """Return what a predictor compiles; `image_size` is (height, width)."""
+        """Return the net prepared for a predictor; `image_size` is (height, width)."""
         ...
 
 
 class Predictor:
-    """A compiled net: call it with images, get logits or embeddings. Safe to call from several threads at once.
+    """A compiled net that maps images to logits or embeddings. Can be called from several threads at once.
 
     Attributes:
-      plan: which algorithm computes each layer, `print(predict.plan)` shows a table; None for a quantised net, whose
-        layers are all computed alike.
-      batch_size: images a compiled call takes.
+      plan: plan with each layer's algorithm; `print(predict.plan)` shows it as a table. None for a quantised net, whose
+        layers all use the same algorithm.
+      batch_size: images per compiled call.
       image_shape: `(height, width, channels)`.
-      image_dtype: uint8 where normalisation is folded in, else float32.
-      integer: whether the body computes in 8-bit integers, natively.
-      output: "logits", or "embedding": what `RepVGG.embed` returns.
+      image_dtype: uint8 if the predictor normalises the images, else float32.
+      integer: whether native code computes the body in 8-bit integers.
+      output: "logits", or "embedding" for the output of `RepVGG.embed`.
     """
 
     def __init__(self, net: PreparedNet, preprocessing: Preprocessing | None = None):
@@ -95,40 +95,40 @@ class Predictor:
 
         Args:
           images: `[N, H, W, C]` for any N >= 1, NumPy or JAX: float and normalised, or uint8 in 0..255 if the
-            predictor was made with `preprocessing`. Fewer than `batch_size` are padded with blank images, more
-            run in pieces; neither compiles again.
+            predictor was made with `preprocessing`. Fewer than `batch_size` images are padded with blank ones, more
+            run in pieces; neither recompiles.
 
         Returns:
-          `[N, num_classes]`, or embeddings `[N, C]`, float32.
+          Logits `[N, num_classes]` or embeddings `[N, C]`, float32.
 
         Raises:
-          ValueError: an empty batch, another shape, or the other kind of numbers.
+          ValueError: the batch is empty, or has the wrong shape or dtype.
           RepVGGError: the process was forked from one that had used JAX.
         """
-        # All pieces are on their way before the first result is waited for.
+        # Start all pieces before waiting for the first result.
         outputs = [np.asarray(result)[:count] for result, count in self._start_pieces(images)]
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def start(self, images: Any) -> jax.Array:
-        """Start computing the output and return without waiting for it, so that a caller can keep the device busy.
+        """Start computing the output and return without waiting for it, so that the caller can keep the device busy.
 
-        Args and raises as for a call.
+        Arguments and errors are those of a call.
 
         Returns:
-          What a call returns, on the device.
+          The output of a call, as an array on the device.
         """
         outputs = [result[:count] if count < len(result) else result for result, count in self._start_pieces(images)]
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
     def _start_pieces(self, images: Any) -> list[tuple[jax.Array, int]]:
-        """Outputs of `batch_size` images each, not waited for, and how many of them count."""
+        """Start computing each piece; return its output for `batch_size` images and how many are not padding."""
         check_not_forked()
         if not isinstance(images, jax.Array):
             images = np.asarray(images)
         self._check(images)
         if images.dtype != self.image_dtype:
             images = images.astype(self.image_dtype)
-        if len(images) == self.batch_size:  # even a slice that takes everything would be an operation on the device
+        if len(images) == self.batch_size:  # even a slice of the whole array would be an operation on the device
             return [(self._run(images), self.batch_size)]
         return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
 
@@ -147,7 +147,7 @@ class Predictor:
         return self._run(images), count
 
     def _run(self, images: Any) -> jax.Array:
-        with jax.disable_jit(False):  # compiled code cannot be called otherwise
+        with jax.disable_jit(False):  # compiled code cannot be called with jit disabled
             return self._compiled(self._params, images)
 
     def _check(self, images: Any) -> None:
@@ -175,32 +175,35 @@ def make_predictor(
     quantized: SelfContainedNet | None = None,
     output: Output = "logits",
 ) -> Predictor:
-    """A function from images to logits or embeddings: the net fused, its layers planned, compiled once for one shape.
+    """Return a compiled function from images to logits or embeddings.
 
-    Compilation goes through JAX's persistent cache where one is configured (`jax_compilation_cache_dir`).
+    The net is fused, each layer's algorithm is chosen, and the whole is compiled once for one input shape.
+
+    Compilation uses JAX's persistent cache if one is configured (`jax_compilation_cache_dir`).
 
     Args:
-      model: training form (fused here) or deploy form; or a quantised net, in which `dtype` and `tune` have no say.
-      variables: its variables; a quantised net has them with it.
-      batch_size: the compiled batch; smaller ones are padded, larger ones run in pieces.
-      image_size: pixels, one number or (height, width); if None, the variant's published size, or what a quantised
-        net's preprocessing says.
-      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's own if None. A CPU that has no products
-        of bfloat16 computes in float32 on weights rounded to it, which is faster there.
-      tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of asking the cost model.
-        The result is kept in the user's cache folder and used again without measuring.
-      preprocessing: take uint8 images and normalise them with its mean and standard deviation, on the device.
-      quantized: a quantised net, the same as giving it for `model`.
-      output: "logits", or "embedding" for the pooled features that the classifier would read (`RepVGG.embed`).
+      model: training form (fused here) or deploy form; or a quantised net, for which `dtype` and `tune` have no effect.
+      variables: variables of `model`; None for a quantised net, which contains them.
+      batch_size: size of the compiled batch. Smaller batches are padded, larger ones run in pieces.
+      image_size: size in pixels, one number or (height, width). If None, the variant's published size, or that of a
+        quantised net's preprocessing.
+      dtype: computation dtype of the body, such as `jnp.bfloat16`; that of the model if None. A CPU without bfloat16
+        products computes in float32 on weights rounded to bfloat16, which is faster there.
+      tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of using the cost model.
+        The result is saved in the user's cache folder and reused without measuring again.
+      preprocessing: accept uint8 images and normalise them with its mean and standard deviation on the device.
+      quantized: a quantised net, as an alternative to passing it as `model`.
+      output: "logits", or "embedding" for the pooled features that feed the classifier (`RepVGG.embed`).
 
     Returns:
-      A `Predictor`: `predict(images)`, `[N, H, W, C] -> [N, num_classes]` (embeddings: `[N, variant.widths[-1]]`)
-      float32, for any N >= 1.
+      A `Predictor`: `predict(images)` maps `[N, H, W, C]` to `[N, num_classes]` (embeddings: `[N,
+      variant.widths[-1]]`), float32, for any N >= 1.
 
     Raises:
-      ValueError: a non-positive size, an unknown output, a dtype that is none, a preprocessing for another number of
-        channels, or not exactly one net.
-      FusionError, WeightsError: `variables` cannot be fused, or are another model's.
+      ValueError: a size is not positive, the output or dtype is unknown, the preprocessing has another number of
+        channels, or there is not exactly one net.
+      FusionError: `variables` cannot be fused.
+      WeightsError: `variables` belong to another model.
       RepVGGError: the process was forked from one that had used JAX.
     """
     check_not_forked()
@@ -225,13 +228,13 @@ def make_predictor(
 
 
 def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Output = "logits") -> PreparedNet:
-    """Return a deploy-form net made ready to be computed as `plan` says.
+    """Return a deploy-form net prepared for computation by `plan`.
 
     Args:
-      model: deploy form, its `dtype` that of the computation.
-      params: its parameters.
-      plan: chosen for this model.
-      output: what is to come out.
+      model: deploy form, whose `dtype` is the computation dtype.
+      params: parameters of `model`.
+      plan: plan for this model.
+      output: kind of output.
     """
     stem = plan.stages[0].layers[0].shape
     return PreparedNet(
@@ -245,7 +248,7 @@ def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Ou
 
 
 def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:
-    """Return a deploy-form net that computes in float32 on weights rounded to its own dtype."""
+    """Return a deploy-form net that computes in float32 on weights rounded to the model's dtype."""
     body = {
         name: jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(model.dtype).astype(jnp.float32), block)
         for name, block in params.items()
@@ -255,7 +258,7 @@ def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[s
 
 
 def _deployed(model: RepVGG, variables: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:
-    """The deploy form and its parameters."""
+    """Return the deploy form and its parameters."""
     if not model.deploy:
         model, variables = to_deploy(model, variables)
         return model, variables["params"]
@@ -265,7 +268,7 @@ def _deployed(model: RepVGG, variables: Mapping[str, Any]) -> tuple[RepVGG, Mapp
 
 
 def _checked_size(batch_size: int, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width."""
+    """Return height and width after checking all sizes."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, not {batch_size}")
     return height_and_width(image_size)

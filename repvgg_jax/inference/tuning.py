@@ -1,4 +1,4 @@
-"""Choosing a net's plan: XLA's, the cost model's, or the fastest algorithms that were measured here and now."""
+"""Choice of a net's plan: XLA's, the cost model's, or the algorithms measured as fastest on this machine."""
 
 import dataclasses
 import time
@@ -18,22 +18,22 @@ from .plan import Plan, StagePlan, default_plan, portion_choices, stage_layers, 
 from .planned_net import compile_for_cpu
 
 DTYPE = "float32"
-"""What is measured."""
+"""Dtype of the measurements."""
 
 RUNS = 5
 HOPELESS = 4.0
-"""Candidates that the cost model thinks this many times slower than its best are not measured."""
+"""Candidates are not measured if the cost model estimates them to be this many times slower than its best."""
 
 
 def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:
-    """Return XLA's plan on accelerators, and where nothing else computes in this dtype; else one made for a CPU.
+    """Return XLA's plan on accelerators, or if no other algorithm supports the dtype; else a plan for this CPU.
 
     Args:
-      model: its `dtype` is that of the computation.
-      batch_size: images a call.
-      image_size: (height, width).
-      channels: of an image.
-      tune: take what was measured on this machine, now or earlier, where that is possible; else the cost model's plan.
+      model: model whose `dtype` is the computation dtype.
+      batch_size: images per call.
+      image_size: (height, width) in pixels.
+      channels: number of input channels.
+      tune: use measurements on this machine, now or cached, if possible, instead of the cost model.
     """
     platform, dtype = jax.default_backend(), jnp.dtype(model.dtype).name
     layers = [layer for stage in stage_layers(model.variant, image_size, channels) for layer in stage]
@@ -45,16 +45,16 @@ def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], cha
     cached = plan_cache.load_plan(plan, dtype)
     if cached is not None:
         return cached
-    with jax.disable_jit(False):  # what is measured is compiled code
+    with jax.disable_jit(False):  # measure compiled code
         plan = measured_plan(plan)
     plan_cache.save_plan(plan, dtype)
     return plan
 
 
 def measured_plan(plan: Plan) -> Plan:
-    """`plan` with each stage's portion and each layer's algorithm replaced by the fastest of those measured (CPU).
+    """Return `plan` with each stage's portion and each layer's algorithm replaced by the fastest measured ones (CPU).
 
-    Costs one small compilation and a few runs for each distinct layer shape, candidate and portion: a minute or two.
+    Takes one small compilation and a few runs per distinct layer shape, candidate and portion: a minute or two.
     """
     cache: dict[tuple[LayerShape, int], tuple[str, float]] = {}
 
@@ -76,10 +76,10 @@ def measured_plan(plan: Plan) -> Plan:
 
 
 def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) -> float:
-    """Seconds an image that one layer takes when `images` images are walked `portion` at a time, in float32.
+    """Return the seconds per image that one layer takes to process `images` images, `portion` at a time, in float32.
 
-    Like inside a net, the layer's output stays in the loop: what leaves is one maximum a channel, so that the
-    measurement contains no page faults for a large result.
+    As inside a net, the layer's output stays in the loop. The result is one maximum per channel, so the measurement
+    contains no page faults for a large result.
     """
     rng = np.random.default_rng(0)
     scale = (9 * shape.in_channels / shape.groups) ** -0.5

@@ -1,4 +1,4 @@
-"""`python -m repvgg_jax show`: what a weight file holds and does, on one page of HTML.
+"""`python -m repvgg_jax show`: a report on a weight file as one HTML page.
 
-`collect` finds the facts (`facts`), `page` writes them as HTML (`sections`, `charts`, `markup`).
+`collect` computes the facts (`facts`), and `page` writes them as HTML (`sections`, `charts`, `markup`).
 """

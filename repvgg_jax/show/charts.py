@@ -1,4 +1,4 @@
-"""Charts for the cells of tables: inline SVG whose places are shares of its width, so that nothing is distorted."""
+"""Charts for table cells: inline SVG with positions as percentages of its width, so that scaling distorts nothing."""
 
 import dataclasses
 import math
@@ -8,10 +8,10 @@ from .facts import HALF_STEP, OUTLIER, Spread
 from .markup import Markup, significant, tag
 
 LABELS = 4
-"""Ticks with a label on an axis, at most: cells are narrow on a phone."""
+"""Largest number of labelled ticks on an axis: cells are narrow on a phone."""
 
 MAX_DECADES = 8
-"""Of a logarithmic axis; what is smaller lies at its left end."""
+"""Largest length of a logarithmic axis; smaller numbers are drawn at its left end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +23,18 @@ class LogAxis:
 
     @classmethod
     def over(cls, numbers: Iterable[float]) -> "LogAxis":
-        """Return the axis of whole decades that holds these numbers, those apart that are no positive finite ones."""
+        """Return an axis of whole decades that covers those of the numbers that are positive and finite."""
         sizes = [math.log10(number) for number in numbers if number > 0 and math.isfinite(number)]
         last = math.ceil(max(sizes, default=1))
         return cls(max(math.floor(min(sizes, default=0)), last - MAX_DECADES), last) if sizes else cls(0, 1)
 
     @property
     def decades(self) -> int:
-        """Return its length."""
+        """Length of the axis in decades."""
         return max(self.last - self.first, 1)
 
     def place(self, number: float) -> float:
-        """Return where a number lies, per cent of the width; numbers beyond the axis lie at its ends."""
+        """Return the position of a number in per cent of the width; numbers beyond the axis are placed at its ends."""
         if math.isnan(number) or number <= 0:
             return 0.0
         if math.isinf(number):
@@ -42,7 +42,7 @@ class LogAxis:
         return min(max(100 * (math.log10(number) - self.first) / self.decades, 0.0), 100.0)
 
     def ticks(self) -> Markup:
-        """Return the axis's labels as an SVG for the head of the column."""
+        """Return the axis labels as an SVG for the column heading."""
         step = math.ceil((self.decades + 1) / LABELS)
         labels = []
         for exponent in range(self.first, self.first + self.decades + 1, step):
@@ -53,19 +53,19 @@ class LogAxis:
         return tag("svg", labels, class_="axis", height=14, aria_hidden="true")
 
     def grid(self) -> list[Markup]:
-        """Return a faint line for each decade."""
+        """Return a grid line for each decade."""
         places = (self.place(10.0**exponent) for exponent in range(self.first, self.first + self.decades + 1))
         return [tag("line", x1=_percent(x), x2=_percent(x), y1=0, y2="100%", class_="grid") for x in places]
 
 
 def range_chart(spread: Spread, axis: LogAxis, mark: float | None = None, *, vanishing: bool = True) -> Markup:
-    """Return the distribution of channels' ranges: whisker, quartiles, median, outliers as dots.
+    """Return a chart of the channels' ranges: whisker, quartiles, median, and outliers as dots.
 
     Args:
-      spread: of a layer's channels.
-      axis: that the column shares.
+      spread: statistics of a layer's channels.
+      axis: axis of the column.
       mark: another number to mark.
-      vanishing: mark below which range one scale for the layer rounds a channel to 0.
+      vanishing: shade the ranges that a single scale for the layer rounds to 0.
     """
     shapes = axis.grid()
     usual = min(spread.largest, OUTLIER * spread.median)
@@ -91,7 +91,7 @@ def range_chart(spread: Spread, axis: LogAxis, mark: float | None = None, *, van
 
 
 def bar_chart(share: float, said: str) -> Markup:
-    """Return a bar over a share of the width; `said` is read aloud for it."""
+    """Return a bar over a fraction of the width; `said` is its label for screen readers."""
     bar = tag("rect", x=0, y="20%", width=_percent(100 * share), height="60%", class_="bar", rx=2)
     return tag("svg", bar, class_="chart", height=16, role="img", aria_label=said)
 

@@ -1,4 +1,4 @@
-"""From a weight file and images to the facts of a page."""
+"""Computation of a page's facts from a weight file and images."""
 
 import dataclasses
 import io
@@ -33,21 +33,22 @@ PSEUDO_RANDOM_IMAGES = 8
 PHOTO_PIXELS = 224
 """Longest side of a photograph on the page."""
 
-TRAINING, DIRECT, PLANNED = "training form", "deploy form, direct convolutions", "deploy form, as planned"
-INTEGERS, PREDICTOR = "INT8, by XLA", "INT8, by the predictor"
+TRAINING = "training form"
+DIRECT, PLANNED = "deploy form with direct convolutions", "deploy form with planned algorithms"
+INTEGERS, PREDICTOR = "INT8 in XLA", "INT8 in the predictor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a page is asked for.
+    """Settings of a page.
 
     Attributes:
       file: the weight file.
-      info: what it is, with what the user says of it.
+      info: its description, with the user's options applied.
       reading: arguments of `load_weights`.
-      top: how many classes an image's guesses are.
-      batch_size: images that the predictor takes at most.
-      measure: measure times instead of asking the cost model.
+      top: number of classes to show per image.
+      batch_size: largest batch size of the predictor.
+      measure: measure times instead of using the cost model.
     """
 
     file: str
@@ -59,15 +60,15 @@ class Request:
 
 
 def collect(request: Request, reader: ImageReader | None) -> Facts:
-    """Return the facts.
+    """Compute the facts of a page.
 
     Args:
-      request: what is asked for.
-      reader: of the images; None if none is given, for pseudo-random ones.
+      request: settings of the page.
+      reader: reader of the images; None to use pseudo-random images.
 
     Raises:
-      WeightsError: a weight file that cannot be read or used.
-      DataError: there is no image that can be read.
+      WeightsError: the weight file cannot be read or used.
+      DataError: no image can be read.
     """
     info = request.info
     size = info.preprocessing.image_size
@@ -103,7 +104,7 @@ def collect(request: Request, reader: ImageReader | None) -> Facts:
 
 
 def stage_costs(info: WeightsInfo) -> tuple[StageCost, ...]:
-    """Return the cost of each stage and of the head, which add up to what `summarize` says of the whole net."""
+    """Return the cost of each stage and of the head. They add up to the costs that `summarize` returns for the net."""
     variant, size, classes = info.variant, info.preprocessing.image_size, info.num_classes
     stages = []
     for name, group in itertools.groupby(block_costs(variant, size, info.in_channels), lambda cost: cost.block.stage):
@@ -136,9 +137,9 @@ def stage_costs(info: WeightsInfo) -> tuple[StageCost, ...]:
 
 
 def pseudo_random_images(count: int, size: int, channels: int) -> np.ndarray:
-    """Return the same noise every time, float32 `[count, size, size, channels]` of unit variance.
+    """Return fixed noise of unit variance, float32 `[count, size, size, channels]`.
 
-    Neighbouring pixels are alike, as in photographs: of white noise hardly anything is left after a few averages.
+    Neighbouring pixels are correlated, as in photographs: averaging white noise a few times leaves almost nothing.
     """
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(count, -(-size // 8), -(-size // 8), channels))
@@ -148,13 +149,13 @@ def pseudo_random_images(count: int, size: int, channels: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Computed:
-    """What has been computed of the images.
+    """Results of computing the images.
 
     Attributes:
-      outputs: the predictor's, `[N, classes]` or pooled features `[N, C]`; what `output` says.
-      layers: of the deploy form, float or INT8, as far as the file has them.
-      others: the same outputs, computed in another way, by what that is; the most exact way comes first.
-      name: what the predictor's way is called.
+      outputs: outputs of the predictor: logits `[N, classes]` or pooled features `[N, C]`, depending on `output`.
+      layers: layers of the deploy form, float or INT8, as far as the file has them.
+      others: the same outputs computed in other ways, by description; the most exact comes first.
+      name: description of the predictor's way.
     """
 
     predictor: Predictor
@@ -193,13 +194,13 @@ def _compute(request: Request, images: np.ndarray) -> _Computed:
 
 def _load(request: Request, *, headless: bool) -> tuple[RepVGG, dict[str, Any]]:
     with warnings.catch_warnings():
-        if headless:  # any classifier will do, and a fresh one need not be announced
+        if headless:  # the classifier is not used, so do not warn that it is newly initialised
             warnings.simplefilter("ignore", WeightsWarning)
         return load_weights(request.file, num_classes=1 if headless else None, **request.reading)
 
 
 def _differences(computed: _Computed) -> tuple[Difference, ...]:
-    """Compare everything with the most exact computation, on the images for which all are finite."""
+    """Compare each computation with the most exact one, on the images for which all outputs are finite."""
     ways = dict(computed.others) | {computed.name: computed.outputs}
     finite = np.all([np.isfinite(outputs).all(1) for outputs in ways.values()], axis=0)
     if not finite.any():
@@ -223,7 +224,7 @@ def _photos(request: Request, names: Sequence[str], pixels: np.ndarray, outputs:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the paths without the folders that all of them are in."""
+    """Return the paths without their common parent folders."""
     parts = [PurePath(path).parts for path in paths]
     folders = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*(one[:-1] for one in parts), strict=False))
     shared = len(list(folders))

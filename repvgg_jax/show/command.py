@@ -1,4 +1,4 @@
-"""`python -m repvgg_jax show WEIGHTS [IMAGE…]`: one page of HTML about a weight file."""
+"""Report on a weight file as one HTML page: `python -m repvgg_jax show WEIGHTS [IMAGE…]`."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import tyro
 from ..errors import ConfigError, RepVGGError, WeightsError, system_errors
 from ..files import atomic_path, check_target
 from ..paths import exists, place
-from ..predict import ImageReader
+from ..predict import WEIGHTS_HELP, ImageReader
 from ..weights import inspect_weights
 from ..weights.argument import weights_path
 from ..weights.options import WeightsOptions
@@ -21,39 +21,41 @@ SUFFIXES = (".html", ".htm")
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Write a page about a weight file: one HTML file that needs no network.
+    """Write a report on a weight file: one self-contained HTML page.
 
-    It shows the net's stages and their costs, how far training and deploy form are apart, the ranges of weights and
-    activations, what the images are taken for, and the time of each layer. Without images it computes on noise.
+    The page shows the net's stages and their costs, the difference between training and deploy form, the ranges of
+    weights and activations, the predictions for the images, and the time per layer. Without images it uses random
+    noise.
     """
 
-    weights: tyro.conf.Positional[str]
-    """Weight file: training form, deploy form or INT8."""
-    images: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, or folders: all images below them."""
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS", help=WEIGHTS_HELP)]
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")] = ()
+    """Image files, or folders that are searched for images recursively."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """The page; the weight file's name with .html, in the current folder, unless given."""
+    """HTML file to write. Unless set, the weight file's name with .html, in the current folder."""
     max_images: int = 24
-    """How many images to take; of more, as many that are spread evenly over them all."""
+    """Largest number of images to use. If there are more, they are sampled evenly."""
     top: int = 5
-    """How many classes to show for each."""
+    """Number of classes to show per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """How many images to compute together, and what the layers are planned for."""
+    """Number of images to compute together; the layers' algorithms are planned for it."""
     measure: bool = False
-    """Measure how long the net and its layers take on this machine, instead of asking the cost model."""
-    options: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
+    """Measure how long the net and its layers take on this machine, instead of using the cost model."""
+    options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
+        dataclasses.field(default_factory=WeightsOptions)
+    )
 
 
 def show(arguments: Show) -> int:
-    """Write the page, and print its name.
+    """Write the page, and print its path.
 
     Returns:
-      How many images (or folders) could not be read. Each has been named on stderr.
+      Number of images (or folders) that could not be read. Each has been reported on stderr.
 
     Raises:
-      ConfigError: options out of range, or an output that is not to be written over.
-      WeightsError: a weight file that cannot be read or used.
-      DataError: images are given, but none that can be read.
+      ConfigError: an option is out of range, or the output is an existing file that must not be overwritten.
+      WeightsError: the weight file cannot be read or used.
+      DataError: none of the images can be read.
       RepVGGError: the page cannot be written.
     """
     numbers = (("--top", "top"), ("--batch-size", "batch_size"), ("--max-images", "max_images"))
@@ -85,11 +87,11 @@ def show(arguments: Show) -> int:
 
 
 def check_page(output: str) -> None:
-    """Fail for a file that is no page and may not become one.
+    """Reject an output path that `show` must not write to.
 
     Raises:
-      ConfigError: another suffix, or a file of that name that `show` has not written.
-      RepVGGError: it cannot be written, or what is there cannot be read.
+      ConfigError: the suffix is wrong, or the file exists and was not written by `show`.
+      RepVGGError: the file cannot be written, or the existing one cannot be read.
     """
     if Path(output).suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--output {output}: the name must end in {' or '.join(SUFFIXES)}")
@@ -97,4 +99,4 @@ def check_page(output: str) -> None:
     with system_errors(RepVGGError, f"cannot write {output}"):
         foreign = exists(output) and GENERATOR.encode() not in place(output).read_bytes()[:1000]
     if foreign:
-        raise ConfigError(f"{output} exists already, and is no page that show has written: choose another --output")
+        raise ConfigError(f"{output} exists already and was not written by show: choose another --output")

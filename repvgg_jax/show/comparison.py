@@ -1,4 +1,4 @@
-"""How far the training form, the deploy form and the predictor are apart on the same images."""
+"""Comparison of training form, deploy form and predictor on the same images."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,25 +14,25 @@ from .facts import Difference
 def training_form_outputs(
     model: RepVGG, variables: Mapping[str, Any], images: np.ndarray, batch_size: int, output: Output
 ) -> np.ndarray:
-    """Return what the training form computes in inference, with its branches and running statistics.
+    """Return the outputs of the training form in inference, with its branches and running statistics.
 
     Args:
       model: training form.
-      variables: its variables.
+      variables: variables of `model`.
       images: `[N, H, W, C]`, normalised.
-      batch_size: images that are computed together.
+      batch_size: number of images to compute together.
       output: logits or pooled features.
 
     Returns:
-      `[N, classes]` or `[N, C]`.
+      Logits `[N, classes]` or pooled features `[N, C]`.
     """
     method = "embed" if output == "embedding" else None
-    with jax.disable_jit(False):  # operation by operation a deep net takes minutes
+    with jax.disable_jit(False):  # a deep net takes minutes without jit
         return in_pieces(jax.jit(lambda x: model.apply(variables, x, method=method)), images, batch_size)
 
 
 def in_pieces(function: Callable[[np.ndarray], Any], images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Return `function` of `images`, always of `batch_size` of them: the last ones may be blank, and do not count."""
+    """Apply `function` to `images` in batches of exactly `batch_size`, padding the last one with blank images."""
     outputs = []
     for start in range(0, len(images), batch_size):
         piece = images[start : start + batch_size]
@@ -42,12 +42,13 @@ def in_pieces(function: Callable[[np.ndarray], Any], images: np.ndarray, batch_s
 
 
 def difference(names: tuple[str, str], expected: np.ndarray, actual: np.ndarray, output: Output) -> Difference:
-    """Return how far outputs `[N, …]` are apart.
+    """Return the difference between two sets of outputs for the same images.
 
     Args:
-      names: what `expected` and `actual` are, in words.
-      expected, actual: finite.
-      output: what they are.
+      names: descriptions of `expected` and `actual`.
+      expected: reference outputs `[N, …]`, finite.
+      actual: outputs to compare, in the same shape and finite.
+      output: kind of output.
     """
     expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     errors, sizes = np.linalg.norm(expected - actual, axis=1), np.linalg.norm(expected, axis=1)

@@ -1,4 +1,4 @@
-"""What a page about a weight file says, as data: numbers and names, no HTML."""
+"""Facts of a page about a weight file, as data without HTML."""
 
 import dataclasses
 from typing import Literal
@@ -9,27 +9,30 @@ from ..prediction_files import Guess
 from ..weights import WeightsInfo
 
 OUTLIER = 4.0
-"""A channel with more than so many times the median channel's range is an outlier."""
+"""A channel with more than this many times the median channel's range is an outlier."""
 
 HALF_STEP = 1 / 254
-"""Of the largest weight of a layer: what is smaller becomes 0 in 8 bits with one scale for the layer."""
+"""As a fraction of the layer's largest weight: smaller weights become 0 in 8 bits with one scale for the layer."""
 
 SHOWN_OUTLIERS = 12
-"""So many of a layer's outliers, the largest, are kept one by one."""
+"""Number of a layer's outliers, the largest ones, that are kept individually."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-    """What one stage, or one part of the head, costs for one image, as `net.summary` counts.
+    """Cost of one stage or one part of the head for one image, counted as in `net.summary`.
 
     Attributes:
-      name: the stage's, "linear", or "auxiliary heads".
-      blocks: names of the stage's blocks; none for the head.
-      in_size, out_size: pixels a side; 0 for the head.
-      channels: of the output.
-      groups: the largest number of groups in it.
-      params, train_params: of deploy and training form.
-      flops, train_flops: multiply-adds of both.
+      name: name of the stage, "linear", or "auxiliary heads".
+      blocks: names of the stage's blocks; empty for the head.
+      in_size: side of the input in pixels; 0 for the head.
+      out_size: side of the output in pixels; 0 for the head.
+      channels: number of output channels.
+      groups: largest number of groups in the stage.
+      params: parameters of the deploy form.
+      train_params: parameters of the training form.
+      flops: multiply-adds of the deploy form.
+      train_flops: multiply-adds of the training form.
       winograd_muls: multiplications left with F(2x2, 3x3), not rounded.
     """
 
@@ -48,17 +51,21 @@ class StageCost:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How the ranges (largest absolute values) of one layer's channels differ.
+    """Distribution of the ranges (largest absolute values) of one layer's channels.
 
-    Channels of zeros are counted, and left out of everything else: 8 bits hold them at any scale.
+    Channels of zeros are counted but otherwise ignored: 8 bits represent them at any scale.
 
     Attributes:
-      channels: how many there are.
-      dead: how many of them are all zeros.
-      least, lower, median, upper, largest: minimum, quartiles and maximum of the others' ranges; 0 if there are none.
-      outliers: how many channels have more than `OUTLIER` times the median range.
-      largest_outliers: their ranges, rising, `SHOWN_OUTLIERS` at most.
-      vanishing: how many channels are below `HALF_STEP` of the largest.
+      channels: number of channels.
+      dead: number of channels that are all zeros.
+      least: smallest range of the other channels; 0 if there are none, as for the next four.
+      lower: first quartile.
+      median: median.
+      upper: third quartile.
+      largest: largest range.
+      outliers: number of channels with more than `OUTLIER` times the median range.
+      largest_outliers: their ranges in ascending order, at most `SHOWN_OUTLIERS`.
+      vanishing: number of channels whose range is below `HALF_STEP` of the largest.
     """
 
     channels: int
@@ -74,12 +81,12 @@ class Spread:
 
     @property
     def ratio(self) -> float:
-        """The largest range over the median one: what one scale has to span; 1 for a layer of zeros."""
+        """Largest range divided by the median range, which a single scale has to cover; 1 for a layer of zeros."""
         return self.largest / self.median if self.median else 1.0
 
     @classmethod
     def of(cls, ranges: np.ndarray) -> "Spread":
-        """Return what the ranges `[C]` of a layer's channels are like."""
+        """Return the statistics of the ranges `[C]` of a layer's channels."""
         alive = np.sort(ranges[ranges != 0].astype(np.float64))
         dead = len(ranges) - len(alive)
         if not len(alive):
@@ -105,10 +112,11 @@ class LayerWeights:
     """The weights of one layer of the deploy form.
 
     Attributes:
-      name: the layer's; `linear` is the classifier.
-      shape: of its kernel.
-      lowest, highest: of its weights.
-      spread: of its output channels' ranges.
+      name: name of the layer; `linear` is the classifier.
+      shape: shape of the kernel.
+      lowest: smallest weight.
+      highest: largest weight.
+      spread: statistics of the output channels' ranges.
     """
 
     name: str
@@ -120,16 +128,17 @@ class LayerWeights:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInput:
-    """What one layer read on all images.
+    """The inputs of one layer on all images.
 
     Attributes:
-      name: the layer's; `pool` is the average before the classifier `linear`.
-      lowest, highest: of its values.
-      usual: what 99.99 % of the absolute values are below, to within 2 %.
-      zeros: share of values that are 0.
-      spread: of its channels' ranges.
-      limit: the absolute value that it saturates at, in an INT8 net; None in float.
-      saturated: share of the values that are at that limit.
+      name: name of the layer; `pool` is the average before the classifier `linear`.
+      lowest: smallest value.
+      highest: largest value.
+      usual: 99.99th percentile of the absolute values, to within 2 %.
+      zeros: fraction of values that are 0.
+      spread: statistics of the channels' ranges.
+      limit: absolute value at which an INT8 net saturates the input; None for a float layer.
+      saturated: fraction of values at that limit.
     """
 
     name: str
@@ -143,20 +152,21 @@ class LayerInput:
 
     @property
     def largest(self) -> float:
-        """The largest absolute value."""
+        """Largest absolute value."""
         return max(-self.lowest, self.highest)
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two computations of the same outputs are apart, on the same images.
+    """Difference between two computations of the same outputs on the same images.
 
     Attributes:
-      expected, actual: what was compared, in words.
-      images: how many.
-      largest: the largest absolute difference of an output.
-      relative: the largest `||expected - actual|| / ||expected||` of an image.
-      same_class: for how many images the largest output is the same; None where outputs are no classes.
+      expected: description of the reference computation.
+      actual: description of the other computation.
+      images: number of images.
+      largest: largest absolute difference of any output.
+      relative: largest `||expected - actual|| / ||expected||` of any image.
+      same_class: number of images with the same top class; None if the outputs are not logits.
     """
 
     expected: str
@@ -169,13 +179,13 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class LayerTime:
-    """How one layer is computed.
+    """Algorithm and time of one layer.
 
     Attributes:
-      name: the layer's.
-      algorithm: what computes it.
-      multiplications: that the algorithm needs for one image.
-      seconds: for one image; None where there is neither a cost model nor a measurement.
+      name: name of the layer.
+      algorithm: name of the algorithm.
+      multiplications: multiplications of the algorithm per image.
+      seconds: time per image; None if there is neither a cost model nor a measurement.
     """
 
     name: str
@@ -186,15 +196,15 @@ class LayerTime:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFacts:
-    """How the predictor computes the net.
+    """Computation of the net by the predictor.
 
     Attributes:
-      batch_size: images a call.
-      source: who chose the algorithms (`inference.plan.Plan.source`); None for an INT8 net, which has no plan.
-      times_from: where the layers' times are from.
-      layers: each convolution; none for an INT8 net.
-      device: the machine's.
-      net_seconds: measured for one image through the whole net; None if nothing was measured.
+      batch_size: images per call.
+      source: origin of the plan (`inference.plan.Plan.source`); None for an INT8 net, which has no plan.
+      times_from: origin of the layers' times.
+      layers: all convolutions; empty for an INT8 net.
+      device: description of the device.
+      net_seconds: measured time per image of the whole net; None if nothing was measured.
     """
 
     batch_size: int
@@ -207,12 +217,12 @@ class PlanFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """One image and what the net takes it for.
+    """An image and its predictions.
 
     Attributes:
-      name: its file's, without what all images' paths have in common.
-      jpeg: the image as the net sees it, small.
-      guesses: the most likely classes, the likeliest first; none for a net without classifier.
+      name: path of its file without the folders that all images share.
+      jpeg: thumbnail of the image as the net sees it.
+      guesses: most likely classes, most likely first; empty for a net without a classifier.
     """
 
     name: str
@@ -222,20 +232,21 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """All of a page.
+    """All facts of a page.
 
     Attributes:
-      file: the weight file, as it was given.
-      info: what the file says of itself.
+      file: path of the weight file, as typed by the user.
+      info: description of the weight file.
       stages: cost of each stage and of the head.
-      photos: the images, if any were given.
-      images: how many images all measurements are of.
-      pseudo_random: whether those are noise, because no images were given.
-      listed: how many images there were to choose from; 0 if all were taken.
-      unusable: how many images (or folders) could not be read or computed.
-      differences: between computations of the outputs.
-      weights, inputs: of each layer, from image to classifier.
-      plan: how the predictor computes.
+      photos: the user's images; empty if there are none.
+      images: number of images used for all results.
+      pseudo_random: whether those are noise, because the user gave no images.
+      listed: number of images to choose from; 0 if all were used.
+      unusable: number of images (or folders) that could not be read or computed.
+      differences: differences between computations of the outputs.
+      weights: weights of each layer, from image to classifier.
+      inputs: inputs of each layer, from image to classifier.
+      plan: computation by the predictor.
     """
 
     file: str

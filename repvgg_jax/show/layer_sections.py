@@ -1,4 +1,4 @@
-"""The sections of the page that go through the net layer by layer: weights, activations, time."""
+"""Sections of the page with one row per layer: weights, activations and time."""
 
 import math
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from .sections import paragraph, section
 from .tables import Column, Row, by_stage, table
 
 HARD = 10.0
-"""Largest over median channel range from which a layer is set off: one scale leaves the median channel 12 of 127
-steps."""
+"""Ratio of largest to median channel range from which a layer is highlighted: a single scale leaves the median channel
+12 of 127 steps."""
 
 
 def weights(facts: Facts) -> Markup:
-    """Return the ranges of weights."""
+    """Return the section on weight ranges."""
     axis = LogAxis.over(size for layer in facts.weights for size in _sizes(layer.spread))
     columns = [
         Column("Layer", ""),
         Column(("Range of each output channel", axis.ticks()), "chart"),
         Column("Largest /\u00a0median"),
         Column("Outliers", hint=f"channels with more than {OUTLIER:g} times the median range"),
-        Column("Lost to\u00a0one scale", hint="channels that become 0 in 8 bits with one scale for the layer"),
+        Column("Lost with one\u00a0scale", hint="channels that become 0 in 8 bits with one scale for the layer"),
         Column("Lowest"),
         Column("Highest"),
         Column("Kernel", ""),
@@ -42,19 +42,20 @@ def weights(facts: Facts) -> Markup:
         )
 
     note = (
-        "The deploy form's weights, which are what 8 bits have to hold. A channel's range is its largest absolute "
-        "weight. One scale for a whole layer has to span the largest range: channels in the shaded part of its row, "
-        "below 1/254 of that, become 0. A scale for each channel spans any ranges."
+        "These are the weights of the deploy form, which quantisation stores in 8 bits. A channel's range is its "
+        "largest absolute weight. One scale for a whole layer has to cover the largest range: channels in the shaded "
+        "part of the row, below 1/254 of the largest range, become 0. One scale per channel covers any ranges."
     )
     if facts.info.quantized:
-        note += " This net is in 8 bits already; its weights are shown times their scales."
+        note += " This net is already in 8 bits; its weights are shown multiplied by their scales."
     hardest = max(facts.weights, key=lambda layer: layer.spread.ratio)
     lost = sum(layer.spread.vanishing for layer in facts.weights)
     lossy = sum(layer.spread.vanishing > 0 for layer in facts.weights)
     losses = f"{counted(lost, 'channel')} in {counted(lossy, 'layer')}" if lost else "no channel"
     finding = (
-        f"Hardest is {hardest.name}: its largest channel has {significant(hardest.spread.ratio)} times the range of "
-        f"the median one. With one scale a layer, {losses} would be lost."
+        f"The hardest layer to quantise is {hardest.name}: its largest channel has "
+        f"{significant(hardest.spread.ratio)} times the range of the median one. With one scale per layer, {losses} "
+        "would be lost."
     )
     rows = {layer.name: row(layer) for layer in facts.weights}
     return section(
@@ -62,20 +63,23 @@ def weights(facts: Facts) -> Markup:
         paragraph(note),
         paragraph(tag("strong", finding)),
         _legend(vanishing=True),
-        table("Ranges of weights, layer by layer", columns, by_stage(facts.stages, rows)),
+        table("Weight ranges by layer", columns, by_stage(facts.stages, rows)),
     )
 
 
 def activations(facts: Facts) -> Markup:
-    """Return the ranges of what the layers read."""
+    """Return the section on the ranges of the layers' inputs."""
     axis = LogAxis.over(size for layer in facts.inputs for size in (*_sizes(layer.spread), layer.usual))
     limited = any(layer.limit is not None for layer in facts.inputs)
     columns = [
-        Column("Read by", ""),
+        Column("Input of", ""),
         Column(("Range of each channel", axis.ticks()), "chart"),
         Column("Largest /\u00a0median"),
-        Column("Largest /\u00a099.99\u00a0%", hint="largest absolute value over what 99.99 % are below"),
-        Column("99.99\u00a0% below"),
+        Column(
+            "Largest /\u00a0percentile",
+            hint="largest absolute value divided by the 99.99th percentile of absolute values",
+        ),
+        Column("99.99th percentile", hint="of absolute values"),
         *([Column("Saturates at"), Column("Saturated")] if limited else []),
         Column("Lowest"),
         Column("Highest"),
@@ -103,20 +107,20 @@ def activations(facts: Facts) -> Markup:
 
     images = "pseudo-random images" if facts.pseudo_random else "images"
     note = (
-        f"What each layer read on the {images}: stage0 the normalised image, pool the last block's output, "
-        "linear the pooled features. One scale serves all channels of an activation. Where the largest value is far "
-        "above what 99.99 % of the values are below, it pays to let it saturate."
+        f"These are the inputs of each layer for the {images}: the normalised image for stage0, the last block's "
+        "output for pool, and the pooled features for linear. All channels of an activation share one scale. If the "
+        "largest value is far above the 99.99th percentile, it pays to let it saturate."
     )
     dead = sum(layer.spread.dead for layer in facts.inputs)
     channels = sum(layer.spread.channels for layer in facts.inputs)
-    silent = f"{counted(dead, 'channel')} of {channels:,} {'was' if dead == 1 else 'were'} 0 everywhere."
+    silent = f"{dead:,} of {counted(channels, 'channel')} {'was' if dead == 1 else 'were'} 0 everywhere."
     rows = {layer.name: row(layer) for layer in facts.inputs}
     return section(
         "activations",
         paragraph(note),
         paragraph(tag("strong", silent)) if dead else None,
         _legend(vanishing=False),
-        table("Ranges of activations, layer by layer", columns, by_stage(facts.stages, rows)),
+        table("Activation ranges by layer", columns, by_stage(facts.stages, rows)),
     )
 
 
@@ -138,24 +142,26 @@ def _legend(*, vanishing: bool) -> Markup:
     example = Spread(9, 0, 0.02, 0.06, 0.12, 0.25, 6.0, 1, (6.0,), 0)
     axis = LogAxis.over((0.01, 10))
     key = range_chart(example, axis, None if vanishing else 2.0, vanishing=vanishing)
-    said = f"line: least to {OUTLIER:g} times the median; box: middle half; bar: median; dots: beyond the line"
-    mark = "shaded: lost to one scale" if vanishing else "dashed: 99.99 % of all values are below"
+    said = f"line: minimum to {OUTLIER:g} times the median; box: middle half; bar: median; dots: beyond the line"
+    mark = "shaded: lost with one scale" if vanishing else "dashed: 99.99th percentile"
     return tag("p", tag("span", key, class_="key"), f"{said}; {mark}.", class_="legend")
 
 
 def time(facts: Facts) -> Markup:
-    """Return which algorithm computes each layer, and in what time."""
+    """Return the section on the algorithm and time of each layer."""
     plan = facts.plan
     content: list[Content] = []
     if plan.source is None:
-        content.append(paragraph("An INT8 net has no plan: all layers are computed alike, and no time is estimated."))
+        content.append(
+            paragraph("An INT8 net has no plan: all layers use the same algorithm, and there are no time estimates.")
+        )
     else:
         by = {"cost model": "the cost model", "measured": "measurements"}.get(plan.source, plan.source)
         content.append(
             paragraph(f"Algorithms for batches of {plan.batch_size}, chosen by {by}. ", _source_of_times(facts))
         )
     if plan.net_seconds is not None:
-        measured = f"{seconds(plan.net_seconds)} an image, in batches of {plan.batch_size}"
+        measured = f"{seconds(plan.net_seconds)} per image, in batches of {plan.batch_size}"
         content.append(paragraph(tag("strong", f"The whole net, measured on {plan.device}: {measured}.")))
     if plan.layers:
         content.append(_layer_times(facts))
@@ -165,33 +171,34 @@ def time(facts: Facts) -> Markup:
 def _source_of_times(facts: Facts) -> str:
     if facts.plan.times_from == "cost model":
         return (
-            "Times are estimates of the cost model, which was fitted on two cores of a 2.3 GHz AVX-512 server: their "
-            "shares mean something here, the milliseconds do not. show --measure measures instead."
+            "Times are estimates from the cost model, which was fitted on two cores of a 2.3 GHz AVX-512 server. On "
+            "this machine their shares are meaningful, but the milliseconds are not. Use show --measure to measure "
+            "instead."
         )
     if facts.plan.times_from == "measurement":
-        return f"Times were measured on {facts.plan.device}, each kind of layer by itself, convolutions alone."
-    return f"There are no times of single layers: the cost model is for CPUs, and this is {facts.plan.device}."
+        return f"Times were measured on {facts.plan.device}, each kind of layer separately, convolutions only."
+    return f"There are no times for single layers: the cost model is for CPUs, and this is {facts.plan.device}."
 
 
 def _layer_times(facts: Facts) -> Markup:
     layers = facts.plan.layers
-    known = [layer.seconds for layer in layers if layer.seconds is not None]
-    whole = sum(known)
+    times = [layer.seconds for layer in layers if layer.seconds is not None]
+    whole = sum(times)
     columns = [Column("Layer", "")]
-    columns += [Column("Time", "chart"), Column("An image"), Column("Share")] if known else []
+    columns += [Column("Time", "chart"), Column("Per image"), Column("Share")] if times else []
     columns += [Column("Algorithm", ""), Column("Multiplications")]
 
     def row(layer: LayerTime) -> Row:
         timed: list[Content] = []
         if layer.seconds is not None:
-            share, largest = layer.seconds / whole, layer.seconds / max(known)
+            share, largest = layer.seconds / whole, layer.seconds / max(times)
             timed = [bar_chart(largest, percent(share)), seconds(layer.seconds), percent(share)]
         return (layer.name, *timed, layer.algorithm.replace("_", " "), scaled(layer.multiplications))
 
     bodies = by_stage(facts.stages, {layer.name: row(layer) for layer in layers})
     sums: Row = (
         "all layers",
-        *(["", seconds(whole), ""] if known else []),
+        *(["", seconds(whole), ""] if times else []),
         "",
         scaled(sum(x.multiplications for x in layers)),
     )

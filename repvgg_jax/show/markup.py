@@ -1,4 +1,4 @@
-"""HTML that cannot be broken by what a file holds: text is escaped unless it is made of tags here."""
+"""HTML that no file's content can break: all text is escaped, except the tags made here."""
 
 import math
 import unicodedata
@@ -7,21 +7,21 @@ from html import escape
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 Content = str | Markup | None | Iterable["Content"]
 """Text, tags, nothing, or several of these."""
 
 VOID = frozenset({"meta", "img", "line", "rect", "circle"})
-"""Elements without contents; those of SVG are closed at once, which HTML allows."""
+"""Elements without contents. Those of SVG are self-closing, which HTML allows."""
 
 DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that would turn the text around them."""
+"""Characters that change the direction of the text around them."""
 
 
 def tag(name: str, /, *content: Content, **attributes: str | int | None) -> Markup:
-    """Return an element; attributes of None are left out, `_` in their names becomes `-`, and `class_` is `class`."""
+    """Return an element. Attributes of None are omitted, `_` in their names becomes `-`, and `class_` is `class`."""
     words = [name]
     for key, value in attributes.items():
         if value is not None:
@@ -32,7 +32,7 @@ def tag(name: str, /, *content: Content, **attributes: str | int | None) -> Mark
 
 
 def joined(*content: Content) -> Markup:
-    """Return contents one after another."""
+    """Return the concatenated contents."""
     return Markup("".join(map(_html, content)))
 
 
@@ -47,17 +47,17 @@ def _html(content: Content) -> str:
 
 
 def visible(text: str) -> str:
-    """Return text with control characters, halves of characters and changes of direction as escapes (`\\x00`)."""
+    r"""Return text with control characters, lone surrogates and direction changes written as escapes (`\x00`)."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") or c in DIRECTIONS else c for c in text)
 
 
 def clipped(text: str, length: int = 80) -> str:
-    """Return a name of bounded length."""
+    """Return a name cut to a maximum length."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits, as people write it: 0.0123, 4.56, 1,230, 1.2e-07."""
+    """Return a number with this many significant digits in readable form: 0.0123, 4.56, 1,230, 1.2e-07."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -70,7 +70,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Return a count with three digits and k, M or G where it is large: 8.31 M."""
+    """Return a count, with three digits and k, M or G if it is large: 8.31 M."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * factor:
             return f"{significant(value / factor)}\u00a0{letter}{unit}"
@@ -78,7 +78,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share with one decimal, never 0.0 % or 100.0 % of what is not."""
+    """Return a fraction in per cent with one decimal; 0.0 % and 100.0 % are exact, otherwise <0.1 % or >99.9 %."""
     text = f"{100 * share:.1f}"
     if text == "0.0" and share > 0:
         text = "<0.1"
@@ -96,5 +96,5 @@ def seconds(value: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """Return a count with its noun: 1 image, 2 images."""
+    """Return a count with its noun in the right number: 1 image, 2 images."""
     return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""The page as a whole: one HTML file, without scripts, that asks nobody for anything."""
+"""The complete page: one HTML file without scripts or external resources."""
 
 from importlib import resources
 
@@ -8,14 +8,14 @@ from .facts import Facts
 from .markup import Markup, tag
 
 GENERATOR = "repvgg_jax show"
-"""By which a page is known for one of these; it stands in the first 1000 bytes."""
+"""Text that identifies a page written by `show`; it is in the first 1000 bytes."""
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may load for the page: nothing but what is in it."""
+"""Content security policy: the browser loads nothing from outside the page."""
 
 
 def page(facts: Facts) -> str:
-    """Return the HTML."""
+    """Return the facts as HTML."""
     name = sections.net_name(facts.info)
     parts = {
         "predictions": sections.predictions(facts),

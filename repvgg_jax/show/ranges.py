@@ -1,4 +1,4 @@
-"""Ranges of weights and activations, layer by layer, in the deploy form that 8 bits would hold."""
+"""Ranges of weights and activations, layer by layer, in the deploy form."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ from ..quantization.stack import LINEAR, FloatOperations, Layers
 from .facts import LayerInput, LayerWeights, Spread
 
 DROPPED_BITS = 17
-"""Of a float32's 23 mantissa bits: what is left of its pattern numbers bins of which 64 make a factor of 2."""
+"""Number of a float32's 23 mantissa bits to drop: the other bits are the number of a bin, with 64 bins per octave."""
 
 BINS = 1 << (31 - DROPPED_BITS)
 
 
 def weight_ranges(variant: Variant, layers: Layers) -> tuple[LayerWeights, ...]:
-    """Return the ranges of the layers' real weights.
+    """Return the weight ranges of all layers, as real numbers.
 
     Args:
       variant: the architecture.
-      layers: `quantization.stack.Layers`, or the parameters of a `QuantizedNet`; without `linear` where that is not
-        the file's.
+      layers: `quantization.stack.Layers`, or the parameters of a `QuantizedNet`; without `linear` if the file has no
+        classifier.
     """
     facts = []
     for name in (*(block.name for block in variant.blocks()), LINEAR):
@@ -46,7 +46,7 @@ def weight_ranges(variant: Variant, layers: Layers) -> tuple[LayerWeights, ...]:
 
 @dataclasses.dataclass
 class _Seen:
-    """What has been seen of one layer's input; `limit` is where an INT8 net saturates it."""
+    """Statistics of one layer's input so far; `limit` is the value at which an INT8 net saturates it."""
 
     channels: np.ndarray
     limit: float | None
@@ -58,7 +58,7 @@ class _Seen:
     bins: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def add(self, x: np.ndarray) -> None:
-        """Count float32 values `[…, C]`."""
+        """Add float32 values `[…, C]`."""
         sizes = np.abs(x)
         self.channels = np.maximum(self.channels, sizes.max(tuple(range(x.ndim - 1))))
         self.lowest, self.highest = min(self.lowest, float(x.min())), max(self.highest, float(x.max()))
@@ -69,7 +69,7 @@ class _Seen:
             self.saturated += int((sizes >= self.limit).sum())
 
     def facts(self, name: str) -> LayerInput:
-        """Return what is to be said of it."""
+        """Return the facts about this input."""
         place = int(np.searchsorted(np.cumsum(self.bins), self.values * (PERCENTILE / 100)))
         edge = np.array(min(place + 1, BINS - 1) << DROPPED_BITS, np.uint32).view(np.float32)
         return LayerInput(
@@ -85,13 +85,13 @@ class _Seen:
 
 
 class Recorder:
-    """Ranges of what every layer has read so far."""
+    """Recorder of the ranges of every layer's input."""
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
 
     def add(self, name: str, x: Array, input_scale: Any = None) -> None:
-        """Record an input: real numbers, or integers of a scale."""
+        """Record a layer's input: real numbers, or integers with their scale."""
         values, limit = np.asarray(x, np.float32), None
         if input_scale is not None and np.issubdtype(x.dtype, np.integer):
             values = values * np.float32(input_scale)
@@ -101,7 +101,7 @@ class Recorder:
         self._seen[name].add(values)
 
     def facts(self, without: Sequence[str] = ()) -> tuple[LayerInput, ...]:
-        """Return them, from image to classifier, without those of some layers."""
+        """Return the facts about all inputs, from image to classifier, except those of the layers `without`."""
         return tuple(seen.facts(name) for name, seen in self._seen.items() if name not in without)
 
 
@@ -110,12 +110,12 @@ class _FloatRecording(FloatOperations):
     recorder: Recorder
 
     def read(self, name: str, x: Array) -> Array:
-        self.inputs.clear()  # all of a deep net's would fill the memory
+        self.inputs.clear()  # keeping all inputs of a deep net would exhaust memory
         self.recorder.add(name, x)
         return super().read(name, x)
 
     def activation(self, block: BlockSpec, x: Array) -> Array:
-        """Apply the variant's: not only nets with ReLU are looked at."""
+        """Apply the variant's activation function, since this supports more than ReLU."""
         del block
         return activation_function(self.variant.activation)(x)
 
@@ -136,9 +136,9 @@ def record(variant: Variant, layers: Layers, images: np.ndarray, recorder: Recor
 
     Args:
       variant: the architecture.
-      layers: of the deploy form.
+      layers: layers of the deploy form.
       images: `[N, H, W, C]`, normalised.
-      recorder: is given what every layer reads.
+      recorder: records the input of every layer.
 
     Returns:
       Logits `[N, classes]` and pooled features `[N, C]`.
@@ -152,7 +152,7 @@ def record(variant: Variant, layers: Layers, images: np.ndarray, recorder: Recor
 
 
 def record_quantized(net: QuantizedNet, images: np.ndarray, recorder: Recorder) -> np.ndarray:
-    """Compute an INT8 net so, by XLA, and return its logits `[N, classes]`; arguments as for `record`."""
+    """Compute an INT8 net layer by layer in XLA, and return its logits `[N, classes]`; arguments as for `record`."""
     params: Mapping[str, Any] = jax.tree.map(jnp.asarray, dict(net.params))
 
     def logits(image: np.ndarray) -> np.ndarray:

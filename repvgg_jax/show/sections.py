@@ -1,4 +1,4 @@
-"""The sections of the page that are about the file, its images and its forms."""
+"""Sections of the page about the file, its images and its forms."""
 
 import base64
 
@@ -15,15 +15,15 @@ ANCHORS = {
     "predictions": "Predictions",
     "stages": "Stages and costs",
     "forms": "Training and deploy form",
-    "weights": "Ranges of weights",
-    "activations": "Ranges of activations",
-    "time": "Time of each layer",
+    "weights": "Weight ranges",
+    "activations": "Activation ranges",
+    "time": "Time per layer",
 }
-"""The sections, in order: their ids and headings."""
+"""Ids and headings of the sections, in order."""
 
 
 def section(anchor: str, *content: Content) -> Markup:
-    """Return a section under its heading."""
+    """Return a section with its heading."""
     return tag("section", tag("h2", ANCHORS[anchor]), *content, id=anchor)
 
 
@@ -33,22 +33,22 @@ def paragraph(*content: Content) -> Markup:
 
 
 def total(stages: tuple[StageCost, ...], field: str) -> float:
-    """Return the sum of one of the stages' numbers."""
+    """Return the sum of one field over all stages."""
     return sum(getattr(stage, field) for stage in stages)
 
 
 def net_name(info: WeightsInfo) -> str:
-    """Return what to call the net."""
+    """Return the name of the net."""
     return "Custom RepVGG" if info.variant.name == Variant.name else clipped(info.variant.name)
 
 
 def form_name(info: WeightsInfo) -> str:
-    """Return which form a file holds."""
+    """Return the name of the form that a file contains."""
     return "INT8 deploy form" if info.quantized else "deploy form" if info.deploy else "training form"
 
 
 def file_facts(facts: Facts) -> Markup:
-    """Return what the file says of itself, as a list of terms."""
+    """Return the description of the file as a list of terms."""
     info, images = facts.info, facts.info.preprocessing
     mean, std = (", ".join(f"{number:.6g}" for number in numbers) for numbers in (images.mean, images.std))
     names = ", ".join(clipped(name, 40) for name in (info.class_names or ())[:10])
@@ -58,7 +58,7 @@ def file_facts(facts: Facts) -> Markup:
     epsilon = f", BatchNorm epsilon {variant.epsilon:g}" if variant.epsilon != BN_EPSILON and not info.deploy else ""
     terms: dict[str, Content] = {
         "File": tag("bdi", facts.file),
-        "Holds": f"{form_name(info)}, {info.family} names, {info.dtype}, {info.num_parameters:,} parameters{epsilon}",
+        "Form": f"{form_name(info)}, {info.family} names, {info.dtype}, {info.num_parameters:,} parameters{epsilon}",
         "Net": (
             tag("bdi", net_name(info)),
             f": blocks {_numbers(variant.num_blocks)}; widths {_numbers(variant.widths)}; "
@@ -80,41 +80,45 @@ def _numbers(numbers: tuple[int, ...]) -> str:
 
 
 def tiles(facts: Facts) -> Markup:
-    """Return the figures that one looks for first."""
+    """Return the key figures."""
     hardest = max(facts.weights, key=lambda layer: layer.spread.ratio)
     figures: list[tuple[str, str]] = [
         (scaled(total(facts.stages, "params")), "parameters, deploy form"),
-        (scaled(total(facts.stages, "flops")), "multiply-adds an image"),
-        (significant(hardest.spread.ratio), f"largest over median channel range, {hardest.name}"),
+        (scaled(total(facts.stages, "flops")), "multiply-adds per image"),
+        (significant(hardest.spread.ratio), f"largest / median channel range of weights, {hardest.name}"),
     ]
     if facts.differences:
         last = facts.differences[-1]
-        figures.append((significant(last.relative, 2), f"relative difference: {last.actual}, from {last.expected}"))
+        compared = f"{last.expected} and {last.actual}"
+        figures.append((significant(last.relative, 2), f"relative difference between {compared}"))
     items = [tag("li", tag("strong", figure), tag("span", label)) for figure, label in figures]
     return tag("ul", items, class_="tiles")
 
 
 def basis(facts: Facts) -> Markup:
-    """Return on what images everything was computed."""
+    """Return a paragraph on the images used for all results."""
     if facts.pseudo_random:
         return paragraph(
-            f"No images were given: everything below was computed on {facts.images} pseudo-random ones, smooth noise "
-            "that is always the same. Ranges of activations on photographs are others.",
+            f"No images were given: everything below was computed on {facts.images} pseudo-random images, smooth noise "
+            "that is always the same. Activation ranges on photographs differ from these.",
         )
     said = f"Computed on {counted(facts.images, 'image')}"
     if facts.listed:
-        said += f", spread evenly over the {facts.listed:,} that were given"
+        said += f", sampled evenly from the {facts.listed:,} that were given"
     unusable = f" {facts.unusable:,} could not be read or computed." if facts.unusable else ""
     return paragraph(f"{said}.{unusable}")
 
 
 def predictions(facts: Facts) -> Markup | None:
-    """Return the photographs with their likeliest classes; None without photographs."""
+    """Return the photographs with their most likely classes; None without photographs."""
     if not facts.photos:
         return None
-    note = "Each image as the net sees it, resized and cropped, and the classes that it finds likeliest."
+    note = "Each image as the net sees it, resized and cropped, with its most likely classes."
     if not facts.info.num_classes:
-        note = "Each image as the net sees it, resized and cropped. The file has no classifier: there is no prediction."
+        note = (
+            "Each image as the net sees it, resized and cropped. The file has no classifier, so there are no "
+            "predictions."
+        )
     return section("predictions", paragraph(note), tag("div", map(_figure, facts.photos), class_="photos"))
 
 
@@ -138,16 +142,16 @@ def _figure(photo: Photo) -> Markup:
 
 
 def stages(facts: Facts) -> Markup:
-    """Return the table of stages; what a deploy form was trained with, it does not say."""
+    """Return the table of stages. A deploy form has no columns on training: its training branches are unknown."""
     both = not facts.info.deploy
     columns = [
         Column("Stage", ""),
         Column("Blocks"),
-        Column("Pixels a side"),
+        Column("Pixels per side"),
         Column("Channels"),
         Column("Parameters"),
         Column("Multiply-adds"),
-        Column("Share of them", "chart"),
+        Column("Share of multiply-adds", "chart"),
         Column("Share"),
         Column("Winograd", hint="multiplications left with F(2x2, 3x3) where the stride is 1"),
         *([Column("Training: parameters"), Column("Training: multiply-adds")] if both else []),
@@ -176,26 +180,27 @@ def stages(facts: Facts) -> Markup:
     last: Row = ("whole\u00a0net", str(blocks), "", "", *sums[:2], "", "", sums[2], *training)
     bodies = [(None, [row(stage) for stage in facts.stages]), (None, [last])]
     note = (
-        "For one image, in the deploy form, a plain stack of 3\u00d73 convolutions, one a block. Multiply-adds are "
-        "counted as in the paper; Winograd: the multiplications left with F(2\u00d72, 3\u00d73) where the stride is 1."
+        "Costs are for one image in the deploy form, a plain stack of 3\u00d73 convolutions, one per block. "
+        "Multiply-adds are counted as in the paper. Winograd: multiplications left with F(2\u00d72, 3\u00d73) where "
+        "the stride is 1."
     )
-    return section("stages", paragraph(note), table("Cost of each stage", columns, bodies))
+    return section("stages", paragraph(note), table("Cost per stage", columns, bodies))
 
 
 def forms(facts: Facts) -> Markup:
-    """Return both forms side by side, and how far they are apart."""
+    """Return the section that compares both forms, and the differences between their outputs."""
     info = facts.info
     content: list[Content] = []
     if info.quantized:
-        content.append(paragraph("This file holds an INT8 net: it has no training form to compare with."))
+        content.append(paragraph("This file contains an INT8 net, so there is no training form to compare with."))
     elif info.deploy:
-        content.append(paragraph("This file holds the deploy form: it has no training form to compare with."))
+        content.append(paragraph("This file contains the deploy form, so there is no training form to compare with."))
     else:
         content.append(_side_by_side(facts))
     if facts.differences:
         content.append(_differences(facts))
     else:
-        content.append(paragraph("For none of the images are all outputs finite numbers: there is nothing to compare."))
+        content.append(paragraph("No image has finite outputs in all computations, so there is nothing to compare."))
     return section("forms", content)
 
 
@@ -206,9 +211,9 @@ def _side_by_side(facts: Facts) -> Markup:
     params = [total(facts.stages, field) for field in ("train_params", "params")]
     flops = [total(facts.stages, field) for field in ("train_flops", "flops")]
     rows: list[Row] = [
-        ("a block computes", f"the sum of {', '.join(names)}", "one 3\u00d73 convolution with bias"),
+        ("each block computes", f"the sum of {', '.join(names)}", "one 3\u00d73 convolution with bias"),
         ("parameters", *map(scaled, params)),
-        ("multiply-adds an image", *map(scaled, flops)),
+        ("multiply-adds per image", *map(scaled, flops)),
         ("parameters in float32", *(scaled(4 * count, "B") for count in params)),
     ]
     return table("Both forms", columns, [(None, rows)])
@@ -230,9 +235,9 @@ def _differences(facts: Facts) -> Markup:
     outputs = "logits" if classes else "pooled features"
     images = counted(facts.differences[0].images, "pseudo-random image" if facts.pseudo_random else "image")
     note = (
-        f"Measured on {images}: the largest difference of one output, and the largest difference of an image's "
-        f"{outputs}, \u2016difference\u2016 / \u2016{outputs}\u2016. "
+        f"Measured on {images}: the largest absolute difference of any single output, and the largest relative "
+        f"difference of any image's {outputs}, \u2016difference\u2016 / \u2016{outputs}\u2016. "
     )
     exact = facts.differences[0].expected == TRAINING
-    why = "Fusion is exact; what is left is rounding." if exact else None
+    why = "Fusion is exact; the differences are rounding errors." if exact else None
     return joined(paragraph(note, why), table(f"Difference of {outputs}", columns, [(None, rows)]))

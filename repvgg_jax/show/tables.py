@@ -1,4 +1,4 @@
-"""Tables of the page."""
+"""Tables for the page."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from .markup import Content, Markup, counted, tag
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column.
+    """A column.
 
     Attributes:
-      head: its heading.
-      kind: a class of the cells: "number", "chart", or "" for text.
-      hint: what the heading means, where a word does not say it.
+      head: heading.
+      kind: CSS class of the cells: "number", "chart", or "" for text.
+      hint: tooltip that explains the heading.
     """
 
     head: Content
@@ -23,16 +23,16 @@ class Column:
 
 
 Row = Sequence[Content]
-"""The cells of a row, of which the first is its heading."""
+"""Cells of a row; the first one is its heading."""
 
 
 def table(caption: str, columns: Sequence[Column], bodies: Sequence[tuple[Content, Sequence[Row]]]) -> Markup:
-    """Return a table that can be scrolled sideways where it is too wide.
+    """Return a table that scrolls sideways if it is too wide.
 
     Args:
-      caption: what it shows.
-      columns: the first one has the rows' headings.
-      bodies: groups of rows with their headings, None for a group without.
+      caption: caption of the table.
+      columns: columns; the first one contains the rows' headings.
+      bodies: groups of rows with their headings; None for a group without a heading.
     """
     heads = [tag("th", column.head, scope="col", class_=column.kind or None, title=column.hint) for column in columns]
     parts = [tag("thead", tag("tr", heads))]
@@ -48,14 +48,14 @@ def table(caption: str, columns: Sequence[Column], bodies: Sequence[tuple[Conten
 
 
 def by_stage(stages: Sequence[StageCost], rows: Mapping[str, Row]) -> list[tuple[Content, Sequence[Row]]]:
-    """Return the rows of layers, by name, as `table` wants them: stage by stage, then the rest."""
+    """Return the rows of layers, by name, grouped for `table`: stage by stage, then the rest."""
     bodies: list[tuple[Content, Sequence[Row]]] = []
     rest = dict(rows)
     for stage in stages:
-        own = [rest.pop(name) for name in stage.blocks if name in rest]
-        if own:
+        blocks = [rest.pop(name) for name in stage.blocks if name in rest]
+        if blocks:
             heading = f"{stage.name}: {counted(len(stage.blocks), 'block')}, {stage.channels} channels, "
-            bodies.append((f"{heading}{stage.out_size}\u00d7{stage.out_size} pixels out", own))
+            bodies.append((f"{heading}output {stage.out_size}\u00d7{stage.out_size} pixels", blocks))
     return bodies + [("head", list(rest.values()))] if rest else bodies
 
 

@@ -1,4 +1,4 @@
-"""Which algorithm computes each layer, and how long it takes: by the cost model, or measured here and now."""
+"""Algorithm and time of each layer, estimated by the cost model or measured."""
 
 import time
 from statistics import median
@@ -19,12 +19,12 @@ RUNS = 5
 
 
 def plan_facts(predictor: Predictor, images: np.ndarray, *, measure: bool) -> PlanFacts:
-    """Return how a predictor computes.
+    """Return the facts about a predictor's plan and times.
 
     Args:
-      predictor: of a float or an INT8 net.
-      images: `[N, H, W, C]`, what the predictor takes.
-      measure: measure the whole net, and each layer where there is a plan for a CPU, instead of asking the cost model.
+      predictor: predictor of a float or INT8 net.
+      images: input of the predictor, `[N, H, W, C]`.
+      measure: measure the whole net, and each layer if there is a plan for a CPU, instead of using the cost model.
     """
     plan, on_cpu = predictor.plan, jax.default_backend() == "cpu"
     times_from = None
@@ -50,7 +50,7 @@ def _layer_times(plan: Plan, times_from: str | None) -> tuple[LayerTime, ...]:
             return ALGORITHMS[algorithm].seconds(shape, portion)
         key = (shape, algorithm, portion)
         if key not in measured:
-            with jax.disable_jit(False):  # what is measured is compiled code
+            with jax.disable_jit(False):  # measure compiled code
                 measured[key] = measure_layer(shape, algorithm, portion, plan.outer)
         return measured[key]
 
@@ -67,7 +67,7 @@ def _layer_times(plan: Plan, times_from: str | None) -> tuple[LayerTime, ...]:
 
 
 def _net_seconds(predictor: Predictor, images: np.ndarray) -> float:
-    """Return the median time for an image, with batches of the predictor's size."""
+    """Return the median time per image, with batches of the predictor's size."""
     batch = np.resize(images, (predictor.batch_size, *images.shape[1:]))
     times = []
     for _ in range(RUNS + 1):

@@ -78,7 +78,7 @@ def test_without_images_the_page_says_so_and_is_reproducible(weights, tmp_path):
         assert show(weights, "--output", tmp_path / name).returncode == 0
         pages.append(Page(tmp_path / name))
     check_self_contained(pages[0])
-    assert "No images were given: everything below was computed on 8 pseudo-random ones" in pages[0].text
+    assert "No images were given: everything below was computed on 8 pseudo-random images" in pages[0].text
     assert not pages[0].all("img")
     assert "Predictions" not in pages[0].text
     assert pages[0].source == pages[1].source
@@ -91,11 +91,12 @@ def test_a_deploy_form_is_not_compared_with_a_training_form(photos, tmp_path):
     weights = write_net(tmp_path / "deploy.safetensors", PLAIN, deploy=True)
     assert show(weights, *photos, "-o", tmp_path / "out.html").returncode == 0
     shown = Page(tmp_path / "out.html")
-    assert "This file holds the deploy form: it has no training form to compare with." in shown.text
+    assert "This file contains the deploy form, so there is no training form to compare with." in shown.text
     assert "Training:" not in shown.text
     assert "training form" not in shown.text.replace("no training form", "")
     (one,) = facts_of(weights, *photos).differences
-    assert (one.expected, one.actual) == ("deploy form, direct convolutions", "deploy form, as planned")
+    assert one.expected == "deploy form with direct convolutions"
+    assert one.actual == "deploy form with planned algorithms"
     assert one.relative < 1e-5
 
 
@@ -120,7 +121,7 @@ def test_a_net_without_a_classifier_is_compared_by_its_features(photos, tmp_path
     assert done.returncode == 0, done.stderr
     shown = Page(tmp_path / "out.html")
     check_self_contained(shown)
-    assert "The file has no classifier: there is no prediction." in shown.text
+    assert "The file has no classifier, so there are no predictions." in shown.text
     assert "Difference of pooled features" in shown.text
     assert "linear" not in shown.words
     assert "Same top class" not in shown.text
@@ -134,7 +135,7 @@ def test_max_images_takes_images_from_all_over_the_folder(weights, tmp_path):
     assert show(weights, tmp_path / "many", "--max-images", 3, "-o", tmp_path / "out.html").returncode == 0
     shown = Page(tmp_path / "out.html")
     assert [str(image["alt"]).split(":")[0] for image in shown.all("img")] == ["0/0.png", "1/0.png", "2/0.png"]
-    assert "Computed on 3 images, spread evenly over the 12 that were given." in shown.text
+    assert "Computed on 3 images, sampled evenly from the 12 that were given." in shown.text
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_shown(weights, photos, tmp_path):
@@ -165,7 +166,7 @@ def test_outputs_that_are_not_finite_are_named_and_the_page_says_so(photos, tmp_
 def test_times_are_the_cost_models_unless_measured(weights, tmp_path):
     assert show(weights, "-o", tmp_path / "out.html").returncode == 0
     text = Page(tmp_path / "out.html").text
-    assert "Times are estimates of the cost model" in text
+    assert "Times are estimates from the cost model" in text
     assert "Layers, time estimated by the cost model" in text
     assert show(weights, "-o", tmp_path / "out.html", "--measure").returncode == 0
     text = Page(tmp_path / "out.html").text
@@ -209,7 +210,7 @@ def test_only_a_page_of_show_is_overwritten(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "small.html"
     page.write_text("<h1>My own notes</h1>", encoding="utf-8")
-    assert "small.html exists already, and is no page that show has written" in error_of(show(weights))
+    assert "small.html exists already and was not written by show" in error_of(show(weights))
     assert page.read_text(encoding="utf-8") == "<h1>My own notes</h1>"
     page.unlink()
     for _ in range(2):

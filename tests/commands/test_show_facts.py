@@ -153,7 +153,7 @@ def test_an_int8_file_is_shown_with_its_saturation_limits(photos, tmp_path):
     (tmp_path / "out.html").write_text(page(facts), encoding="utf-8")
     shown = Page(tmp_path / "out.html")
     check_self_contained(shown)
-    assert "INT8 net: it has no training form to compare with" in shown.text
+    assert "INT8 net, so there is no training form to compare with" in shown.text
     assert "An INT8 net has no plan" in shown.text
     (one,) = facts.differences
     assert one.relative <= 1e-5, "all arithmetics give the same integers"

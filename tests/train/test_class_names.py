@@ -154,7 +154,9 @@ def test_as_many_other_classes_give_a_new_classifier_and_a_warning(
     weights = write_weights(tmp_path / "w.safetensors", ("cat", "dog", "wall"), variant)
     original, initial = flatten(rv.load_weights(weights)[1]), started(photos, weights)
     stderr = capsys.readouterr().err
-    assert "(only in the file: cat, dog; only in the data: garden, pagoda): the classifier is newly initialised" in stderr
+    assert (
+        "(only in the file: cat, dog; only in the data: garden, pagoda): the classifier is newly initialised" in stderr
+    )
     for name, leaf in initial.items():
         assert np.array_equal(leaf, original[name]) == (name not in heads(initial)), name
     bound = 8**-0.5  # of PyTorch's default initialisation, for 8 features
