@@ -109,7 +109,8 @@ def quantize_and_write(
         rv.save_quantized(output, net)
     worst = min(net.report, key=lambda layer: layer.output_sqnr)
     done = (
-        f"INT8 ({options.method}) from {len(images)} calibration images; logits {net.report[-1].network_sqnr:.1f} dB "
-        f"above the noise, weakest layer {worst.name} with {worst.output_sqnr:.1f} dB"
+        f"INT8 ({options.method}) from {len(images)} calibration images; signal-to-noise ratio: "
+        f"{net.report[-1].network_sqnr:.1f} dB for the logits, {worst.output_sqnr:.1f} dB for the worst layer, "
+        f"{worst.name}"
     )
     return f"{rv.report_table(net.report)}\n{done}" if options.report else done

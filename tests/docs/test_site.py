@@ -95,7 +95,7 @@ def test_pages_made_from_repository_files_contain_their_text(site, page, source)
 
 def test_the_fine_tuning_page_has_headings(site):
     headings = re.findall(r"<h2 id=[^>]*>(.*?)<a", (site / "finetuning.html").read_text(encoding="utf-8"))
-    assert [text_of(h) for h in headings] == ["1. Split", "2. Fine-tune", "3. Look", "4. Take it elsewhere"]
+    assert [text_of(h) for h in headings] == ["1. Split", "2. Fine-tune", "3. Evaluate", "4. Export"]
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
