@@ -68,7 +68,7 @@ def test_a_bin_with_names_is_pytorchs_and_any_bin_is_read(trained, tmp_path):
     assert convert(trained[0], tmp_path / "net.bin", "--to", "authors").returncode == 0
     assert rv.inspect_weights(tmp_path / "net.bin").family == "authors"
     done = convert(tmp_path / "net.bin", tmp_path / "net.onnx", "--image-size", 48)
-    assert "deploy form, as it was; NCHW, relative" in done.stdout, done.stderr
+    assert "already in deploy form; NCHW, relative" in done.stdout, done.stderr
     (shape,) = (value.type.tensor_type.shape for value in onnx.load(tmp_path / "net.onnx").graph.input)
     assert [d.dim_value for d in shape.dim[1:]] == [3, 48, 48]
 

@@ -46,7 +46,7 @@ def convert(folder, output: str, *options: object):
 def test_a_quantised_file_is_written_evaluated_and_asked(folder):
     done = convert(folder, "int8.safetensors", "--calibration", folder / "data", "--method", "corrected", "--report")
     assert done.returncode == 0, done.stderr
-    assert "INT8 (corrected) from 16 calibration images; logits " in done.stdout
+    assert "INT8 (corrected) from 16 calibration images; signal-to-noise ratio: " in done.stdout
     assert "stage1_0 " in done.stdout
     info = rv.inspect_weights(folder / "int8.safetensors")
     assert (info.quantized, info.class_names, info.preprocessing) == (True, ("a", "b"), PREPROCESSING)
