@@ -40,7 +40,7 @@ from .output import check_output
 from .quantization import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
-"""Largest relative difference between the two forms' logits that float32 rounding can cause, even in the deepest nets."""
+"""Largest relative difference between the two forms' logits that float32 rounding causes, even in the deepest nets."""
 
 
 _IN_HELP = (
@@ -74,11 +74,11 @@ class Arguments:
     num_classes: int | None = None
     """Number of classes. If the classifier in IN has a different number, a newly initialised one replaces it."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
-    """For exports: layout of the input images. If not set, NCHW for .onnx and NHWC for the other formats."""
+    """For exports: layout of the input images. Default: NCHW for .onnx, NHWC for the other formats."""
     free_size: bool = False
     """For ONNX exports: accept images of any height and width."""
     check_images: tuple[str, ...] = ()
-    """For exports: image files or folders on which to compare the export with JAX. If not set, two sample photographs."""
+    """For exports: image files or folders on which to compare the export with JAX. Default: two sample photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Print a description of this file instead of converting."""
     weights: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (

@@ -28,7 +28,7 @@ class Int8Options:
     method: str = "corrected"
     """Quantisation method: naive, per-channel, equalized, corrected or full. full also learns the rounding (slow)."""
     activations: Calibration | None = None
-    """Method of choosing the activation ranges. If not set, the default of --method."""
+    """Method for choosing the activation ranges. Default: depends on --method."""
     per_tensor: bool = False
     """Use one weight scale per layer instead of one per output channel."""
     float_first: bool = False
@@ -38,7 +38,7 @@ class Int8Options:
     calibration_images: int = DEFAULT_COUNT
     """Number of calibration images to use. If DATA has fewer, all are used."""
     onnx_target: OnnxTarget = "onnxruntime"
-    """Runtime for which to write an .onnx file. tensorrt: all quantised tensors int8, biases float. OpenVINO runs both."""
+    """Runtime to write an .onnx file for. tensorrt: quantised tensors are int8, biases float. OpenVINO runs both."""
     report: bool = False
     """Print the quantisation error of each layer."""
 
