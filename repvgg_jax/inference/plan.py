@@ -1,7 +1,7 @@
 """Plans for deploy-form nets: the algorithm of each layer, and the portions in which a batch is processed.
 
-`default_plan` uses a small cost model and returns immediately; `tuning` measures instead. On accelerators, a plan uses XLA's
-convolution for every layer.
+`default_plan` uses a small cost model and returns immediately; `tuning` measures instead. On accelerators, a plan uses
+XLA's convolution for every layer.
 
 Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again, and
 newly allocated memory costs a page fault per 4 KiB, which outweighs the arithmetic of the first layers. So `outer`
