@@ -60,25 +60,25 @@ _TO_HELP = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Convert a weight file to another format, fusing the training form into the deploy form on the way."""
+    """Convert a weight file to another format. Weights in training form are fused into the deploy form."""
 
     input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[IN]", help=_IN_HELP)] = None
     output: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[OUT]", help=_OUT_HELP)] = None
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Stop with an error unless IN contains this variant. Takes a name, or a file that describes the variant."""
+    """Variant expected in IN: a name, or a file that describes it. If IN contains another variant, it is an error."""
     overwrite: bool = False
     """Replace OUT if it exists. IN itself is never overwritten."""
     keep_training_form: bool = False
-    """Convert the format only, without fusing the branches."""
+    """Keep the training form instead of fusing it. Only the file format or the tensor names change."""
     to: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help=_TO_HELP)] = None
     num_classes: int | None = None
     """Number of classes. If the classifier in IN has a different number, a newly initialised one replaces it."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
-    """For exports: layout of the input images. Default: NCHW for .onnx, NHWC for the other formats."""
+    """For exports: layout of the input images. If not set, NCHW for .onnx and NHWC for the other formats."""
     free_size: bool = False
     """For ONNX exports: accept images of any height and width."""
     check_images: tuple[str, ...] = ()
-    """For exports: image files or folders on which to compare the export with JAX. Default: two sample photographs."""
+    """For exports: images or folders on which to compare the export with JAX. If not set, two sample photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Print a description of this file instead of converting."""
     weights: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (

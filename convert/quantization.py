@@ -28,7 +28,7 @@ class Int8Options:
     method: str = "corrected"
     """Quantisation method: naive, per-channel, equalized, corrected or full. full also learns the rounding (slow)."""
     activations: Calibration | None = None
-    """Method for choosing the activation ranges. Default: depends on --method."""
+    """Method for choosing the activation ranges. If not set, the one that belongs to --method."""
     per_tensor: bool = False
     """Use one weight scale per layer instead of one per output channel."""
     float_first: bool = False

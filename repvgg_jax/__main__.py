@@ -34,9 +34,9 @@ class Summary:
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")] = ()
     """Names of variants, or weight files. If none are given, all variants are listed."""
     image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Height and width of the image in pixels. Default: the weight file's value, or 224 for a variant."""
+    """Height and width of the image in pixels. If not set, the weight file's value, or 224 for a variant."""
     num_classes: int | None = None
-    """Number of classes. Default: the weight file's value, or 1000 for a variant."""
+    """Number of classes. If not set, the weight file's value, or 1000 for a variant."""
 
 
 def summary(arguments: Summary) -> None:

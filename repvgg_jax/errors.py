@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 
 class RepVGGError(Exception):
-    """Base class of all errors that bad input can cause; the text is one clear sentence."""
+    """Base class of all errors that invalid input can cause; the message is one clear sentence."""
 
 
 class UnknownModelError(RepVGGError, ValueError):

@@ -40,13 +40,13 @@ class Predict:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")]
     """Image files or folders. Folders are searched recursively."""
     top: int = 5
-    """Number of classes to print per image, the most likely ones."""
+    """Number of most likely classes to print per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Number of images to load and process at a time."""
     format: Format = "text"
     """Output format. text: one line per image. csv: one row per image and class. json: one JSON object per image."""
     embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write pooled features, not classes, to this .npy or .csv file, and print the name of the image of each row."""
+    """Write pooled features to this .npy or .csv file, and print the image of each row instead of its classes."""
     options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )

@@ -301,7 +301,7 @@ def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif
     """Read an image file and prepare it with `eval_transform`: uint8 `[image_size, image_size, C]`.
 
     Raises:
-      DataError: as `open_image` and `eval_transform`; the text names the file.
+      DataError: as `open_image` and `eval_transform`; the message names the file.
     """
     image = open_image(path, preprocessing.channels, exif=exif)
     try:

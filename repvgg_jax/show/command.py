@@ -32,11 +32,11 @@ class Show:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")] = ()
     """Image files or folders. Folders are searched recursively."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """HTML file to write. Default: the weight file's name with .html, in the current folder."""
+    """HTML file to write. If not set, the name of the weight file with .html, in the current folder."""
     max_images: int = 24
     """Largest number of images to use. If there are more, an evenly spaced sample is used."""
     top: int = 5
-    """Number of classes to show per image, the most likely ones."""
+    """Number of most likely classes to show per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Number of images to process at a time. The algorithm of each layer is chosen for this batch size."""
     measure: bool = False

@@ -81,7 +81,7 @@ class Spread:
 
     @property
     def ratio(self) -> float:
-        """Largest range divided by the median range: the span that a single scale must cover; 1 for a layer of zeros."""
+        """Largest range divided by the median range, a span that a single scale must cover; 1 for a layer of zeros."""
         return self.largest / self.median if self.median else 1.0
 
     @classmethod

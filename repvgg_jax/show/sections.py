@@ -99,8 +99,8 @@ def basis(facts: Facts) -> Markup:
     """Return a paragraph on the images used for all results."""
     if facts.pseudo_random:
         return paragraph(
-            f"No images were given: everything below was computed on {facts.images} pseudo-random images (smooth noise, "
-            "the same every time). Activation ranges on photographs differ from these.",
+            f"No images were given: everything below was computed on {facts.images} pseudo-random images (smooth "
+            "noise, the same every time). Activation ranges on photographs differ from these.",
         )
     text = f"Computed on {counted(facts.images, 'image')}"
     if facts.listed:
