@@ -266,5 +266,5 @@ def _service(scheme: str) -> "AbstractFileSystem":
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Return whether a log record is not gcsfs's remark, on every request, that it cannot find out a bucket's type."""
+    """Return False for gcsfs's message that it cannot determine a bucket's type, which it logs on every request."""
     return "Could not determine bucket type" not in record.getMessage()

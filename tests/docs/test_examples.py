@@ -110,7 +110,9 @@ def test_a_folder_that_is_split_already_or_holds_the_result_is_refused(photos, t
     assert "is inside" in said(photos, tmp_path / "link" / "out")
     divided = tmp_path / "divided"
     split(Arguments(str(photos), str(divided)))
-    assert "contains train/ and val/: it is split already; pass it to --data without changes" in said(divided, tmp_path / "a")
+    assert "contains train/ and val/: it is split already; pass it to --data without changes" in said(
+        divided, tmp_path / "a"
+    )
     (divided / "val").rename(divided / "test")
     assert "contains train/ and test/: it is split already" in said(divided, tmp_path / "a")
     (divided / "test").rename(tmp_path / "elsewhere")
