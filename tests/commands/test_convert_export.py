@@ -118,7 +118,7 @@ def test_a_users_own_images_are_compared_on(trained, tmp_path):
 def test_without_onnxruntime_and_scikit_learn_it_checks_by_what_there_is(trained, tmp_path):
     with without("onnxruntime", "sklearn"), mock.patch("onnxruntime.InferenceSession", side_effect=AssertionError):
         done = convert(trained[0], tmp_path / "net.onnx")
-    assert "on 2 random images (no real ones: name some with --check-images, or install scikit-learn)" in done.stdout
+    assert "on 2 random images (no real ones: pass some with --check-images, or install scikit-learn)" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".stablehlo"])
