@@ -1,9 +1,8 @@
 """Conversion command: `python -m convert IN OUT -a NAME` turns training-form weights into deploy-form ones.
 
-Reads every format that `repvgg_jax.load_weights` reads. The suffix of OUT and `--to` choose the format written: another
-weight file, or a file for another runtime (`exports`).
-`--int8 --calibration DATA` quantises (`quantization`).
-`python -m convert --inspect FILE` describes a file.
+Reads every format that `repvgg_jax.load_weights` reads. The suffix of OUT and `--to` set the output format: a weight
+file, or an export for another runtime (see `exports`). `--int8 --calibration DATA` also quantises the net (see
+`quantization`). `python -m convert --inspect FILE` only describes a file.
 """
 
 if __name__ == "__main__":  # before the slow imports: see `run_module`
@@ -41,53 +40,57 @@ from .output import check_output
 from .quantization import Int8Options, check_options, quantize_and_write
 
 TOLERANCE = 1e-4
-"""Largest relative difference of the two forms' logits that float32 rounding explains, even in the deepest nets."""
+"""Largest relative difference between the two forms' logits that float32 rounding causes, even in the deepest nets."""
 
 
 _IN_HELP = (
-    "Weight file to read: a path, an hf://OWNER/REPOSITORY address, or a variant's name for its ImageNet weights "
-    "(unless a file has that name)."
+    "Weight file to read: a path, an hf://OWNER/REPOSITORY address, or the name of a variant, such as RepVGG-A0, to "
+    "use its ImageNet weights. A file of that name takes precedence."
 )
 _OUT_HELP = (
-    "File to write; the suffix sets the format. Weight files: .safetensors (native); .pth, .pt, .tar (PyTorch, with "
-    "the authors' tensor names). Exports, always fused: .onnx; .stablehlo or .bin (jax.export); .savedmodel or a "
-    "trailing slash (TensorFlow)."
+    "File to write. The suffix sets the format. Weight files: .safetensors (native); .pth, .pt, .tar (PyTorch, with "
+    "the authors' tensor names). Exports, which are always fused: .onnx; .stablehlo or .bin (jax.export); .savedmodel "
+    "or a trailing slash (TensorFlow SavedModel)."
 )
 _TO_HELP = (
-    f"Tensor names to use in the weight file: {NATIVE}, {', '.join(FAMILIES)}. With this option, .bin is a PyTorch "
-    "file instead of an export."
+    f"Naming scheme for the tensors of a weight file: {NATIVE}, {', '.join(FAMILIES)}. With this option, .bin is a "
+    "PyTorch file instead of an export."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Convert a weight file to another format, fusing the training form into the deploy form on the way."""
+    """Convert a weight file to another format. Weights in training form are fused into the deploy form."""
 
     input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[IN]", help=_IN_HELP)] = None
     output: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[OUT]", help=_OUT_HELP)] = None
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Variant that IN must contain."""
+    """Variant expected in IN: a name, or a file that describes it. If IN contains another variant, it is an error."""
     overwrite: bool = False
-    """Replace OUT if it exists. OUT can never be the file that is read."""
+    """Replace OUT if it exists. IN itself is never overwritten."""
     keep_training_form: bool = False
-    """Change only the format: do not fuse the weights."""
+    """Keep the training form instead of fusing it. Only the file format or the tensor names change."""
     to: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help=_TO_HELP)] = None
     num_classes: int | None = None
-    """Write a newly initialised classifier with this many classes if the file's has a different number."""
+    """Number of classes. If the classifier in IN has a different number, a newly initialised one replaces it."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
-    """Exports: layout of the input images. Unless set, NCHW for .onnx and NHWC for the others."""
+    """For exports: layout of the input images. If not set, NCHW for .onnx and NHWC for the other formats."""
     free_size: bool = False
-    """ONNX exports: accept images of any height and width."""
+    """For ONNX exports: accept images of any height and width."""
     check_images: tuple[str, ...] = ()
-    """Exports: image files or folders on which to compare the export with JAX, instead of two sample photographs."""
+    """For exports: images or folders on which to compare the export with JAX. If not set, two sample photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Describe this file; convert nothing."""
-    weights: tyro.conf.OmitArgPrefixes[WeightsOptions] = dataclasses.field(default_factory=WeightsOptions)
-    quantization: tyro.conf.OmitArgPrefixes[Int8Options] = dataclasses.field(default_factory=Int8Options)
+    """Print a description of this file instead of converting."""
+    weights: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
+        dataclasses.field(default_factory=WeightsOptions)
+    )
+    quantization: Annotated[tyro.conf.OmitArgPrefixes[Int8Options], tyro.conf.arg(name="quantisation")] = (
+        dataclasses.field(default_factory=Int8Options)
+    )
 
 
 def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, other_variables: Any) -> float:
-    """Return `||a - b|| / ||a||` of two models' logits on one random batch of the smallest images that fill the net.
+    """Return `||a - b|| / ||a||` between two models' logits on one random batch of small images, 64 pixels square.
 
     Raises:
       WeightsError: the first model's logits are not finite.
@@ -140,7 +143,7 @@ def convert(arguments: Arguments) -> str:
     if arguments.keep_training_form and info.deploy:
         raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
     model, variables = rv.load_weights(arguments.input, expected, arguments.num_classes, **options)
-    done = "deploy form, as it was" if model.deploy else "training form kept"
+    done = "already in deploy form" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
         fuse = functools.partial(rv.fuse_variables, epsilon=model.variant.epsilon)
         fused_model, fused = model.clone(deploy=True), jax.jit(fuse)(variables)

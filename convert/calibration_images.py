@@ -18,13 +18,13 @@ DEFAULT_COUNT = 256
 
 
 def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, count: int = DEFAULT_COUNT) -> np.ndarray:
-    """Read a random sample of a data set's images, the same one every time.
+    """Read a random but reproducible sample of a data set's images.
 
-    Images are decoded one at a time. One that cannot be read is replaced by another.
+    Images are decoded one at a time. An image that cannot be read is replaced by another one.
 
     Args:
-      spec: a folder with images at any depth (only its `train/` subfolder, if there is one), or `digits` for the
-        training images of scikit-learn's digits.
+      spec: a folder that is searched for images recursively (only its `train/` subfolder, if there is one), or `digits`
+        for the training images of scikit-learn's digits.
       preprocessing: size, crop and channels.
       count: number of images to read; all of them if there are fewer.
 
@@ -32,10 +32,10 @@ def calibration_images(spec: str | os.PathLike, preprocessing: Preprocessing, co
       uint8 `[N, image_size, image_size, C]`.
 
     Raises:
-      DataError: the folder does not exist, contains no images, or none that can be read.
+      DataError: the folder does not exist, contains no images, or none of its images can be read.
 
     Warns:
-      DataWarning: one for each image that cannot be read, and one with their number.
+      DataWarning: one warning for each image that cannot be read, and one with the number of such images.
     """
     total, read = _data_set(spec, preprocessing)
     size = preprocessing.image_size

@@ -11,7 +11,7 @@ import repvgg_jax as rv
 def logits_of(model: rv.RepVGG, variables: Any, images: np.ndarray | jax.Array) -> np.ndarray:
     """Return a model's logits, computed in full float32 precision.
 
-    Runs layer by layer: many layers share a shape, and compiling the whole net for one batch takes longer.
+    Runs layer by layer, because many layers share a shape and compiling the whole net for one batch takes longer.
     """
     with jax.default_matmul_precision("highest"):
         return np.asarray(model.apply(variables, images))

@@ -1,4 +1,4 @@
-"""Exports to other runtimes. Each is run and compared with JAX before it is put in place."""
+"""Exports to other runtimes. Each export is run and compared with JAX before it appears under its final name."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from .compare import logits_of, relative_difference
 from .output import replacing_folder
 
 MAX_CHECK_IMAGES = 16
-"""Largest number of images taken from a folder, in order of name."""
+"""Largest number of images taken from a folder, in the order of `image_files`."""
 
 Batch = tuple[str, np.ndarray]
 """A description of the images, and the images: float32 `[N, H, W, C]`, normalised."""
@@ -60,7 +60,7 @@ class Format:
 
 
 def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
-    """Compute logits with ONNX Runtime, or with onnx's slow reference evaluator if that is not installed."""
+    """Compute logits with ONNX Runtime, or with the slow reference evaluator of `onnx` if it is not installed."""
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -93,7 +93,7 @@ FORMATS = {".onnx": ONNX, ".stablehlo": STABLEHLO, ".bin": STABLEHLO, ".savedmod
 
 
 def choose_format(output: str) -> Format | None:
-    """Return the export format by suffix (SavedModel for a trailing slash), or None, as for weight files."""
+    """Return the export format for a suffix or a trailing slash (SavedModel); None if it is not an export."""
     if output.endswith(("/", os.sep)):
         return SAVED_MODEL
     return FORMATS.get(Path(output).suffix)
@@ -123,8 +123,8 @@ def write_export(
       preprocessing: preprocessing of the images, including their size.
       class_names: names by class index; stored in ONNX files only.
       free_size: accept any height and width; ONNX files only.
-      batches: images to compare on.
-      tolerance: largest relative difference of the logits to accept as rounding.
+      batches: images for the comparison with JAX.
+      tolerance: largest relative difference between the logits that is accepted as rounding.
 
     Raises:
       ExportError: the export differs from JAX; nothing is written.
@@ -156,11 +156,11 @@ def write_export(
 def check_batches(
     paths: tuple[str, ...], preprocessing: rv.Preprocessing, channels: int, free_size: bool = False
 ) -> list[Batch]:
-    """Return two random images, and real ones: those in `paths`, or else scikit-learn's two photographs.
+    """Return two random images, and real ones: those in `paths`, or scikit-learn's two photographs if it is empty.
 
     Args:
       paths: image files, and folders from which the first images are taken.
-      preprocessing: how to prepare the images.
+      preprocessing: preprocessing of the images.
       channels: number of input channels of the net.
       free_size: add one random image of another, non-square size.
 
@@ -190,13 +190,13 @@ def check_batches(
         pixels = [eval_transform(photograph, preprocessing) for photograph in photographs]
         name = "2 photographs"
     else:
-        words = "2 random images (no real ones: name some with --check-images, or install scikit-learn)"
-        return [(words, noise), *batches[1:]]
+        name = "2 random images (no real ones: pass some with --check-images, or install scikit-learn)"
+        return [(name, noise), *batches[1:]]
     return [*batches, (name, normalize(np.stack(pixels), preprocessing))]
 
 
 def _image_files(path: str) -> list[Path]:
-    """Return the file itself, or the folder's first images by name."""
+    """Return the file itself, or the first `MAX_CHECK_IMAGES` images of a folder."""
     folder = Path(path)
     if not is_folder(folder):
         return [folder]

@@ -1,4 +1,4 @@
-"""Checks of the output path: never overwrite the input, and other files only with `--overwrite`."""
+"""Checks of the output path: the input is never overwritten, and other files only with `--overwrite`."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
       folder: the output is a SavedModel, which may only replace another SavedModel.
 
     Raises:
-      ConfigError: `output` is `source` under the same or another name, or exists already; also as `place`.
+      ConfigError: `output` is `source` under the same or another name, or exists already; or as `place`.
       RepVGGError: the output is in a bucket that cannot be reached.
     """
     with system_errors(RepVGGError, f"cannot write {output}"):
@@ -37,7 +37,7 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
 
 @contextlib.contextmanager
 def replacing_folder(output: str) -> Iterator[str]:
-    """Yield the name of a folder to write, which replaces `output` when the block succeeds.
+    """Yield the name of a folder to write. The folder replaces `output` when the block succeeds.
 
     Raises:
       RepVGGError: the folder cannot be put in place; the old one stays.

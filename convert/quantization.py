@@ -22,13 +22,13 @@ class Int8Options:
     """Post-training quantisation to INT8."""
 
     int8: bool = False
-    """Quantise. OUT must then be .safetensors, or .onnx (written in QDQ form)."""
+    """Quantise to INT8. Needs --calibration. OUT must be a .safetensors file, or an .onnx file (in QDQ format)."""
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    """Images to calibrate on: a folder, or digits for scikit-learn's data set."""
+    """Calibration images: a folder, or the word digits for scikit-learn's digits data set."""
     method: str = "corrected"
-    """One of naive, per-channel, equalized, corrected, full. full also learns the rounding, which is slow."""
+    """Quantisation method: naive, per-channel, equalized, corrected or full. full also learns the rounding (slow)."""
     activations: Calibration | None = None
-    """How to choose the activation ranges, instead of the method's default."""
+    """Method for choosing the activation ranges. If not set, the one that belongs to --method."""
     per_tensor: bool = False
     """Use one weight scale per layer instead of one per output channel."""
     float_first: bool = False
@@ -36,15 +36,15 @@ class Int8Options:
     float_last: bool = False
     """Keep the classifier in float."""
     calibration_images: int = DEFAULT_COUNT
-    """Number of images to take from DATA."""
+    """Number of calibration images to use. If DATA has fewer, all are used."""
     onnx_target: OnnxTarget = "onnxruntime"
-    """Runtime that an .onnx is written for. tensorrt: int8 everywhere, float biases. OpenVINO runs both."""
+    """Runtime to write an .onnx file for. tensorrt: quantised tensors are int8, biases float. OpenVINO runs both."""
     report: bool = False
     """Print the quantisation error of each layer."""
 
 
 def check_options(options: Int8Options, output: str) -> None:
-    """Reject options that cannot work, before anything is read.
+    """Reject options that cannot work, before reading any file.
 
     Raises:
       ConfigError: the options contradict each other.

@@ -2,8 +2,8 @@
 
 `nets` measures the accuracy of the preset and of net sizes published by others. `blocks` trains one small net with and
 without the branches of its block (the paper's Table 6), and with other blocks, on several seeds. DATA is a folder with
-train/CLASS/* and val/CLASS/*, or `cifar10` if TFDS has prepared it. Runs are kept in the workdir; running the same
-command again resumes them and prints the results.
+train/CLASS/* and val/CLASS/*, or `cifar10` for the data set that TFDS has prepared. Runs are kept in the workdir.
+Running the same command again resumes them and prints the results.
 """
 
 if __name__ == "__main__":  # before the slow imports: see `run_module`
@@ -60,7 +60,7 @@ class Trial:
 
 
 def published(blocks: str, widths: str, error: float, name: str) -> Trial:
-    """Return a net from the table in github.com/fattorib/RepVGG-CIFAR10, where it was trained for 200 to 250 epochs."""
+    """Return the trial for a net of github.com/fattorib/RepVGG-CIFAR10, where it was trained for 200 to 250 epochs."""
     return Trial(name, f"--num-blocks {blocks} --widths {widths}", error)
 
 
@@ -94,19 +94,19 @@ class Arguments:
     """Train nets on CIFAR-10 and compare them."""
 
     experiment: tyro.conf.Positional[Literal["nets", "blocks"]]
-    """nets: the preset and published sizes. blocks: ablation of the block's branches, and other blocks."""
+    """nets: the preset and published net sizes. blocks: ablation of the block's branches, and other blocks."""
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """Folder with train/CLASS/* and val/CLASS/*, or cifar10 if TFDS has prepared it."""
+    """Folder with train/CLASS/* and val/CLASS/*, or the word cifar10 for the data set that TFDS has prepared."""
     workdir: str = "runs/cifar10"
     """Folder for runs and results."""
     data_dir: str | None = None
-    """Folder with TFDS's data sets."""
+    """Folder of the TFDS data sets."""
     seeds: int | None = None
-    """Number of runs per trial. Unless set, 1 for nets and 3 for blocks."""
+    """Number of runs per trial. If not set, 1 for nets and 3 for blocks."""
     epochs: int | None = None
-    """Epochs per run. Unless set, each trial's default."""
+    """Epochs per run. If not set, the number that belongs to the trial."""
     only: tuple[str, ...] = ()
-    """Names of the trials to run, such as A0. Without any, all are run."""
+    """Names of the trials to run, such as A0. If none are given, all trials are run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def finished_error(folder: Path) -> float | None:
 
 
 def outcome(trial: Trial, arguments: Arguments, seeds: int) -> Outcome:
-    """Run a trial, training only the seeds that have not finished; exit if a signal stops the training.
+    """Run a trial, training only with the seeds that have not finished; exit if a signal stops the training.
 
     Raises:
       RepVGGError: the data cannot be read, or the workdir cannot be used.

@@ -33,12 +33,12 @@ ROUNDS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compare the two forms of a run on digits, and draw its predictions."""
+    """Compare the training form and the deploy form of a run on digits, and draw the predictions."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, with final.safetensors and deploy.safetensors."""
+    """Folder of the run. It must contain final.safetensors and deploy.safetensors."""
     data_dir: str | None = None
-    """Folder with TFDS's data sets."""
+    """Folder of the TFDS data sets."""
     batch_size: int = 16
     """Batch size for the timing."""
 
@@ -56,7 +56,7 @@ def test_images(info: rv.WeightsInfo, data_dir: str | None) -> tuple[np.ndarray,
 
 
 def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Return the median seconds of each function, calling them in turn so that machine load affects all alike."""
+    """Return each function's median time in seconds; the calls alternate, so that machine load affects all equally."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 2):  # the first two rounds warm up
         for function, seconds in zip(functions, times, strict=True):
@@ -67,7 +67,7 @@ def alternating_times(functions: list[Callable[[], object]], rounds: int = ROUND
 
 
 def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], path: Path) -> None:
-    """Write a picture of `images` `[N, H, W, 3]`, each with its most likely class; mistakes in red."""
+    """Write a picture of `images` `[N, H, W, 3]`, each with its most likely class, in red if it is wrong."""
     figure = Figure(figsize=(10, 5.8), layout="constrained")
     grid = figure.subplots(4, 8)
     for axes, image, label, row in zip(grid.flat, images, labels, probabilities, strict=True):
@@ -83,7 +83,7 @@ def draw(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, name
 
 
 def compare(arguments: Arguments) -> None:
-    """Print agreement and latencies of the two forms; write the picture and the images.
+    """Print the agreement and the latencies of the two forms; write the picture and the images.
 
     Raises:
       RepVGGError: the run has not finished, or its files cannot be read.

@@ -2,8 +2,8 @@
 
 `python -m examples.nnx_backbone` trains on scikit-learn's digits for a few dozen steps. The backbone is our linen
 module in `nnx.bridge.ToNNX`, and the head is an NNX layer. After training, the backbone's variables are extracted and
-fused, for an NNX model in deploy form and for a compiled predictor. All three give the same logits. docs/nnx.md
-describes the pitfalls.
+fused. The result is deployed as an NNX model in deploy form and as a compiled predictor. Both give the same logits as
+the training form. docs/nnx.md describes the pitfalls.
 """
 
 if __name__ == "__main__":  # before the slow imports: see `run_module`
@@ -28,12 +28,12 @@ from repvgg_jax.errors import ConfigError
 
 SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-"""By linen collection of a RepVGG: the corresponding type of NNX variable."""
+"""Type of NNX variable for each linen collection of a RepVGG."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train an NNX model with a RepVGG backbone on real digits, fuse the backbone, and compare the results."""
+    """Train an NNX model with a RepVGG backbone on scanned digits, fuse the backbone, and compare the results."""
 
     steps: int = 60
     """Number of training steps."""
@@ -47,8 +47,8 @@ class DigitsNet(nnx.Module):
     """Digit classifier: pooled features of a RepVGG, then an NNX linear layer; `[N, H, W, 1] -> [N, 10]`."""
 
     def __init__(self, backbone: rv.RepVGG, images: ArrayLike, *, rngs: nnx.Rngs):
-        # Use the random streams only for initialisation. A ToNNX with streams of its own (`rngs=` in its constructor)
-        # draws from them in every call, and can then not be called from a plain `jax.jit`; only dropout needs that.
+        # Use the random streams only for initialisation. A ToNNX that stores streams (`rngs=` in its constructor) draws
+        # from them in every call, and then cannot be called from a plain `jax.jit`. Only dropout needs that.
         self.backbone = nnx.bridge.ToNNX(backbone)
         # Initialise the whole net, not only `embed`: the predictor needs the classifier, although nothing here uses it.
         self.backbone.lazy_init(images, rngs=rngs)
@@ -115,7 +115,7 @@ def deployed(net: DigitsNet, backbone: rv.RepVGG, images: np.ndarray) -> DigitsN
     Args:
       net: trained net.
       backbone: the linen module in it.
-      images: a batch, used for its shape.
+      images: a batch of images, of which only the shape is used.
     """
     deploy_backbone, deploy_variables = rv.to_deploy(backbone, linen_variables(net.backbone))
     fused = DigitsNet(deploy_backbone, images, rngs=nnx.Rngs(0))

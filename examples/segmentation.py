@@ -1,9 +1,9 @@
 """RepVGG as a dilated backbone: a PSPNet segments coins, then its backbone is fused, and the masks stay the same.
 
 `python -m examples.segmentation` uses the photograph of Greek coins from Pompeii that comes with scikit-image. There
-are no hand-drawn masks for it. The ground truth is computed by a watershed on the image's edges, seeded where the
-picture is clearly coin or clearly ground (the classical method for this picture). The network learns this from crops of
-the left two thirds, and is tested on the right third.
+are no hand-drawn masks for it. Instead, the ground truth is computed by a watershed on the image's edges, seeded where
+the picture is clearly coin or clearly ground (the classical method for this picture). The network is trained on crops
+of the left two thirds and tested on the right third.
 
 Writes `segmentation.png`: input, ground truth, prediction. PSPNet: arXiv 1612.01105.
 """
@@ -42,20 +42,20 @@ TRAIN_COLUMNS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train a PSPNet with a RepVGG backbone on real coins, fuse the backbone, and compare the results."""
+    """Train a PSPNet with a RepVGG backbone on a photograph of coins, fuse the backbone, and compare the results."""
 
     steps: int = 200
     """Number of training steps."""
     batch_size: int = 8
     """Crops per step."""
     out: str = "runs/segmentation"
-    """Folder for the picture."""
+    """Folder to write the picture to."""
     seed: int = 0
     """Seed for initialisation and crops."""
 
 
 class PyramidPooling(nn.Module):
-    """Averages over 1x1, 2x2, 3x3 and 6x6 regions, each projected, upsampled and concatenated with the input."""
+    """Averages over 1x1, 2x2, 3x3 and 6x6 regions, which are projected, upsampled and concatenated with the input."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:

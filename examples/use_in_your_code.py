@@ -23,7 +23,7 @@ SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
 
 
 def real_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return 1797 scans of digits, float32 `[N, 32, 32, 3]` with mean 0 and deviation 1, and their labels `[N]`."""
+    """Return 1797 scanned digits, float32 `[N, 32, 32, 3]` with mean 0 and deviation 1, and their labels `[N]`."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 8, 8).repeat(4, axis=1).repeat(4, axis=2)
     images = (images - images.mean()) / images.std()
@@ -63,7 +63,7 @@ def main() -> None:
 
     rng = np.random.default_rng(0)
     for step in range(1, STEPS + 1):
-        chosen = rng.integers(0, 1437, BATCH)  # the first four fifths; the rest is for testing
+        chosen = rng.integers(0, 1437, BATCH)  # the first four fifths; the others are for testing
         params, batch_stats, optimizer_state, loss = train_step(
             params, batch_stats, optimizer_state, images[chosen], labels[chosen]
         )

@@ -26,17 +26,17 @@ from .weights.info import describe
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Print parameters, FLOPs and Winograd multiplications next to the published figures.
+    """Print the cost of nets: parameters, FLOPs and Winograd multiplications, next to the published figures.
 
     For a weight file, also print its preprocessing and classes.
     """
 
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")] = ()
-    """Variants or weight files. Without any, all variants are listed."""
+    """Names of variants, or weight files. If none are given, all variants are listed."""
     image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Height and width of the image in pixels. Unless set, the weight file's value, or 224 for a variant."""
+    """Height and width of the image in pixels. If not set, the weight file's value, or 224 for a variant."""
     num_classes: int | None = None
-    """Number of classes. Unless set, the weight file's value, or 1000 for a variant."""
+    """Number of classes. If not set, the weight file's value, or 1000 for a variant."""
 
 
 def summary(arguments: Summary) -> None:
@@ -60,7 +60,7 @@ def summary(arguments: Summary) -> None:
 
 
 def _is_weight_file(name: str) -> bool:
-    """Return whether a name stands for a file, existing or not, instead of a variant."""
+    """Return whether a name refers to a file, which need not exist, instead of a variant."""
     try:
         get_variant(name)
     except UnknownModelError:
@@ -74,7 +74,7 @@ def main() -> None:
     arguments = tyro.extras.subcommand_cli_from_dict(
         {"summary": Summary, "predict": Predict, "show": Show},
         prog="python -m repvgg_jax",
-        description="RepVGG for JAX. --version as the only argument prints the version.",
+        description="RepVGG for JAX. To print the version, pass --version as the only argument.",
         args=sys.argv[1:],
     )
     if isinstance(arguments, Summary):

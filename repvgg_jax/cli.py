@@ -1,4 +1,4 @@
-"""Common frame of all commands: a user's mistake gives one line on stderr and exit status 2, never a traceback."""
+"""Wrapper for all commands: a user error gives one line on stderr and exit status 2, never a traceback."""
 
 import contextlib
 import importlib
@@ -46,7 +46,7 @@ def run_command(main: Callable[[], object]) -> None:
     """Run a command's `main`. With `--version` as the only argument, print versions instead.
 
     Raises:
-      SystemExit: 2 for an error the user can fix, 1 if the reader of the output has gone, 130 after Ctrl-C.
+      SystemExit: 2 for an error the user can fix, 1 if the reader of the output has exited, 130 after Ctrl-C.
     """
     _show_every_character()
     with _recorded_stdout():
@@ -59,7 +59,7 @@ def _run(main: Callable[[], object]) -> None:
             main()
     except RepVGGError as error:
         _fail(f"error: {error}", 2)
-    except KeyboardInterrupt:  # raised only if `interrupts` does not watch
+    except KeyboardInterrupt:  # raised only if `interrupts.watch` has no effect
         _fail("interrupted", 130)
     except ModuleNotFoundError as error:
         hint = missing_library(error)
@@ -91,7 +91,7 @@ def _fail(line: str, status: int) -> NoReturn:
         _discard(sys.stdout)
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # it may be as full as stdout
+    except OSError:  # stderr may be on the same full disk as stdout
         _discard(sys.stderr)
     sys.exit(status)
 
@@ -140,7 +140,7 @@ class _Stdout:
 
 @contextlib.contextmanager
 def _recorded_stdout() -> Iterator[None]:
-    """Record the errors of writing to stdout for `_stdout_error`; from `print` they look like any other OSError."""
+    """Record errors of writing to stdout, so that `_stdout_error` can tell them from other OSErrors."""
     before: Any = sys.stdout
     if before is not None:  # closed by the shell
         sys.stdout = cast(TextIO, _Stdout(before))
@@ -173,7 +173,7 @@ def _print_version() -> None:
 
 
 def version_line() -> str:
-    """Return the versions that a bug report needs: this package's, its main libraries' and Python's."""
+    """Return the versions of this package, its main libraries and Python, as needed in a bug report."""
     import importlib.metadata  # slow to import and rarely needed
     import platform
 
@@ -190,7 +190,7 @@ def _show_every_character() -> None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Print warnings and our log records on one line, without the code location, which is no use to a user."""
+    """Print warnings and our log records on one line, without the code location, which does not help a user."""
 
     def one_line(message: Warning | str, *_place: object, **_line: object) -> str:
         return f"warning: {' '.join(str(message).split())}\n"

@@ -1,9 +1,9 @@
 """Compilation of C++ sources for this machine on first use, as `torch.compile` does on a CPU.
 
-The library is kept in the user's cache folder under a digest of everything it depends on. If the compiler rejects the
-source, its message is kept there for a day, so that other processes do not try again. A library is code: it is loaded
-only from a folder that nobody else can write to (`ownership.py`). If the cache is not such a folder, the library is
-compiled into a temporary one. `REPVGG_JAX_NATIVE=0` in the environment turns native code off.
+The library is kept in the user's cache folder. Its file name is a digest of everything it depends on. If the compiler
+rejects the source, the message is kept there for a day, so that other processes do not try again. Since a library is
+code, it is loaded only from a folder that nobody else can write to (`ownership.py`). If the cache is not such a folder,
+the library is compiled into a temporary one. `REPVGG_JAX_NATIVE=0` in the environment turns native code off.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SWITCH = "REPVGG_JAX_NATIVE"
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 300
 FAILURE_SECONDS = 24 * 3600
-"""Time before a rejected source is tried again."""
+"""Time in seconds before a rejected source is compiled again."""
 
 _FOR_THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 _PASSING_TROUBLE = (
@@ -42,7 +42,8 @@ _PASSING_TROUBLE = (
     *("temporarily unavailable", "permission denied", "text file busy"),
     *("signal", "killed", "internal compiler error"),
 )
-"""Messages of compilers, assemblers and linkers, in lower case, that blame the machine and not the source."""
+"""Parts of messages of compilers, assemblers and linkers, in lower case, that indicate a problem of the machine and not
+of the source."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def switched_on() -> bool:
 
 
 def load_compiled(source: Path) -> ctypes.CDLL | None:
-    """Return the library that the wheel contains for this processor, or None if there is none that can be loaded."""
+    """Return the wheel's library for this processor, or None if there is none or it cannot be loaded."""
     processor = this_processor()
     library = compiled_file(source, processor) if processor else None
     if library is None or not library.exists():
@@ -61,7 +62,7 @@ def load_compiled(source: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(os.fspath(library))
     except OSError as error:  # for example, the C library is too old
-        _log.warning("the compiled library of the wheel is not used: %s", error)
+        _log.warning("cannot load the wheel's compiled library: %s", error)
         return None
 
 
@@ -74,7 +75,7 @@ def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | Non
       *options: additional compiler options.
 
     Returns:
-      The library. None if there is no compiler for this machine, or if it fails; a failure is logged.
+      The library. None if there is no compiler for this machine or if it fails. Failures are logged.
     """
     command = _command(options)
     if command is None:
@@ -87,7 +88,7 @@ def load_library(source: Path, purpose: str, *options: str) -> ctypes.CDLL | Non
             if not is_old:
                 if _is_recent(rejected):
                     _log.info(
-                        "no native %s: the compiler rejected the source less than a day ago, %s", purpose, rejected
+                        "no native %s: the compiler rejected the source less than a day ago, see %s", purpose, rejected
                     )
                     return None
                 _compile(command, source, library, rejected)
@@ -122,7 +123,7 @@ def _digest(source: Path, command: list[str]) -> str:
 
 @contextlib.contextmanager
 def _folder(purpose: str, library: str) -> Iterator[Path]:
-    """Yield the cache folder, or a temporary one if the cache is unusable or others could put libraries into it.
+    """Yield the cache folder, or a temporary one if the cache cannot be used or others could put libraries into it.
 
     Raises:
       OSError: neither can be used.
@@ -132,7 +133,7 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
         if not os.access(folder, os.W_OK | os.X_OK) and not (folder / library).exists():
             raise PermissionError(f"{folder} cannot be written to")
         if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-            raise PermissionError(f"{folder} is on a file system that runs no programs")
+            raise PermissionError(f"{folder} is on a file system mounted with noexec")
     except OSError as error:
         _log.warning("native %s are compiled for this process alone, in a temporary folder: %s", purpose, error)
     else:
@@ -144,20 +145,20 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
 
 
 def _is_own(library: Path) -> bool:
-    """Return whether the library exists and belongs to the user; remove any other file of that name."""
+    """Return whether the library exists and belongs to the user. Remove it if it exists but fails the check."""
     try:
         check_own_file(library)
     except FileNotFoundError:
         return False
     except OSError as error:
-        _log.warning("not loaded, but compiled again: %s", error)
+        _log.warning("compiling again instead of using the cached library: %s", error)
         library.unlink()
         return False
     return True
 
 
 def _is_recent(rejected: Path) -> bool:
-    """Return whether a rejection by the compiler is on record and has not expired."""
+    """Return whether a rejection by the compiler is recorded and has not expired."""
     with contextlib.suppress(OSError):
         check_own_file(rejected)
         return 0 <= time.time() - rejected.stat().st_mtime < FAILURE_SECONDS
@@ -168,7 +169,7 @@ def _compile(command: list[str], source: Path, library: Path, rejected: Path) ->
     """Write the library, or the compiler's message if it rejects the source.
 
     Raises:
-      RepVGGError: no library could be made: the compiler rejected the source, or something else went wrong.
+      RepVGGError: the compiler failed.
     """
     with atomic_path(library, mode=0o700) as temporary:
         status, message = _run([*command, os.fspath(source), "-o", f"{temporary}"])
@@ -183,12 +184,12 @@ def _compile(command: list[str], source: Path, library: Path, rejected: Path) ->
 
 def _blames_source(status: int, message: str) -> bool:
     """Return whether a compiler failed because of the source or the options, and so will fail again."""
-    # A shell reports a program that cannot be run as 126 or 127, and one that a signal ended as 128 or more.
+    # Shells return 126 or 127 for a program that cannot be run, and 128 or more for one that was ended by a signal.
     return 0 < status < 126 and bool(message.strip()) and not any(t in message.lower() for t in _PASSING_TROUBLE)
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """Return the compiler's exit status (negative: the signal that ended it) and its messages, in English.
+    """Return the compiler's exit status (negative if a signal ended it) and its messages, in English.
 
     Raises:
       RepVGGError: the compiler takes too long.

@@ -1,7 +1,7 @@
 """Console commands that `pip install` creates: `repvgg`, `repvgg-train`, `repvgg-evaluate` and `repvgg-convert`.
 
 Training and conversion are applications next to the library, in the top-level packages `train` and `convert`. A wheel
-should not install packages with names that general, so it omits them. These commands find them in the checkout that an
+should not install packages with such general names, so it omits them. These commands find them in the checkout that an
 editable install points to, from any working directory.
 """
 

@@ -38,7 +38,7 @@ def held_out(labels: np.ndarray, count: int = TEST_IMAGES) -> np.ndarray:
     shares = sizes * count / len(labels)
     chosen = np.floor(shares).astype(int)
     chosen[np.argsort(chosen - shares, kind="stable")[: count - chosen.sum()]] += 1
-    # RandomState, whose streams never change (NEP 19); those of a Generator may.
+    # The streams of RandomState never change (NEP 19). Those of a Generator may.
     random = np.random.RandomState(0)
     picks = [random.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, chosen, strict=True)]
     return np.sort(np.concatenate(picks))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 
 class RepVGGError(Exception):
-    """Base class of all errors that bad input can cause; the text is one clear sentence."""
+    """Base class of all errors that invalid input can cause; the message is one clear sentence."""
 
 
 class UnknownModelError(RepVGGError, ValueError):
@@ -37,7 +37,7 @@ class DataWarning(UserWarning):
 
 
 class ConfigError(RepVGGError, ValueError):
-    """Training options that contradict each other or the machine."""
+    """Options that are invalid, contradict each other, or do not suit the machine."""
 
 
 def first_ten(names: Iterable[object]) -> str:
@@ -48,7 +48,7 @@ def first_ten(names: Iterable[object]) -> str:
 
 
 def shown(name: object) -> str:
-    """Return a name from an untrusted file in a form fit for error messages: printable and of limited length."""
+    """Return a name from an untrusted file in a form suitable for error messages: printable and of limited length."""
     text = name if isinstance(name, str) else f"a {type(name).__name__}"
     text = text if text and text.isprintable() else ascii(text[:200])
     return text if len(text) <= 200 else text[:197] + "…"

@@ -22,11 +22,11 @@ EXTRAS = {
     "wandb": ("wandb",),
     "dev": ("skimage",),
 }
-"""By extra of pyproject.toml: the modules that it installs and we import."""
+"""Modules that each extra of pyproject.toml installs and this package imports."""
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra from a checkout; there is no release on PyPI."""
+    """Return the command that installs an extra from a checkout, since there is no release on PyPI."""
     return f"pip install -e '.[{extra}]' in your checkout of repvgg-jax"
 
 

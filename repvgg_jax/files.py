@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders: a reader never sees half of one."""
+"""Atomic writing of files and folders: readers never see an incomplete one."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ def atomic_path(path: str | os.PathLike, mode: int | None = None) -> Iterator[Pa
 
     Args:
       path: the file to write.
-      mode: its permissions. If None, those of the file that is replaced, or the ones that `open` would set.
+      mode: its permissions. If None, those of the file that is replaced, or those that `open` would set.
 
     Raises:
       RepVGGError: the folder does not exist or cannot be written to, or the disk is full.
@@ -96,7 +96,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder in `parent`, removed after the block, also if a signal ends the process.
+    """Yield a temporary folder in `parent`. It is removed after the block, even if a signal ends the process.
 
     After a signal the block may still be running; opening files in the removed folder then fails.
     """
@@ -122,7 +122,9 @@ def check_new_folder(path: str | os.PathLike) -> None:
       RepVGGError: `path` exists, its parent does not exist or cannot be written to, or it is in a bucket.
     """
     if isinstance(place(path), BucketPath):
-        raise RepVGGError(f"cannot write {path}: folders cannot appear whole in a bucket; write it here, and copy it")
+        raise RepVGGError(
+            f"cannot write {path}: a folder cannot be written atomically to a bucket; write it locally and copy it"
+        )
     if exists(path):
         raise RepVGGError(f"cannot write {path}: it exists already")
     check_target(path)
@@ -157,7 +159,7 @@ def _check_object(target: BucketPath) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that another thread may still be writing to, after renaming it so that it is not found."""
+    """Rename and then remove a folder, since another thread may still be creating files under its old name."""
     with contextlib.suppress(OSError):
         folder = folder.rename(folder.with_name(f"{folder.name}-removed"))
     shutil.rmtree(folder, ignore_errors=True)

@@ -26,8 +26,8 @@ def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
     """List the images in `folder` at any depth, in the order of torchvision's `ImageFolder`.
 
     An image is a file whose suffix is in `IMAGE_SUFFIXES`, in upper or lower case. Links are followed, except a link to
-    a folder that contains it. Unlike torchvision, skips names that begin with a dot: editors and file managers create
-    them (`._photo.jpg`, `.ipynb_checkpoints/`). Broken links are listed, so that reading them reports an error.
+    a folder that contains it. Unlike torchvision, skips names that begin with a dot, which editors and file managers
+    create (`._photo.jpg`, `.ipynb_checkpoints/`). Broken links are listed, so that reading them reports an error.
 
     Raises:
       DataError: `folder`, or a folder in it, cannot be listed.
@@ -53,7 +53,7 @@ def image_files(folder: str | os.PathLike[str]) -> ImageFiles:
 
 
 def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the paths of `image_files`, of which there must be at least one.
+    """Return the paths of `image_files`, or raise an error if there are none.
 
     Raises:
       DataError: as `image_files`, or there are no images.
@@ -65,7 +65,7 @@ def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """Describe the files left out, such as "3 files that are not images (2 .txt, 1 .csv)"."""
+    """Describe the files that were left out, as in "3 files that are not images (2 .txt, 1 .csv)"."""
     total = left_out.total()
     kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common(5)]
     if len(left_out) > len(kinds):
@@ -79,6 +79,6 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _inside(folder: str, link: str) -> bool:
-    """Return whether `link` leads to `folder` or one of its parents: following it would never end."""
+    """Return whether `link` leads to `folder` or one of its parents: following it would loop forever."""
     here, there = Path(folder).resolve(), Path(link).resolve()
     return here.is_relative_to(there)

@@ -1,11 +1,11 @@
 """Signals that stop a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP when its terminal is closed.
 
-Python runs a signal handler in the main thread when that next executes Python code. This may be minutes later if XLA is
-compiling, or inside a callback from C++, which may swallow the handler's exception or crash on it. So the handlers here
-do nothing. A thread receives the signals through `signal.set_wakeup_fd`. It ends the process, or, if there is a state
-to save first (`defer`), records that the process has to stop.
+Python runs a signal handler in the main thread, the next time that thread executes Python code. This may be minutes
+later if XLA is compiling. It may also be inside a callback from C++, which may swallow the handler's exception or crash
+on it. The handlers here therefore do nothing. A thread receives the signals through `signal.set_wakeup_fd`. It ends the
+process, or, if there is state to save first (`defer`), records that the process has to stop.
 
-Only commands call `watch`. Programs that use the library keep their handlers.
+Only commands call `watch`. Programs that use the library keep their own handlers.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from typing import NoReturn
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 LAST_SECONDS = 2
-"""Time limit in seconds for each last step before exit: a terminal, a pipe or a file system may be stuck."""
+"""Time limit in seconds for each final step before exit: a terminal, a pipe or a file system may be stuck."""
 
 
 class _Watch:
@@ -42,8 +42,8 @@ _watch = _Watch()
 def watch() -> None:
     """Watch for signals until the process ends. A signal ends it at once, with status 128 + the signal's number.
 
-    A signal that the parent has set to be ignored (`nohup`, a script's background job) stays ignored. On Windows, which
-    has no wakeup pipe for this, nothing changes.
+    A signal that the parent process ignores (`nohup`, a background job of a script) stays ignored. On Windows, this
+    function does nothing, because there is no wakeup pipe for signals.
     """
     if _watch.active or sys.platform == "win32":
         return
@@ -71,7 +71,7 @@ def requested() -> signal.Signals | None:
 
 
 def defer(on_request: Callable[[signal.Signals], object] = lambda number: None) -> None:
-    """Let the next signal only request a stop (`requested`); a SIGINT after that still ends the process at once.
+    """Let the next signal only request a stop (`requested`); a later SIGINT still ends the process at once.
 
     Args:
       on_request: called with the first signal, in the signal thread.
@@ -88,9 +88,9 @@ def end_deferral() -> None:
 
 @contextlib.contextmanager
 def on_exit(action: Callable[[], object]) -> Iterator[None]:
-    """Run `action` if a signal ends the process inside the block, whose `finally` clauses are not executed then.
+    """Run `action` if a signal ends the process inside the block; `finally` clauses do not run in that case.
 
-    The action runs in another thread, while the block may still be running.
+    The action runs in another thread, and the block may still be running.
     """
     with _watch.lock:
         _watch.actions.append(action)
@@ -103,9 +103,9 @@ def on_exit(action: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Delay signals until the block ends. Use it for short operations that must not be interrupted halfway.
+    """Delay signals until the block ends; for short operations that must not be interrupted halfway.
 
-    If a signal is already ending the process, the block does not start: it waits until the process is gone.
+    If a signal is already ending the process, the block does not start: the call waits until the process has ended.
     """
     with _watch.lock:
         yield
@@ -142,7 +142,7 @@ def _handle(number: signal.Signals) -> None:
 
 
 def _leave(number: signal.Signals) -> NoReturn:
-    """End the process without running any more of the main thread's code; called with the lock held."""
+    """End the process without running more of the main thread's code; called with the lock held."""
     _within_seconds(_last_actions)
     say("interrupted" if number == signal.SIGINT else f"stopped by {number.name}")
     os._exit(128 + number)
@@ -184,7 +184,7 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
 
 
 def _ignore_from_now_on() -> None:
-    """Ignore signals during exit, so that none changes the exit status: Python restores the default handlers there."""
+    """Ignore signals during exit: Python restores the default handlers, and a signal would change the exit status."""
     for number in SIGNALS:
         if signal.getsignal(number) == _do_nothing:
             signal.signal(number, signal.SIG_IGN)
@@ -192,7 +192,7 @@ def _ignore_from_now_on() -> None:
 
 def _forget() -> None:
     """Keep a forked child's signals out of its parent's pipe."""
-    with contextlib.suppress(ValueError):  # forked from another thread than the main one
+    with contextlib.suppress(ValueError):  # not forked from the main thread
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) == _do_nothing:

@@ -1,4 +1,4 @@
-"""Properties of this machine's processor, and the cache folder for measurements of it."""
+"""Properties of this machine's processor, and the cache folder for what depends on it."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ def cache_folder(name: str) -> Path:
     """Return `$XDG_CACHE_HOME/repvgg_jax/NAME`, or the same under `~/.cache`, without creating it.
 
     Raises:
-      OSError: the user has no home folder, for example because no account has the user's number.
+      OSError: the user has no home folder, for example because no account has the user's ID.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the XDG specification says to ignore relative paths
@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def cpu_model() -> str:
-    """Return the processor's name and a digest of its instruction sets: virtual machines share names."""
+    """Return the processor's name and a digest of its instruction sets, since virtual machines share names."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

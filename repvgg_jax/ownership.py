@@ -1,8 +1,8 @@
-"""Files that only the current user can have written, for content that is loaded as code or trusted unchecked.
+"""Files that only the current user can have written, for content that is loaded as code or trusted without checks.
 
 The rule is that of OpenSSH's StrictModes: every folder from the root down belongs to the user or the system, and nobody
-else can write to it, unless its sticky bit keeps others from renaming files that are not theirs. On systems without
-POSIX owners (Windows) there is no check: a user's profile is closed to other users there.
+else can write to it, unless its sticky bit prevents others from renaming files that are not theirs. On systems without
+POSIX owners (Windows) there is no check, because other users have no access to a user's profile there.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ def make_private_folder(path: Path) -> Path:
     """Create the folder and missing parents with mode 0700, and return its path with symbolic links resolved.
 
     Raises:
-      OSError: the folder cannot be created, or somebody else could write to it or replace it; the text says where.
+      OSError: the folder cannot be created, or somebody else could write to it or replace it. The message names the
+        folder that is at fault.
     """
     path = _resolved(path)
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -62,13 +63,13 @@ def _resolved(path: Path) -> Path:
 
 
 def _check_path(path: Path, *, is_leaf: bool) -> None:
-    """Raise OSError if somebody else could replace what is at a path without symbolic links.
+    """Raise OSError if somebody else could replace a folder.
 
     Args:
-      path: an existing folder.
-      is_leaf: also forbid others to create files in it, which a sticky bit allows.
+      path: an existing folder, without symbolic links.
+      is_leaf: also require that others cannot create files in it, which a sticky bit allows.
     """
-    # In a container, the system may own the root folder under a number other than 0.
+    # In a container, the root folder may belong to a system user whose ID is not 0.
     trusted = {0, os.geteuid(), Path(path.anchor).stat().st_uid} if _HAS_OWNERS else set()
     for folder in (path, *path.parents):
         status = folder.stat()
@@ -97,7 +98,7 @@ def _is_private_group(path: Path, group: int) -> bool:
     import pwd
 
     with contextlib.suppress(KeyError, OSError, AttributeError):
-        # With an access control list, the group's bits apply to everybody on the list.
+        # If there is an access control list, the group's bits apply to everybody on the list.
         if "system.posix_acl_access" in os.listxattr(path):
             return False
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)

@@ -18,12 +18,12 @@ def is_url(text: str) -> bool:
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Return whether `path` names something in a bucket."""
+    """Return whether `path` is the URL of an object or folder in a bucket."""
     return os.fspath(path).lower().startswith(tuple(f"{scheme}://" for scheme in LIBRARIES))
 
 
 def expand_home(path: str | os.PathLike) -> str:
-    """Return `path` with `~` expanded, or unchanged if there is no such user. Keeps a trailing slash."""
+    """Return `path` with `~` expanded, or unchanged if there is no such user; a trailing slash is kept."""
     return os.path.expanduser(os.fspath(path))  # noqa: PTH111 (Path.expanduser raises and drops the slash)
 
 
@@ -39,7 +39,7 @@ def place(path: str | os.PathLike) -> Place:
 
 
 def option_place(name: str, text: str) -> Place:
-    """Return an option's `text` as a BucketPath if it is a URL, else as `local_path` does.
+    """Return an option's value as a BucketPath if it is a URL, or else as a local path (see `local_path`).
 
     Args:
       name: the option, for the error message.
@@ -57,7 +57,7 @@ def option_place(name: str, text: str) -> Place:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Return whether `path` exists. True for a broken link, False for an invalid name.
+    """Return whether `path` exists: True for a broken link, False for an invalid name.
 
     Raises:
       ConfigError: as `place`.

@@ -23,8 +23,8 @@ from .weights.imagenet_classes import class_names_to_show
 from .weights.options import WeightsOptions
 
 WEIGHTS_HELP = (
-    "Weight file in training form, deploy form or INT8, or a variant's name for its ImageNet weights (unless a file "
-    "has that name)."
+    "Weight file (training form, deploy form or INT8), or the name of a variant, such as RepVGG-A0, to use its "
+    "ImageNet weights. A file of that name takes precedence."
 )
 
 
@@ -32,21 +32,21 @@ WEIGHTS_HELP = (
 class Predict:
     """Print the most likely classes of images.
 
-    Photographs are rotated upright according to their EXIF orientation. Files that cannot be read are reported on
-    stderr and skipped; the exit status is then 1.
+    Images are rotated upright according to their EXIF orientation. Files that cannot be read are reported on stderr and
+    skipped; the exit status is then 1.
     """
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS", help=WEIGHTS_HELP)]
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")]
-    """Image files, or folders that are searched for images recursively."""
+    """Image files or folders. Folders are searched recursively."""
     top: int = 5
-    """Number of classes to print per image."""
+    """Number of most likely classes to print per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """Number of images to hold in memory and compute together."""
+    """Number of images to load and process at a time."""
     format: Format = "text"
-    """csv: one row per image and class. json: one line with a JSON object per image."""
+    """Output format. text: one line per image. csv: one row per image and class. json: one JSON object per image."""
     embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write pooled features to this .npy or .csv file instead, and print each row's image."""
+    """Write pooled features to this .npy or .csv file, and print the image of each row instead of its classes."""
     options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )
@@ -94,7 +94,7 @@ def _outputs(
     """Yield image names and the net's outputs for them, float32 `[N, outputs]`, batch by batch."""
     predictor = None
     for names, pixels in reader.batches(arguments.batch_size):
-        if predictor is None:  # only now, since reading may show that there is nothing to predict
+        if predictor is None:  # not earlier, because there may be no image that can be read
             predictor = _predictor(arguments, info, len(names), output)
         rows = predictor(normalize(pixels, info.preprocessing))
         finite = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
@@ -114,16 +114,16 @@ def _print_predictions(arguments: Predict, info: WeightsInfo, outputs: Iterator[
 
 
 class ImageReader:
-    """Reads image files one after another, and reports those that it cannot read on stderr.
+    """Reads image files one after another, and reports on stderr those that it cannot read.
 
     Args:
-      paths: image files, or folders with images at any depth.
-      preprocessing: how to prepare the images.
-      at_most: largest number of images to read, spread evenly over all of them; None for all.
+      paths: image files, or folders that are searched for images recursively.
+      preprocessing: preprocessing of the images.
+      at_most: largest number of images to read, evenly spaced in the list of all images; None for all.
 
     Attributes:
       failures: number of files or folders that could not be read so far.
-      listed: number of image files from which `at_most` were chosen; 0 before that.
+      listed: number of image files from which `at_most` were chosen; 0 until they are chosen, or if `at_most` is None.
     """
 
     def __init__(self, paths: tuple[str, ...], preprocessing: Preprocessing, at_most: int | None = None):
@@ -189,7 +189,7 @@ def _predictor(arguments: Predict, info: WeightsInfo, batch_size: int, output: O
         return make_predictor(load_quantized(arguments.weights), None, batch_size, size, output=output)
     with warnings.catch_warnings():
         headless = output == "embedding" and not info.num_classes
-        if headless:  # the classifier is not used, so do not warn that it is newly initialised
+        if headless:  # the classifier is not used: do not warn that it is newly initialised
             warnings.simplefilter("ignore", WeightsWarning)
         model, variables = load_weights(
             arguments.weights, num_classes=1 if headless else None, **arguments.options.reading

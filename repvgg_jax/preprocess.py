@@ -1,7 +1,7 @@
-"""From image files to network input: decoding, evaluation transform and normalisation.
+"""Preprocessing of image files into network input: decoding, evaluation transform and normalisation.
 
 The geometry matches torchvision's `Resize` and `CenterCrop` to the pixel, because the published accuracies were
-measured with them. Images stay uint8 until `normalize`, which is meant to run on the device.
+measured with them. Images stay uint8 until `normalize`, which is intended to run on the device.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ IMAGE_FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "SGI", "QOI", "ICO"),
     "TGA",  # last, because its files have no signature
 )
-"""PIL's names of the image formats that are decoded, regardless of the file name. Others are refused: EPS, for example,
-would start Ghostscript."""
+"""PIL's names of the image formats that are decoded, regardless of the file name. All others are refused: EPS, for
+example, would start Ghostscript."""
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
     *(".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".pcx", ".sgi", ".rgb", ".rgba", ".bw", ".qoi", ".ico", ".tga", ".icb", ".vda", ".vst"),
 )
-"""File name suffixes of images, in lower case: PIL's suffixes for `IMAGE_FORMATS`, which include torchvision's. Without
-`.pfm`, whose values have no fixed range."""
+"""File name suffixes of images, in lower case: PIL's suffixes for `IMAGE_FORMATS`, which include torchvision's. `.pfm`
+is missing because its values have no fixed range."""
 
 
 def in_grey(numbers: tuple[float, ...]) -> tuple[float]:
@@ -52,7 +52,7 @@ _WHOLE_FROM = 320  # pixels: from this size on, the shorter side is not cropped 
 
 
 def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return an image size in pixels as (height, width). One number stands for a square.
+    """Return an image size in pixels as (height, width). A single number means a square.
 
     Raises:
       ValueError: a size is not positive.
@@ -106,8 +106,8 @@ class Preprocessing:
     def at_size(self, image_size: int) -> "Preprocessing":
         """Return the preprocessing of the same net at another image size, by the authors' rule.
 
-        At 320 pixels or more, the shorter side is resized to `image_size` (crop fraction 1); below that, to 8/7 of it
-        (0.875, as 224 is to 256). A net whose size is below 320 keeps its crop fraction at other sizes below 320.
+        At 320 pixels or more, the shorter side is resized to `image_size` (crop fraction 1); below that, to 8/7 of
+        `image_size` (crop fraction 0.875, as in 224 of 256). If both sizes are below 320, the crop fraction is kept.
         """
         if image_size == self.image_size:
             return self
@@ -122,10 +122,10 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """Do the inverse of `to_dict`. Absent fields take their defaults; unknown ones are ignored.
+        """Return the preprocessing for a dict from `to_dict`. Missing fields take their defaults; others are ignored.
 
         Raises:
-          ValueError: a value does not fit its field.
+          ValueError: a value is not valid for its field.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in fields.items() if name in names}
@@ -137,7 +137,7 @@ class Preprocessing:
             raise ValueError(f"not a preprocessing description: {dict(fields)}") from error
 
 
-# By EXIF orientation: the transposition that turns the image upright.
+# The transposition that turns an image upright, by EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -163,8 +163,8 @@ def open_image(path: str | os.PathLike, channels: int = 3, *, exif: bool = False
 def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = False) -> Image.Image:
     """Decode an image file as torchvision's `ImageFolder` does: drop alpha, ignore the EXIF orientation.
 
-    Unlike torchvision, which clips 16-bit grey images to white, keeps their high byte, as PIL itself does for 16-bit
-    colour. Decodes the first of several frames.
+    One difference from torchvision: of 16-bit grey images, the high byte is kept, as PIL itself does for 16-bit colour;
+    torchvision clips them to white. If there are several frames, the first one is decoded.
 
     Args:
       data: the file's bytes, in one of `IMAGE_FORMATS`.
@@ -197,7 +197,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, *, exif: bool = Fals
 
 @functools.cache
 def _openers() -> tuple[Any, ...]:
-    """Return PIL's (factory, accept) pairs for those of `IMAGE_FORMATS` that it was built with."""
+    """Return PIL's (factory, accept) pairs for the formats in `IMAGE_FORMATS` that it was built with."""
     Image.init()
     return tuple(Image.OPEN[kind] for kind in IMAGE_FORMATS if kind in Image.OPEN)
 
@@ -210,7 +210,8 @@ def _identify(data: bytes, name: str) -> ImageFile.ImageFile:
       UnidentifiedImageError: the format is not in `IMAGE_FORMATS`.
     """
     for factory, accept in _openers():
-        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # try the next, as Image.open does
+        # After these errors, try the next format, as Image.open does.
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
             answer = accept is None or accept(data[:16])
             if not answer or isinstance(answer, str):  # a string means that PIL was built without the format
                 continue
@@ -260,12 +261,12 @@ def _pil_mode(channels: int) -> str:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Return `image.convert(mode)` for mode "RGB" or "L", but reduce 16-bit grey values to their high byte."""
+    """Return `image.convert(mode)` for mode "RGB" or "L"; 16-bit grey values are reduced to their high byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(wide >> 8, 0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
-        # The same colours as P -> RGB, without PIL's warning about transparency stored as bytes.
+        # The same colours as from P to RGB, but without PIL's warning about transparency stored as bytes.
         image = image.convert("RGBA")
     return image.convert(mode)
 
@@ -300,7 +301,7 @@ def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif
     """Read an image file and prepare it with `eval_transform`: uint8 `[image_size, image_size, C]`.
 
     Raises:
-      DataError: as `open_image` and `eval_transform`; the text names the file.
+      DataError: as `open_image` and `eval_transform`; the message names the file.
     """
     image = open_image(path, preprocessing.channels, exif=exif)
     try:
@@ -310,7 +311,7 @@ def open_as_input(path: str | os.PathLike, preprocessing: Preprocessing, *, exif
 
 
 def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Return (width, height) for the shorter side `shorter`; the longer one is truncated, as in torchvision."""
+    """Return the (width, height) whose shorter side is `shorter`; the longer one is rounded down, as in torchvision."""
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
@@ -337,7 +338,7 @@ def normalize(images: Any, preprocessing: Preprocessing) -> Any:
       float32 `[..., C]`, the same kind of array.
 
     Raises:
-      ValueError: the last axis is not C.
+      ValueError: the last axis is not of length C.
     """
     if images.shape[-1] != preprocessing.channels:
         raise ValueError(f"images have {images.shape[-1]} channels, preprocessing {preprocessing.channels}")

@@ -1,4 +1,4 @@
-"""Guard against forking once JAX is in use: its threads are not copied, so the child hangs when it first computes."""
+"""Guard against forking after JAX is in use: its threads are not copied, so the child would hang when it computes."""
 
 import os
 

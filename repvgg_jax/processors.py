@@ -17,7 +17,7 @@ class Processor:
       name: part of the library's file name.
       machine: value of `platform.machine()`.
       options: options of GCC and Clang.
-      features: names that `/proc/cpuinfo` must list. Older features, which the compiler options imply, are left out.
+      features: names that `/proc/cpuinfo` must list. Older features that the compiler options imply are omitted.
     """
 
     name: str
@@ -43,7 +43,7 @@ PROCESSORS = (
     ),
     Processor("armv8-a", "aarch64", ("-march=armv8-a",), frozenset({"asimd"})),
 )
-"""In ascending order: for the same machine, later ones support everything that earlier ones do."""
+"""Processor types in ascending order: for the same machine, later ones support everything that earlier ones do."""
 
 
 COMPILE = ("-std=c++17", "-O3", "-fPIC", "-shared")
@@ -59,13 +59,12 @@ def best_processor(machine: str, features: Collection[str]) -> Processor | None:
 
 
 def this_processor() -> Processor | None:
-    """Return the last type in `PROCESSORS` that this machine supports; None if there is none, or not on Linux."""
+    """Return the last type in `PROCESSORS` that this machine supports; None if there is none or this is not Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     features = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    # Features that all cores have.
     common = set(features[0]).intersection(*features) if features else ()
     return best_processor(platform.machine(), common)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-"""By scheme: the library that implements it, and the extra that installs the library."""
+"""For each scheme, the library that implements it and the extra that installs the library."""
 
 MAX_REASON = 300
 
@@ -33,7 +33,7 @@ class BucketPath(os.PathLike[str]):
     """An object in a bucket, or a folder: all objects whose keys begin with this key and a slash.
 
     Methods behave like those of `pathlib.Path` with the same names. Errors of the service are raised as OSError with a
-    one-line text.
+    one-line message.
 
     Attributes:
       scheme: `gs` or `s3`.
@@ -113,7 +113,7 @@ class BucketPath(os.PathLike[str]):
         return self._kind() is not None
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        """Yield the folder's direct contents in order of name; nothing if it does not exist."""
+        """Yield the folder's direct contents, sorted by name; nothing if it does not exist."""
         with self._one_line_errors():
             try:
                 names = self._service.ls(self._name, detail=False)
@@ -136,7 +136,7 @@ class BucketPath(os.PathLike[str]):
                     yield path
 
     def files(self) -> dict["BucketPath", int]:
-        """Return the objects in the folder, at any depth and in order of name, with their sizes in bytes."""
+        """Return the objects in the folder, at any depth and sorted by name, with their sizes in bytes."""
         with self._one_line_errors():
             entries: Any = self._service.find(self._name, detail=True)
         beginning = f"{self._name}/"
@@ -198,13 +198,13 @@ class BucketPath(os.PathLike[str]):
             self._service.put_file(str(local), self._name)
 
     def upload_folder(self, local: Path, last: Sequence[str] = ()) -> None:
-        """Copy a local folder's contents. The files `last` come after all others, to mark the folder as complete."""
+        """Copy a local folder's contents. The files `last` are copied last: they mark the folder as complete."""
         names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
             (self / name).upload(local / name)
 
     def remove_folder(self, first: Sequence[str] = ()) -> None:
-        """Remove the folder's contents. The objects `first` go before all others: they marked it as complete."""
+        """Remove the folder's contents. The objects `first` are removed first: they mark the folder as complete."""
         files = {file.key.removeprefix(f"{self.key}/"): file for file in self.files()}
         for name in [name for name in first if name in files] + [name for name in files if name not in first]:
             files[name].unlink(missing_ok=True)
@@ -266,5 +266,5 @@ def _service(scheme: str) -> "AbstractFileSystem":
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Return False for gcsfs's record that it cannot determine a bucket's type: it logs this on every request."""
+    """Return False for gcsfs's message that it cannot determine a bucket's type, which it logs on every request."""
     return "Could not determine bucket type" not in record.getMessage()

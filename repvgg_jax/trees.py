@@ -15,5 +15,5 @@ def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(arrays: FlatArrays) -> dict[str, Any]:
-    """Do the inverse of `flatten`."""
+    """Return the nested dict for a flat one: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(arrays, sep="/")

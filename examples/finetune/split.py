@@ -1,4 +1,4 @@
-"""Split of a folder with one folder per class for training: `python -m examples.finetune.split PHOTOS OUT`.
+"""Training and validation split of a folder of photographs: `python -m examples.finetune.split PHOTOS OUT`.
 
 `PHOTOS/CLASS/*`, at any depth, becomes `OUT/train/CLASS/*` and `OUT/val/CLASS/*`, the layout that `train.main --data`
 expects.
@@ -29,16 +29,16 @@ from train.data.sources import class_folders, no_images
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Split a folder with one folder per class into train/ and val/."""
+    """Split a folder of photographs, with one subfolder per class, into train/ and val/."""
 
     photos: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PHOTOS")]
-    """Folder with CLASS/IMAGE. It is not changed."""
+    """Folder that contains CLASS/IMAGE. It is not modified."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """Folder to create, with train/CLASS/IMAGE and val/CLASS/IMAGE."""
+    """Folder to create. It will contain train/CLASS/IMAGE and val/CLASS/IMAGE."""
     val: float = 0.2
-    """Fraction of each class that goes to val/, between 0 and 1; at least one image, and never all of them."""
+    """Fraction of each class to put in val/, between 0 and 1. Both val/ and train/ get at least one image."""
     seed: int = 0
-    """Seed of the random choice."""
+    """Seed for the random choice."""
 
 
 def chosen_for_val(names: list[str], share: float, seed: int) -> set[str]:
@@ -64,16 +64,16 @@ def split(arguments: Arguments) -> str:
         raise ConfigError(f"{out} exists; remove it or choose another place for the split")
     if out.resolve().is_relative_to(photos.resolve()):
         raise ConfigError(
-            f"{out} lies in {photos}, where it would be taken for one of the classes; choose another place"
+            f"{out} is inside {photos}, where it would be taken for one of the classes; choose another place"
         )
     classes = class_folders(photos)
     test_folders = [name for name in TEST_FOLDERS if name in classes]
     if "train" in classes and test_folders:
         raise ConfigError(
-            f"{photos} holds train/ and {test_folders[0]}/: it is split already; give it to --data as it is"
+            f"{photos} contains train/ and {test_folders[0]}/: it is split already; pass it to --data without changes"
         )
     if classes == ["train"]:
-        raise ConfigError(f"{photos} holds nothing but train/: to divide what is in there, give {photos / 'train'}")
+        raise ConfigError(f"{photos} contains only train/: to split the images in it, pass {photos / 'train'}")
     listed = {name: image_files(photos / name) for name in classes}
     images = {name: [os.path.relpath(path, photos / name) for path in files.paths] for name, files in listed.items()}
     for name, files in images.items():
@@ -98,7 +98,7 @@ def split(arguments: Arguments) -> str:
                     _link_or_copy(photos / name / file, target)
             half_made.rename(out)
     except OSError as error:
-        raise DataError(f"cannot make {out}: {error.strerror or error}") from error
+        raise DataError(f"cannot create {out}: {error.strerror or error}") from error
     left_out = sum((files.left_out for files in listed.values()), Counter())
     others = f"; left out {describe_left_out(left_out)}" if left_out else ""
     return f"{out}: {len(images)} classes, {counts['train']} images to train on, {counts['val']} to evaluate on{others}"

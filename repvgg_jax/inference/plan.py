@@ -1,6 +1,6 @@
 """Plans for deploy-form nets: the algorithm of each layer, and the portions in which a batch is processed.
 
-`default_plan` uses a small cost model, which is immediate; `tuning` measures instead. On accelerators, the plan is
+`default_plan` uses a small cost model and returns immediately; `tuning` measures instead. On accelerators, a plan uses
 XLA's convolution for every layer.
 
 Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again, and
@@ -18,7 +18,7 @@ from ..net.variants import Variant
 from ..text_table import text_table
 
 OUTER = 16
-"""Largest number of images that go through the whole net together: enough rows for the late matrix products."""
+"""Largest number of images that go through the whole net together: enough rows for late layers' matrix products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
 
     Attributes:
       batch_size: images per call.
-      outer: images that go through all stages together; the last ones of a call may be blank.
+      outer: images that go through all stages together; the last group of a call may be padded with blank images.
       stages: stages in order; each portion divides `outer`.
       source: origin of the plan: "cost model", "measured", "cached measurement", or the platform's name.
     """
@@ -78,7 +78,7 @@ class Plan:
         direct = sum(layer.shape.multiplications() for stage in self.stages for layer in stage.layers) / 1e9
         planned = sum(self._multiplications(layer) for stage in self.stages for layer in stage.layers)
         total = f"batch {self.batch_size}, {self.outer} at a time; {planned:.2f} G multiplications per image"
-        return "\n".join([*text_table(rows), "", f"{total} (direct: {direct:.2f}); chosen by {self.source}"])
+        return "\n".join([*text_table(rows), "", f"{total} (direct: {direct:.2f}); source: {self.source}"])
 
     @staticmethod
     def _multiplications(layer: LayerPlan) -> float:
@@ -86,7 +86,7 @@ class Plan:
 
 
 def stage_layers(variant: Variant, image_size: tuple[int, int], in_channels: int = 3) -> list[list[LayerPlan]]:
-    """Return the net's convolutions with their shapes, grouped by stage, all with the algorithm "direct"."""
+    """Return the net's convolutions with their shapes, grouped by stage. All have the algorithm "direct"."""
     height, width = image_size
     stages: dict[str, list[LayerPlan]] = {}
     for block in variant.blocks(in_channels):
@@ -106,7 +106,7 @@ def xla_plan(variant: Variant, batch_size: int, image_size: tuple[int, int], in_
 def default_plan(
     variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3, *, dtype: str = "float32"
 ) -> Plan:
-    """Return the cost model's plan for a CPU: for each stage, the portion and algorithms of least estimated time."""
+    """Return the cost model's plan for a CPU: for each stage, the fastest portion and algorithms by estimate."""
     outer = outer_portion(batch_size)
 
     def best(shape: LayerShape, portion: int) -> tuple[str, float]:

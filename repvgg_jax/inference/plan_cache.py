@@ -1,7 +1,7 @@
 """Cache of measured plans on disk.
 
-There is one JSON file per plan, named by a digest of everything that the measurement depends on. A file is ignored if
-it cannot be read, has the wrong content, or may have been written by another user.
+Each plan is a JSON file, named after a digest of everything that the measurement depends on. A file is ignored if it
+cannot be read, has the wrong content, or may have been written by another user.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def load_plan(plan: Plan, dtype: str) -> Plan | None:
 
 
 def save_plan(plan: Plan, dtype: str) -> bool:
-    """Save a measured plan. Return False if the file cannot be written, or others could write to its folder."""
+    """Save a measured plan; return False if the file cannot be written or others could write to its folder."""
     key = cache_key(plan, dtype)
     stored = {"key": key, "portions": [stage.portion for stage in plan.stages], "algorithms": plan.algorithms()}
     try:

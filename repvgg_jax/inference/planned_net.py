@@ -1,4 +1,4 @@
-"""Computation of a deploy-form net by a `Plan`: preparation of parameters, forward pass and compilation."""
+"""Computation of a deploy-form net according to a `Plan`: preparing the parameters, forward pass, compilation."""
 
 import dataclasses
 import time
@@ -24,7 +24,7 @@ Output = Literal["logits", "embedding"]
 """Output of a predictor: class scores, or the pooled features that feed the classifier (`RepVGG.embed`)."""
 
 CPU_OPTIONS: dict[str, Any] = {
-    # Use Eigen's matrix products. YNNPACK, XLA's default, packs the operands each time, too costly for small products.
+    # Use Eigen's matrix products. YNNPACK, XLA's default, packs the operands each time: too costly for small products.
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_prefer_vector_width": 512,
 }
@@ -38,7 +38,7 @@ GRAPH_OPTIONS: dict[str, Any] = {
 
 
 def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[str, Any]:
-    """Return deploy-form parameters with each kernel transformed for its algorithm and the body in `dtype`.
+    """Return deploy-form parameters, with each kernel transformed for its algorithm and the body in `dtype`.
 
     Args:
       params: `{block: {"rbr_reparam": {kernel, bias}, …}, "linear": …}`.
@@ -62,7 +62,7 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
 def planned_forward(
     model: RepVGG, plan: Plan, output: Output = "logits"
 ) -> Callable[[Mapping[str, Any], Array], Array]:
-    """Return `forward(params, images) -> [batch_size, outputs]`, to be jitted.
+    """Return the function `forward(params, images) -> [batch_size, outputs]`, ready for `jax.jit`.
 
     `forward` takes parameters from `prepare_params`, and normalised images `[batch_size, H, W, C]`.
     """
@@ -138,9 +138,9 @@ class PlannedOperations:
 def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: Any) -> tuple[jax.stages.Compiled, Any]:
     """Compile `forward(params, batch)`; return it with the parameters in the layout that the compiled code expects.
 
-    On accelerators the compiler chooses the memory layout of the parameters. cuDNN wants kernels as O, H, W, I and
-    would otherwise transpose each of them in every call, which takes half of the memory traffic for one image. For a
-    GPU, a bfloat16 net is compiled in two ways, and the faster one is kept.
+    On accelerators the compiler chooses the memory layout of the parameters. cuDNN needs kernels as O, H, W, I.
+    Otherwise every call would transpose all kernels, which is half of the memory traffic for one image. For a GPU, a
+    bfloat16 net is compiled in two ways, and the faster result is kept.
 
     Args:
       platform: "cpu", "gpu", …
@@ -160,7 +160,7 @@ def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: 
 
 
 def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array) -> tuple[jax.stages.Compiled, Any]:
-    """Return the candidate (a compiled net and its parameters) with the shortest time per call in consecutive calls."""
+    """Return the fastest candidate (a compiled net and its parameters), timed over consecutive calls."""
 
     def seconds(candidate: tuple[jax.stages.Compiled, Any], calls: int) -> float:
         compiled, params = candidate
@@ -180,7 +180,7 @@ def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array
 def accelerated(forward: Callable[..., Any], device: Any = None) -> Any:
     """Return `forward(params, batch)` jitted for an accelerator; the compiler chooses the layout of the parameters.
 
-    `device` may be absent from this machine, for cross-compilation.
+    For cross-compilation, `device` may be one that this machine does not have.
     """
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
     return jax.jit(forward, in_shardings=(Format(Layout.AUTO, sharding), sharding))

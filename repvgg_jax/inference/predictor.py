@@ -26,7 +26,7 @@ class PreparedNet:
 
     Attributes:
       params: parameters of `forward`, on the device.
-      forward: `(params, normalised images [batch_size, *image_shape]) -> [batch_size, outputs]`, to be jitted.
+      forward: `(params, normalised images [batch_size, *image_shape]) -> [batch_size, outputs]`, ready for `jax.jit`.
       batch_size: images per call.
       image_shape: `(height, width, channels)`.
       output: kind of output.
@@ -65,8 +65,8 @@ class Predictor:
     """A compiled net that maps images to logits or embeddings. Can be called from several threads at once.
 
     Attributes:
-      plan: plan with each layer's algorithm; `print(predict.plan)` shows it as a table. None for a quantised net, whose
-        layers all use the same algorithm.
+      plan: plan with each layer's algorithm; `print(predict.plan)` shows it as a table. None for a quantised net, in
+        which all layers use the same algorithm.
       batch_size: images per compiled call.
       image_shape: `(height, width, channels)`.
       image_dtype: uint8 if the predictor normalises the images, else float32.
@@ -95,8 +95,8 @@ class Predictor:
 
         Args:
           images: `[N, H, W, C]` for any N >= 1, NumPy or JAX: float and normalised, or uint8 in 0..255 if the
-            predictor was made with `preprocessing`. Fewer than `batch_size` images are padded with blank ones, more
-            run in pieces; neither recompiles.
+            predictor was made with `preprocessing`. Fewer than `batch_size` images are padded with blank images, and
+            more are processed in pieces. Neither causes a recompilation.
 
         Returns:
           Logits `[N, num_classes]` or embeddings `[N, C]`, float32.
@@ -112,23 +112,23 @@ class Predictor:
     def start(self, images: Any) -> jax.Array:
         """Start computing the output and return without waiting for it, so that the caller can keep the device busy.
 
-        Arguments and errors are those of a call.
+        Arguments and errors are those of `__call__`.
 
         Returns:
-          The output of a call, as an array on the device.
+          The output of `__call__`, as an array on the device.
         """
         outputs = [result[:count] if count < len(result) else result for result, count in self._start_pieces(images)]
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
     def _start_pieces(self, images: Any) -> list[tuple[jax.Array, int]]:
-        """Start computing each piece; return its output for `batch_size` images and how many are not padding."""
+        """Start computing all pieces; return the output of each, and the number of its images that are not padding."""
         check_not_forked()
         if not isinstance(images, jax.Array):
             images = np.asarray(images)
         self._check(images)
         if images.dtype != self.image_dtype:
             images = images.astype(self.image_dtype)
-        if len(images) == self.batch_size:  # even a slice of the whole array would be an operation on the device
+        if len(images) == self.batch_size:  # slicing would be an operation on the device, even for the whole array
             return [(self._run(images), self.batch_size)]
         return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
 
@@ -177,21 +177,21 @@ def make_predictor(
 ) -> Predictor:
     """Return a compiled function from images to logits or embeddings.
 
-    The net is fused, each layer's algorithm is chosen, and the whole is compiled once for one input shape.
-
-    Compilation uses JAX's persistent cache if one is configured (`jax_compilation_cache_dir`).
+    The net is fused, an algorithm is chosen for each layer, and the net is compiled once for one input shape.
+    Compilation uses JAX's persistent cache if it is configured (`jax_compilation_cache_dir`).
 
     Args:
       model: training form (fused here) or deploy form; or a quantised net, for which `dtype` and `tune` have no effect.
       variables: variables of `model`; None for a quantised net, which contains them.
-      batch_size: size of the compiled batch. Smaller batches are padded, larger ones run in pieces.
-      image_size: size in pixels, one number or (height, width). If None, the variant's published size, or that of a
-        quantised net's preprocessing.
-      dtype: computation dtype of the body, such as `jnp.bfloat16`; that of the model if None. A CPU without bfloat16
-        products computes in float32 on weights rounded to bfloat16, which is faster there.
+      batch_size: size of the compiled batch. Smaller batches are padded, and larger ones are processed in pieces.
+      image_size: size in pixels, one number or (height, width). If None, the variant's published size, or the size in
+        a quantised net's preprocessing.
+      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's dtype if None. A CPU without bfloat16
+        instructions computes in float32 with weights rounded to bfloat16, which is faster there.
       tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of using the cost model.
         The result is saved in the user's cache folder and reused without measuring again.
-      preprocessing: accept uint8 images and normalise them with its mean and standard deviation on the device.
+      preprocessing: if set, the predictor accepts uint8 images and normalises them on the device, with this mean and
+        standard deviation.
       quantized: a quantised net, as an alternative to passing it as `model`.
       output: "logits", or "embedding" for the pooled features that feed the classifier (`RepVGG.embed`).
 
@@ -203,7 +203,7 @@ def make_predictor(
       ValueError: a size is not positive, the output or dtype is unknown, the preprocessing has another number of
         channels, or there is not exactly one net.
       FusionError: `variables` cannot be fused.
-      WeightsError: `variables` belong to another model.
+      WeightsError: `variables` do not fit the model.
       RepVGGError: the process was forked from one that had used JAX.
     """
     check_not_forked()
@@ -248,7 +248,7 @@ def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Ou
 
 
 def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:
-    """Return a deploy-form net that computes in float32 on weights rounded to the model's dtype."""
+    """Return a deploy-form net that computes in float32 with weights rounded to the model's dtype."""
     body = {
         name: jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(model.dtype).astype(jnp.float32), block)
         for name, block in params.items()

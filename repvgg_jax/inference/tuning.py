@@ -22,18 +22,18 @@ DTYPE = "float32"
 
 RUNS = 5
 HOPELESS = 4.0
-"""Candidates are not measured if the cost model estimates them to be this many times slower than its best."""
+"""Candidates are not measured if the cost model estimates that they are this many times slower than the best."""
 
 
 def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], channels: int, *, tune: bool) -> Plan:
-    """Return XLA's plan on accelerators, or if no other algorithm supports the dtype; else a plan for this CPU.
+    """Return XLA's plan on accelerators, or if no other algorithm applies; otherwise a plan for this CPU.
 
     Args:
       model: model whose `dtype` is the computation dtype.
       batch_size: images per call.
       image_size: (height, width) in pixels.
       channels: number of input channels.
-      tune: use measurements on this machine, now or cached, if possible, instead of the cost model.
+      tune: if possible, use measurements on this machine (new or cached) instead of the cost model.
     """
     platform, dtype = jax.default_backend(), jnp.dtype(model.dtype).name
     layers = [layer for stage in stage_layers(model.variant, image_size, channels) for layer in stage]
@@ -52,9 +52,10 @@ def choose_plan(model: RepVGG, batch_size: int, image_size: tuple[int, int], cha
 
 
 def measured_plan(plan: Plan) -> Plan:
-    """Return `plan` with each stage's portion and each layer's algorithm replaced by the fastest measured ones (CPU).
+    """Return `plan` with each stage's portion and each layer's algorithm replaced by the fastest ones measured (CPU).
 
-    Takes one small compilation and a few runs per distinct layer shape, candidate and portion: a minute or two.
+    Compiles and runs a small function for each distinct layer shape, candidate and portion, which takes a minute or
+    two.
     """
     cache: dict[tuple[LayerShape, int], tuple[str, float]] = {}
 
@@ -78,8 +79,8 @@ def measured_plan(plan: Plan) -> Plan:
 def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) -> float:
     """Return the seconds per image that one layer takes to process `images` images, `portion` at a time, in float32.
 
-    As inside a net, the layer's output stays in the loop. The result is one maximum per channel, so the measurement
-    contains no page faults for a large result.
+    The layer's output does not leave the loop, as inside a net. The result is only one maximum per channel, so the
+    measurement does not include page faults for a large result.
     """
     rng = np.random.default_rng(0)
     scale = (9 * shape.in_channels / shape.groups) ** -0.5

@@ -1,4 +1,4 @@
-"""Charts for table cells: inline SVG with positions as percentages of its width, so that scaling distorts nothing."""
+"""Charts for table cells: inline SVG with positions in per cent of the width, so that scaling does not distort them."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ LABELS = 4
 """Largest number of labelled ticks on an axis: cells are narrow on a phone."""
 
 MAX_DECADES = 8
-"""Largest length of a logarithmic axis; smaller numbers are drawn at its left end."""
+"""Largest length of a logarithmic axis. Smaller numbers are drawn at its left end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LogAxis:
 
     @classmethod
     def over(cls, numbers: Iterable[float]) -> "LogAxis":
-        """Return an axis of whole decades that covers those of the numbers that are positive and finite."""
+        """Return an axis of whole decades that covers all positive and finite numbers among `numbers`."""
         sizes = [math.log10(number) for number in numbers if number > 0 and math.isfinite(number)]
         last = math.ceil(max(sizes, default=1))
         return cls(max(math.floor(min(sizes, default=0)), last - MAX_DECADES), last) if sizes else cls(0, 1)
@@ -34,7 +34,7 @@ class LogAxis:
         return max(self.last - self.first, 1)
 
     def place(self, number: float) -> float:
-        """Return the position of a number in per cent of the width; numbers beyond the axis are placed at its ends."""
+        """Return the position of a number in per cent of the width; numbers outside the axis are placed at its ends."""
         if math.isnan(number) or number <= 0:
             return 0.0
         if math.isinf(number):
@@ -64,8 +64,8 @@ def range_chart(spread: Spread, axis: LogAxis, mark: float | None = None, *, van
     Args:
       spread: statistics of a layer's channels.
       axis: axis of the column.
-      mark: another number to mark.
-      vanishing: shade the ranges that a single scale for the layer rounds to 0.
+      mark: number to mark with a dashed line.
+      vanishing: shade the ranges that become 0 with a single scale for the layer.
     """
     shapes = axis.grid()
     usual = min(spread.largest, OUTLIER * spread.median)
@@ -86,8 +86,8 @@ def range_chart(spread: Spread, axis: LogAxis, mark: float | None = None, *, van
     if mark is not None:
         x = _percent(axis.place(mark))
         shapes.append(tag("line", x1=x, x2=x, y1=0, y2="100%", class_="mark"))
-    said = f"ranges {significant(spread.least)} to {significant(spread.largest)}, median {significant(spread.median)}"
-    return tag("svg", shapes, class_="chart", height=20, role="img", aria_label=said)
+    label = f"ranges {significant(spread.least)} to {significant(spread.largest)}, median {significant(spread.median)}"
+    return tag("svg", shapes, class_="chart", height=20, role="img", aria_label=label)
 
 
 def bar_chart(share: float, said: str) -> Markup:

@@ -1,4 +1,4 @@
-"""Computation of a page's facts from a weight file and images."""
+"""Computation of the facts on a page, from a weight file and images."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ from .timing import plan_facts
 PSEUDO_RANDOM_IMAGES = 8
 
 PHOTO_PIXELS = 224
-"""Longest side of a photograph on the page."""
+"""Longer side of a photograph on the page, in pixels."""
 
 TRAINING = "training form"
 DIRECT, PLANNED = "deploy form with direct convolutions", "deploy form with planned algorithms"
@@ -104,7 +104,7 @@ def collect(request: Request, reader: ImageReader | None) -> Facts:
 
 
 def stage_costs(info: WeightsInfo) -> tuple[StageCost, ...]:
-    """Return the cost of each stage and of the head. They add up to the costs that `summarize` returns for the net."""
+    """Return the costs of each stage and of the head, which add up to the costs of the net in `summarize`."""
     variant, size, classes = info.variant, info.preprocessing.image_size, info.num_classes
     stages = []
     for name, group in itertools.groupby(block_costs(variant, size, info.in_channels), lambda cost: cost.block.stage):
@@ -139,7 +139,8 @@ def stage_costs(info: WeightsInfo) -> tuple[StageCost, ...]:
 def pseudo_random_images(count: int, size: int, channels: int) -> np.ndarray:
     """Return fixed noise of unit variance, float32 `[count, size, size, channels]`.
 
-    Neighbouring pixels are correlated, as in photographs: averaging white noise a few times leaves almost nothing.
+    Neighbouring pixels are correlated, as in photographs. White noise would almost vanish after a few layers that
+    average it.
     """
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(count, -(-size // 8), -(-size // 8), channels))
@@ -153,9 +154,9 @@ class _Computed:
 
     Attributes:
       outputs: outputs of the predictor: logits `[N, classes]` or pooled features `[N, C]`, depending on `output`.
-      layers: layers of the deploy form, float or INT8, as far as the file has them.
-      others: the same outputs computed in other ways, by description; the most exact comes first.
-      name: description of the predictor's way.
+      layers: layers of the deploy form, float or INT8; without the classifier if the file has none.
+      others: the same outputs from other computations, by description; the most exact computation comes first.
+      name: description of the predictor's computation.
     """
 
     predictor: Predictor
@@ -194,7 +195,7 @@ def _compute(request: Request, images: np.ndarray) -> _Computed:
 
 def _load(request: Request, *, headless: bool) -> tuple[RepVGG, dict[str, Any]]:
     with warnings.catch_warnings():
-        if headless:  # the classifier is not used, so do not warn that it is newly initialised
+        if headless:  # the classifier is not used: do not warn that it is newly initialised
             warnings.simplefilter("ignore", WeightsWarning)
         return load_weights(request.file, num_classes=1 if headless else None, **request.reading)
 
@@ -224,7 +225,7 @@ def _photos(request: Request, names: Sequence[str], pixels: np.ndarray, outputs:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the paths without their common parent folders."""
+    """Return the paths without the parent folders that all of them share."""
     parts = [PurePath(path).parts for path in paths]
     folders = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*(one[:-1] for one in parts), strict=False))
     shared = len(list(folders))

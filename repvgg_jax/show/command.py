@@ -1,4 +1,4 @@
-"""Report on a weight file as one HTML page: `python -m repvgg_jax show WEIGHTS [IMAGE…]`."""
+"""Command that writes a report on a weight file: `python -m repvgg_jax show WEIGHTS [IMAGE…]`."""
 
 import dataclasses
 from pathlib import Path
@@ -21,26 +21,26 @@ SUFFIXES = (".html", ".htm")
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Write a report on a weight file: one self-contained HTML page.
+    """Write a report on a weight file as a self-contained HTML page.
 
     The page shows the net's stages and their costs, the difference between training and deploy form, the ranges of
-    weights and activations, the predictions for the images, and the time per layer. Without images it uses random
-    noise.
+    weights and activations, the predictions for the images, and the time per layer. If no images are given, random
+    noise is used.
     """
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS", help=WEIGHTS_HELP)]
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")] = ()
-    """Image files, or folders that are searched for images recursively."""
+    """Image files or folders. Folders are searched recursively."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """HTML file to write. Unless set, the weight file's name with .html, in the current folder."""
+    """HTML file to write. If not set, the name of the weight file with .html, in the current folder."""
     max_images: int = 24
-    """Largest number of images to use. If there are more, they are sampled evenly."""
+    """Largest number of images to use. If there are more, an evenly spaced sample is used."""
     top: int = 5
-    """Number of classes to show per image."""
+    """Number of most likely classes to show per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """Number of images to compute together; the layers' algorithms are planned for it."""
+    """Number of images to process at a time. The algorithm of each layer is chosen for this batch size."""
     measure: bool = False
-    """Measure how long the net and its layers take on this machine, instead of using the cost model."""
+    """Measure the time of the net and of each layer on this machine, instead of estimating it with the cost model."""
     options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )
@@ -53,7 +53,7 @@ def show(arguments: Show) -> int:
       Number of images (or folders) that could not be read. Each has been reported on stderr.
 
     Raises:
-      ConfigError: an option is out of range, or the output is an existing file that must not be overwritten.
+      ConfigError: an option is out of range, the output has the wrong suffix, or it exists and `show` did not write it.
       WeightsError: the weight file cannot be read or used.
       DataError: none of the images can be read.
       RepVGGError: the page cannot be written.

@@ -1,4 +1,4 @@
-"""Facts of a page about a weight file, as data without HTML."""
+"""Facts shown on the page of a weight file, as data without HTML."""
 
 import dataclasses
 from typing import Literal
@@ -12,10 +12,10 @@ OUTLIER = 4.0
 """A channel with more than this many times the median channel's range is an outlier."""
 
 HALF_STEP = 1 / 254
-"""As a fraction of the layer's largest weight: smaller weights become 0 in 8 bits with one scale for the layer."""
+"""Fraction of the layer's largest weight below which a weight becomes 0 in 8 bits, with one scale for the layer."""
 
 SHOWN_OUTLIERS = 12
-"""Number of a layer's outliers, the largest ones, that are kept individually."""
+"""Largest number of outliers of a layer to draw individually; only the largest ones are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class StageCost:
 class Spread:
     """Distribution of the ranges (largest absolute values) of one layer's channels.
 
-    Channels of zeros are counted but otherwise ignored: 8 bits represent them at any scale.
+    Channels of zeros are counted but otherwise ignored, because any scale represents them exactly.
 
     Attributes:
       channels: number of channels.
       dead: number of channels that are all zeros.
-      least: smallest range of the other channels; 0 if there are none, as for the next four.
+      least: smallest range of the other channels; this and the next four are 0 if there are no others.
       lower: first quartile.
       median: median.
       upper: third quartile.
@@ -81,7 +81,7 @@ class Spread:
 
     @property
     def ratio(self) -> float:
-        """Largest range divided by the median range, which a single scale has to cover; 1 for a layer of zeros."""
+        """Largest range divided by the median range, a span that a single scale must cover; 1 for a layer of zeros."""
         return self.largest / self.median if self.median else 1.0
 
     @classmethod
@@ -196,7 +196,7 @@ class LayerTime:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFacts:
-    """Computation of the net by the predictor.
+    """Plan and times of the predictor.
 
     Attributes:
       batch_size: images per call.
@@ -220,7 +220,7 @@ class Photo:
     """An image and its predictions.
 
     Attributes:
-      name: path of its file without the folders that all images share.
+      name: path of its file, without the parent folders that all images share.
       jpeg: thumbnail of the image as the net sees it.
       guesses: most likely classes, most likely first; empty for a net without a classifier.
     """
@@ -240,13 +240,13 @@ class Facts:
       stages: cost of each stage and of the head.
       photos: the user's images; empty if there are none.
       images: number of images used for all results.
-      pseudo_random: whether those are noise, because the user gave no images.
-      listed: number of images to choose from; 0 if all were used.
+      pseudo_random: whether they are noise, because the user gave no images.
+      listed: number of images that they were chosen from; 0 if all were used.
       unusable: number of images (or folders) that could not be read or computed.
       differences: differences between computations of the outputs.
       weights: weights of each layer, from image to classifier.
       inputs: inputs of each layer, from image to classifier.
-      plan: computation by the predictor.
+      plan: plan and times of the predictor.
     """
 
     file: str

@@ -10,8 +10,8 @@ from .sections import paragraph, section
 from .tables import Column, Row, by_stage, table
 
 HARD = 10.0
-"""Ratio of largest to median channel range from which a layer is highlighted: a single scale leaves the median channel
-12 of 127 steps."""
+"""Ratio of largest to median channel range at or above which a layer is highlighted: at this ratio, a single scale
+leaves 12 of 127 steps for the median channel."""
 
 
 def weights(facts: Facts) -> Markup:
@@ -22,7 +22,7 @@ def weights(facts: Facts) -> Markup:
         Column(("Range of each output channel", axis.ticks()), "chart"),
         Column("Largest /\u00a0median"),
         Column("Outliers", hint=f"channels with more than {OUTLIER:g} times the median range"),
-        Column("Lost with one\u00a0scale", hint="channels that become 0 in 8 bits with one scale for the layer"),
+        Column("Lost with one\u00a0scale", hint="channels that become 0 in 8 bits if the layer has one scale"),
         Column("Lowest"),
         Column("Highest"),
         Column("Kernel", ""),
@@ -43,8 +43,9 @@ def weights(facts: Facts) -> Markup:
 
     note = (
         "These are the weights of the deploy form, which quantisation stores in 8 bits. A channel's range is its "
-        "largest absolute weight. One scale for a whole layer has to cover the largest range: channels in the shaded "
-        "part of the row, below 1/254 of the largest range, become 0. One scale per channel covers any ranges."
+        "largest absolute weight. With one scale per layer, the scale must cover the largest range, and channels in "
+        "the shaded part of the row, below 1/254 of the largest range, become 0. With one scale per channel, no "
+        "channel is lost."
     )
     if facts.info.quantized:
         note += " This net is already in 8 bits; its weights are shown multiplied by their scales."
@@ -53,9 +54,8 @@ def weights(facts: Facts) -> Markup:
     lossy = sum(layer.spread.vanishing > 0 for layer in facts.weights)
     losses = f"{counted(lost, 'channel')} in {counted(lossy, 'layer')}" if lost else "no channel"
     finding = (
-        f"The hardest layer to quantise is {hardest.name}: its largest channel has "
-        f"{significant(hardest.spread.ratio)} times the range of the median one. With one scale per layer, {losses} "
-        "would be lost."
+        f"The hardest layer to quantise is {hardest.name}: the largest range of its channels is "
+        f"{significant(hardest.spread.ratio)} times the median range. With one scale per layer, {losses} would be lost."
     )
     rows = {layer.name: row(layer) for layer in facts.weights}
     return section(
@@ -107,9 +107,10 @@ def activations(facts: Facts) -> Markup:
 
     images = "pseudo-random images" if facts.pseudo_random else "images"
     note = (
-        f"These are the inputs of each layer for the {images}: the normalised image for stage0, the last block's "
-        "output for pool, and the pooled features for linear. All channels of an activation share one scale. If the "
-        "largest value is far above the 99.99th percentile, it pays to let it saturate."
+        f"These are the inputs of each layer for the {images}. The input of stage0 is the normalised image, that of "
+        "pool is the output of the last block, and that of linear is the pooled features. All channels of an "
+        "activation share one scale. If the largest value is far above the 99.99th percentile, it is better to let it "
+        "saturate."
     )
     dead = sum(layer.spread.dead for layer in facts.inputs)
     channels = sum(layer.spread.channels for layer in facts.inputs)
@@ -142,9 +143,9 @@ def _legend(*, vanishing: bool) -> Markup:
     example = Spread(9, 0, 0.02, 0.06, 0.12, 0.25, 6.0, 1, (6.0,), 0)
     axis = LogAxis.over((0.01, 10))
     key = range_chart(example, axis, None if vanishing else 2.0, vanishing=vanishing)
-    said = f"line: minimum to {OUTLIER:g} times the median; box: middle half; bar: median; dots: beyond the line"
+    parts = f"line: minimum to {OUTLIER:g} times the median; box: middle half; bar: median; dots: beyond the line"
     mark = "shaded: lost with one scale" if vanishing else "dashed: 99.99th percentile"
-    return tag("p", tag("span", key, class_="key"), f"{said}; {mark}.", class_="legend")
+    return tag("p", tag("span", key, class_="key"), f"{parts}; {mark}.", class_="legend")
 
 
 def time(facts: Facts) -> Markup:
@@ -172,12 +173,12 @@ def _source_of_times(facts: Facts) -> str:
     if facts.plan.times_from == "cost model":
         return (
             "Times are estimates from the cost model, which was fitted on two cores of a 2.3 GHz AVX-512 server. On "
-            "this machine their shares are meaningful, but the milliseconds are not. Use show --measure to measure "
-            "instead."
+            "this machine, the shares are meaningful, but the absolute times are not. Use show --measure to measure "
+            "them instead."
         )
     if facts.plan.times_from == "measurement":
-        return f"Times were measured on {facts.plan.device}, each kind of layer separately, convolutions only."
-    return f"There are no times for single layers: the cost model is for CPUs, and this is {facts.plan.device}."
+        return f"Times were measured on {facts.plan.device}: only the convolutions, and each kind of layer separately."
+    return f"There are no times for individual layers: the cost model is for CPUs, and this is {facts.plan.device}."
 
 
 def _layer_times(facts: Facts) -> Markup:

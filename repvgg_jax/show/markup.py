@@ -1,4 +1,4 @@
-"""HTML that no file's content can break: all text is escaped, except the tags made here."""
+"""HTML that no file's content can break: all text is escaped, except the tags created here."""
 
 import math
 import unicodedata
@@ -21,7 +21,7 @@ DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def tag(name: str, /, *content: Content, **attributes: str | int | None) -> Markup:
-    """Return an element. Attributes of None are omitted, `_` in their names becomes `-`, and `class_` is `class`."""
+    """Return an element. Attributes that are None are omitted, `_` in a name becomes `-`, and `class_` is `class`."""
     words = [name]
     for key, value in attributes.items():
         if value is not None:
@@ -47,17 +47,17 @@ def _html(content: Content) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Return text with control characters, lone surrogates and direction changes written as escapes (`\x00`)."""
+    r"""Return a text with control characters, lone surrogates and direction changes as escapes (`\x00`)."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") or c in DIRECTIONS else c for c in text)
 
 
 def clipped(text: str, length: int = 80) -> str:
-    """Return a name cut to a maximum length."""
+    """Return a name, shortened to a maximum length."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Return a number with this many significant digits in readable form: 0.0123, 4.56, 1,230, 1.2e-07."""
+    """Return a number with this many significant digits, in a readable form: 0.0123, 4.56, 1,230, 1.2e-07."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -70,7 +70,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Return a count, with three digits and k, M or G if it is large: 8.31 M."""
+    """Return a count; a large one with three digits and k, M or G: 8.31 M."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * factor:
             return f"{significant(value / factor)}\u00a0{letter}{unit}"
@@ -78,7 +78,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def percent(share: float) -> str:
-    """Return a fraction in per cent with one decimal; 0.0 % and 100.0 % are exact, otherwise <0.1 % or >99.9 %."""
+    """Return a fraction in per cent with one decimal. Near 0 and 1 it is <0.1 % or >99.9 %, unless it is exact."""
     text = f"{100 * share:.1f}"
     if text == "0.0" and share > 0:
         text = "<0.1"
@@ -96,5 +96,5 @@ def seconds(value: float) -> str:
 
 
 def counted(count: int, thing: str) -> str:
-    """Return a count with its noun in the right number: 1 image, 2 images."""
+    """Return a count with its noun in the singular or plural: 1 image, 2 images."""
     return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -15,7 +15,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(facts: Facts) -> str:
-    """Return the facts as HTML."""
+    """Return the page that shows the facts, as HTML."""
     name = sections.net_name(facts.info)
     parts = {
         "predictions": sections.predictions(facts),

@@ -22,7 +22,7 @@ from ..quantization.stack import LINEAR, FloatOperations, Layers
 from .facts import LayerInput, LayerWeights, Spread
 
 DROPPED_BITS = 17
-"""Number of a float32's 23 mantissa bits to drop: the other bits are the number of a bin, with 64 bins per octave."""
+"""Number of mantissa bits (of 23) to drop from a float32. The other bits are the bin index, with 64 bins per octave."""
 
 BINS = 1 << (31 - DROPPED_BITS)
 
@@ -46,7 +46,7 @@ def weight_ranges(variant: Variant, layers: Layers) -> tuple[LayerWeights, ...]:
 
 @dataclasses.dataclass
 class _Seen:
-    """Statistics of one layer's input so far; `limit` is the value at which an INT8 net saturates it."""
+    """Statistics of one layer's input so far. An INT8 net saturates the input at `limit`."""
 
     channels: np.ndarray
     limit: float | None
@@ -101,7 +101,7 @@ class Recorder:
         self._seen[name].add(values)
 
     def facts(self, without: Sequence[str] = ()) -> tuple[LayerInput, ...]:
-        """Return the facts about all inputs, from image to classifier, except those of the layers `without`."""
+        """Return the facts about all inputs, from image to classifier, except for the layers named in `without`."""
         return tuple(seen.facts(name) for name, seen in self._seen.items() if name not in without)
 
 
@@ -115,7 +115,7 @@ class _FloatRecording(FloatOperations):
         return super().read(name, x)
 
     def activation(self, block: BlockSpec, x: Array) -> Array:
-        """Apply the variant's activation function, since this supports more than ReLU."""
+        """Apply the variant's activation function, which need not be a ReLU."""
         del block
         return activation_function(self.variant.activation)(x)
 
@@ -152,7 +152,7 @@ def record(variant: Variant, layers: Layers, images: np.ndarray, recorder: Recor
 
 
 def record_quantized(net: QuantizedNet, images: np.ndarray, recorder: Recorder) -> np.ndarray:
-    """Compute an INT8 net layer by layer in XLA, and return its logits `[N, classes]`; arguments as for `record`."""
+    """Compute an INT8 net layer by layer in XLA; return its logits `[N, classes]`. Arguments are as for `record`."""
     params: Mapping[str, Any] = jax.tree.map(jnp.asarray, dict(net.params))
 
     def logits(image: np.ndarray) -> np.ndarray:

@@ -68,8 +68,8 @@ def file_facts(facts: Facts) -> Markup:
             f"; {variant.activation}" if variant.activation != "relu" else None,
         ),
         "Images": f"{images.image_size}\u00d7{images.image_size} pixels, {counted(info.in_channels, 'channel')}: "
-        f"centre crop {images.crop_fraction:g} of the shorter side resized to {images.resize_size}; "
-        f"mean {mean}, std {std} of pixel values in 0..1",
+        f"shorter side resized to {images.resize_size}, then centre crop (crop fraction {images.crop_fraction:g}); "
+        f"mean {mean}, std {std} for pixel values in 0..1",
         "Classes": (classes, ": " if names else None, names, f", and {more:,} more" if more > 0 else None),
     }
     return tag("dl", [(tag("dt", term), tag("dd", text)) for term, text in terms.items()], class_="facts")
@@ -99,14 +99,14 @@ def basis(facts: Facts) -> Markup:
     """Return a paragraph on the images used for all results."""
     if facts.pseudo_random:
         return paragraph(
-            f"No images were given: everything below was computed on {facts.images} pseudo-random images, smooth noise "
-            "that is always the same. Activation ranges on photographs differ from these.",
+            f"No images were given: everything below was computed on {facts.images} pseudo-random images (smooth "
+            "noise, the same every time). Activation ranges on photographs differ from these.",
         )
-    said = f"Computed on {counted(facts.images, 'image')}"
+    text = f"Computed on {counted(facts.images, 'image')}"
     if facts.listed:
-        said += f", sampled evenly from the {facts.listed:,} that were given"
+        text += f", sampled evenly from the {facts.listed:,} that were given"
     unusable = f" {facts.unusable:,} could not be read or computed." if facts.unusable else ""
-    return paragraph(f"{said}.{unusable}")
+    return paragraph(f"{text}.{unusable}")
 
 
 def predictions(facts: Facts) -> Markup | None:
@@ -153,7 +153,7 @@ def stages(facts: Facts) -> Markup:
         Column("Multiply-adds"),
         Column("Share of multiply-adds", "chart"),
         Column("Share"),
-        Column("Winograd", hint="multiplications left with F(2x2, 3x3) where the stride is 1"),
+        Column("Winograd", hint="multiplications that remain with F(2x2, 3x3) where the stride is 1"),
         *([Column("Training: parameters"), Column("Training: multiply-adds")] if both else []),
     ]
     whole = total(facts.stages, "flops")
@@ -181,8 +181,8 @@ def stages(facts: Facts) -> Markup:
     bodies = [(None, [row(stage) for stage in facts.stages]), (None, [last])]
     note = (
         "Costs are for one image in the deploy form, a plain stack of 3\u00d73 convolutions, one per block. "
-        "Multiply-adds are counted as in the paper. Winograd: multiplications left with F(2\u00d72, 3\u00d73) where "
-        "the stride is 1."
+        "Multiply-adds are counted as in the paper. Winograd: multiplications that remain with F(2\u00d72, 3\u00d73) "
+        "where the stride is 1."
     )
     return section("stages", paragraph(note), table("Cost per stage", columns, bodies))
 

@@ -48,7 +48,7 @@ def table(caption: str, columns: Sequence[Column], bodies: Sequence[tuple[Conten
 
 
 def by_stage(stages: Sequence[StageCost], rows: Mapping[str, Row]) -> list[tuple[Content, Sequence[Row]]]:
-    """Return the rows of layers, by name, grouped for `table`: stage by stage, then the rest."""
+    """Group the rows of layers, given by name, for `table`: stage by stage, then the rest."""
     bodies: list[tuple[Content, Sequence[Row]]] = []
     rest = dict(rows)
     for stage in stages:

@@ -24,7 +24,8 @@ def plan_facts(predictor: Predictor, images: np.ndarray, *, measure: bool) -> Pl
     Args:
       predictor: predictor of a float or INT8 net.
       images: input of the predictor, `[N, H, W, C]`.
-      measure: measure the whole net, and each layer if there is a plan for a CPU, instead of using the cost model.
+      measure: measure the time of the net, and that of each layer if there is a plan for a CPU, instead of using the
+        cost model.
     """
     plan, on_cpu = predictor.plan, jax.default_backend() == "cpu"
     times_from = None

@@ -68,7 +68,7 @@ def test_a_bin_file_is_written_for_pytorch_names_and_read_back(trained, tmp_path
     assert convert(trained[0], tmp_path / "net.bin", "--to", "authors").returncode == 0
     assert rv.inspect_weights(tmp_path / "net.bin").family == "authors"
     done = convert(tmp_path / "net.bin", tmp_path / "net.onnx", "--image-size", 48)
-    assert "deploy form, as it was; NCHW, relative" in done.stdout, done.stderr
+    assert "already in deploy form; NCHW, relative" in done.stdout, done.stderr
     (shape,) = (value.type.tensor_type.shape for value in onnx.load(tmp_path / "net.onnx").graph.input)
     assert [d.dim_value for d in shape.dim[1:]] == [3, 48, 48]
 
@@ -118,7 +118,7 @@ def test_the_comparison_can_use_the_users_images(trained, tmp_path):
 def test_the_check_works_without_onnxruntime_and_scikit_learn(trained, tmp_path):
     with without("onnxruntime", "sklearn"), mock.patch("onnxruntime.InferenceSession", side_effect=AssertionError):
         done = convert(trained[0], tmp_path / "net.onnx")
-    assert "on 2 random images (no real ones: name some with --check-images, or install scikit-learn)" in done.stdout
+    assert "on 2 random images (no real ones: pass some with --check-images, or install scikit-learn)" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".stablehlo"])

@@ -104,17 +104,19 @@ def test_a_folder_that_is_already_split_or_contains_the_output_is_refused(photos
         return done.stderr
 
     for out in (photos / "out", photos / "dahlia" / "out"):
-        assert f"{out} lies in {photos}, where it would be taken for one of the classes" in said(photos, out)
+        assert f"{out} is inside {photos}, where it would be taken for one of the classes" in said(photos, out)
         assert not out.exists()
     (tmp_path / "link").symlink_to(photos)
-    assert "lies in" in said(photos, tmp_path / "link" / "out")
+    assert "is inside" in said(photos, tmp_path / "link" / "out")
     divided = tmp_path / "divided"
     split(Arguments(str(photos), str(divided)))
-    assert "holds train/ and val/: it is split already; give it to --data as it is" in said(divided, tmp_path / "a")
+    assert "contains train/ and val/: it is split already; pass it to --data without changes" in said(
+        divided, tmp_path / "a"
+    )
     (divided / "val").rename(divided / "test")
-    assert "holds train/ and test/: it is split already" in said(divided, tmp_path / "a")
+    assert "contains train/ and test/: it is split already" in said(divided, tmp_path / "a")
     (divided / "test").rename(tmp_path / "elsewhere")
-    assert f"holds nothing but train/: to divide what is in there, give {divided / 'train'}" in said(divided, "a")
+    assert f"contains only train/: to split the images in it, pass {divided / 'train'}" in said(divided, "a")
 
 
 def test_folders_inside_class_folders_are_kept(photos, tmp_path):
