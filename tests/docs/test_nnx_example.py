@@ -49,6 +49,7 @@ def test_evaluation_does_not_change_the_statistics(net, digits):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_step_equals_linens(net, backbone, digits):
     """It has the loss and running statistics of a step of the linen module alone."""
     images, labels = digits
@@ -69,6 +70,7 @@ def test_a_step_equals_linens(net, backbone, digits):
         assert relative_difference(leaf, ours[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_both_deployments_give_the_logits_of_the_training_form(net, backbone, digits):
     images, _ = digits
     variables = random_variables(backbone, in_channels=1)

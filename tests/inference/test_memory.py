@@ -16,6 +16,7 @@ LARGE = rv.Variant((1, 1, 1, 1), (32, 32, 64, 128, 512))
 linux_only = pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from Linux's /proc")
 
 
+@pytest.mark.slow
 @linux_only
 def test_predictor_calls_do_not_leak():
     call = predictor_call(batch=8, size=128)
@@ -27,6 +28,7 @@ def test_predictor_calls_do_not_leak():
     assert growth.bytes < growth.calls * images / 4
 
 
+@pytest.mark.slow
 @linux_only
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_loads_do_not_leak(suffix, tmp_path):

@@ -100,6 +100,7 @@ def test_other_sizes_are_cropped_by_the_authors_rule(published: tuple[int, float
     assert Preprocessing(*published).at_size(size).image_size == size
 
 
+@pytest.mark.slow
 def test_a_runs_files_record_its_evaluation_preprocessing(photos: Path) -> None:
     workdir = photos.parent / "run"
     net = write_variant(photos.parent, WHOLE)

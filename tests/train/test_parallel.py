@@ -165,7 +165,9 @@ def evaluate_all(model: rv.RepVGG, variables: Any, source: Photos) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("unreadable", [(), (2, 7)], ids=["all readable", "two unreadable"])
+@pytest.mark.parametrize(
+    "unreadable", [pytest.param((), marks=pytest.mark.slow), (2, 7)], ids=["all readable", "two unreadable"]
+)
 def test_evaluation_counts_every_image_once(unreadable):
     """For any number of images and any batch size, also one that the devices do not divide."""
     model = rv.create_model(VARIANT, CLASSES)
