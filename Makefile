@@ -33,7 +33,7 @@ lint: $(VENV)/dev.installed  ## Check style and types
 	$(VENV)/bin/pyright
 
 wheel: $(VENV)/dev.installed  ## Build a wheel with compiled convolutions for every x86-64 processor in dist/
-	rm -rf build dist
+	rm -rf dist
 	REPVGG_JAX_COMPILE_WHEEL=$${MACHINE:-x86_64} $(RUN) -m build --outdir dist/here
 	PATH="$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair dist/here/*.whl --wheel-dir dist
 	mv dist/here/*.tar.gz dist

@@ -25,9 +25,9 @@ import jaxlib.version
 
 from .errors import RepVGGError
 from .files import atomic_path, scratch_folder
-from .machine import cache_folder, cpu_model
+from .machine import cache_folder, cpu_model, processor_type
 from .ownership import check_own_file, find_private_folder, make_private_folder
-from .processors import COMPILE, compiled_file, this_processor
+from .processors import COMPILE, compiled_file
 
 SWITCH = "REPVGG_JAX_NATIVE"
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,7 +55,7 @@ def switched_on() -> bool:
 
 def load_compiled(source: Path) -> ctypes.CDLL | None:
     """Return the wheel's library for this processor, or None if there is none or it cannot be loaded."""
-    processor = this_processor()
+    processor = processor_type()
     library = compiled_file(source, processor) if processor else None
     if library is None or not library.exists():
         return None

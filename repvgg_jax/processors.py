@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import platform
 from collections.abc import Collection
 from pathlib import Path
 
@@ -56,17 +55,6 @@ def best_processor(machine: str, features: Collection[str]) -> Processor | None:
     """Return the last type in `PROCESSORS` that a machine with these features supports, or None."""
     usable = [one for one in PROCESSORS if one.machine == machine and one.features <= set(features)]
     return usable[-1] if usable else None
-
-
-def this_processor() -> Processor | None:
-    """Return the last type in `PROCESSORS` that this machine supports; None if there is none or this is not Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    features = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    common = set(features[0]).intersection(*features) if features else ()
-    return best_processor(platform.machine(), common)
 
 
 def compiled_file(source: Path, processor: Processor) -> Path:

@@ -129,20 +129,18 @@ class Checkpoints:
             if error is not None and self._orbax_failed:
                 time.sleep(GRACE_SECONDS)
 
-    def exist(self) -> bool:
-        """Return whether there is a checkpoint to resume from.
-
-        Raises:
-          RepVGGError: the folder cannot be read.
-        """
-        with system_errors(RepVGGError, f"cannot read {self._directory}"):
-            return bool(self.steps())
-
-    def restore(self, fresh: TrainState, facts: RunFacts) -> TrainState:
-        """Return the newest readable checkpoint's state on the devices, or `fresh` (one host copy) if there is none.
+    def restore(
+        self, fresh: TrainState, facts: RunFacts, begin: Callable[[TrainState], TrainState] = lambda state: state
+    ) -> TrainState:
+        """Return the newest readable checkpoint's state on the devices, or `begin(fresh)` if there is none.
 
         A checkpoint that cannot be read, or whose checksum does not match, is skipped with a note in favour of the
         previous one, and renamed, because a new save of that step needs its name.
+
+        Args:
+          fresh: one host copy of a state of the same shapes.
+          facts: facts that the checkpoint must agree with.
+          begin: work on `fresh` that only a run without a checkpoint needs.
 
         Raises:
           RepVGGError: no checkpoint can be read, or it belongs to another model or input.
@@ -170,7 +168,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self._directory} can be read ({'; '.join(problems)}); "
                 "they are left as they are; choose another --workdir to start again"
             )
-        return _to_devices(_template(fresh, facts.devices), fresh)
+        return _to_devices(_template(begin(fresh), facts.devices), fresh)
 
     def _read(self, step: int, fresh: TrainState) -> tuple[dict[str, Any], RunFacts]:
         described = self._store.facts(step)

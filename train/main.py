@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the slow imports: see `run_module`
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ from .preflight import preflight
 from .presets import parse
 from .progress import RunProgress
 from .recipe import Recipe
-from .run import Run, fresh_state, make_evaluator, set_up, training_batches
+from .run import Run, fresh_state, make_evaluator, set_up, training_batches, whitened
 from .workdir import claimed
 
 
@@ -84,7 +85,7 @@ def train(recipe: Recipe) -> Result | None:
         Checkpoints(run.workdir, recipe.run.keep_checkpoints, progress.note) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        state = checkpoints.restore(fresh_state(run, whiten=not checkpoints.exist()), run.facts)
+        state = checkpoints.restore(fresh_state(run), run.facts, functools.partial(whitened, run))
         start_step = int(to_host(state.step))
         progress.start(start_step)
         for line in (*run.dataset.notes, opening_line(run, start_step)):

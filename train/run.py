@@ -28,7 +28,6 @@ from .checkpoint import RunFacts
 from .class_names import fit_classifier
 from .data.augmentation import Augmentation
 from .data.fingerprint import data_fingerprint, fingerprint
-from .data.sources import UnopenedSource
 from .data.transforms import OPTIONS, Transform
 from .evaluate import Evaluator
 from .optimizer import frozen_blocks, learning_rate_schedule, make_optimizer
@@ -237,18 +236,10 @@ def starting_weights(
     return model.variant, variables
 
 
-def fresh_state(run: Run, *, whiten: bool = True) -> TrainState:
-    """Return the state at step 0, with the weights of `--init` or random ones.
-
-    Args:
-      run: the run.
-      whiten: compute the stage that `--whiten-stem` asks for, which reads images; False if a checkpoint replaces it.
-
-    Raises:
-      ConfigError, DataError: from `whitening_of`, with `--whiten-stem`.
-    """
+def fresh_state(run: Run) -> TrainState:
+    """Return the state at step 0, with the weights of `--init` or random ones."""
     size, channels = run.dataset.train_size, run.dataset.preprocessing.channels
-    state = create_state(
+    return create_state(
         run.model,
         run.optimizer,
         run.recipe.run.seed,
@@ -256,10 +247,17 @@ def fresh_state(run: Run, *, whiten: bool = True) -> TrainState:
         ema=bool(run.recipe.optimizer.ema_decay),
         variables=run.start,
     )
-    whitens = run.recipe.fine_tune.whiten_stem and run.start is None
-    if not (whiten and whitens) or isinstance(run.dataset.train, UnopenedSource):
+
+
+def whitened(run: Run, state: TrainState) -> TrainState:
+    """Return a fresh state with the stage that `--whiten-stem` computes from the training images, if it is set.
+
+    Raises:
+      ConfigError, DataError: from `whitening_of`.
+    """
+    if not run.recipe.fine_tune.whiten_stem or run.start is not None:
         return state
-    preprocessing = dataclasses.replace(run.dataset.preprocessing, image_size=size)
+    preprocessing = dataclasses.replace(run.dataset.preprocessing, image_size=run.dataset.train_size)
     return whitening_of(run.dataset.train, preprocessing, run.model.variant.widths[0]).put_into(state)
 
 

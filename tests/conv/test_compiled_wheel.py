@@ -10,7 +10,8 @@ import pytest
 
 from repvgg_jax import compiler, processors
 from repvgg_jax.conv import native
-from repvgg_jax.processors import PROCESSORS, best_processor, compiled_file, this_processor
+from repvgg_jax.machine import processor_type
+from repvgg_jax.processors import PROCESSORS, best_processor, compiled_file
 
 SKYLAKE = {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"} | {
     *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -20,7 +21,7 @@ SKYLAKE = {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"} | {
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """Files as a wheel has them: the library of this machine, under the name of its processor."""
-    processor, source = this_processor(), tmp_path / native.SOURCE.name
+    processor, source = processor_type(), tmp_path / native.SOURCE.name
     if processor is None:
         pytest.skip("this machine is none of those that a wheel is compiled for")
     library = native._library()
@@ -94,7 +95,7 @@ def test_so_is_one_that_xla_refuses(wheel, monkeypatch, caplog):
 
 def test_a_processor_that_no_wheel_knows_gets_what_its_compiler_makes(wheel, monkeypatch):
     compiled = object()
-    monkeypatch.setattr(compiler, "this_processor", lambda: None)
+    monkeypatch.setattr(compiler, "processor_type", lambda: None)
     monkeypatch.setattr(native, "load_library", lambda *arguments: compiled)
     assert native._library() is compiled
 
@@ -105,4 +106,4 @@ def test_setup_reads_the_table_without_the_package():
     text = Path(processors.__file__).read_text(encoding="utf-8")
     modules = re.findall(r"^(?:import|from) ([a-z.]+)", text, re.M)
     assert modules
-    assert set(modules) <= {"dataclasses", "platform", "collections.abc", "pathlib"}
+    assert set(modules) <= {"dataclasses", "collections.abc", "pathlib"}

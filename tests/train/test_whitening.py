@@ -9,7 +9,7 @@ import repvgg_jax as rv
 from repvgg_jax.preprocess import Preprocessing, normalize
 from train.data import Example
 from train.presets import parse
-from train.run import fresh_state, make_run, open_data
+from train.run import fresh_state, make_run, open_data, whitened
 from train.whitening import whitening_of
 
 GREY = Preprocessing(image_size=12, crop_fraction=1.0, mean=(0.5,), std=(0.25,))
@@ -61,6 +61,10 @@ def run_of(*words):
     return make_run(recipe, open_data(recipe))
 
 
+def start_of(run):
+    return whitened(run, fresh_state(run))
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -71,7 +75,7 @@ def run_of(*words):
 )
 def test_stage_0_is_the_whitening_convolution_whatever_its_branches(words):
     run = run_of(*words)
-    state = fresh_state(run)
+    state = start_of(run)
     whitening = whitening_of(run.dataset.train, run.dataset.preprocessing, 16)
     for variables in (state.variables, state.ema_variables if "--ema-decay" in words else state.variables):
         _, deployed = rv.to_deploy(run.model, variables)
@@ -82,7 +86,7 @@ def test_stage_0_is_the_whitening_convolution_whatever_its_branches(words):
 
 
 def test_it_is_the_same_in_every_process_and_for_every_seed():
-    one, other = (fresh_state(run_of("--seed", seed)).params for seed in "12")
+    one, other = (start_of(run_of("--seed", seed)).params for seed in "12")
 
     def kernels(block):
         return [params[block]["rbr_dense"]["conv"]["kernel"] for params in (one, other)]
@@ -99,16 +103,8 @@ def test_an_impossible_width_is_named():
 
 
 def test_initial_weights_keep_their_whitening(tmp_path):
-    before = fresh_state(run_of())
+    before = start_of(run_of())
     rv.save_weights(tmp_path / "a.safetensors", run_of().model, before.variables, preprocessing=GREY)
-    after = fresh_state(run_of("--init", str(tmp_path / "a.safetensors"), "--data", "digits"))
+    after = start_of(run_of("--init", str(tmp_path / "a.safetensors"), "--data", "digits"))
     jax.tree.map(np.testing.assert_array_equal, before.params["stage0"], after.params["stage0"])
     assert run_of("--init", str(tmp_path / "a.safetensors")).model.frozen_stages == 1
-
-
-def test_a_resumed_run_does_not_compute_it_again(monkeypatch):
-    run = run_of()
-    monkeypatch.setattr("train.run.whitening_of", lambda *arguments: pytest.fail("it read the images again"))
-    state = jax.eval_shape(lambda: fresh_state(run, whiten=False))
-    monkeypatch.undo()
-    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, fresh_state(run))
