@@ -26,6 +26,8 @@ TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT = (
     "repvgg_input_gradient",
     "repvgg_kernel_gradient",
 )
+COLOURS = 3
+"""Channels of a photograph, for which 8- and 16-bit kernels are packed in a way of their own."""
 
 _log = logging.getLogger(__name__)
 
@@ -114,14 +116,17 @@ def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
 def _pack_runs(kernel: np.ndarray, groups: int, together: int, run: int) -> np.ndarray:
     """Return the kernel as `[groups, panels, runs, length // together, lanes, together]`, padded with zeros.
 
-    A run holds the weights of adjacent pixels: of three in a row, or of a single one if there are groups. Its length is
-    padded to a multiple of `run`, and each pixel's part to a multiple of `together`.
+    A run holds the weights of adjacent pixels: of three in a row, of a single one if there are groups, or of all nine
+    pixels if they have three channels. Its length is padded to a multiple of `run`, and, except in the last case, each
+    pixel's part to a multiple of `together`.
     """
     width = lanes()
     _, _, inner, outputs = kernel.shape
     parts = kernel.reshape(9, inner, groups, outputs // groups).transpose(2, 0, 1, 3)
-    parts = np.pad(parts, ((0, 0), (0, 0), (0, -inner % together), (0, -parts.shape[3] % width)))
-    parts = parts.reshape(groups, 3 if groups == 1 else 9, -1, parts.shape[3])
+    gathered = groups == 1 and inner == COLOURS
+    parts = np.pad(parts, ((0, 0), (0, 0), (0, 0 if gathered else -inner % together), (0, -parts.shape[3] % width)))
+    runs = 1 if gathered else 3 if groups == 1 else 9
+    parts = parts.reshape(groups, runs, -1, parts.shape[3])
     parts = np.pad(parts, ((0, 0), (0, 0), (0, -parts.shape[2] % run), (0, 0)))
     split = parts.reshape(groups, parts.shape[1], parts.shape[2] // together, together, -1, width)
     return np.ascontiguousarray(split.transpose(0, 4, 1, 2, 5, 3))

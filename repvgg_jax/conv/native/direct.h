@@ -38,20 +38,44 @@ constexpr int64_t up_to(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
-// Layout of three adjacent pixels in a padded copy, and of their weights in a panel.
+constexpr int64_t COLOURS = 3;  // channels of a photograph
+
+// Layout of the numbers that an output pixel is computed from in a task's copy of the image, and of their weights in a
+// panel: runs of adjacent numbers.
 template <typename Kind>
 struct Runs {
+  bool gathered;  // each output pixel has its own copy of all its 3 x 3 pixels: one run
   int64_t inner, pixel, count, length;
 
   explicit Runs(const Shape& s) {
+    // A run of three pixels would be mostly padding here.
+    gathered = Kind::STEP > 1 && s.groups == 1 && s.inputs == COLOURS;
     inner = up_to(s.group_inputs(), Kind::STEP);
     pixel = s.groups * inner;
-    count = s.groups == 1 ? 1 : 3;  // with one group, the three pixels are contiguous: one run
-    length = 3 / count * inner;
+    // Per row of the kernel: with one group, the three pixels are contiguous.
+    count = s.groups == 1 ? 1 : 3;
+    length = gathered ? up_to(9 * COLOURS, Kind::RUN) : 3 / count * inner;
   }
-  int64_t panel() const { return 3 * count * up_to(length, Kind::RUN) * LANES; }
+  int64_t panel() const { return (gathered ? 1 : 3 * count) * up_to(length, Kind::RUN) * LANES; }
   int64_t packed(const Shape& s) const { return s.groups * s.panels() * panel(); }
 };
+
+// Copies the 3 x 3 pixels of each of output rows `first` ... `first + count - 1` side by side: `length` elements per
+// output pixel, the surplus filled with zeros. `lines` has room for three padded rows.
+template <typename Element>
+void gather(const Shape& s, const Element* image, int64_t first, int64_t count, int64_t length, Element zero,
+            Element* lines, Element* to) {
+  constexpr int64_t THREE = 3 * COLOURS;
+  const int64_t line = ((s.columns() - 1) * s.stride + 3) * COLOURS;
+  for (int64_t row = first; row < first + count; row++) {
+    copy_padded(s, image, row, 1, COLOURS, zero, lines);
+    for (int64_t c = 0; c < s.columns(); c++, to += length) {
+      const Element* from = lines + c * s.stride * COLOURS;
+      for (int64_t r = 0; r < 3; r++) std::memcpy(to + r * THREE, from + r * line, THREE * sizeof(Element));
+      std::fill(to + 3 * THREE, to + length, Element(0));
+    }
+  }
+}
 
 template <typename Kind>
 void direct(const Shape& s, const typename Kind::Element* x, const typename Kind::Weight* packed,
@@ -63,16 +87,26 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   const int64_t inner = runs.inner, pixel = runs.pixel;
   const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
   const int64_t panels = s.panels(), panel = runs.panel(), threads = thread_count(pool);
-  const Blocks blocks(s.images, s.rows(), line, s.stride, 3, BUDGET, threads);
+  // What an output row adds to a task's copy of the image.
+  const int64_t row_step = runs.gathered ? s.columns() * runs.length : s.stride * line;
+  const Blocks blocks = runs.gathered ? Blocks(s.images, s.rows(), row_step, 1, 1, BUDGET, threads)
+                                      : Blocks(s.images, s.rows(), line, s.stride, 3, BUDGET, threads);
   const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, threads), patch = blocks.patch;
-  const Left left{s.stride * pixel, 3, line, runs.count, pixel, runs.length};
+  const Left left = runs.gathered ? Left{runs.length, 1, 0, 1, 0, runs.length}
+                                  : Left{s.stride * pixel, 3, line, runs.count, pixel, runs.length};
   in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
     const auto [image, images, first, count] = blocks[task / cuts];
     [[maybe_unused]] const typename Kind::Session session{};
-    Element* patches = scratch<Element>(images * patch + Kind::RUN);
-    std::fill_n(patches + images * patch, Kind::RUN, Element(0));  // the last run may read this padding
-    for (int64_t n = 0; n < images; n++)
-      copy_padded(s, x + (image + n) * s.height * s.width * s.inputs, first, count, pixel, zero, patches + n * patch);
+    Element* patches = scratch<Element>(images * patch + Kind::RUN + (runs.gathered ? 3 * line : 0));
+    Element* after = patches + images * patch;
+    std::fill_n(after, Kind::RUN, Element(0));  // the last run may read this padding
+    for (int64_t n = 0; n < images; n++) {
+      const Element* from = x + (image + n) * s.height * s.width * s.inputs;
+      if (runs.gathered)
+        gather(s, from, first, count, runs.length, zero, after + Kind::RUN, patches + n * patch);
+      else
+        copy_padded(s, from, first, count, pixel, zero, patches + n * patch);
+    }
     const Range range = panel_range(panels, task % cuts, cuts);
     for (int64_t group = 0; group < s.groups; group++) {
       for (int64_t p = range.first; p < range.end; p += PANELS) {
@@ -82,7 +116,7 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
         const auto own = ends.from((group * panels + p) * LANES);
         // Rows of all images in the block, in sequence.
         const auto from = [&](int64_t row) {
-          return patches + row / count * patch + row % count * s.stride * line + group * inner;
+          return patches + row / count * patch + row % count * row_step + group * inner;
         };
         const auto to = [&](int64_t row) {
           return y + ((image + row / count) * s.rows() + first + row % count) * s.columns() * s.outputs + channel;
