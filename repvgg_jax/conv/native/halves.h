@@ -13,8 +13,7 @@ typedef uint16_t Half;  // the bits of a bfloat16
 
 // Applies ReLU if requested, rounds to nearest, and stores the lanes in the mask.
 inline void finish(__m512 sum, bool relu, Half* out, __mmask16 stored) {
-  // Unlike a maximum, this keeps NaN.
-  if (relu) sum = _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
+  if (relu) sum = _mm512_max_ps(_mm512_setzero_ps(), sum);  // in this order, NaN stays NaN
   _mm256_mask_storeu_epi16(out, stored, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 

@@ -151,8 +151,9 @@ inline void finish(__m512i sum, __m512, int32_t* out, __mmask16 mask) {
 // Rounds to nearest, ties to even, and saturates, like `QuantizedNet`.
 inline void finish(__m512i sum, __m512 factor, uint8_t* out, __mmask16 mask) {
   const __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor);
-  const __m512 inside = _mm512_min_ps(_mm512_max_ps(real, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
-  _mm512_mask_cvtepi32_storeu_epi8(out, mask, _mm512_cvtps_epi32(inside));
+  // A number too large for int32 becomes 2^31, which saturates like others above 255.
+  const __m512i integers = _mm512_cvtps_epi32(_mm512_max_ps(real, _mm512_setzero_ps()));
+  _mm512_mask_cvtusepi32_storeu_epi8(out, mask, integers);
 }
 
 // `multiply` for bytes, four channels at a time; `left.length` counts bytes.

@@ -79,17 +79,17 @@ struct TileShape {
     _tile_dpbusd(SUM, A, B)
 
 // Computes the sums of up to two chunks and two panels. Tiles 0 and 1 hold the sums of the first chunk, 2 and 3 those
-// of the second, 4 and 5 the pixels, 6 and 7 the weights. Elements past the end of a run are multiplied by the zeros
-// that pad its weights.
+// of the second, 4 and 5 the pixels, 6 and 7 the weights. The sums begin with the bias, the same in each row. Elements
+// past the end of a run are multiplied by the zeros that pad its weights.
 template <typename Kind, bool PAIR, bool SECOND>
 void add_tiles(const Left& left, const typename Kind::Element* a, const typename Kind::Element* other,
-               const typename Kind::Weight* b, int64_t panel) {
+               const typename Kind::Weight* b, int64_t panel, const typename Kind::Ends& ends) {
   const int64_t row = left.row * int64_t(sizeof(*a));
   settle();
-  _tile_zero(0);
-  if (SECOND) _tile_zero(1);
-  if (PAIR) _tile_zero(2);
-  if (PAIR && SECOND) _tile_zero(3);
+  _tile_loadd(0, ends.bias, 0);
+  if (SECOND) _tile_loadd(1, ends.bias + LANES, 0);
+  if (PAIR) _tile_loadd(2, ends.bias, 0);
+  if (PAIR && SECOND) _tile_loadd(3, ends.bias + LANES, 0);
   for (int64_t i = 0; i < left.outer; i++)
     for (int64_t j = 0; j < left.inner; j++) {
       const int64_t run = i * left.outer_step + j * left.inner_step;
@@ -121,9 +121,10 @@ void multiply_tiles(int64_t rows, const Chunk<Kind>* chunks, int64_t count, int6
   TileShape::set(int(rows));
   if (count > 1)
     (second ? add_tiles<Kind, true, true> : add_tiles<Kind, true, false>)(left, chunks[0].from, chunks[1].from, b,
-                                                                           panel);
+                                                                           panel, ends);
   else
-    (second ? add_tiles<Kind, false, true> : add_tiles<Kind, false, false>)(left, chunks[0].from, nullptr, b, panel);
+    (second ? add_tiles<Kind, false, true> : add_tiles<Kind, false, false>)(left, chunks[0].from, nullptr, b, panel,
+                                                                             ends);
   alignas(64) int32_t sums[4][TILE][LANES];
   _tile_stored(0, sums[0], TILE_BYTES);
   if (second) _tile_stored(1, sums[1], TILE_BYTES);
@@ -161,14 +162,10 @@ struct TiledHalves {
   static constexpr int STEP = 2, RUN = 32;
   // Final operations on a panel's sums, with their operands in registers.
   struct End {
-    __m512 bias;
     bool relu;
     __mmask16 stored;
-    End(const Ends& ends, int64_t channel, int64_t count)
-        : bias(_mm512_loadu_ps(ends.bias + channel)), relu(ends.relu), stored(first_lanes(count)) {}
-    void operator()(const int32_t* sums, Half* out) const {
-      finish(_mm512_add_ps(_mm512_load_ps(sums), bias), relu, out, stored);
-    }
+    End(const Ends& ends, int64_t, int64_t count) : relu(ends.relu), stored(first_lanes(count)) {}
+    void operator()(const int32_t* sums, Half* out) const { finish(_mm512_load_ps(sums), relu, out, stored); }
   };
 };
 
@@ -182,15 +179,12 @@ struct TiledBytes {
   static constexpr bool TILED = true;
   static constexpr int STEP = 4, RUN = 64;
   struct End {
-    __m512i bias;
     __m512 factor;
     __mmask16 stored;
     End(const Ends& ends, int64_t channel, int64_t count)
-        : bias(_mm512_loadu_si512(ends.bias + channel)),
-          factor(_mm512_loadu_ps(ends.factor + channel)),
-          stored(first_lanes(count)) {}
+        : factor(_mm512_loadu_ps(ends.factor + channel)), stored(first_lanes(count)) {}
     void operator()(const int32_t* sums, Result* out) const {
-      finish(_mm512_add_epi32(_mm512_load_si512(sums), bias), factor, out, stored);
+      finish(_mm512_load_si512(sums), factor, out, stored);
     }
   };
 };
