@@ -156,11 +156,17 @@ def compile_net(platform: str, forward: Callable[..., Any], params: Any, batch: 
         if platform == "gpu" and any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params)):
             candidates += filter(None, [_compile_with(lowered, GRAPH_OPTIONS)])
         ready = [(compiled, jax.device_put(params, compiled.input_formats[0][0])) for compiled in candidates]
-        return fastest(ready, jnp.ones(batch.shape, batch.dtype)) if len(ready) > 1 else ready[0]
+        return ready[fastest(ready, batch)] if len(ready) > 1 else ready[0]
 
 
-def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array) -> tuple[jax.stages.Compiled, Any]:
-    """Return the fastest candidate (a compiled net and its parameters), timed over consecutive calls."""
+def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], batch: Any) -> int:
+    """Return the index of the fastest compiled net, timed over consecutive calls.
+
+    Args:
+      candidates: pairs of a compiled net and its parameters.
+      batch: the nets' input as a `jax.ShapeDtypeStruct`.
+    """
+    images = jnp.ones(batch.shape, batch.dtype)
 
     def seconds(candidate: tuple[jax.stages.Compiled, Any], calls: int) -> float:
         compiled, params = candidate
@@ -174,7 +180,7 @@ def fastest(candidates: Sequence[tuple[jax.stages.Compiled, Any]], images: Array
         min(seconds(candidate, count) for _ in range(3)) / count
         for candidate, count in zip(candidates, calls, strict=True)
     ]
-    return candidates[int(np.argmin(times))]
+    return int(np.argmin(times))
 
 
 def accelerated(forward: Callable[..., Any], device: Any = None) -> Any:

@@ -16,7 +16,7 @@ from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
 from ..trees import flatten
 from .plan import Plan
-from .planned_net import Output, compile_net, planned_forward, prepare_params
+from .planned_net import Output, compile_net, fastest, planned_forward, prepare_params
 from .tuning import choose_plan
 
 
@@ -87,8 +87,8 @@ class Predictor:
                 images = normalize(images, preprocessing)
             return net.forward(params, images).astype(jnp.float32)
 
-        batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
-        self._compiled, self._params = compile_net(jax.default_backend(), run, net.params, batch)
+        self._batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
+        self._compiled, self._params = compile_net(jax.default_backend(), run, net.params, self._batch)
 
     def __call__(self, images: Any) -> np.ndarray:
         """Return the net's output for any number of images.
@@ -131,6 +131,12 @@ class Predictor:
         if len(images) == self.batch_size:  # slicing would be an operation on the device, even for the whole array
             return [(self._run(images), self.batch_size)]
         return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
+
+    def fastest_of(self, *others: "Predictor") -> "Predictor":
+        """Return the fastest of this predictor and others of the same input."""
+        predictors = (self, *others)
+        with jax.disable_jit(False):
+            return predictors[fastest([(one._compiled, one._params) for one in predictors], self._batch)]
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -186,8 +192,8 @@ def make_predictor(
       batch_size: size of the compiled batch. Smaller batches are padded, and larger ones are processed in pieces.
       image_size: size in pixels, one number or (height, width). If None, the variant's published size, or the size in
         a quantised net's preprocessing.
-      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's dtype if None. A CPU without bfloat16
-        instructions computes in float32 with weights rounded to bfloat16, which is faster there.
+      dtype: computation dtype of the body, such as `jnp.bfloat16`; the model's dtype if None. A CPU without AMX
+        computes in float32 with weights rounded to bfloat16 where that is faster.
       tune: measure the algorithms on this machine (CPU, float32; a minute or two) instead of using the cost model.
         The result is saved in the user's cache folder and reused without measuring again.
       preprocessing: if set, the predictor accepts uint8 images and normalises them on the device, with this mean and
@@ -216,12 +222,16 @@ def make_predictor(
         assert variables is not None
         image_size = _checked_size(batch_size, net.variant.image_size if image_size is None else image_size)
         model, params = _deployed(net if dtype is None else net.clone(dtype=checked_dtype("dtype", dtype)), variables)
-        if model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not native.bf16_available():
-            model, params = widened(model, params)
         channels = in_channels_of(flatten({"params": params}))
         _check_channels(channels, preprocessing)
-        plan = choose_plan(model, batch_size, image_size, channels, tune=tune)
-        return Predictor(planned_net(model, params, plan, output), preprocessing)
+        candidates = [
+            Predictor(
+                planned_net(one, of_one, choose_plan(one, batch_size, image_size, channels, tune=tune), output),
+                preprocessing,
+            )
+            for one, of_one in _computable(model, params)
+        ]
+        return candidates[0] if len(candidates) == 1 else candidates[0].fastest_of(*candidates[1:])
     image_size = _checked_size(batch_size, net.preprocessing.image_size if image_size is None else image_size)
     _check_channels(net.in_channels, preprocessing)
     return Predictor(net.prepared(batch_size, image_size, output), preprocessing)
@@ -245,6 +255,18 @@ def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Ou
         output,
         plan,
     )
+
+
+def _computable(model: RepVGG, params: Mapping[str, Any]) -> list[tuple[RepVGG, Mapping[str, Any]]]:
+    """Return the ways to compute a deploy-form net here: in its dtype or, in bfloat16 on a CPU, also in float32.
+
+    XLA's bfloat16 on CPUs is slow, and products of bfloat16 without AMX are slower than Winograd in float32 on some
+    processors.
+    """
+    if model.dtype != jnp.bfloat16 or jax.default_backend() != "cpu" or native.bf16_in_tiles():
+        return [(model, params)]
+    wide = widened(model, params)
+    return [(model, params), wide] if native.bf16_available() else [wide]
 
 
 def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ import repvgg_jax as rv
 from repvgg_jax.conv import native
 from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.conv.cost import LayerShape
-from repvgg_jax.inference import plan_cache
+from repvgg_jax.inference import plan_cache, predictor
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
 from repvgg_jax.inference.planned_net import compile_net, fastest
 from repvgg_jax.inference.predictor import Predictor, planned_net
@@ -112,6 +112,7 @@ def test_without_bfloat16_products_it_is_float32_with_rounded_weights(monkeypatc
     model, variables, images = case(SMALL, 2)
     model, variables = rv.to_deploy(model, variables)
     monkeypatch.setattr(native, "bf16_available", lambda: False)
+    monkeypatch.setattr(native, "bf16_in_tiles", lambda: False)
     predict = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)
 
     def rounded(leaf):
@@ -123,6 +124,18 @@ def test_without_bfloat16_products_it_is_float32_with_rounded_weights(monkeypatc
     expected = rv.make_predictor(model, {"params": params}, 2, 40)
     assert str(predict.plan) == str(expected.plan)
     np.testing.assert_array_equal(predict(images), expected(images))
+
+
+@pytest.mark.skipif(not native.bf16_available(), reason="needs a C++ compiler and AVX-512 BF16")
+@pytest.mark.parametrize("faster", [0, 1])
+def test_without_tiles_the_faster_of_bfloat16_and_float32_computes_a_bfloat16_net(faster, monkeypatch):
+    model, variables, _ = case(SMALL, 1)
+    monkeypatch.setattr(native, "bf16_in_tiles", lambda: False)
+    monkeypatch.setattr(predictor, "fastest", lambda candidates, batch: faster)
+    predict = rv.make_predictor(model, variables, 1, 40, dtype=jnp.bfloat16)
+    assert predict.plan is not None
+    algorithms = {layer.algorithm for stage in predict.plan.stages for layer in stage.layers}
+    assert ("native_bf16" in algorithms) == (faster == 0)
 
 
 def test_threads_share_a_predictor():
@@ -203,5 +216,6 @@ def test_on_a_gpu_a_bfloat16_net_is_compiled_in_two_ways_and_the_faster_is_kept(
     programs = [
         (jax.jit(run).lower(matrix, rows).compile(), matrix) for run in (slow, lambda matrix, images: images @ matrix)
     ]
-    assert fastest(programs, jnp.ones((64, 64))) is programs[1]
-    assert fastest(programs[::-1], jnp.ones((64, 64))) is programs[1]
+    batch = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    assert fastest(programs, batch) == 1
+    assert fastest(programs[::-1], batch) == 0

@@ -47,6 +47,12 @@ def bf16_available() -> bool:
     return _run("bf16") > 0
 
 
+def bf16_in_tiles() -> bool:
+    """Return whether bfloat16 convolutions use AMX: without it, float32 with Winograd may be faster."""
+    library = _library() if bf16_available() else None
+    return library is not None and bool(library.repvgg_bf16_in_tiles())
+
+
 def lanes() -> int:
     """Return the number of output channels in a vector on this machine."""
     library = _library()

@@ -197,6 +197,14 @@ extern "C" int repvgg_bf16_run() {
 #endif
 }
 
+extern "C" int repvgg_bf16_in_tiles() {
+#if defined(REPVGG_TILES)
+  return repvgg::tiles_allowed();
+#else
+  return 0;
+#endif
+}
+
 extern "C" int repvgg_int8_run() {
 #if defined(REPVGG_TILES)
   if (repvgg::tiles_allowed()) return repvgg::TiledBytes<uint8_t>::RUN;
