@@ -41,8 +41,13 @@ def test_an_attack_that_crashes_is_a_failed_row(tmp_path, monkeypatch):
     assert "| well | `lives` | 3 | 3 | 0 |  |" in runner.table([row])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("build", builds(), ids=lambda build: build.name)
+def marked_builds() -> list:
+    """Return the builds as parameters, all but two marked slow."""
+    quick = {"convolutions, AddressSanitizer and UBSan", "resizing, AddressSanitizer and UBSan"}
+    return [pytest.param(one, id=one.name, marks=() if one.name in quick else pytest.mark.slow) for one in builds()]
+
+
+@pytest.mark.parametrize("build", marked_builds())
 def test_no_sanitizer_or_guard_page_stops_the_native_code(build, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "sanitized"
     folder.mkdir(exist_ok=True)
