@@ -1,9 +1,10 @@
 """Convolutions of the training form, with gradients that are fast on CPUs, and a barrier between blocks.
 
-On GPU and TPU everything here is XLA's convolution with XLA's gradient. On CPUs, in float32 and with a C++ compiler,
-3x3 convolutions and both their gradients are those of `native` (Winograd's where that is faster). XLA's CPU backend has
-a usable forward convolution for large images, but its kernel gradient takes 2 to 7 times as long as the same sum in
-matrix products, and images of a few pixels take a path 20 times slower than one product. So in all other cases
+On GPU and TPU everything here is XLA's convolution with XLA's gradient, on TPUs with small groups merged. On CPUs, in
+float32 and with a C++ compiler, 3x3 convolutions and both their gradients are those of `native` (Winograd's where that
+is faster). XLA's CPU backend has a usable forward convolution for large images, but its kernel gradient takes 2 to 7
+times as long as the same sum in matrix products, and images of a few pixels take a path 20 times slower than one
+product. So in all other cases
 
 * a 1x1 convolution is a matrix product;
 * the gradient of a kernel is one product for each of its positions (taps), `[C_in, P] @ [P, C_out]`;
@@ -28,7 +29,7 @@ from .cost import LayerShape, native_training_seconds
 from .deploy import SMALL_FORWARD, deploy_conv
 from .native import training as native_training
 from .sharding import explicitly_sharded, varying_axes, varying_over
-from .xla import by_group, on_cpu, out_pixels, taps, xla_conv
+from .xla import by_group, groups_per_vector, merged_groups, on_cpu, out_pixels, taps, xla_conv
 
 # Output pixels per image up to which matrix products are faster on a CPU (measured like `SMALL_FORWARD`).
 SMALL_BACKWARD = {1: 196, 2: 1 << 30}
@@ -47,7 +48,20 @@ def training_conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1, dil
         return xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
     # Outside the custom gradient, so that a kernel shared by all devices gets the sum of their gradients.
     axes = varying_axes(x, kernel)
-    return _training_conv(varying_over(axes, x), varying_over(axes, kernel), stride, groups, dilation)
+    x, kernel = varying_over(axes, x), varying_over(axes, kernel)
+    together = groups_per_vector(groups, kernel.shape[2])
+    if together == 1:
+        return _training_conv(x, kernel, stride, groups, dilation)
+
+    def merged(x: Array, kernel: Array) -> Array:
+        dense = merged_groups(kernel, groups, together)
+        return xla_conv(x, dense, stride=stride, groups=groups // together, dilation=dilation)
+
+    # For smaller groups than its vectors, a TPU's compiler keeps groups in arrays that are mostly padding, and copies
+    # activations in float32: B1g4's step moves 1.7 times the data. The products with zeros only fill the vectors.
+    return lax.platform_dependent(
+        x, kernel, tpu=merged, default=lambda x, kernel: _training_conv(x, kernel, stride, groups, dilation)
+    )
 
 
 @contextmanager

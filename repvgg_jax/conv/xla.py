@@ -6,6 +6,8 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+TPU_LANES = 128
+"""Channels in a TPU's vector."""
 
 
 def xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:
@@ -34,6 +36,29 @@ def xla_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int
         dimension_numbers=DIMENSION_NUMBERS,
         feature_group_count=groups,
     )
+
+
+def groups_per_vector(groups: int, inputs: int) -> int:
+    """Return how many groups of `inputs` channels fit in one of a TPU's vectors, as a divisor of `groups`."""
+    fitting = (count for count in range(2, groups + 1) if groups % count == 0 and count * inputs <= TPU_LANES)
+    return max(fitting, default=1)
+
+
+def merged_groups(kernel: Array, groups: int, together: int) -> Array:
+    """Return the kernel of the same convolution with `together` groups as one, and zeros between them.
+
+    Args:
+      kernel: `[k, k, C_in // groups, C_out]`.
+      groups: groups of the convolution.
+      together: a divisor of `groups`.
+
+    Returns:
+      `[k, k, together * C_in // groups, C_out]`, for a convolution with `groups // together` groups.
+    """
+    size, _, inputs, outputs = kernel.shape
+    parts = kernel.reshape(size, size, 1, inputs, groups // together, together, outputs // groups)
+    own = jnp.eye(together, dtype=kernel.dtype).reshape(together, 1, 1, together, 1)
+    return (parts * own).reshape(size, size, together * inputs, outputs)
 
 
 def product_conv(x: Array, kernel: Array, *, stride: int, groups: int, dilation: int) -> Array:

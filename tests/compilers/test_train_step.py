@@ -47,9 +47,10 @@ def test_a_step_compiles_well(name: str, target: Target, devices: list):
     images, last_side = IMAGES[name], run.dataset.train_size // 32
 
     def is_wide_activation(array: Array) -> bool:
-        """Return whether float32 activations are written, except in the small last stage, where XLA may write them."""
+        """Return whether float32 activations are written to memory, except in the small last stage, where XLA may."""
         of_images = len(array.shape) == 4 and images in array.shape and array.shape.count(last_side) < 2
-        return of_images and array.dtype == "f32" and math.prod(array.shape) > images * 2**14
+        on_chip = target.family.platform == "tpu" and array.space
+        return of_images and not on_chip and array.dtype == "f32" and math.prod(array.shape) > images * 2**14
 
     assert [array for array in entry_arrays(text) if is_wide_activation(array)] == []
 

@@ -18,6 +18,7 @@ from repvgg_jax.conv import native
 from repvgg_jax.conv.deploy import SMALL_FORWARD, deploy_conv
 from repvgg_jax.conv.native import training
 from repvgg_jax.conv.training import SMALL_BACKWARD, training_conv
+from repvgg_jax.conv.xla import merged_groups, xla_conv
 from tests.helpers.comparison import relative_difference
 
 NEEDS_COMPILER = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
@@ -209,3 +210,35 @@ for channels, stride, tile in ((48, 1, 0), (48, 1, 4), (40, 2, 0)):
     ]
     assert len(runs[0].split()) == 3
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("groups", "together"), [(4, 2), (4, 4), (6, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_merged_groups_give_the_same_convolution_and_gradients(groups: int, together: int, stride: int):
+    case = random_case(groups, 6, 7, 3, stride, groups, 3, 2)
+
+    def merged(x, kernel, stride, groups, dilation):
+        dense = merged_groups(kernel, groups, together)
+        return xla_conv(x, dense, stride=stride, groups=groups // together, dilation=dilation)
+
+    def grouped(x, kernel, stride, groups, dilation):
+        return xla_conv(x, kernel, stride=stride, groups=groups, dilation=dilation)
+
+    with jax.enable_x64():
+        arguments = in_float64(*case)
+        for expected, actual in zip(
+            our_results(grouped, *arguments, stride, groups),
+            our_results(merged, *arguments, stride, groups),
+            strict=True,
+        ):
+            assert relative_difference(expected, actual) <= 1e-13
+
+
+@pytest.mark.parametrize(("groups", "inputs", "merged"), [(4, 32, 1), (4, 64, 2), (4, 160, 4), (2, 48, 1), (8, 40, 4)])
+def test_a_tpu_gets_groups_that_fill_its_vectors(groups: int, inputs: int, merged: int):
+    x = jax.ShapeDtypeStruct((2, 14, 14, groups * inputs), "bfloat16")
+    kernel = jax.ShapeDtypeStruct((3, 3, inputs, groups * inputs), "bfloat16")
+    conv = jax.jit(lambda x, kernel: training_conv(x, kernel, 1, groups))
+    for platform, expected in (("tpu", merged), ("cuda", groups)):
+        text = jax.export.export(conv, platforms=(platform,))(x, kernel).mlir_module()
+        assert text.count("stablehlo.convolution(") == text.count(f"feature_group_count = {expected} : i64") == 1
