@@ -3,7 +3,8 @@
 Both start from the same weights and take the same batches (from this library's pipeline, with augmentation) for one
 epoch of the preset's recipe, 390 steps. The PyTorch side is the independent implementation that the tests use, with
 `torch.optim.SGD` and autograd. Both loss curves are drawn in one picture, and both nets are evaluated on the whole test
-split. A second seed, with other weights and another order, shows how much seeds differ.
+split. A second seed, with other weights and another order, shows how much seeds differ. PyTorch trains each seed once
+more with every weight changed by a millionth of itself, which shows how much rounding alone changes a run.
 """
 
 if __name__ == "__main__":  # before the slow imports: see `run_module`
@@ -12,9 +13,10 @@ if __name__ == "__main__":  # before the slow imports: see `run_module`
     run_module("benchmarks.cifar10_pytorch")
 
 import dataclasses
+import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +89,17 @@ def torch_images(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     return torch.from_numpy(np.array(normalize(flat, preprocessing))).permute(0, 3, 1, 2).contiguous()
 
 
-def train_there(run: Run) -> tuple[list[float], float]:
-    """Train with PyTorch; return the loss before each step, and the accuracy at the end."""
+def train_there(run: Run, change: float = 0.0) -> tuple[list[float], float]:
+    """Train with PyTorch, from weights randomly changed by about `change` of their size.
+
+    Returns:
+      The loss before each step, and the accuracy at the end.
+    """
     oracle, images_of = initial_oracle(run), run.dataset.preprocessing
+    generator = torch.Generator().manual_seed(run.recipe.run.seed)
+    with torch.no_grad():
+        for weight in oracle.parameters():
+            weight *= 1 + change * torch.randn(weight.shape, generator=generator)
     options = run.recipe.optimizer
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,13 +131,21 @@ def train_there(run: Run) -> tuple[list[float], float]:
     return losses, right / images
 
 
+SIDES: dict[str, Callable[[Run], tuple[list[float], float]]] = {
+    "repvgg-jax": train_here,
+    "PyTorch": train_there,
+    "PyTorch, weights changed by 1e-6": functools.partial(train_there, change=1e-6),
+}
+
+
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     """Write a picture of the loss curves, smoothed over ten steps."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    sides = len(SIDES)
     for number, (name, losses) in enumerate(curves.items()):
         smooth = np.convolve(losses, np.full(10, 0.1), "valid")
-        axes.plot(smooth, label=name, color=f"C{number // 2}", linestyle=("-", "--")[number % 2])
+        axes.plot(smooth, label=name, color=f"C{number // sides}", linestyle=("-", "--", ":")[number % sides])
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, mean over ten steps")
     axes.legend()
@@ -141,7 +159,7 @@ def main() -> None:
     curves, top1 = {}, {}
     for seed in range(arguments.seeds):
         run = prepared_run(arguments, seed)
-        for side, train in (("repvgg-jax", train_here), ("PyTorch", train_there)):
+        for side, train in SIDES.items():
             name = f"{side}, seed {seed}"
             curves[name], top1[name] = train(run)
             print(f"{name}: last losses {np.mean(curves[name][-20:]):.4f}, top-1 {100 * top1[name]:.2f} %", flush=True)
