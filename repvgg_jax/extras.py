@@ -1,5 +1,9 @@
-"""Optional libraries: the extra that installs each, and the error if one is missing."""
+"""Libraries that may be missing: what installs each, and the error without it."""
 
+import sys
+
+CORE = ("flatbuffers", "flax", "jax", "jaxlib", "numpy", "PIL", "safetensors", "tyro")
+"""Modules that every installation has: without them, Python runs outside of the environment that was installed into."""
 EXTRAS = {
     "train": (
         "array_record",
@@ -31,8 +35,13 @@ def install_hint(extra: str) -> str:
 
 
 def missing_library(error: ModuleNotFoundError) -> str | None:
-    """Return a one-line error for a missing optional library, or None if the module is not one of them."""
+    """Return a one-line error for a missing library, or None if the module is not one of this package's."""
     name = (error.name or "").partition(".")[0]
+    if name in CORE:
+        return (
+            f"this needs {name}, which {sys.executable} does not have: activate the environment that repvgg-jax is "
+            "installed in (after `make demo`: . .venv/bin/activate), or run pip install -e . in your checkout"
+        )
     for extra, modules in EXTRAS.items():
         if name in modules:
             return f"this needs {name}, which is not installed: {install_hint(extra)}"

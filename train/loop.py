@@ -66,6 +66,7 @@ def run_steps(
     step_function = make_parallel_step(run)
     options, total_steps = run.recipe.run, run.total_steps
     window = make_window(run)
+    log_every = min(options.log_every, run.steps_per_epoch)
     trace = Trace(run.workdir / "profile", start_step) if options.profile else None
     for step in range(start_step + 1, total_steps + 1):
         batch = window.next(batches)
@@ -76,7 +77,7 @@ def run_steps(
             trace.after(step, metrics)
         epoch, is_last = step / run.steps_per_epoch, step == total_steps
 
-        if step % options.log_every == 0 or is_last:
+        if step % log_every == 0 or is_last:
             row = {"step": step, "epoch": round(epoch, 4), **window.close()}
             watchers.write(row, "train")
             watchers.progress.show(row)

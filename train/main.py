@@ -88,7 +88,7 @@ def train(recipe: Recipe) -> Result | None:
         state = checkpoints.restore(fresh_state(run), run.facts, functools.partial(whitened, run))
         start_step = int(to_host(state.step))
         progress.start(start_step)
-        for line in (*run.dataset.notes, opening_line(run, start_step)):
+        for line in (*run.dataset.notes, *left_over(run), opening_line(run, start_step)):
             progress.note(line)
 
         log = stack.enter_context(open_log(run, start_step, progress.note))
@@ -130,10 +130,22 @@ def open_log(run: Run, start_step: int, note: Callable[[str], object]) -> Metric
     return MetricsLog(run.workdir, start_step, finished=finished, note=note)
 
 
+def left_over(run: Run) -> list[str]:
+    """Return a line on the images that an epoch leaves out, if they are more than one in twenty."""
+    images, batch_size = len(run.dataset.train), run.recipe.optimizer.batch_size
+    rest = images - run.steps_per_epoch * batch_size
+    if rest * 20 <= images:
+        return []
+    steps = "one step" if run.steps_per_epoch == 1 else f"{run.steps_per_epoch} steps"
+    return [f"an epoch is {steps} of {batch_size} images; the {rest} left over are other ones in each epoch"]
+
+
 def opening_line(run: Run, start_step: int) -> str:
     """Return a one-line description of the run that is about to start."""
     devices, processes = jax.devices(), jax.process_count()
     begin = f"resuming at step {start_step}" if start_step else f"{run.total_steps} steps"
+    if start_step == run.total_steps:
+        begin = f"all {run.total_steps} steps are done already: evaluating, and writing the weight files again"
     machines = f" in {processes} processes" if processes > 1 else ""
     return (
         f"{run.model.variant.name} on {run.recipe.input.data}: {len(run.dataset.train)} training and "

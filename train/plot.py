@@ -19,6 +19,9 @@ from repvgg_jax.paths import Place, option_place
 
 from .metrics import Row, read_rows
 
+FEW = 10
+"""With fewer points than this, a line shows each of them."""
+
 
 def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
     """Plot loss, accuracy and learning rate by epoch from each `workdir/metrics.jsonl` in one picture.
@@ -56,8 +59,9 @@ def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
         name = "training (augmented)" if one else workdir.name
         test_name = "test" if one else None
         epochs = [row["epoch"] for row in training]
+        line = "." if len(epochs) == 1 else ".-" if len(epochs) < FEW else "-"
         for axes, key, scale in ((loss, "loss", 1), (accuracy, "top1", 100)):
-            axes.plot(epochs, [scale * row[key] for row in training], label=name, color=color, alpha=0.7)
+            axes.plot(epochs, [scale * row[key] for row in training], line, label=name, color=color, alpha=0.7)
             points = [(row["epoch"], scale * row[key]) for row in tested]
             axes.plot(*_columns(points), "o-", label=test_name, color=test_color, markersize=4, linewidth=one)
             points = [(row["epoch"], scale * row[key]) for row in averaged]
@@ -73,7 +77,7 @@ def plot_curves(workdirs: Sequence[Place], path: Place) -> Place:
                 ha="right",
                 color=test_color,
             )
-        rate.plot(epochs, [row["learning_rate"] for row in training], color="tab:green" if one else color)
+        rate.plot(epochs, [row["learning_rate"] for row in training], line, color="tab:green" if one else color)
     loss.set(title="loss", xlabel="epoch", yscale="log")
     loss.legend(frameon=False)
     accuracy.set(title="top-1 accuracy, %", xlabel="epoch")

@@ -230,7 +230,7 @@ class RunOptions:
     seed: int = option(0, at_least(0), below(2**63))
     """Seed of everything random: initial weights, order of the images, augmentation, mixup, dropout."""
     log_every: int = option(50, at_least(1))
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl; each epoch has a row at least."""
     evaluate_every: int = option(1, at_least(1))
     """Epochs between evaluations."""
     checkpoint_every: int = option(1000, at_least(1))

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -128,7 +129,8 @@ class _Download:
 
         before = try_to_load_from_cache(self._repository, name, revision=revision)
         try:
-            path = hf_hub_download(self._repository, name, revision=revision, local_files_only=self._cache_only)
+            with _without_retry_warnings():
+                path = hf_hub_download(self._repository, name, revision=revision, local_files_only=self._cache_only)
         except Exception as error:
             self._cache_only = self._cache_only or hub_errors.is_no_network(error)
             raise
@@ -142,6 +144,18 @@ class _Download:
                 "hub's) and has been deleted; try again"
             )
         return Path(path)
+
+
+@contextlib.contextmanager
+def _without_retry_warnings() -> Iterator[None]:
+    """Silence huggingface_hub's warnings, ten of them if there is no network: the error that follows says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_there(place: HubPlace, download: _Download) -> tuple[Path, str]:

@@ -10,9 +10,17 @@ import tomllib
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.extras import EXTRAS, install_hint, missing_library
+from repvgg_jax.extras import CORE, EXTRAS, install_hint, missing_library
 from tests.helpers.random_weights import random_variables
 from tests.helpers.repository import ROOT
+
+OUTSIDE = """
+import runpy, sys
+
+sys.path.insert(0, sys.argv[1])
+del sys.argv[:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 WITHOUT = """
 import contextlib, importlib, io, json, sys
@@ -111,6 +119,26 @@ def test_a_missing_module_outside_all_extras_is_a_bug_of_ours():
         missing_library(ModuleNotFoundError("No module named 'repvgg_jax.nothing'", name="repvgg_jax.nothing")) is None
     )
     assert missing_library(ModuleNotFoundError("?")) is None
+
+
+def test_outside_of_the_environment_every_command_says_so(tmp_path):
+    commands = [
+        ("repvgg_jax", "summary"),
+        ("train.main", "--help"),
+        ("train.evaluate",),
+        ("convert", "a.pth", "b.onnx"),
+    ]
+    for module, *arguments in commands:
+        # Without site-packages, Python finds nothing but itself and the checkout.
+        command = [sys.executable, "-I", "-S", "-c", OUTSIDE, str(ROOT), module, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(
+            r"error: this needs \w+, which \S+ does not have: activate the environment .*\n", done.stderr
+        )
+
+
+def test_a_missing_library_is_named_by_its_module():
     hint = missing_library(ModuleNotFoundError("?", name="sklearn.datasets"))
     assert (
         hint == "this needs sklearn, which is not installed: pip install -e '.[train]' in your checkout of repvgg-jax"
@@ -126,6 +154,8 @@ def test_extras_install_the_modules_listed_for_them():
         "skimage": "scikit-image",
         "tensorflow_datasets": "tensorflow-datasets",
     }
+    core = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert {re.match(r"\w+", name)[0] for name in core} == {*CORE} - {"jaxlib", "PIL"} | {"pillow"}  # pyright: ignore
     for extra, modules in EXTRAS.items():
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared[extra]}  # pyright: ignore
         assert {distributions.get(module, module) for module in modules} <= names
