@@ -128,7 +128,7 @@ def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family
             return QAREPVGG
         return AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     if family not in FAMILIES:
-        raise WeightsError(f"unknown naming {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
+        raise WeightsError(f"unknown naming scheme {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 
