@@ -172,11 +172,11 @@ def measure(way: tuple[int, int, int], weights: Path, clients: int, seconds: flo
 
 def main() -> None:
     """Measure every way in turn, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="RepVGG-A0", help="a published variant (default: RepVGG-A0)")
-    parser.add_argument("--clients", type=int, default=8, help="concurrent clients (default: 8)")
+    parser = argparse.ArgumentParser("python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
+    parser.add_argument("--clients", type=int, default=8, help="number of concurrent clients (default: 8)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a measurement in seconds (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way to serve (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each configuration (default: 3)")
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     taken: dict[str, list[float]] = {name: [] for name in WAYS}

@@ -115,7 +115,7 @@ def convert(arguments: Arguments) -> str:
         form.
       ExportError: a library is missing, or the export differs from JAX.
       DataError: the images for the check cannot be read.
-      FusionError: `keep_training_form` with an input in deploy form.
+      FusionError: `keep_training_form` is set, and the input is in deploy form.
       ConfigError: the input or output is missing, the output is the input or exists already, or an option does not
         apply to this output.
     """

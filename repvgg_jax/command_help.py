@@ -3,6 +3,7 @@
 The help text of an option that need not be set says what then applies, so `(default: None)` would contradict it.
 """
 
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -42,10 +43,12 @@ def _with_plain_help(field: StructFieldSpec) -> StructFieldSpec:
     if get_origin(base) is Annotated:
         base, *metadata = get_args(base)
     plain: Any = tyro.conf.arg(metavar=_metavar(base), help_behavior_hint=_shown_default)
-    # A field's own settings come later and win.
-    return StructFieldSpec(
-        field.name, Annotated[(base, plain, *metadata)], field.default, _one_paragraph(field.helptext)
-    )
+    annotated = _annotated(base, plain, *metadata)  # a field's own settings come later and win
+    return dataclasses.replace(field, type=annotated, helptext=_one_paragraph(field.helptext))
+
+
+def _annotated(base: Any, *metadata: Any) -> Any:
+    return Annotated[(base, *metadata)]
 
 
 def _one_paragraph(text: str | Callable[[], str | None] | None) -> Callable[[], str | None]:
@@ -64,22 +67,18 @@ def _shown_default(label: str) -> str:
 
 def _metavar(annotation: Any) -> str | None:
     """Return the metavar of `T | None` or of a tuple of any length; None for tyro's own."""
-    members = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
-        if len(members) != 1:
-            return None
-    (member,) = members
-    shown = _names(member)
-    return shown if len(get_args(annotation)) > 1 else None
+        return _named(members[0]) if len(members) == 1 else None
+    return _named(annotation) if get_origin(annotation) is tuple else None
 
 
-def _names(member: Any) -> str | None:
+def _named(member: Any) -> str | None:
     if member in (int, float, str):
         return member.__name__.upper()
     if get_origin(member) is Literal:
-        return "{" + ",".join(str(value) for value in get_args(member)) + "}"
+        return "{" + ",".join(map(str, get_args(member))) + "}"
     if get_origin(member) is tuple and get_args(member)[1:] == (...,):
-        item = _names(get_args(member)[0])
+        item = _named(get_args(member)[0])
         return item and f"{item} [{item} ...]"
     return None
