@@ -2,8 +2,8 @@
 
 `python -m benchmarks.serving [--model RepVGG-A0] [--clients 8]`; needs gunicorn. Each client sends a JPEG file of
 500x375 pixels and waits for the answer before it sends the next one. The server decodes, resizes, predicts and answers
-with the three likeliest classes, as the example of docs/deployment.md does. The ways to serve take turns, several
-rounds; the median counts.
+with the three most likely classes, as in the example of docs/deployment.md. The configurations are measured alternately, in
+several rounds, and the figures are medians.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Batcher:
 
 
 def make_app(weights: str, largest: int) -> Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]:
-    """Return a WSGI application that answers a JPEG file with its three likeliest classes."""
+    """Return a WSGI application that answers a JPEG file with its three most likely classes."""
     import repvgg_jax as rv
     from repvgg_jax.preprocess import decode_image, eval_transform
 
