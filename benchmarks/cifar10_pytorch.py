@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -44,14 +45,14 @@ MULTIPLIERS = (0.25, 0.25, 0.25, 0.3125)
 class Arguments:
     """Train the same net on the same batches with this library and with PyTorch."""
 
-    data: tyro.conf.Positional[str]
-    """A folder with train/CLASS/* and val/CLASS/*, or `cifar10` if TFDS has prepared it."""
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Folder with train/CLASS/* and val/CLASS/*, or cifar10 for the data set as prepared by TFDS."""
     seeds: int = 2
     """Number of seeds to train with."""
     epochs: int = 1
     """Passes over the training split."""
     picture: str = "cifar10_pytorch.png"
-    """Picture of the loss curves to write."""
+    """File to write the plot of the loss curves to."""
 
 
 def prepared_run(arguments: Arguments, seed: int) -> Run:

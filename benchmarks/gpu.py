@@ -71,15 +71,23 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, print the results and record them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--minutes", type=float, help="time limit for everything together")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run (default: all)"
+    )
+    parser.add_argument("--minutes", type=float, help="time limit for all sections together")
     parser.add_argument("--training-models", nargs="+", help="models whose train step is measured")
-    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS))
-    parser.add_argument("--batch-sizes", nargs="+", type=int)
+    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), help="precisions of `inference`")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="batch sizes of `inference`")
     parser.add_argument("--cifar10", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("RESULTS.md"), help="table to extend")
-    parser.add_argument("--dry", action="store_true", help="run on a CPU with small images; records nothing")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).with_name("RESULTS.md"), help="table to add a row to"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="run on a CPU with small images, without recording the results"
+    )
     for internal in ("--worker", "--models", "--torch-mode"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)

@@ -232,12 +232,24 @@ def _bytes(image: bytes | np.ndarray) -> bytes:
 
 def main() -> None:
     """Measure, and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3, help="duration of a measurement")
-    parser.add_argument("--images", type=int, default=3072, help="number of files, more than a measurement reads")
-    parser.add_argument("--workers", type=int, default=cores(), help="workers of both; default: number of cores")
-    parser.add_argument("--alone", action="store_true", help="measure this library alone, by worker processes")
+    parser = argparse.ArgumentParser("python -m benchmarks.input", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contestant (default: 7)")
+    parser.add_argument("--seconds", type=float, default=3, help="duration of a measurement in seconds (default: 3)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=3072,
+        help="number of files; must be more than a measurement reads (default: 3072)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="number of decoding workers of each contestant (default: one per core)",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="measure only this library, with 1, 2 and 4 worker processes"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

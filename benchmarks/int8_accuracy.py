@@ -22,7 +22,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ import tyro
 import repvgg_jax as rv
 from convert.calibration_images import calibration_images
 from repvgg_jax.cli import run_command
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.branches import BlockKind
 from repvgg_jax.preprocess import Preprocessing, decode_image, normalize
@@ -51,14 +52,14 @@ QUIET_SHARE, QUIET = 0.1, 0.1
 class Arguments:
     """Measure the accuracy loss of INT8 by quantisation method."""
 
-    workdir: tyro.conf.Positional[str]
-    """Folder of the runs and results."""
+    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
+    """Folder for runs and results."""
     cifar10: str | None = None
-    """Folder of CIFAR-10 with train/CLASS/* and val/CLASS/*; digits if not set."""
+    """Measure on CIFAR-10 instead of digits; its folder, with train/CLASS/* and val/CLASS/*."""
     epochs: int | None = None
-    """Epochs of the float nets; the preset's if not set."""
+    """Number of epochs of the float nets. Default: that of the preset."""
     qat_epochs: int = 4
-    """Epochs of the quantisation-aware training."""
+    """Number of epochs of quantisation-aware training."""
     copies: int = 10
     """Number of distorted copies of each test digit."""
     calibration_images: int = 256
@@ -249,7 +250,7 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command, which prints rows of a table as they are measured."""
-    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy")
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy", registry=plain_help())
     rows = measure(arguments)
     with atomic_path(Path(arguments.workdir) / "int8_accuracy.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib as mpl
 import numpy as np
@@ -19,9 +20,9 @@ from repvgg_jax.quantization.stack import Layers, layers_of
 class Arguments:
     """Plot the ranges of all channels of all layers, before and after equalisation."""
 
-    weights: tyro.conf.Positional[str]
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
     """Weight file in training or deploy form."""
-    output: tyro.conf.Positional[str]
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Picture to write: .png or .svg."""
 
 

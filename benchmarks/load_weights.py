@@ -81,10 +81,10 @@ def least(runs: list[dict[str, float]]) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, and print both measurements and their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="RepVGG-B3")
-    parser.add_argument("--measure", choices=("ours", "torch"), help="measure in this process and print JSON")
-    parser.add_argument("--file", type=Path)
+    parser = argparse.ArgumentParser("python -m benchmarks.load_weights", description=__doc__)
+    parser.add_argument("--model", default="RepVGG-B3", help="name of a variant (default: RepVGG-B3)")
+    parser.add_argument("--measure", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps({"ours": measure_ours, "torch": measure_torch}[arguments.measure](str(arguments.file))))

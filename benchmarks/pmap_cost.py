@@ -17,12 +17,12 @@ import numpy as np
 
 def main() -> None:
     """Measure both, and print them and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--model", default="RepVGG-A0")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = argparse.ArgumentParser("python -m benchmarks.pmap_cost", description=__doc__)
+    parser.add_argument("--devices", type=int, default=1, help="number of devices (default: 1)")
+    parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
+    parser.add_argument("--batch-size", type=int, default=32, help="global batch size (default: 32)")
+    parser.add_argument("--image-size", type=int, default=96, help="height and width in pixels (default: 96)")
+    parser.add_argument("--rounds", type=int, default=20, help="measurements of each (default: 20)")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={arguments.devices}")
 

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.serving [--model RepVGG-A0] [--clients 8]`; needs gunicorn. Each client sends a JPEG file of
 500x375 pixels and waits for the answer before it sends the next one. The server decodes, resizes, predicts and answers
-with the three likeliest classes, as the example of docs/deployment.md does. The ways to serve take turns, several
-rounds; the median counts.
+with the three most likely classes, as in the example of docs/deployment.md. The configurations are measured alternately, in
+several rounds, and the figures are medians.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Batcher:
 
 
 def make_app(weights: str, largest: int) -> Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]:
-    """Return a WSGI application that answers a JPEG file with its three likeliest classes."""
+    """Return a WSGI application that answers a JPEG file with its three most likely classes."""
     import repvgg_jax as rv
     from repvgg_jax.preprocess import decode_image, eval_transform
 
@@ -172,11 +172,11 @@ def measure(way: tuple[int, int, int], weights: Path, clients: int, seconds: flo
 
 def main() -> None:
     """Measure every way in turn, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="RepVGG-A0", help="a published variant (default: RepVGG-A0)")
-    parser.add_argument("--clients", type=int, default=8, help="concurrent clients (default: 8)")
+    parser = argparse.ArgumentParser("python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
+    parser.add_argument("--clients", type=int, default=8, help="number of concurrent clients (default: 8)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a measurement in seconds (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way to serve (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each configuration (default: 3)")
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     taken: dict[str, list[float]] = {name: [] for name in WAYS}

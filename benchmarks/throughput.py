@@ -61,13 +61,13 @@ def draw(rows: list[dict[str, Any]], peer: str, title: str, path: Path) -> None:
 
 def main() -> None:
     """Measure, print a table, and draw the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--models", nargs="+", default=rv.list_models())
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--title", default="")
+    parser = argparse.ArgumentParser("python -m benchmarks.throughput", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path, help="picture to write")
+    parser.add_argument("--models", nargs="+", default=rv.list_models(), help="names of variants (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    parser.add_argument("--title", default="", help="title of the picture")
     arguments = parser.parse_args()
     peer = "onnxruntime" if arguments.device == "cpu" else "torch.compile"
     rows = []

@@ -134,20 +134,22 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["RepVGG-A0", "RepVGG-B1", "RepVGG-D2se"])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser("python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=["RepVGG-A0", "RepVGG-B1", "RepVGG-D2se"], help="names of variants"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--image-size", type=int, default=224, help="height and width in pixels (default: 224)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each contestant (default: 5)")
     parser.add_argument("--compile", action="store_true", help="also measure PyTorch with torch.compile")
     parser.add_argument(
         "--memory-format",
         choices=("channels_last", "contiguous_format"),
         default="channels_last",
-        help="of PyTorch, whose version 2.13 corrupts its heap in channels_last's backward pass on AVX-512 CPUs",
+        help="memory format of PyTorch; on AVX-512 CPUs, PyTorch 2.13 corrupts its heap training in channels_last",
     )
-    parser.add_argument("--worker", help="internal")
-    parser.add_argument("--model", help="internal")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker == "ours":
         serve_ours(arguments)

@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.net.layout import in_channels_of
 from repvgg_jax.paths import expand_home
@@ -53,32 +54,33 @@ _OUT_HELP = (
     "or a trailing slash (TensorFlow SavedModel)."
 )
 _TO_HELP = (
-    f"Naming scheme for the tensors of a weight file: {NATIVE}, {', '.join(FAMILIES)}. With this option, .bin is a "
+    f"Naming scheme for the tensors in OUT: {NATIVE}, {', '.join(FAMILIES)}. With this option, .bin is a "
     "PyTorch file instead of an export."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Convert a weight file to another format. Weights in training form are fused into the deploy form."""
+    """Convert a weight file to another format. Weights in training form are fused to the deploy form by default."""
 
     input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[IN]", help=_IN_HELP)] = None
     output: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[OUT]", help=_OUT_HELP)] = None
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Variant expected in IN: a name, or a file that describes it. If IN contains another variant, it is an error."""
+    """Architecture expected in IN: the name of a variant, a JSON file with its fields, or another weight file. If IN
+    contains another architecture, it is an error."""
     overwrite: bool = False
     """Replace OUT if it exists. IN itself is never overwritten."""
     keep_training_form: bool = False
-    """Keep the training form instead of fusing it. Only the file format or the tensor names change."""
+    """Keep the training form instead of fusing it; change only the file format or the tensor names."""
     to: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help=_TO_HELP)] = None
     num_classes: int | None = None
     """Number of classes. If the classifier in IN has a different number, a newly initialised one replaces it."""
     input_layout: Literal["NCHW", "NHWC"] | None = None
-    """For exports: layout of the input images. If not set, NCHW for .onnx and NHWC for the other formats."""
+    """For exports: layout of the input images. Default: NCHW for .onnx and NHWC for the other formats."""
     free_size: bool = False
     """For ONNX exports: accept images of any height and width."""
     check_images: tuple[str, ...] = ()
-    """For exports: images or folders on which to compare the export with JAX. If not set, two sample photographs."""
+    """For exports: images or folders on which to compare the export with JAX. Default: two sample photographs."""
     inspect: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Print a description of this file instead of converting."""
     weights: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
@@ -100,7 +102,7 @@ def difference_of_forms(model: rv.RepVGG, variables: Any, other: rv.RepVGG, othe
     if not np.isfinite(expected).all():
         raise WeightsError(
             "the training form's logits on a random batch are NaN or infinite: float32 cannot hold what these weights "
-            "compute; nothing written. Are they those of a finished training?"
+            "compute; nothing written. Are they from a finished training run?"
         )
     return relative_difference(expected, logits_of(other, other_variables, images))
 
@@ -113,7 +115,7 @@ def convert(arguments: Arguments) -> str:
         form.
       ExportError: a library is missing, or the export differs from JAX.
       DataError: the images for the check cannot be read.
-      FusionError: `keep_training_form` with an input in deploy form.
+      FusionError: `keep_training_form` is set, and the input is in deploy form.
       ConfigError: the input or output is missing, the output is the input or exists already, or an option does not
         apply to this output.
     """
@@ -151,7 +153,7 @@ def convert(arguments: Arguments) -> str:
         if not difference <= TOLERANCE:
             raise WeightsError(
                 f"the fused net differs from the training form by {difference:.2e} (relative); nothing written. "
-                "Float32 cannot hold these weights: are they those of a finished training?"
+                "Float32 is not precise enough for these weights. Are they from a finished training run?"
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
     if int8.int8:
@@ -204,7 +206,7 @@ def _export_format(arguments: Arguments, output: str) -> Format | None:
 def _check_int8_arguments(arguments: Arguments, output: str) -> None:
     """Raise ConfigError for an option that does not apply to a quantised output."""
     if arguments.keep_training_form or arguments.to:
-        raise ConfigError("--int8 writes a fused net under our own names: remove --keep-training-form and --to")
+        raise ConfigError("--int8 always writes a fused net with native names: remove --keep-training-form and --to")
     if Path(output).suffix != ".onnx":
         _check_no_export_options(arguments)
     if arguments.check_images:
@@ -220,7 +222,7 @@ def _check_no_export_options(arguments: Arguments) -> None:
 
 def main() -> None:
     """Run the command."""
-    arguments = tyro.cli(Arguments, prog="python -m convert")
+    arguments = tyro.cli(Arguments, prog="python -m convert", registry=plain_help())
     if arguments.inspect is not None:
         if arguments.input is not None:
             raise ConfigError("--inspect FILE does not convert: remove IN and OUT")

@@ -28,7 +28,7 @@ def check_output(source: str, output: str, *, overwrite: bool, folder: bool = Fa
         if not exists(output):
             return
     if _same_file(source, output):
-        raise ConfigError(f"{output} is the input, {source}, itself: write to another file")
+        raise ConfigError(f"{output} is the same file as the input, {source}: choose another name")
     if not overwrite:
         raise ConfigError(f"{output} exists already: choose another name, or replace it with --overwrite")
     if folder and not (Path(output) / "saved_model.pb").is_file():

@@ -24,11 +24,12 @@ class Int8Options:
     int8: bool = False
     """Quantise to INT8. Needs --calibration. OUT must be a .safetensors file, or an .onnx file (in QDQ format)."""
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    """Calibration images: a folder, or the word digits for scikit-learn's digits data set."""
+    """Calibration images: a folder, or digits for scikit-learn's digits data set."""
     method: str = "corrected"
-    """Quantisation method: naive, per-channel, equalized, corrected or full. full also learns the rounding (slow)."""
+    """Quantisation method: naive, per-channel, equalized, corrected or full. Each includes the steps of those
+    before it. full is slow, since it also learns the rounding."""
     activations: Calibration | None = None
-    """Method for choosing the activation ranges. If not set, the one that belongs to --method."""
+    """How to choose the activation ranges. Default: minmax for naive and per-channel, mse for the other methods."""
     per_tensor: bool = False
     """Use one weight scale per layer instead of one per output channel."""
     float_first: bool = False
@@ -38,7 +39,7 @@ class Int8Options:
     calibration_images: int = DEFAULT_COUNT
     """Number of calibration images to use. If DATA has fewer, all are used."""
     onnx_target: OnnxTarget = "onnxruntime"
-    """Runtime to write an .onnx file for. tensorrt: quantised tensors are int8, biases float. OpenVINO runs both."""
+    """Runtime that the .onnx file is for. tensorrt: int8 tensors and float biases. OpenVINO runs both kinds."""
     report: bool = False
     """Print the quantisation error of each layer."""
 

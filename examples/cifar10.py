@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import tyro
 from matplotlib.figure import Figure
 
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.summary import summarize
@@ -96,17 +97,17 @@ class Arguments:
     experiment: tyro.conf.Positional[Literal["nets", "blocks"]]
     """nets: the preset and published net sizes. blocks: ablation of the block's branches, and other blocks."""
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """Folder with train/CLASS/* and val/CLASS/*, or the word cifar10 for the data set that TFDS has prepared."""
+    """Folder with train/CLASS/* and val/CLASS/*, or cifar10 for the data set as prepared by TFDS."""
     workdir: str = "runs/cifar10"
     """Folder for runs and results."""
     data_dir: str | None = None
-    """Folder of the TFDS data sets."""
+    """Folder of the TFDS data sets. Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets if that is not set."""
     seeds: int | None = None
-    """Number of runs per trial. If not set, 1 for nets and 3 for blocks."""
+    """Number of runs per trial, each with its own seed. Default: 1 for nets and 3 for blocks."""
     epochs: int | None = None
-    """Epochs per run. If not set, the number that belongs to the trial."""
+    """Number of epochs per run. Default: depends on the trial."""
     only: tuple[str, ...] = ()
-    """Names of the trials to run, such as A0. If none are given, all trials are run."""
+    """Names of the trials to run, such as A0. Default: all trials."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,4 +208,4 @@ def run(arguments: Arguments) -> list[Outcome]:
 
 def main() -> None:
     """Run the command."""
-    run(tyro.cli(Arguments, prog="python -m examples.cifar10"))
+    run(tyro.cli(Arguments, prog="python -m examples.cifar10", registry=plain_help()))

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import repvgg_jax as rv
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.files import atomic_path
 from repvgg_jax.predict import softmax
 from repvgg_jax.preprocess import normalize
@@ -36,9 +37,9 @@ class Arguments:
     """Compare the training form and the deploy form of a run on digits, and draw the predictions."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder of the run. It must contain final.safetensors and deploy.safetensors."""
+    """Folder of the training run, which contains final.safetensors and deploy.safetensors."""
     data_dir: str | None = None
-    """Folder of the TFDS data sets."""
+    """Folder of the TFDS data sets. Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets if that is not set."""
     batch_size: int = 16
     """Batch size for the timing."""
 
@@ -127,4 +128,4 @@ def compare(arguments: Arguments) -> None:
 
 def main() -> None:
     """Run the command."""
-    compare(tyro.cli(Arguments, prog="python -m examples.digits"))
+    compare(tyro.cli(Arguments, prog="python -m examples.digits", registry=plain_help()))

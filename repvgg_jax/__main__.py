@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from .command_help import plain_help
 from .errors import UnknownModelError
 from .net.summary import summary_table
 from .net.variants import VARIANTS, get_variant
@@ -26,17 +27,17 @@ from .weights.info import describe
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Print the cost of nets: parameters, FLOPs and Winograd multiplications, next to the published figures.
+    """Print the size and cost of nets: parameters, FLOPs and Winograd multiplications, next to the published figures.
 
     For a weight file, also print its preprocessing and classes.
     """
 
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME ...]")] = ()
-    """Names of variants, or weight files. If none are given, all variants are listed."""
+    """Names of variants, or weight files. Default: all variants."""
     image_size: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Height and width of the image in pixels. If not set, the weight file's value, or 224 for a variant."""
+    """Height and width of the image in pixels. Default: the value in the weight file, or 224 for a variant."""
     num_classes: int | None = None
-    """Number of classes. If not set, the weight file's value, or 1000 for a variant."""
+    """Number of classes. Default: the value in the weight file, or 1000 for a variant."""
 
 
 def summary(arguments: Summary) -> None:
@@ -74,8 +75,9 @@ def main() -> None:
     arguments = tyro.extras.subcommand_cli_from_dict(
         {"summary": Summary, "predict": Predict, "show": Show},
         prog="python -m repvgg_jax",
-        description="RepVGG for JAX. To print the version, pass --version as the only argument.",
+        description="RepVGG for JAX: classify images, and inspect weight files. --version, alone, prints the version.",
         args=sys.argv[1:],
+        registry=plain_help(),
     )
     if isinstance(arguments, Summary):
         summary(arguments)

@@ -98,7 +98,7 @@ def _fail(line: str, status: int) -> NoReturn:
 
 def _out_of_memory(error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
-    return f"out of memory ({reason or 'nothing more is known'}); take smaller images or a smaller batch"
+    return f"out of memory ({reason or 'no details'}); use smaller images or a smaller batch"
 
 
 def _check_stdout() -> None:

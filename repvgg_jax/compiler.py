@@ -126,7 +126,7 @@ def _folder(purpose: str, library: str) -> Iterator[Path]:
     """Yield the cache folder, or a temporary one if the cache cannot be used or others could put libraries into it.
 
     Raises:
-      OSError: neither can be used.
+      OSError: neither folder can be used.
     """
     try:
         folder = make_private_folder(cache_folder("native"))

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from .errors import DataError, system_errors
 from .preprocess import IMAGE_SUFFIXES
 
+SOME_SUFFIXES = ".jpg, .png, .webp, …"
+"""The suffixes that error messages give as examples; `IMAGE_SUFFIXES` has all."""
+
 
 class ImageFiles(NamedTuple):
     """The images of a folder.
@@ -60,7 +63,7 @@ def some_image_files(folder: str | os.PathLike[str]) -> list[str]:
     """
     paths = image_files(folder).paths
     if not paths:
-        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"{folder} holds no images ({SOME_SUFFIXES})")
     return paths
 
 

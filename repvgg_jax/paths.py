@@ -86,9 +86,7 @@ def local_path(name: str, text: str) -> Path:
       ConfigError: `text` is a URL, the home folder of an unknown user, or an invalid name.
     """
     if is_url(text):
-        raise ConfigError(
-            f"{name} {text}: only folders and files of this machine can be used; mount it there, or copy it"
-        )
+        raise ConfigError(f"{name} {text}: only local files and folders can be used; mount it or copy it first")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:

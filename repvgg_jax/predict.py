@@ -42,11 +42,11 @@ class Predict:
     top: int = 5
     """Number of most likely classes to print per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """Number of images to load and process at a time."""
+    """Number of images to read and process at a time."""
     format: Format = "text"
     """Output format. text: one line per image. csv: one row per image and class. json: one JSON object per image."""
     embeddings: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write pooled features to this .npy or .csv file, and print the image of each row instead of its classes."""
+    """Write the pooled features to this .npy or .csv file instead of classifying. The image of each row is printed."""
     options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )
@@ -138,7 +138,7 @@ class ImageReader:
           DataError: no image can be read.
         """
         if not self._paths:
-            raise DataError("no image given")
+            raise DataError("no images given: name at least one image file or folder")
         names: list[str] = []
         pixels: list[np.ndarray] = []
         readable = False
@@ -158,7 +158,7 @@ class ImageReader:
         if names:
             yield names, np.stack(pixels)
         if not readable:
-            raise DataError(f"none of {self.failures} images and folders can be read")
+            raise DataError(f"none of the {self.failures} images and folders could be read")
 
     def _files(self) -> Iterator[str]:
         if self._at_most is None:

@@ -56,8 +56,7 @@ class BucketPath(os.PathLike[str]):
         if scheme.lower() not in LIBRARIES:
             schemes = " and ".join(f"{name}://" for name in LIBRARIES)
             raise ConfigError(
-                f"{shown(url)}: only folders and files of this machine and {schemes} can be used; mount it there, "
-                "or copy it"
+                f"{shown(url)}: only local files and folders, {schemes} can be used; mount it or copy it first"
             )
         bucket, _, key = rest.partition("/")
         if not bucket or not url.isprintable():

@@ -71,7 +71,7 @@ class BucketClaim:
         """Check that no other run has taken the claim over.
 
         Raises:
-          RepVGGError: another run has.
+          RepVGGError: another run has taken the claim over.
         """
         if self._taken_by:
             raise RepVGGError(f"{self._workdir} has been taken over by {self._taken_by}: this run stops")

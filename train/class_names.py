@@ -121,7 +121,7 @@ def fit_classifier(
       keep: keep the file's classifier even if it names other classes.
 
     Raises:
-      ConfigError: `keep`, and the file's classifier has another number of classes.
+      ConfigError: `keep` is set, and the file's classifier has another number of classes.
     """
     class_names = dataset.class_names
     if info.num_classes != len(class_names):

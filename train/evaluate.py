@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.inference.predictor import Predictor
 from repvgg_jax.paths import option_place
@@ -137,33 +138,37 @@ class Arguments:
     """Evaluate a weight file on a data set's evaluation split."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """Data set: a TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    """Data set: the name of a TFDS data set, a folder with train/CLASS/* and val/CLASS/*, digits (the scanned digits
+    of scikit-learn) or synthetic (random pixels)."""
     form: tyro.conf.Positional[Literal["train", "deploy"]]
-    """Form to evaluate; for `deploy`, a training-form file is fused first."""
+    """Form to evaluate. For deploy, a weight file in training form is fused first."""
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
-    """Weight file: a local one, or one in a bucket (gs://, s3://) or on the hub (hf://).
-    Unless a file has that name, a variant's name stands for its ImageNet weights."""
+    """Weight file: a local path, an address in a bucket (gs://, s3://) or on the hub (hf://), or the name of a variant,
+    such as RepVGG-A0, to use its ImageNet weights. A file of that name takes precedence."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Require this architecture: a variant of `rv.list_models()`, or that of a NET.json or another weight file."""
+    """Architecture expected in WEIGHTS: the name of a variant, a JSON file with its fields, or another weight file. If
+    WEIGHTS contains another architecture, it is an error."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 100
-    """Images per batch, over all devices."""
+    """Number of images per batch, on all devices together."""
     resolution: Annotated[int | None, tyro.conf.arg(aliases=["-r"])] = None
-    """Side of the evaluation crops, pixels; the weight file's if not set.
-    Without --crop-fraction, the image's shorter side is resized as in the authors' code:
-    to this size if that is 320 or more, and to 8/7 of it otherwise (256 for 224)."""
+    """Height and width of the evaluation crops in pixels. Default: the value in the weight file.
+    Without --crop-fraction, the shorter side is resized as in the authors' code:
+    to this size if it is 320 or more, and to 8/7 of it otherwise (256 for 224)."""
     data_dir: str | None = None
-    """Folder of the TFDS data sets; if not set, $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
+    """Folder of the TFDS data sets. Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets if that is not set."""
     test_split: str | None = None
-    """Split of a TFDS data set, or a slice of one, such as train[90%:]; if not set, `validation`, or else `test`."""
+    """Split of a TFDS data set, or a slice of a split, such as train[90%:]. Default: validation, or test if there is
+    none."""
     workers: int | None = None
-    """Number of decoding threads; one per core if not set."""
+    """Number of decoding threads. Default: one per core."""
     strict: bool = False
-    """Stop at an unreadable image instead of skipping it."""
+    """Stop at the first unreadable image instead of skipping and counting it."""
     ignore_class_names: bool = False
     """Match classes by index even if the weight file and the data name them differently."""
     report: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write a report into this folder: per-class accuracy, confusion matrix, every prediction, the worst mistakes."""
-    options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight file")] = (
+    """Write a report to this folder: accuracy per class, confusion matrix, all predictions, the most confident
+    mistakes."""
+    options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )
 
@@ -274,7 +279,7 @@ def skipped_line(count: int) -> str:
 
 def main() -> None:
     """Run the command; the last line on stdout is one JSON object."""
-    arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
+    arguments = tyro.cli(Arguments, prog="python -m train.evaluate", registry=plain_help())
     result = evaluate_file(arguments)
     if result.skipped:
         print(skipped_line(result.skipped), file=sys.stderr)

@@ -8,11 +8,13 @@ if __name__ == "__main__":  # before the slow imports: see `run_module`
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, DataError, system_errors
 from repvgg_jax.files import atomic_path, check_target
 from repvgg_jax.paths import Place, option_place
@@ -131,16 +133,16 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 class Arguments:
     """Plot the loss, accuracy and learning rate of one run, or of several for comparison."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of runs."""
-    out: str = "curves.png"
-    """Picture to write; its suffix determines the format: .png, .pdf, .svg, …"""
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of training runs."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")] = "curves.png"
+    """Picture to write. The suffix sets the format: .png, .pdf, .svg, …"""
 
 
 def main() -> None:
     """Run the command."""
-    arguments = tyro.cli(Arguments, prog="python -m train.plot")
+    arguments = tyro.cli(Arguments, prog="python -m train.plot", registry=plain_help())
     if not arguments.runs:
-        raise DataError("no run given; name the folder of a run of train.main")
+        raise DataError("no run given; name the folder of a training run")
     runs = [option_place("RUN", run) for run in arguments.runs]
     print(plot_curves(runs, option_place("--out", arguments.out)))

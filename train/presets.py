@@ -93,6 +93,8 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     """
     import tyro  # here, so that recipes can be read where only JAX is installed
 
+    from repvgg_jax.command_help import plain_help
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names = ", ".join(PRESETS)
     preset = _value_of("--preset", arguments)
@@ -123,6 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
         default=CommandLine(preset or tyro.MISSING, base),
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=plain_help(),
     )
     recipe = chosen.recipe
     if not recipe.run.workdir:
@@ -134,7 +137,10 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     return recipe
 
 
-_PRESET_HELP = "Recipe to start from. Each option below overrides one of its values, which are shown as the defaults."
+_PRESET_HELP = (
+    "Recipe to start from. The options below override its values. The defaults shown are those of digits, or, with "
+    "--preset NAME --help, those of that preset."
+)
 
 
 def _has(arguments: Sequence[str], *options: str) -> bool:

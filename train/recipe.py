@@ -36,11 +36,11 @@ def _numbers(count: int) -> Limit:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """The network to train. An option with the value None keeps the setting of --model."""
+    """The network to train. Options that are not set keep the setting of --model."""
 
     model: str = "RepVGG-A0"
-    """Variant, one of `rv.list_models()`, or a file with the architecture: NET.json or any weight file.
-    NET.json holds a variant's fields."""
+    """Architecture: the name of a variant (`python -m repvgg_jax summary` lists them), a JSON file with the fields of a
+    variant, or a weight file, whose weights are not used."""
     num_blocks: tuple[int, ...] | None = option(None, _numbers(4), between(1, 999))
     """Number of blocks in stages 1 to 4, such as 2 4 14 1."""
     widths: tuple[int, ...] | None = option(None, _numbers(5), between(1, 99999))
@@ -48,11 +48,11 @@ class ModelOptions:
     strides: tuple[int, ...] | None = option(None, _numbers(5), between(1, 2))
     """Strides of stages 0 to 4, such as 1 1 2 2 2 for images as small as 32x32."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Computation dtype; parameters, BN statistics, logits and loss stay float32."""
+    """Dtype of the computation. Parameters, BN statistics, logits and loss stay in float32."""
     remat: bool = False
-    """Recompute activations in the backward pass, which saves memory and costs compute."""
+    """Recompute activations in the backward pass. This needs less memory and takes more time."""
     block: BlockKind | None = None
-    """Block of the training form: RepVGG's, or QARepVGG's, which suits INT8."""
+    """Block of the training form: repvgg, or qarepvgg, which loses less accuracy in INT8."""
     dense_copies: int = option(1, at_least(1), at_most(MAX_DENSE_COPIES))
     """Number of 3x3 branches per block (MobileOne)."""
     dbb_1x1_3x3: bool = False
@@ -66,15 +66,16 @@ class ModelOptions:
     identity: bool = True
     """Keep RepVGG's identity branch."""
     activation: Literal["relu", "relu6", "leaky_relu", "gelu", "silu"] | None = None
-    """Activation after each block's sum."""
+    """Activation at the end of each block."""
     stem_stride: Literal[1, 2] | None = None
     """Stride of stage 0; overrides the first value of --strides."""
     epsilon: float | None = option(None, must("be above 0 and below 1", lambda value: 0 < value < 1))
-    """Epsilon that BatchNorm adds to the variance; if not set, a native --init file's, or else the model's (1e-5)."""
+    """Epsilon that BatchNorm adds to the variance. Default: the value recorded in the file of --init, or else that of
+    --model."""
     dropout: float = option(0.0, at_least(0), below(1))
-    """Dropout rate of the pooled features before the classifier."""
+    """Dropout rate in front of the classifier."""
     quantization: Literal["none", "qat"] = "none"
-    """qat: train the deployed INT8 net itself (quantisation-aware training), starting from the trained --init."""
+    """qat: quantisation-aware training of an INT8 net. It starts from the trained weights of --init."""
 
     @property
     def branches(self) -> Branches:
@@ -106,101 +107,103 @@ class ModelOptions:
         try:
             return dataclasses.replace(named, **changes)
         except ValueError as error:
-            raise ConfigError(f"--model {self.model} cannot be changed like this: {error}") from error
+            raise ConfigError(f"--model {self.model} cannot have these options: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class InputOptions:
-    """The images to train and evaluate on. None stands for the data set's value, unless the option says otherwise."""
+    """Images to train and evaluate on. Values that neither the preset nor an option sets are those of the data set."""
 
     data: str = option("digits", local_path)
-    """Data set: a TFDS name, a folder with train/CLASS/* and val/CLASS/*, `digits`, or `synthetic`."""
+    """Data set: the name of a TFDS data set, a folder with train/CLASS/* and val/CLASS/*, digits (the scanned digits
+    of scikit-learn) or synthetic (random pixels)."""
     data_dir: str | None = option(None, option_place)
-    """Folder of the TFDS data sets; if not set, $TFDS_DATA_DIR, or else ~/tensorflow_datasets."""
+    """Folder of the TFDS data sets. Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets if that is not set."""
     train_split: str | None = None
-    """Training split of a TFDS data set, or a slice of one, such as train[:90%]; `train` if not set."""
+    """Training split of a TFDS data set, or a slice of a split, such as train[:90%]. Default: train."""
     test_split: str | None = None
-    """Evaluation split, such as train[90%:]; if not set, `validation`, or else `test`."""
+    """Evaluation split, or a slice of a split, such as train[90%:]. Default: validation, or test if there is none."""
     image_size: int | None = option(None, *_crop_size)
-    """Side of the training crops, pixels, for every variant; 224 for photographs.
-    The authors, too, train RepVGG-D2se at 224 and evaluate it at 320."""
+    """Height and width of the training crops in pixels. For photographs, the data set's value is 224."""
     test_image_size: int | None = option(None, *_crop_size)
-    """Side of the evaluation crops, pixels; if not set, the data set's, or else the variant's published size."""
+    """Height and width of the evaluation crops in pixels. For photographs, the data set's value is the variant's
+    published size."""
     crop_fraction: float | None = option(None, _share)
-    """Share of the resized shorter side that an evaluation crop keeps.
-    If not set, the data set's (1 for digits and synthetic images), or else the variant's published value."""
+    """Size of the evaluation crop as a fraction of the resized shorter side, above 0 and at most 1.
+    For photographs, the data set's value is the variant's published one; for digits and synthetic images, it is 1."""
     mean: tuple[float, ...] | None = option(None, _rgb)
-    """Mean of each colour channel, for pixel values in 0..1; ImageNet's for photographs."""
+    """Mean of each colour channel, for pixel values from 0 to 1. For photographs, the data set's value is that of
+    ImageNet."""
     std: tuple[float, ...] | None = option(None, _rgb, must("be positive", lambda value: min(value) > 0))
-    """Standard deviation of each colour channel, for pixel values in 0..1; ImageNet's for photographs."""
+    """Standard deviation of each colour channel, for pixel values from 0 to 1. For photographs, the data set's value is
+    that of ImageNet."""
     train_transform: str | None = option(None, one_of(TRANSFORMS))
-    """Transform that crops or resizes a training image to the input size.
-    One of random_resized_crop_flip, pad_and_crop_flip, random_affine and as_is."""
+    """How a training image is brought to the input size: random_resized_crop_flip, pad_and_crop_flip, random_affine or
+    as_is. For photographs, the data set's value is random_resized_crop_flip."""
     workers: int | None = option(None, at_least(1))
-    """Number of decoding threads; one per core if not set. Results do not depend on it."""
+    """Number of decoding threads. Default: one per core. It does not affect the results."""
     worker_processes: int | None = option(None, at_least(1))
-    """Processes that share the decoding threads; 1 keeps them in the run's own process.
-    If not set, one process per 8 workers if there are at least 16 workers, or else 1.
-    Evaluation uses threads only. Results do not depend on this option."""
+    """Number of processes that share the decoding threads; 1 keeps the threads in the main process.
+    Default: one process per 8 workers if there are at least 16 workers, and 1 otherwise. Evaluation always uses threads
+    of the main process. It does not affect the results."""
     strict: bool = False
-    """Stop at an unreadable image instead of skipping and counting it."""
+    """Stop at the first unreadable image instead of skipping and counting it."""
     prefetch: int = option(2, at_least(1))
-    """Number of batches copied to the devices ahead of the step that needs them."""
+    """Number of batches to copy to the devices in advance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """SGD with a cosine schedule, updated every step."""
+    """SGD with a cosine learning-rate schedule."""
 
     epochs: int = option(120, at_least(1))
-    """Passes over the training split."""
+    """Number of passes over the training split."""
     batch_size: int = option(256, at_least(1))
-    """Global batch size, over all devices of all processes."""
+    """Global batch size: the number of images per step on all devices of all processes together."""
     accumulate: int = option(1, at_least(1))
-    """Portions into which each device splits its share of the batch to save memory; their gradients are averaged."""
+    """Gradient accumulation: to save memory, each device processes its share of the batch in this many parts."""
     learning_rate: float = option(0.1, at_least(0))
-    """Peak learning rate for a global batch of 256; scaled linearly with the batch size."""
+    """Peak learning rate for a global batch size of 256. It is scaled linearly with --batch-size."""
     momentum: float = option(0.9, at_least(0), below(1))
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov momentum."""
     weight_decay: float = option(1e-4, at_least(0))
-    """Weight decay of convolution and linear kernels and of rbr_identity's BN weight, but of nothing else."""
+    """Weight decay. It applies to convolution and linear kernels and to the BN weight of the identity branch only."""
     warmup_epochs: float = option(0.0, at_least(0))
-    """Epochs of linear warm-up from 0 before the cosine."""
+    """Number of epochs in which the learning rate rises linearly from 0, before the cosine schedule."""
     label_smoothing: float = option(0.0, at_least(0), below(1))
-    """Share of the target that is spread evenly over all classes."""
+    """Label smoothing: the fraction of the target that is spread evenly over all classes."""
     mixup: float = option(0.0, at_least(0))
-    """Mixup's alpha; 0 turns it off. If CutMix is on too, each step draws one of the two with equal probability."""
+    """Alpha of mixup; 0 turns it off. If CutMix is on too, each step uses one of the two, chosen at random."""
     cutmix: float = option(0.0, at_least(0))
-    """CutMix's alpha; 0 turns it off."""
+    """Alpha of CutMix; 0 turns it off."""
     auxiliary_weight: float = option(0.1, at_least(0))
-    """Weight of each auxiliary head's loss (RepVGGplus)."""
+    """Weight of the loss of each auxiliary head (RepVGGplus only)."""
     clip_norm: float = option(0.0, at_least(0))
-    """Largest global norm of the gradient, which is scaled down to it; 0 turns clipping off."""
+    """Maximum global norm of the gradient; 0 turns clipping off."""
     ema_decay: float = option(0.0, at_least(0), below(1))
     """Decay of the moving average of weights and BN statistics, such as 0.9999; 0 turns the average off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuneOptions:
-    """Initial weights, and which parts of the net are trained."""
+    """Initial weights, and the parts of the net to train."""
 
     init: str | None = option(None, weights_path)
-    """Initial weights: a training-form file that `rv.load_weights` reads, or a variant's name for its ImageNet weights.
-    If the number or the names of its classes differ from the data's, the classifier is initialised afresh."""
+    """Initial weights: a weight file in training form, or the name of a variant to use its ImageNet weights. If its
+    classes differ from those of the data, in number or in name, the classifier is initialised anew."""
     keep_classifier: bool = False
-    """Keep the classifier of --init when only the names of its classes differ from the data's, not their number."""
+    """Keep the classifier of --init if it has the same number of classes as the data under other names."""
     freeze_stages: int = option(0, at_least(0), at_most(5))
     """Freeze the weights and BN statistics of the first N of the five stages."""
     whiten_stem: bool = False
-    """Compute stage 0 from the training images instead of training it, so that it whitens them.
-    Its filters are the principal components of the images' 3x3 patches. Short training runs gain accuracy.
-    With --init, stage 0 is taken from the file and not trained."""
+    """Compute the filters of stage 0 from the training images (PCA whitening of 3x3 patches), and do not train them.
+    This improves the accuracy of short training runs. With --init, stage 0 comes from the file and is not trained."""
     freeze_bn: bool = False
-    """Normalise with the running BN statistics and do not update them."""
+    """Freeze the running BN statistics, and normalise with them during training."""
     head_learning_rate: float = option(1.0, at_least(0))
-    """Factor by which the classifier's learning rate is multiplied."""
+    """Learning rate of the classifier, as a multiple of --learning-rate."""
 
     @property
     def frozen_stages(self) -> int:
@@ -210,14 +213,14 @@ class FineTuneOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterOptions:
-    """Runs with several processes. If none of these is set, they are read from the cluster's environment."""
+    """Runs with several processes. Not needed under SLURM or Open MPI or on TPU VMs, which set these values."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0."""
+    """Address of process 0, as HOST:PORT."""
     num_processes: int | None = None
-    """Number of processes of the run."""
+    """Number of processes in the run."""
     process_id: int | None = None
-    """Index of this process, from 0."""
+    """Index of this process, starting at 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,29 +228,29 @@ class RunOptions:
     """Output folder, logging, evaluation and checkpoints."""
 
     workdir: str = option("", option_place)
-    """Output folder; if not set, runs/PRESET-MODEL (runs/cifar10 for that preset's own net).
+    """Output folder. Default: runs/PRESET-MODEL (runs/cifar10 for the net of that preset).
     Run the same command again to resume the run in this folder."""
     seed: int = option(0, at_least(0), below(2**63))
-    """Seed of everything random: initial weights, order of the images, augmentation, mixup, dropout."""
+    """Seed for everything random: initial weights, order of the images, augmentation, mixup, dropout."""
     log_every: int = option(50, at_least(1))
-    """Steps between rows of metrics.jsonl; each epoch has a row at least."""
+    """Number of steps between rows of metrics.jsonl. Every epoch has at least one row."""
     evaluate_every: int = option(1, at_least(1))
-    """Epochs between evaluations."""
+    """Number of epochs between evaluations."""
     checkpoint_every: int = option(1000, at_least(1))
-    """Steps between checkpoints; every evaluation writes one too."""
+    """Number of steps between checkpoints. Every evaluation writes a checkpoint too."""
     keep_checkpoints: int = option(2, at_least(1))
-    """Number of newest checkpoints to keep; the best one is always kept."""
+    """Number of most recent checkpoints to keep. The best one is always kept."""
     profile: bool = False
-    """Write a JAX trace of a few steps into the run's folder, for TensorBoard's profiler or Perfetto."""
+    """Write a JAX trace of a few steps to WORKDIR/profile, for TensorBoard's profiler or Perfetto."""
     tracker: Literal["none", "wandb"] = "none"
-    """Tracker that also gets the rows of metrics.jsonl (TensorBoard always does): wandb is Weights & Biases.
-    The environment variables WANDB_MODE, WANDB_PROJECT and WANDB_NAME configure it."""
+    """Experiment tracker to use in addition to TensorBoard. wandb is Weights & Biases; the environment variables
+    WANDB_MODE, WANDB_PROJECT and WANDB_NAME configure it."""
     preflight: str | None = None
-    """Instead of training, compile this run for another machine, and report whether it fits into the memory.
-    The machine is a TPU slice, such as v5e:16x16, or a number of GPUs, such as h100:8.
-    Needs no data, and writes nothing."""
+    """Do not train: compile the run for another machine, and report whether it fits into its memory.
+    The machine is a TPU slice, such as v5e:16x16, or a number of GPUs, such as h100:8. Needs neither that
+    machine nor the data, and writes nothing."""
     preflight_largest: bool = False
-    """With --preflight: also find the largest batch that fits, which takes a few more compilations."""
+    """With --preflight: also find the largest batch size that fits. This takes a few more compilations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,9 +277,9 @@ def check_recipe(recipe: Recipe) -> None:
         check_options(getattr(recipe, group.name))
     _ = recipe.model.variant
     if recipe.model.quantization == "qat" and recipe.fine_tune.init is None:
-        raise ConfigError("--quantization qat fine-tunes a trained net: give its training form with --init")
+        raise ConfigError("--quantization qat needs trained weights: pass a file in training form with --init")
     if recipe.run.preflight_largest and recipe.run.preflight is None:
         raise ConfigError("--preflight-largest needs --preflight TARGET")
     warmup, epochs = recipe.optimizer.warmup_epochs, recipe.optimizer.epochs
     if warmup >= epochs:
-        raise ConfigError(f"--warmup-epochs {warmup:g} leaves nothing of {epochs} --epochs")
+        raise ConfigError(f"--warmup-epochs must be less than --epochs, {epochs}, not {warmup:g}")

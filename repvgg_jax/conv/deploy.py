@@ -68,7 +68,7 @@ def convolve(
       `[N, ceil(H / stride), ceil(W / stride), C_out]`.
 
     Raises:
-      ValueError: if the algorithm does not support the stride, dilation or dtype.
+      ValueError: the algorithm does not support the stride, dilation or dtype.
     """
     refusal = ALGORITHMS[algorithm].refusal(x.dtype.name, stride, dilation)
     if refusal:

@@ -38,7 +38,7 @@ def activation_function(activation: Activation) -> Callable[[Array], Array]:
     """Return the activation function called `activation`; a function is returned unchanged.
 
     Raises:
-      ValueError: if no activation has that name.
+      ValueError: no activation has that name.
     """
     if callable(activation):
         return activation

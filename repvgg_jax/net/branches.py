@@ -56,7 +56,7 @@ class Branches:
       strips: a 1x3 and a 3x1 convolution, each with its own BN (ACNet, arXiv 1908.03930).
 
     Raises:
-      ValueError: if `dense_copies` is out of range, or another field is not a bool.
+      ValueError: `dense_copies` is out of range, or another field is not a bool.
     """
 
     dense_copies: int = 1

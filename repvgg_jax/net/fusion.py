@@ -40,7 +40,7 @@ def equivalent_kernel_bias(
       Kernel `[3, 3, C_in / groups, C_out]` and bias `[C_out]`.
 
     Raises:
-      FusionError: if the block is already fused, is not a RepVGG block, or lacks running statistics.
+      FusionError: the block is already fused, is not a RepVGG block, or lacks running statistics.
     """
     if "rbr_reparam" in block_params:
         raise FusionError("this block is already fused: it has rbr_reparam instead of branches")
@@ -94,7 +94,7 @@ def fuse_variables(variables: Tree, path: Sequence[str] = (), *, epsilon: float 
       New variables for the same model with its RepVGG built with `deploy=True`. The input is not modified.
 
     Raises:
-      FusionError: if there is nothing to fuse under `path`, `path` is a string, a block is already fused, or running
+      FusionError: there is nothing to fuse under `path`, `path` is a string, a block is already fused, or running
         statistics are missing.
     """
     if isinstance(path, str):
@@ -155,8 +155,8 @@ def to_deploy(model: RepVGG, variables: Tree) -> tuple[RepVGG, dict[str, Any]]:
       The model in deploy form, and its variables.
 
     Raises:
-      FusionError: if the model is already in deploy form, or its tree cannot be fused.
-      WeightsError: if `variables` belong to another model.
+      FusionError: the model is already in deploy form, or its tree cannot be fused.
+      WeightsError: `variables` belong to another model.
     """
     if model.deploy:
         raise FusionError("the model is already in deploy form")
@@ -181,7 +181,7 @@ def check_deploy_params(model: RepVGG, params: Tree) -> None:
     """Check the names and shapes of deploy-form parameters against the model.
 
     Raises:
-      WeightsError: if they differ; it lists missing and unexpected entries and those of another shape.
+      WeightsError: names or shapes differ; the message lists missing and unexpected entries and those of another shape.
     """
     actual = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
     channels = in_channels_of(flatten({"params": params}))

@@ -79,8 +79,8 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wher
       model: description of the model, for the error message.
 
     Raises:
-      WeightsError: if they differ; it lists missing, unexpected and mis-shaped entries (the first ten of each kind,
-        then a count).
+      WeightsError: names or shapes differ; the message lists missing, unexpected and mis-shaped entries (the first ten
+        of each kind, then a count).
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -99,7 +99,7 @@ def check_variables(arrays: FlatArrays, variant: Variant, deploy: bool, num_clas
     """Check a flat tree's names and shapes against a model, and that its numbers are finite; return the input channels.
 
     Raises:
-      WeightsError: if a name or shape differs (see `check_shapes`), or an entry has NaN or infinite values.
+      WeightsError: a name or shape differs (see `check_shapes`), or an entry has NaN or infinite values.
     """
     channels, shapes = in_channels_of(arrays), {name: tuple(array.shape) for name, array in arrays.items()}
     check_shapes(shapes, expected_shapes(variant, deploy, num_classes, channels), "variables", "the model")

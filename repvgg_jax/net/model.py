@@ -23,7 +23,7 @@ def checked_dtype(name: str, value: Any) -> Any:
     """Return `value`, if it is a floating-point dtype; convert a string to the dtype that it names.
 
     Raises:
-      ValueError: if it is not a floating-point dtype.
+      ValueError: `value` is not a floating-point dtype.
     """
     try:
         dtype = jnp.dtype(value)
@@ -38,7 +38,7 @@ def checked_count(name: str, value: Any) -> int:
     """Return `value`, if it is a positive whole number.
 
     Raises:
-      ValueError: if it is not.
+      ValueError: `value` is not a positive whole number.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
@@ -312,8 +312,8 @@ def create_model(
       The Flax module; it holds no parameters.
 
     Raises:
-      UnknownModelError: if no published variant has that name.
-      ValueError: if `num_classes` is not a positive whole number, a dtype is not floating-point, `frozen_stages` is not
+      UnknownModelError: no published variant has that name.
+      ValueError: `num_classes` is not a positive whole number, a dtype is not floating-point, `frozen_stages` is not
         in 0 to 5, `dropout` is not in [0, 1), or the variant does not allow one of the changes.
     """
     num_classes = checked_count("num_classes", num_classes)

@@ -102,7 +102,7 @@ def summarize(variant: Variant, *, image_size: int = 224, num_classes: int = 100
       in_channels: channels of the image.
 
     Raises:
-      ConfigError: if a size is not positive.
+      ConfigError: a size is not positive.
     """
     for option, value in (("image_size", image_size), ("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
@@ -135,7 +135,7 @@ def summary_table(
       in_channels: channels of the image.
 
     Raises:
-      ConfigError: if a size is not positive.
+      ConfigError: a size is not positive.
     """
     rows = [("model", "top-1 %", "params M", "(train)", "FLOPs B", "Wino MULs B", "peak act. MB")]
     for variant in variants or list(VARIANTS.values()):

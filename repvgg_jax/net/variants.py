@@ -94,7 +94,7 @@ class Variant:
         not show it.
 
     Raises:
-      ValueError: if the values do not describe a network; it names the field, its value and what it must be.
+      ValueError: the values do not describe a network; the message names the field, its value and what it must be.
     """
 
     num_blocks: tuple[int, int, int, int]
@@ -208,7 +208,7 @@ def checked_epsilon(value: Any) -> float:
     """Return `value` as the epsilon of a BatchNorm.
 
     Raises:
-      ValueError: if it is not a number above 0 and below 1.
+      ValueError: `value` is not a number above 0 and below 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
         raise ValueError(f"epsilon must be a number above 0 and below 1, such as 1e-3, not {value!r}")
@@ -280,7 +280,7 @@ def get_variant(name: str) -> Variant:
     """Return the published variant called `name` (letter case does not matter).
 
     Raises:
-      UnknownModelError: if there is no such variant; the message suggests the nearest names.
+      UnknownModelError: there is no such variant; the message suggests the nearest names.
     """
     by_lower = {published_name.lower(): variant for published_name, variant in VARIANTS.items()}
     variant = by_lower.get(name.lower())

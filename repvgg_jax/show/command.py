@@ -21,7 +21,7 @@ SUFFIXES = (".html", ".htm")
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Write a report on a weight file as a self-contained HTML page.
+    """Write a report about a weight file as a self-contained HTML page.
 
     The page shows the net's stages and their costs, the difference between training and deploy form, the ranges of
     weights and activations, the predictions for the images, and the time per layer. If no images are given, random
@@ -32,15 +32,15 @@ class Show:
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[IMAGE ...]")] = ()
     """Image files or folders. Folders are searched recursively."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """HTML file to write. If not set, the name of the weight file with .html, in the current folder."""
+    """HTML file to write. Default: the name of the weight file with the suffix .html, in the current folder."""
     max_images: int = 24
-    """Largest number of images to use. If there are more, an evenly spaced sample is used."""
+    """Maximum number of images to use. If there are more, evenly spaced ones are used."""
     top: int = 5
     """Number of most likely classes to show per image."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Number of images to process at a time. The algorithm of each layer is chosen for this batch size."""
     measure: bool = False
-    """Measure the time of the net and of each layer on this machine, instead of estimating it with the cost model."""
+    """Measure the time of the net and of each layer on this machine instead of estimating it."""
     options: Annotated[tyro.conf.OmitArgPrefixes[WeightsOptions], tyro.conf.arg(name="weight-file")] = (
         dataclasses.field(default_factory=WeightsOptions)
     )

@@ -31,8 +31,8 @@ def weights_path(option: str, text: str) -> str:
         return text
     if is_url(text) and not in_bucket(text):
         raise ConfigError(
-            f"{option} {text}: only folders and files of this machine, of a bucket or of the hub can be used, and it "
-            "is not fetched: download it first, and give the file"
+            f"{option} {text} is not fetched: download it first, and give the file. Only local paths, "
+            "buckets (gs://, s3://) and the hub (hf://) can be used"
         )
     if not is_url(text) and not _exists(text):
         name = _variant_name(text)
@@ -49,7 +49,9 @@ def _variant_name(text: str) -> str | None:
         has_suffix = os.path.splitext(text)[1] != ""  # noqa: PTH122 (may be arbitrary text)
         if has_suffix or os.sep in text or not text.lower().startswith("repvgg"):
             return None
-        raise WeightsError(f"there is no file {text}, and no such variant; known: {', '.join(VARIANTS)}") from error
+        raise WeightsError(
+            f"there is no file {text} and no variant of that name; the variants are {', '.join(VARIANTS)}"
+        ) from error
 
 
 def _exists(text: str) -> bool:

@@ -169,7 +169,7 @@ def integer(value: Any, least: int = 0, largest: int = 2**31) -> int:
     """Return `value` if it is an integer within bounds.
 
     Raises:
-      ValueError: it is not.
+      ValueError: `value` is not an integer within these bounds.
     """
     if type(value) is not int or not least <= value <= largest:
         raise ValueError("a number that is not a valid integer")

@@ -66,7 +66,7 @@ def part_of(file: TensorFile, prefix: str, where: str) -> TensorFile:
         name = shown(prefixes[0])
         raise WeightsError(
             f"{where} holds a RepVGG under {name} and other tensors: {first_ten(strangers)}; "
-            f'to leave that out: prefix="{name}" (--prefix {name})'
+            f'to load only the RepVGG: prefix="{name}" (--prefix {name})'
         )
     return dataclasses.replace(file, tensors={name: file.tensors[key] for name, key in names.items()})
 
@@ -117,7 +117,7 @@ def identify(shapes: Mapping[str, Shape], where: str) -> Identification:
     family, parsed = max(parsed_by_family, key=lambda pair: len(pair[1]))
     if not any(stage for stage, *_ in parsed):
         namings, keys = ", ".join(FAMILIES), first_ten(shapes) or "none"
-        raise WeightsError(f"{where} does not hold a RepVGG under any known naming ({namings}); its keys: {keys}")
+        raise WeightsError(f"{where} does not hold a RepVGG in any known naming scheme ({namings}); its keys: {keys}")
     layers = {layer for _, _, layer, _ in parsed}
     deploy = "rbr_reparam" in layers and "rbr_dense/conv" not in layers
     body = _Body(parsed, "rbr_reparam" if deploy else "rbr_dense/conv")

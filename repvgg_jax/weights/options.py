@@ -14,28 +14,28 @@ from .info import MAX_IMAGE_SIZE, WeightsInfo
 
 @dataclasses.dataclass(frozen=True)
 class WeightsOptions:
-    """Options for reading a weight file, and values that it lacks or that are to be overridden."""
+    """How to read the weight file, and values to use instead of those in it. Options not set keep the file's values."""
 
     ema: bool = False
-    """Load the moving average of the weights, if a training checkpoint has one."""
+    """Load the moving average (EMA) of the weights that a training checkpoint may contain."""
     tensors_only: bool = False
-    """Skip pickled objects next to the weights instead of refusing the file. The file's code is never run."""
+    """Load only the tensors of a file that also has other pickled objects, instead of refusing it. Code in the file is
+    never run."""
     prefix: str = ""
-    """Load only the entries whose keys begin with this, such as `encoder.`, from a larger model. A net without
-    classifier needs a class count, in Python and in `convert`."""
+    """Load only the tensors whose names begin with this prefix, such as encoder., from the file of a larger model."""
     epsilon: float | None = None
-    """Epsilon of the BatchNorms that the weights were trained with. Native files contain it; for others the default is
-    1e-5. YOLO trainers and Keras use 1e-3."""
+    """Epsilon of BatchNorm in training. YOLO trainers and Keras use 1e-3. Default: the value in the file, which native
+    files record, or else 1e-5."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, for pixel values in 0..1. Default, as for the options below: the weight file's value."""
+    """Mean of each colour channel, for pixel values from 0 to 1."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel."""
+    """Standard deviation of each colour channel, for pixel values from 0 to 1."""
     image_size: int | None = None
-    """Height and width of the network's input, in pixels."""
+    """Height and width of the network's input in pixels."""
     crop_fraction: float | None = None
     """Size of the centre crop as a fraction of the resized shorter side, above 0 and at most 1."""
     class_names: tuple[str, ...] | None = None
-    """Names of the classes, by index: the names themselves, or a file with one name per line or a JSON list."""
+    """Names of the classes in order: the names themselves, or a file with one name per line or with a JSON list."""
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _read_names(values: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(line.strip() for line in text.splitlines() if line.strip())
         names = json.loads(text)
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("its list holds something other than names")
+            raise ValueError("its JSON list must contain only strings")
         return tuple(names)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read --class-names {path}: {error}") from error

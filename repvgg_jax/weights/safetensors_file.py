@@ -65,7 +65,7 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, np.ndarray],
     """Write a safetensors file, atomically.
 
     Raises:
-      RepVGGError: it cannot be written.
+      RepVGGError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         save_arrays(temporary, arrays, metadata)
@@ -75,7 +75,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     """Write a safetensors file to a temporary path.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     try:
         save_file(dict(arrays), path, metadata=dict(metadata))

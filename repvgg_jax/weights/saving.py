@@ -109,7 +109,8 @@ def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family
     For RepVGGplus and the training form of QARepVGG the authors use names that differ from RepVGG's.
 
     Raises:
-      WeightsError: unknown suffix or family, native names in a PyTorch file, or PyTorch is needed but not installed.
+      WeightsError: the suffix or family is unknown, a PyTorch file would have native names, or PyTorch is needed but
+        not installed.
     """
     suffix = Path(path).suffix
     if suffix not in WRITABLE:
@@ -128,7 +129,7 @@ def choose_names(path: str | os.PathLike, variant: Variant, deploy: bool, family
             return QAREPVGG
         return AUTHORS_PLUS if variant.auxiliary_heads else AUTHORS
     if family not in FAMILIES:
-        raise WeightsError(f"unknown naming {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
+        raise WeightsError(f"unknown naming scheme {family!r}; known: {NATIVE}, {', '.join(FAMILIES)}")
     return FAMILIES[family]
 
 

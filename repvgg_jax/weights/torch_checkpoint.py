@@ -33,11 +33,11 @@ def find_state_dict(root: Any, path: Path, ema: bool) -> tuple[Mapping[str, Tens
         if len(models) > 1:
             raise WeightsError(f"cannot read {path}: several of its entries hold tensors: {first_ten(models)}")
     if ema and not averages:
-        raise WeightsError(f"{path} has no moving average (EMA) of the weights beside them")
+        raise WeightsError(f"{path} has no moving average (EMA) of the weights")
     if not models and not averages:
         kinds = {dict: "an empty dict", TensorRecord: "a tensor without a name", Opaque: "an object"}
         what = first_ten(entries) if entries else kinds.get(type(root), f"a {type(root).__name__}")
-        raise WeightsError(f"cannot read {path}: no weights in it, only {what}")
+        raise WeightsError(f"cannot read {path}: it holds no weights, only {what}")
     notes = [] if models or ema else [f"{path} has only a moving average (EMA) of the weights; loaded that"]
     state = next(iter((averages if ema or not models else models).values()))
     strangers = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, TensorRecord)]

@@ -63,9 +63,9 @@ def read_torch_file(handle: io.FileIO, path: Path, ema: bool = False, tensors_on
         root, places = (_read_zip if is_zip else _read_legacy)(handle, Reader(tensors_only))
     except RefusedError as error:
         raise WeightsError(
-            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, which cannot be restored without "
-            "running code named in the file. To load only the tensors, without running code: "
-            "load_weights(…, tensors_only=True) or python -m convert IN OUT --tensors-only"
+            f"refused to read {path}: it holds a pickled {shown(error.args[0])}, and restoring that would run code "
+            "named in the file. To load only the tensors, which runs no code, use --tensors-only, or in Python "
+            "load_weights(…, tensors_only=True)"
         ) from error
     except (zipfile.BadZipFile, struct.error, ValueError, ArithmeticError, RuntimeError, OSError, EOFError) as error:
         raise WeightsError(f"cannot read {path}: not a valid PyTorch file ({shown(reason_of(error))})") from error

@@ -49,7 +49,7 @@ def test_the_input_is_never_overwritten_under_any_name(source):
         for original, output in ((source, alias), (alias, source)):
             for options in ((), ("--overwrite",)):
                 message = error_of(convert(original, output, *options))
-                assert f"{output} is the input, {original}, itself" in message, name
+                assert f"{output} is the same file as the input, {original}" in message, name
     assert source.read_bytes() == before
 
 

@@ -80,7 +80,7 @@ def deployed(weights: Path) -> Path:
         (("--image-size", 0), "--image-size must be at least 1, not 0"),
         (("--learning-rate", "nan"), "--learning-rate must be at least 0, not nan"),
         (("--momentum", 1), "--momentum must be below 1, not 1.0"),
-        (("--epochs", 3, "--warmup-epochs", 3), "leaves nothing of 3 --epochs"),
+        (("--epochs", 3, "--warmup-epochs", 3), "--warmup-epochs must be less than --epochs, 3, not 3"),
         (("--batch-size", 6), "--batch-size 6 cannot be shared by 4 devices; 4 could"),
         (("--batch-size", 64, "--accumulate", 3), "4 devices in 3 portions each; 60 could"),
         (("--process-id", 0), "--coordinator-address, --num-processes and --process-id go together"),
@@ -179,7 +179,7 @@ def test_prediction_names_the_classes(tmp_path, weights):
 
 def test_files_that_are_not_images_are_named_by_predict(tmp_path, weights):
     (tmp_path / "text.png").write_text("hello", encoding="utf-8")
-    assert "no image given" in predict(weights)
+    assert "no images given" in predict(weights)
     assert "text.png: cannot be read as an image" in predict(weights, tmp_path / "text.png")
     assert "none.png: No such file" in predict(weights, tmp_path / "none.png")
 

@@ -171,7 +171,7 @@ def test_no_readable_image_is_an_error(fake, weights, tmp_path):
     for kind in ("text", "csv", "json"):
         done = predict(weights, tmp_path / "a.png", tmp_path / "b.png", "--format", kind)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.splitlines()[-1] == "error: none of 2 images and folders can be read"
+        assert done.stderr.splitlines()[-1] == "error: none of the 2 images and folders could be read"
         assert done.stderr.count("\n") == 3
     (tmp_path / "empty").mkdir()
     done = predict(weights, tmp_path / "empty")

@@ -126,15 +126,15 @@ def test_ctrl_c_that_also_ends_tee_still_lets_a_run_save_its_state(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "says"),
     [
-        ("MemoryError", "error: out of memory (nothing more is known); take smaller images or a smaller batch\n"),
+        ("MemoryError", "error: out of memory (no details); use smaller images or a smaller batch\n"),
         (
             "__import__('numpy').zeros((1 << 40, 1 << 12), 'u1')",
             "error: out of memory (Unable to allocate 4.00 PiB for an array with shape (1099511627776, 4096) and data "
-            "type uint8); take smaller images or a smaller batch\n",
+            "type uint8); use smaller images or a smaller batch\n",
         ),
         (
             "RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')",
-            "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); take smaller images or a "
+            "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); use smaller images or a "
             "smaller batch\n",
         ),
     ],

@@ -92,7 +92,9 @@ def test_a_file_of_that_name_wins(published, fake_hub, tmp_path):
 def test_what_is_neither_a_file_nor_a_variant_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = error_of(command("repvgg_jax.__main__", "predict", "RepVGG-A9", "cat.jpg"))
-    assert error.startswith("error: there is no file RepVGG-A9, and no such variant; known: RepVGG-A0, RepVGG-A1, ")
+    assert error.startswith(
+        "error: there is no file RepVGG-A9 and no variant of that name; the variants are RepVGG-A0, RepVGG-A1, "
+    )
     error = error_of(convert("RepVGG-B1g2", "out.safetensors"))
     assert error.startswith("error: timm has no weights of RepVGG-B1g2 on the Hugging Face hub")
     error = error_of(command("train.main", "--preset", "digits", "--init", "repvggplus-l2pse", "--workdir", "run"))

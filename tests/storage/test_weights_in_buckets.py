@@ -82,7 +82,7 @@ def test_convert_reads_and_writes_in_a_bucket(bucket):
     assert rv.load_weights(target)[0].deploy
     assert "exists already: choose another name, or replace it with --overwrite" in error_of(convert(source, target))
     assert convert(source, target, "--overwrite").returncode == 0
-    assert "is the input" in error_of(convert(source, f"{source}", "--overwrite"))
+    assert "is the same file as the input" in error_of(convert(source, f"{source}", "--overwrite"))
     done = convert("--inspect", target)
     assert done.returncode == 0
     assert done.stdout.startswith(target)

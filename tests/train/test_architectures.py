@@ -86,7 +86,7 @@ def test_a_json_file_that_does_not_describe_a_net_is_one_line(tmp_path: Path, te
         (("--strides", 1, 2, 3, 2, 2), "--strides must lie between 1 and 2, not 1 2 3 2 2"),
         (
             ("--model", "RepVGG-B1g4", "--widths", 6, 6, 6, 6, 6),
-            "--model RepVGG-B1g4 cannot be changed like this: stage",
+            "--model RepVGG-B1g4 cannot have these options: stage",
         ),
         (("--model", "none.json"), "--model none.json: No such file or directory"),
         (("--model", "none.safetensors"), "none.safetensors does not exist"),

@@ -50,7 +50,7 @@ def test_the_suffix_chooses_the_format(out, written, kind, workdir, tmp_path):
     [
         ("x.txt", "x.txt: no picture format is called .txt; choose one of "),
         ("none/x.png", "there is no folder"),
-        ("ftp://bucket/x.png", "--out ftp://bucket/x.png: only folders and files of this machine"),
+        ("ftp://bucket/x.png", "--out ftp://bucket/x.png: only local files and folders"),
     ],
 )
 def test_an_unwritable_picture_is_one_line(out, says, workdir, tmp_path, monkeypatch):

@@ -415,7 +415,7 @@ def test_a_runs_config_does_not_record_it(tmp_path):
     [
         (
             ("--preflight", "v9:2x2"),
-            "--preflight v9:2x2 is not a target; give a TPU slice or GPUs: v4:2x2x4, v5e:16x16",
+            "--preflight v9:2x2 is not a target; give a TPU slice, such as v4:2x2x4, v5e:16x16",
         ),
         (("--preflight", "v5e"), "--preflight v5e is not a target"),
         (("--preflight", "v5e:16"), "--preflight v5e:16 is not a target"),

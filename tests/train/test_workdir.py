@@ -155,7 +155,7 @@ URLS = ["https://host/x", "abfss://c@a/x"]
 )
 def test_urls_are_refused_in_one_line(url, option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(rv.ConfigError, match=rf"^{option} {url}: only folders and files of this machine"):
+    with pytest.raises(rv.ConfigError, match=rf"^{option} {url}: only local files and folders"):
         parse(["--preset", "digits", option, url])
     assert not list(tmp_path.iterdir())
 
@@ -244,5 +244,5 @@ def test_a_presets_warm_up_is_shortened_if_it_does_not_fit(preset, epochs, warmu
 
 @pytest.mark.parametrize("spelled", ["--warmup-epochs", "--warmup_epochs"])
 def test_an_explicit_warm_up_that_does_not_fit_is_an_error(spelled):
-    with pytest.raises(rv.ConfigError, match="--warmup-epochs 2 leaves nothing of 1 --epochs"):
+    with pytest.raises(rv.ConfigError, match="--warmup-epochs must be less than --epochs, 1, not 2"):
         parse(["--preset", "digits", "--epochs", "1", spelled, "2"])

@@ -285,7 +285,7 @@ def test_a_header_without_metadata_is_refused(int8_file):
     header = json.loads(content[8 : 8 + length]) | {"__metadata__": None}
     path.write_bytes(safetensors_bytes(header, content[8 + length :]))
     for load in (rv.load_quantized, rv.inspect_weights, rv.load_weights):
-        with pytest.raises(rv.WeightsError, match="a RepVGG under any known naming"):
+        with pytest.raises(rv.WeightsError, match="a RepVGG in any known naming scheme"):
             load(path)
 
 

@@ -184,7 +184,7 @@ def test_a_new_family_needs_only_a_table(tmp_path, monkeypatch):
     stages = {stage: path.replace("stage", "level") for stage, path in FAMILIES["authors"].stages.items()}
     fifth = dataclasses.replace(FAMILIES["authors"], name="fifth", stages=stages, heads={"linear": "top"})
     torch.save(torch_state(TINY, family=fifth), tmp_path / "w.pth")
-    assert "a RepVGG under any known naming" in refused(tmp_path / "w.pth")
+    assert "a RepVGG in any known naming scheme" in refused(tmp_path / "w.pth")
     monkeypatch.setitem(FAMILIES, "fifth", fifth)
     model, variables = rv.load_weights(tmp_path / "w.pth")
     assert_same_bits(unflatten(random_arrays(TINY)), variables)
@@ -198,7 +198,7 @@ def test_a_part_of_a_network_is_refused(tmp_path):
     assert refused(tmp_path / "w.pth").endswith("not all of a RepVGG's: nothing of stage4")
     assert "missing: stage4.0.rbr_dense.conv.weight" in refused(tmp_path / "w.pth", name="RepVGG-A0")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    assert "a RepVGG under any known naming" in refused(tmp_path / "other.pth")
+    assert "a RepVGG in any known naming scheme" in refused(tmp_path / "other.pth")
     mixed = {k if k.startswith("stage2") else f"module.{k}": v for k, v in state.items()}
     torch.save(mixed, tmp_path / "mixed.pth")
     assert "unexpected: module.stage0" in refused(tmp_path / "mixed.pth")

@@ -121,6 +121,6 @@ def test_parts_without_a_name_in_a_family_are_an_error(tmp_path):
             rv.save_weights(tmp_path / "w.pth", plus, plus_variables, family=family)
     with pytest.raises(rv.WeightsError, match=r"native weights are \.safetensors files"):
         rv.save_weights(tmp_path / "w.pth", model, variables, family="native")
-    with pytest.raises(rv.WeightsError, match=f"unknown naming 'keras'; known: native, {', '.join(FAMILIES)}"):
+    with pytest.raises(rv.WeightsError, match=f"unknown naming scheme 'keras'; known: native, {', '.join(FAMILIES)}"):
         rv.save_weights(tmp_path / "w.pth", model, variables, family="keras")
     assert not list(tmp_path.iterdir())

@@ -285,7 +285,7 @@ def test_tensors_of_the_wrong_type_are_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     assert "pickled torch.nn.modules.linear.Linear" in refused(tmp_path / "module.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "no weights in it, only a list" in refused(tmp_path / "list.pth")
+    assert "holds no weights, only a list" in refused(tmp_path / "list.pth")
 
 
 @pytest.mark.parametrize(

@@ -23,31 +23,31 @@ _Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of the training images. The paper's 120-epoch recipe uses crop and flip only."""
+    """Augmentation of the training images. The 120-epoch recipe of the paper uses only crop and flip."""
 
     crop_area: tuple[float, float] = option((0.08, 1.0), _rising_shares)
-    """Range of the random crop's share of the image's area (photographs only)."""
+    """Area of the random crop, as a fraction of the image's area: minimum and maximum (photographs only)."""
     horizontal_flip: float = option(0.5, between(0, 1))
     """Probability of a horizontal flip (photographs only)."""
     auto_augment: AutoAugment = "none"
-    """`autoaugment` (ImageNet policy), `randaugment` (torchvision's) or `randaugment_plus` (RepVGGplus, authors').
-    `randaugment_plus` draws each operation's magnitude below --randaugment-magnitude."""
+    """autoaugment: AutoAugment's policy for ImageNet. randaugment: RandAugment as in torchvision. randaugment_plus:
+    RandAugment as in the authors' RepVGGplus recipe, with random magnitudes below --randaugment-magnitude."""
     randaugment_ops: int = option(2, at_least(1))
     """Number of RandAugment operations per image."""
     randaugment_magnitude: int = option(9, between(0, 30))
-    """Magnitude of RandAugment, from 0 to 30; the authors' recipe uses 15 with `randaugment_plus`."""
+    """Magnitude of RandAugment, from 0 to 30. The authors use 15 with randaugment_plus."""
     jitter_brightness: float = option(0.0, at_least(0))
-    """Colour jitter as in torchvision: largest change of the brightness factor."""
+    """Colour jitter as in torchvision: maximum change of the brightness factor."""
     jitter_contrast: float = option(0.0, at_least(0))
-    """Colour jitter: largest change of the contrast factor."""
+    """Colour jitter: maximum change of the contrast factor."""
     jitter_saturation: float = option(0.0, at_least(0))
-    """Colour jitter: largest change of the saturation factor."""
+    """Colour jitter: maximum change of the saturation factor."""
     jitter_hue: float = option(0.0, at_least(0), must("be at most 0.5, half a turn", lambda value: value <= 0.5))
-    """Colour jitter: largest shift of the hue, in turns."""
+    """Colour jitter: maximum shift of the hue, as a fraction of the colour circle."""
     random_erasing: float = option(0.0, between(0, 1))
-    """Probability of painting over a random rectangle."""
+    """Probability of erasing a random rectangle."""
     exact_crop: bool = False
-    """Decode and crop with PIL, which gives torchvision's exact pixels at a third of the speed."""
+    """Decode and crop with PIL. This gives exactly the pixels that torchvision gives, at a third of the speed."""
 
     def __post_init__(self) -> None:
         check_options(self)

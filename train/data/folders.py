@@ -64,7 +64,7 @@ def _check_classes(train: FolderSource, test: FolderSource) -> None:
     """Refuse classes without images to train on or to evaluate on, with advice that keeps both splits consistent.
 
     Raises:
-      DataError: there is such a class.
+      DataError: a class has no images to train on or to evaluate on.
     """
     for source, other in ((test, train), (train, test)):
         for name in source.empty:

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from repvgg_jax.errors import DataError
-from repvgg_jax.image_files import describe_left_out, image_files
-from repvgg_jax.preprocess import IMAGE_SUFFIXES
+from repvgg_jax.image_files import SOME_SUFFIXES, describe_left_out, image_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +120,7 @@ def no_images(folder: Path, or_remove: str = "it") -> DataError:
     """Return the error for a class folder without images; it says what the folder holds and what to do."""
     left_out = image_files(folder).left_out
     others = f", but {describe_left_out(left_out)}" if left_out else ""
-    suffixes = ", ".join(IMAGE_SUFFIXES)
-    return DataError(f"class folder {folder} holds no images{others}; add some ({suffixes}) or remove {or_remove}")
+    return DataError(f"class folder {folder} holds no images{others}; add some ({SOME_SUFFIXES}) or remove {or_remove}")
 
 
 class SyntheticSource:

@@ -62,7 +62,7 @@ class TFRecordFiles:
       shards: the files in order, with the records to use of each.
 
     Raises:
-      DataError: on access, if the record is missing or unreadable.
+      DataError: the record is missing or unreadable (raised on access).
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:

@@ -47,7 +47,10 @@ FAMILIES = {
     "h200": Family("cuda", "H200"),
 }
 
-_EXAMPLES = "v4:2x2x4, v5e:16x16, v5p:4x4x4, v6e:8x8, or a number of GPUs such as h100:8, h200:8, a100:8"
+_EXAMPLES = (
+    "a TPU slice, such as v4:2x2x4, v5e:16x16, v5p:4x4x4 or v6e:8x8, or a number of GPUs, such as h100:8, h200:8 or "
+    "a100:8"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ def find_target(name: str) -> Target:
     family = FAMILIES.get(kind)
     pattern = r"[1-9]\d{0,4}" if family and family.platform == "cuda" else r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}"
     if family is None or not re.fullmatch(pattern, size):
-        raise ConfigError(f"--preflight {name} is not a target; give a TPU slice or GPUs: {_EXAMPLES}")
+        raise ConfigError(f"--preflight {name} is not a target; give {_EXAMPLES}")
     if family.platform == "tpu":
         return Target(name, family, tuple(map(int, size.split("x"))))
     count = int(size)

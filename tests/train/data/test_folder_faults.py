@@ -158,7 +158,7 @@ def test_an_unsplit_folder_gets_the_command_that_splits_it(photos: Path, tmp_pat
 def test_a_url_is_one_line(spec: str, weights: Path) -> None:
     done = command("train.evaluate", spec, "train", weights)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"{spec}: only folders and files of this machine can be used" in done.stderr
+    assert f"{spec}: only local files and folders can be used" in done.stderr
 
 
 def test_images_replaced_or_removed_during_training_are_read_or_skipped(photos: Path) -> None:
