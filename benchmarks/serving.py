@@ -2,8 +2,8 @@
 
 `python -m benchmarks.serving [--model RepVGG-A0] [--clients 8]`; needs gunicorn. Each client sends a JPEG file of
 500x375 pixels and waits for the answer before it sends the next one. The server decodes, resizes, predicts and answers
-with the three most likely classes, as in the example of docs/deployment.md. The configurations are measured alternately, in
-several rounds, and the figures are medians.
+with the three most likely classes, as in the example of docs/deployment.md. The configurations are measured
+alternately, in several rounds, and the figures are medians.
 """
 
 import argparse

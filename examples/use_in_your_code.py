@@ -32,6 +32,9 @@ def real_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Run the example, in the order of the authors' README."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     images, labels = real_digits()
 
     # Create or load. If the file has another number of classes, `num_classes` adds a newly initialised classifier.
