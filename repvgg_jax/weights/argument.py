@@ -31,8 +31,8 @@ def weights_path(option: str, text: str) -> str:
         return text
     if is_url(text) and not in_bucket(text):
         raise ConfigError(
-            f"{option} {text} is not fetched: download it first, and give the file. Only local paths, "
-            "buckets (gs://, s3://) and the hub (hf://) can be used"
+            f"{option} {text}: only local files and folders, buckets (gs://, s3://) and the hub (hf://) can be used, "
+            "and a URL is not fetched: download the file first"
         )
     if not is_url(text) and not _exists(text):
         name = _variant_name(text)
