@@ -63,16 +63,16 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str], *, allow_empty: bool = False) -> None:
         self.root = Path(root)
-        self._class_names = class_folders(self.root)
+        self.class_names = class_folders(self.root)
         self.left_out: Counter[str] = Counter()
         self._paths: list[str] = []
         counts = []
-        for name in self._class_names:
+        for name in self.class_names:
             paths, left_out = image_files(self.root / name)
             self._paths += paths
             self.left_out += left_out
             counts.append(len(paths))
-        self.empty = [name for name, count in zip(self._class_names, counts, strict=True) if not count]
+        self.empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if self.empty and not (allow_empty and self._paths):
             raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -83,10 +83,6 @@ class FolderSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_paths": state["_paths"].split("\0")}
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -143,11 +139,7 @@ class SyntheticSource:
         shape = (min(self._POOL, length), image_size, image_size, channels)
         self._images = rng.integers(0, 256, shape, dtype=np.uint8)
         self._labels = rng.integers(0, num_classes, length, dtype=np.int32)
-        self._class_names = [f"class {label}" for label in range(num_classes)]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
+        self.class_names = [f"class {label}" for label in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -166,11 +158,7 @@ class UnopenedSource:
 
     def __init__(self, length: int, class_names: Sequence[str] | int) -> None:
         names = [f"class {label}" for label in range(class_names)] if isinstance(class_names, int) else class_names
-        self._length, self._class_names = length, list(names)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
+        self._length, self.class_names = length, list(names)
 
     def __len__(self) -> int:
         return self._length

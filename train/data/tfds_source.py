@@ -51,7 +51,7 @@ class TfdsSource:
         builder = _open_builder(directory)
         self._name = f"{builder.info.full_name}/{split}"
         self._keys, self._features = _features(builder.info)
-        self._class_names = list(self._features[self._keys[1]].names)
+        self.class_names = list(self._features[self._keys[1]].names)
         self._records = _records(builder, split)
         if not len(self._records):
             raise DataError(f"{self._name} holds no images")
@@ -60,18 +60,14 @@ class TfdsSource:
     def __reduce__(self) -> tuple[Any, ...]:
         return TfdsSource, (self._directory, self._split)
 
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
-
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int, /) -> Example:
         position = f"{self._name}[{index}]"
         image, label, name = self._parse(self._read(index, position), position)
-        if not 0 <= label < len(self._class_names):
-            raise DataError(f"{position}: label {label} is not one of the {len(self._class_names)} classes")
+        if not 0 <= label < len(self.class_names):
+            raise DataError(f"{position}: label {label} is not one of the {len(self.class_names)} classes")
         return Example(image, label, f"{position} {name}" if name else position)
 
     def _check_labels(self) -> None:
