@@ -1,6 +1,7 @@
 """TFDS data sets in a bucket, read from a local copy, because their record files need random access."""
 
 import hashlib
+import itertools
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,8 @@ def on_this_machine(data_dir: Place, name: str, *, or_empty: bool = False) -> Pa
         files = source.files()
         if not files and not or_empty:
             raise DataError(f"--data-dir {data_dir} holds no data set called {source.name}")
-        missing = {
-            file: copy / file.key.removeprefix(data_dir.key).lstrip("/")
-            for file, size in files.items()
-            if not _has_size(copy / file.key.removeprefix(data_dir.key).lstrip("/"), size)
-        }
+        targets = {file: copy / file.key.removeprefix(data_dir.key).lstrip("/") for file in files}
+        missing = {file: target for file, target in targets.items() if not _has_size(target, files[file])}
         if missing:
             copy.mkdir(parents=True, exist_ok=True)
             _copy(missing, sum(files[file] for file in missing), source, copy)
@@ -71,6 +69,4 @@ def _copy(files: dict[BucketPath, Path], size: int, source: BucketPath, copy: Pa
             target.parent.mkdir(parents=True, exist_ok=True)
             part.replace(target)
 
-        jobs = [threads.submit(download, number, *pair) for number, pair in enumerate(files.items())]
-        for job in jobs:
-            job.result()
+        list(threads.map(download, itertools.count(), files, files.values()))

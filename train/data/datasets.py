@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from repvgg_jax.digits import MEAN, STD
 from repvgg_jax.errors import DataError
@@ -171,20 +172,15 @@ def open_dataset(
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, got {channels}")
     row = row_of(spec)
-    preprocessing = default_preprocessing(variant or get_variant("RepVGG-A0"), channels)
-    size = row.test_size if image_size is None else image_size
-    if size is not None:
-        preprocessing = preprocessing.at_size(size)
-    colours = [row.mean, row.std]
     if channels == 1:
-        colours = [numbers and in_grey(numbers) for numbers in colours]
-    chosen = {
-        "crop_fraction": row.crop_fraction if crop_fraction is None else crop_fraction,
-        "mean": colours[0] if mean is None else mean,
-        "std": colours[1] if std is None else std,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    preprocessing = dataclasses.replace(preprocessing, **chosen)
+        row = dataclasses.replace(row, mean=row.mean and in_grey(row.mean), std=row.std and in_grey(row.std))
+    columns = dict(train_size=train_size, test_size=image_size, crop_fraction=crop_fraction, mean=mean, std=std)
+    row = dataclasses.replace(row, **_without_none(columns | {"train_transform": train_transform}))
+    preprocessing = default_preprocessing(variant or get_variant("RepVGG-A0"), channels)
+    if row.test_size is not None:
+        preprocessing = preprocessing.at_size(row.test_size)
+    chosen = {"crop_fraction": row.crop_fraction, "mean": row.mean, "std": row.std}
+    preprocessing = dataclasses.replace(preprocessing, **_without_none(chosen))
     folder = option_place(
         "--data-dir", os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     )
@@ -195,10 +191,14 @@ def open_dataset(
         train=train,
         test=test,
         preprocessing=preprocessing,
-        train_size=row.train_size if train_size is None else train_size,
-        train_transform=row.train_transform if train_transform is None else train_transform,
+        train_size=row.train_size,
+        train_transform=row.train_transform,
         notes=notes,
     )
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _is_folder(spec: str, row: Row) -> bool:
@@ -218,8 +218,8 @@ def _unopened(request: Request) -> Opened:
     """
     row = row_of(request.spec)
     if row.counts is not None:
-        counts = row.counts
-        return UnopenedSource(counts.train, counts.classes), UnopenedSource(counts.test, counts.classes), ()
+        names = [f"class {label}" for label in range(row.counts.classes)]
+        return UnopenedSource(row.counts.train, names), UnopenedSource(row.counts.test, names), ()
     try:
         return row.source(request)
     except DataError as error:

@@ -76,8 +76,11 @@ def prepare(data_dir: Path) -> Path:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(".digits-", data_dir) as scratch:
-            _move_into_place(_write(scratch), directory)
+            _write(scratch).rename(directory)
     except OSError as error:
+        # A folder with content is never overwritten; here, another process has written the same images.
+        if directory.is_dir():
+            return directory
         raise DataError(
             f"cannot write the digits data set under {data_dir} ({error.strerror or error}); "
             "name a writable folder with --data-dir or TFDS_DATA_DIR"
@@ -91,12 +94,3 @@ def _write(data_dir: Path) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare()
     return Path(builder.data_dir)
-
-
-def _move_into_place(written: Path, directory: Path) -> None:
-    try:
-        written.rename(directory)
-    except OSError:
-        # A folder with content is never overwritten; here, another process has written the same images.
-        if not directory.is_dir():
-            raise

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from repvgg_jax.errors import DataError
+from repvgg_jax.errors import DataError, first_ten
 from repvgg_jax.image_files import describe_left_out, image_files
 
 from .sources import FolderSource, Source, UnopenedSource, class_folders, no_images
@@ -72,15 +72,10 @@ def _check_classes(train: FolderSource, test: FolderSource) -> None:
             raise no_images(source.root / name, f"both it and {other.root / name}" if in_both else "it")
     sides = ((train, test), (test, train))
     differences = [(one, other, sorted(set(one.class_names) - set(other.class_names))) for one, other in sides]
-    texts = [f"only in {one.root.name}/: {_some(names)}" for one, _, names in differences if names]
+    texts = [f"only in {one.root.name}/: {first_ten(names)}" for one, _, names in differences if names]
     if texts:
         one, other, names = next(difference for difference in differences if difference[2])
         raise DataError(
             f"{train.root} and {test.root} hold different classes ({'; '.join(texts)}); every class needs images in "
             f"both: add some to {other.root / names[0]}, or remove {one.root / names[0]}"
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

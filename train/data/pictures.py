@@ -3,7 +3,7 @@
 If simplejpeg is installed, `jpeg.py` decodes JPEG files faster; PIL decodes everything else.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from PIL import Image
@@ -15,28 +15,11 @@ try:
 except ImportError:
     jpeg = None
 
+if TYPE_CHECKING:
+    from .jpeg import Jpeg
+
 CropBox = tuple[int, int, int, int]  # left, top, width, height, whole pixels
-
-
-class Undecoded(Protocol):
-    """An image file with known size whose pixels are not decoded yet."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def height(self) -> int: ...
-
-    def to_pil(self) -> Image.Image:
-        """Decode the whole image with PIL; raises DataError."""
-        ...
-
-    def resized_crop(self, box: CropBox, size: int, mirrored: bool) -> np.ndarray | None:
-        """Do the same as the function of this name; return None if PIL has to decode the image."""
-        ...
-
-
-Picture = Image.Image | Undecoded
+Picture = Union[Image.Image, "Jpeg"]
 
 
 def open_picture(data: bytes, name: str, channels: int) -> Picture:

@@ -9,8 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -51,17 +50,16 @@ class BadImages:
         return len(self._names)
 
 
-class Closing(Iterator[T]):
-    """An iterator that closes itself at its end, at an exception and at the end of a `with` statement."""
+class Closing(contextlib.ExitStack, Iterator[T]):
+    """An iterator that closes itself at its end, at an exception and at the end of a `with` statement.
+
+    As in any `ExitStack`, its callbacks release its resources, the last one first.
+    """
 
     closed = False
 
     def _take(self) -> T:
         """Return the next element."""
-        raise NotImplementedError
-
-    def _release(self) -> None:
-        """Release the resources of `_take`; called once."""
         raise NotImplementedError
 
     def __next__(self) -> T:
@@ -76,17 +74,11 @@ class Closing(Iterator[T]):
 
     def close(self) -> None:
         """Drop what was prepared ahead, and wait for work in progress. Idempotent."""
-        if not self.closed:
-            self.closed = True
-            self._release()
+        super().close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *exception: Any) -> None:
+        self.closed = True
+        super().__exit__(*exception)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,19 +146,21 @@ class Batches(Closing[HostBatch]):
     def __init__(self, images: Images, steps: range, options: Options) -> None:
         import grain  # here, so that recipes can be read where only JAX is installed
 
+        super().__init__()
         self.bad_images = BadImages() if options.bad_images is None else options.bad_images
         self._devices, self._any_readable, self._unreadable = options.local_device_count, False, Unreadable()
         size, channels = options.preprocessing.image_size, options.preprocessing.channels
         count = processes_for(options.workers, options.processes, len(options.rows) * size * size * channels)
         threads = -(-options.workers // count)
-        self._filler = Filler(images, options.rows, (size, size, channels), threads, shared=count > 1)
-        dataset = grain.MapDataset.range(steps.start, steps.stop).map(self._filler)
+        filler = Filler(images, options.rows, (size, size, channels), threads, shared=count > 1)
+        dataset = grain.MapDataset.range(steps.start, steps.stop).map(filler)
         ahead = grain.ReadOptions(num_threads=options.prefetch, prefetch_buffer_size=options.prefetch)
         self._made: Any = Workers(dataset, count) if count > 1 else iter(dataset.to_iter_dataset(ahead))
-        self._restore = contextlib.ExitStack()
         if opencv := sys.modules.get("cv2"):  # used by augmentations: its own threads would compete with ours
-            self._restore.callback(opencv.setNumThreads, opencv.getNumThreads())
+            self.callback(opencv.setNumThreads, opencv.getNumThreads())
             opencv.setNumThreads(0)
+        self.callback(filler.close)
+        self.callback(self._made.close)
 
     @property
     def skipped(self) -> int:
@@ -186,11 +180,6 @@ class Batches(Closing[HostBatch]):
         self._unreadable = Unreadable() if self._any_readable else Unreadable(self._unreadable + unreadable)
         # np.asarray makes plain views of Grain's arrays in shared memory.
         return {name: np.asarray(array).reshape(self._devices, -1, *array.shape[1:]) for name, array in batch.items()}
-
-    def _release(self) -> None:
-        self._made.close()
-        self._filler.close()
-        self._restore.close()
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -278,13 +267,15 @@ class Prefetch(Closing[T], Generic[Host, T]):
             raise ConfigError(f"need at least 1 batch ahead, got {ahead}")
         import grain
 
+        super().__init__()
         self._thread = grain.experimental.ThreadPrefetchDatasetIterator(_Put(batches, put), max(1, ahead - 1))
         self._thread.start_prefetch()
+        self.callback(self._end)
 
     def _take(self) -> T:
         return next(self._thread)
 
-    def _release(self) -> None:
+    def _end(self) -> None:
         self._thread.close()
         del self._thread  # otherwise it would close itself again, at the latest when Python exits
 

@@ -5,7 +5,6 @@ A source does not deal with order, augmentation or devices. It is thread-safe an
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,16 +61,16 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str], *, allow_empty: bool = False) -> None:
         self.root = Path(root)
-        self._class_names = class_folders(self.root)
+        self.class_names = class_folders(self.root)
         self.left_out: Counter[str] = Counter()
         self._paths: list[str] = []
         counts = []
-        for name in self._class_names:
+        for name in self.class_names:
             paths, left_out = image_files(self.root / name)
             self._paths += paths
             self.left_out += left_out
             counts.append(len(paths))
-        self.empty = [name for name, count in zip(self._class_names, counts, strict=True) if not count]
+        self.empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if self.empty and not (allow_empty and self._paths):
             raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -82,10 +81,6 @@ class FolderSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_paths": state["_paths"].split("\0")}
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -130,22 +125,17 @@ class SyntheticSource:
       length: number of examples, which share a small pool of distinct images.
       image_size: height and width of the images.
       channels: 1 or 3.
-      num_classes: number of classes, over which the labels are uniform.
       seed: seed, which should differ between splits.
     """
 
-    _POOL = 64
+    _POOL, _CLASSES = 64, 1000
 
-    def __init__(self, length: int, image_size: int, channels: int = 3, num_classes: int = 1000, seed: int = 0):
+    def __init__(self, length: int, image_size: int, channels: int = 3, seed: int = 0) -> None:
         rng = np.random.Generator(np.random.Philox(seed))
         shape = (min(self._POOL, length), image_size, image_size, channels)
         self._images = rng.integers(0, 256, shape, dtype=np.uint8)
-        self._labels = rng.integers(0, num_classes, length, dtype=np.int32)
-        self._class_names = [f"class {label}" for label in range(num_classes)]
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
+        self._labels = rng.integers(0, self._CLASSES, length, dtype=np.int32)
+        self.class_names = [f"class {label}" for label in range(self._CLASSES)]
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -154,24 +144,15 @@ class SyntheticSource:
         return Example(self._images[index % len(self._images)], int(self._labels[index]), f"synthetic[{index}]")
 
 
+@dataclass(frozen=True)
 class UnopenedSource:
-    """Placeholder for a split of which only the counts are needed, or for one without examples.
+    """Placeholder for a split of which only the counts are needed, or for one without examples."""
 
-    Args:
-      length: number of examples.
-      class_names: names of the classes; or their number, which names them "class 0", "class 1" and so on.
-    """
-
-    def __init__(self, length: int, class_names: Sequence[str] | int) -> None:
-        names = [f"class {label}" for label in range(class_names)] if isinstance(class_names, int) else class_names
-        self._length, self._class_names = length, list(names)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
+    length: int
+    class_names: list[str]
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, index: int, /) -> Example:
         raise IndexError(f"the data set is not open: no example {index}")

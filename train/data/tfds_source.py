@@ -7,7 +7,7 @@ TFDS's features parse the records, and images stay encoded until a worker decode
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,12 +29,6 @@ _SAMPLE = 16
 _NAME_FEATURES = ("file_name", "image/filename", "filename", "id")
 
 
-class _Records(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> bytes: ...
-
-
 class TfdsSource:
     """One split of a prepared TFDS image classification data set; thread-safe and picklable.
 
@@ -51,7 +45,7 @@ class TfdsSource:
         builder = _open_builder(directory)
         self._name = f"{builder.info.full_name}/{split}"
         self._keys, self._features = _features(builder.info)
-        self._class_names = list(self._features[self._keys[1]].names)
+        self.class_names = list(self._features[self._keys[1]].names)
         self._records = _records(builder, split)
         if not len(self._records):
             raise DataError(f"{self._name} holds no images")
@@ -60,39 +54,34 @@ class TfdsSource:
     def __reduce__(self) -> tuple[Any, ...]:
         return TfdsSource, (self._directory, self._split)
 
-    @property
-    def class_names(self) -> list[str]:
-        return self._class_names
-
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int, /) -> Example:
-        position = f"{self._name}[{index}]"
-        image, label, name = self._parse(self._read(index, position), position)
-        if not 0 <= label < len(self._class_names):
-            raise DataError(f"{position}: label {label} is not one of the {len(self._class_names)} classes")
-        return Example(image, label, f"{position} {name}" if name else position)
+        example = self._read(index)
+        if not 0 <= example.label < len(self.class_names):
+            position, classes = f"{self._name}[{index}]", len(self.class_names)
+            raise DataError(f"{position}: label {example.label} is not one of the {classes} classes")
+        return example
 
     def _check_labels(self) -> None:
         """Refuse a split with hidden labels (-1), which many test splits have."""
         labels = []
         for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLE).round().astype(int)).tolist():
             try:
-                labels.append(self._parse(self._read(index, ""), "")[1])
+                labels.append(self._read(index).label)
             except DataError:  # damaged: reported when its image is read
                 continue
         if labels and max(labels) < 0:
             raise DataError(f"{self._name} has no labels; choose another split (--train-split, --test-split)")
 
-    def _read(self, index: int, position: str) -> bytes:
+    def _read(self, index: int) -> Example:
+        """Return an example whose label may be hidden or out of range."""
+        position, (image_key, label_key, name_key) = f"{self._name}[{index}]", self._keys
         try:
-            return self._records[index]
+            record = self._records[index]
         except RuntimeError as error:  # raised by array_record for a damaged file
             raise DataError(f"{position}: damaged record ({_line(error)})") from error
-
-    def _parse(self, record: bytes, position: str) -> tuple[bytes, int, str]:
-        image_key, label_key, name_key = self._keys
         encoded = {image_key: tfds.decode.SkipDecoding()}
         try:
             fields = self._features.deserialize_example_np(record, decoders=encoded)
@@ -100,7 +89,7 @@ class TfdsSource:
         except Exception as error:
             raise DataError(f"{position}: damaged record ({type(error).__name__})") from error
         name = fields[name_key].decode(errors="replace") if name_key else ""
-        return fields[image_key], int(fields[label_key]), name
+        return Example(fields[image_key], int(fields[label_key]), f"{position} {name}" if name else position)
 
 
 def find_dataset(name: str, data_dir: Path) -> Path:
@@ -211,7 +200,8 @@ def _features(info: Any) -> tuple[tuple[str, str, str | None], Any]:
     return (image, label, name), tfds.features.FeaturesDict(chosen)
 
 
-def _records(builder: Any, split: str) -> _Records:
+def _records(builder: Any, split: str) -> Any:
+    """Return the encoded records of a split, as a sequence of bytes."""
     formats = builder.info.available_file_formats()
     try:
         if FileFormat.ARRAY_RECORD in formats:
