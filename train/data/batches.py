@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.errors import DataError
+from repvgg_jax.errors import ConfigError, DataError
+from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import Preprocessing, eval_transform, to_mode
 
 from .pictures import Picture, open_picture, to_pil
@@ -64,6 +65,65 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
     return random_numbers(seed, _ORDER, epoch).permutation(np.arange(length, dtype=np.int32))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Common options of `train_batches` and `eval_batches`.
+
+    Attributes:
+      batch_size: images per step, over all JAX processes. Each process takes a contiguous slice of the batch, so the
+        batch does not depend on the number of processes.
+      local_device_count: number of devices of this process.
+      preprocessing: size and channels of the images, and preprocessing in evaluation.
+      num_workers: number of decoding threads; None takes one per CPU that this process may use.
+      processes: number of worker processes with these threads; 1 uses this process itself; None as in `processes_for`.
+      strict: raise on an unreadable image instead of replacing it or leaving its row empty.
+      process_index: index of this JAX process.
+      process_count: number of JAX processes.
+      prefetch: number of batches that this process prepares ahead; each worker process also prepares some.
+
+    Raises:
+      ConfigError: the batch size is not divisible by the number of devices, or a number is too small.
+    """
+
+    batch_size: int
+    local_device_count: int
+    preprocessing: Preprocessing
+    num_workers: int | None = None
+    processes: int | None = None
+    strict: bool = False
+    process_index: int = 0
+    process_count: int = 1
+    prefetch: int = 3
+
+    def __post_init__(self) -> None:
+        devices = self.local_device_count * self.process_count
+        if self.workers < 1 or self.prefetch < 1:
+            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {self.num_workers} and {self.prefetch}")
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"need at least 1 process, this one, got {self.processes}")
+        if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
+            raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
+        if not 0 <= self.process_index < self.process_count:
+            raise ConfigError(f"there is no process {self.process_index} among {self.process_count}, from 0")
+
+    @property
+    def workers(self) -> int:
+        """Number of decoding threads."""
+        return cores() if self.num_workers is None else self.num_workers
+
+    @property
+    def rows(self) -> range:
+        """Rows of a batch that this process provides."""
+        size = self.batch_size // self.process_count
+        return range(self.process_index * size, (self.process_index + 1) * size)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of these rows' images."""
+        size, channels = self.preprocessing.image_size, self.preprocessing.channels
+        return len(self.rows), size, size, channels
+
+
 class Unreadable(list[tuple[int, str, str]]):
     """Images of a batch that could not be read: index, name and reason of each."""
 
@@ -78,14 +138,12 @@ class Images:
     """The images of a source, divided into one batch per step."""
 
     source: Source
-    batch_size: int
-    preprocessing: Preprocessing
-    strict: bool
+    options: Options
     masked: ClassVar[bool]
     """Whether rows of a batch may stay empty; a mask then marks the others."""
 
-    def rows(self, step: int, rows: range) -> list[Row]:
-        """Return the images for `rows` of a step's batch; fewer for the last batch of an evaluation."""
+    def rows(self, step: int) -> list[Row]:
+        """Return the images for this process's rows of a step's batch; fewer for the last batch of an evaluation."""
         raise NotImplementedError
 
     def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
@@ -101,7 +159,7 @@ class Images:
         Raises:
           DataError: the image is unreadable, and `strict` is set.
         """
-        name, channels = None, self.preprocessing.channels
+        name, channels = None, self.options.preprocessing.channels
         try:
             example = self.source[index]
             name = example.name
@@ -111,7 +169,7 @@ class Images:
             return transform(to_mode(Image.fromarray(pixels), "L" if channels == 1 else "RGB")), example.label
         except DataError as error:
             reason = str(error) if name is None or name in str(error) else f"{name}: {error}"
-            if self.strict:
+            if self.options.strict:
                 raise DataError(reason) from error
             unreadable.append((index, name or reason, reason))
             return None
@@ -125,11 +183,11 @@ class TrainingImages(Images):
     seed: int
     masked = False
 
-    def rows(self, step: int, rows: range) -> list[Row]:
-        epoch, step_in_epoch = divmod(step, len(self.source) // self.batch_size)
+    def rows(self, step: int) -> list[Row]:
+        epoch, step_in_epoch = divmod(step, len(self.source) // self.options.batch_size)
         order = _order(self.seed, epoch, len(self.source))
-        first = step_in_epoch * self.batch_size
-        return [(epoch, first + row, int(order[first + row])) for row in rows]
+        first = step_in_epoch * self.options.batch_size
+        return [(epoch, first + row, int(order[first + row])) for row in self.options.rows]
 
     def render(self, row: Row, unreadable: Unreadable) -> Rendered:
         epoch, position, index = row
@@ -137,7 +195,7 @@ class TrainingImages(Images):
         def augment(image: Picture) -> np.ndarray:
             # By position, not by image, so that an image which also replaces another one is augmented differently.
             numbers = random_numbers(self.seed, _AUGMENTATION, epoch, position)
-            return self.transform(image, numbers, self.preprocessing.image_size)
+            return self.transform(image, numbers, self.options.preprocessing.image_size)
 
         for candidate in itertools.chain(range(index, len(self.source)), range(index)):
             rendered = self._read(candidate, augment, unreadable)
@@ -152,12 +210,12 @@ class EvaluationImages(Images):
 
     masked = True
 
-    def rows(self, step: int, rows: range) -> list[Row]:
-        first = step * self.batch_size
+    def rows(self, step: int) -> list[Row]:
+        first, rows = step * self.options.batch_size, self.options.rows
         return [(0, index, index) for index in range(first + rows.start, min(first + rows.stop, len(self.source)))]
 
     def render(self, row: Row, unreadable: Unreadable) -> Rendered | None:
-        return self._read(row[2], lambda image: eval_transform(to_pil(image), self.preprocessing), unreadable)
+        return self._read(row[2], lambda image: eval_transform(to_pil(image), self.options.preprocessing), unreadable)
 
 
 class _Recycled:
@@ -193,15 +251,11 @@ class Filler:
 
     Attributes:
       images: images of the batches.
-      rows: rows of the global batch to fill.
-      shape: shape of an image.
       threads: number of threads in each process that fills batches.
       shared: whether batches are in memory that processes share.
     """
 
     images: Images
-    rows: range
-    shape: tuple[int, int, int]
     threads: int
     shared: bool = False
 
@@ -213,16 +267,17 @@ class Filler:
 
     @functools.cached_property
     def _memory(self) -> _Recycled:
-        return _Recycled((len(self.rows), *self.shape))
+        return _Recycled(self.images.options.shape)
 
     def __call__(self, step: int) -> HostBatch:
         """Return the batch of a step: image [rows, …], label [rows], mask [rows] if any, and the unreadable images."""
-        count, rows, unreadable = len(self.rows), self.images.rows(step, self.rows), Unreadable()
+        rows, shape, unreadable = self.images.rows(step), self.images.options.shape, Unreadable()
+        count = shape[0]
         size = -(-count // (self.threads * _TASKS_PER_THREAD))
         if self.shared:
             import grain
 
-            images: Any = grain.multiprocessing.SharedMemoryArray((count, *self.shape), np.uint8)
+            images: Any = grain.multiprocessing.SharedMemoryArray(shape, np.uint8)
         else:
             images = self._memory.take()
         batch = {"image": images, "label": np.zeros(count, np.int32)}

@@ -5,19 +5,16 @@
 
 import contextlib
 import logging
+import math
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from repvgg_jax.errors import ConfigError, DataError
-from repvgg_jax.machine import cores
-from repvgg_jax.preprocess import Preprocessing
 
-from .batches import EvaluationImages, Filler, HostBatch, Images, TrainingImages, Unreadable
+from .batches import EvaluationImages, Filler, HostBatch, Images, Options, TrainingImages, Unreadable
 from .sources import Source
 from .transforms import Transform
 from .workers import Workers, processes_for
@@ -31,19 +28,17 @@ Host = TypeVar("Host")
 class BadImages:
     """The unreadable images so far, each of which is logged once and counted.
 
-    Pass the same object to several calls, such as every epoch's evaluation, to log each image only once overall.
+    Pass the same object to several calls, such as every epoch's evaluation, to log each image only once overall. Not
+    thread-safe.
     """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
-        self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
         """Record an image; log a warning the first time."""
-        with self._lock:
-            is_new = name not in self._names
+        if name not in self._names:
             self._names.add(name)
-        if is_new:
             logger.warning("skipped an unreadable image: %s", reason)
 
     def __len__(self) -> int:
@@ -81,61 +76,6 @@ class Closing(contextlib.ExitStack, Iterator[T]):
         super().__exit__(*exception)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Common options of `train_batches` and `eval_batches`.
-
-    Attributes:
-      batch_size: images per step, over all JAX processes. Each process takes a contiguous slice of the batch, so the
-        batch does not depend on the number of processes.
-      local_device_count: number of devices of this process.
-      preprocessing: size and channels of the images, and preprocessing in evaluation.
-      num_workers: number of decoding threads; None takes one per CPU that this process may use.
-      processes: number of worker processes with these threads; 1 uses this process itself; None as in `processes_for`.
-      strict: raise on an unreadable image instead of replacing it or leaving its row empty.
-      process_index: index of this JAX process.
-      process_count: number of JAX processes.
-      bad_images: record of unreadable images; None makes a new one.
-      prefetch: number of batches that this process prepares ahead; each worker process also prepares some.
-
-    Raises:
-      ConfigError: the batch size is not divisible by the number of devices, or a number is too small.
-    """
-
-    batch_size: int
-    local_device_count: int
-    preprocessing: Preprocessing
-    num_workers: int | None = None
-    processes: int | None = None
-    strict: bool = False
-    process_index: int = 0
-    process_count: int = 1
-    bad_images: BadImages | None = None
-    prefetch: int = 3
-
-    def __post_init__(self) -> None:
-        devices = self.local_device_count * self.process_count
-        if self.workers < 1 or self.prefetch < 1:
-            raise ConfigError(f"need at least 1 worker and 1 batch ahead, got {self.num_workers} and {self.prefetch}")
-        if self.processes is not None and self.processes < 1:
-            raise ConfigError(f"need at least 1 process, this one, got {self.processes}")
-        if self.batch_size < 1 or devices < 1 or self.batch_size % devices:
-            raise ConfigError(f"a batch size of {self.batch_size} cannot be divided equally over {devices} devices")
-        if not 0 <= self.process_index < self.process_count:
-            raise ConfigError(f"there is no process {self.process_index} among {self.process_count}, from 0")
-
-    @property
-    def workers(self) -> int:
-        """Number of decoding threads."""
-        return cores() if self.num_workers is None else self.num_workers
-
-    @property
-    def rows(self) -> range:
-        """Rows of a batch that this process provides."""
-        size = self.batch_size // self.process_count
-        return range(self.process_index * size, (self.process_index + 1) * size)
-
-
 class Batches(Closing[HostBatch]):
     """Batches of `steps`, made ahead of time; an exception is raised by `next` at the batch in which it occurred.
 
@@ -143,16 +83,15 @@ class Batches(Closing[HostBatch]):
       ConfigError: there is not enough shared memory for the requested worker processes.
     """
 
-    def __init__(self, images: Images, steps: range, options: Options) -> None:
+    def __init__(self, images: Images, steps: range, bad_images: BadImages | None = None) -> None:
         import grain  # here, so that recipes can be read where only JAX is installed
 
         super().__init__()
-        self.bad_images = BadImages() if options.bad_images is None else options.bad_images
+        options = images.options
+        self.bad_images = BadImages() if bad_images is None else bad_images
         self._devices, self._any_readable, self._unreadable = options.local_device_count, False, Unreadable()
-        size, channels = options.preprocessing.image_size, options.preprocessing.channels
-        count = processes_for(options.workers, options.processes, len(options.rows) * size * size * channels)
-        threads = -(-options.workers // count)
-        filler = Filler(images, options.rows, (size, size, channels), threads, shared=count > 1)
+        count = processes_for(options.workers, options.processes, math.prod(options.shape))
+        filler = Filler(images, threads=-(-options.workers // count), shared=count > 1)
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(filler)
         ahead = grain.ReadOptions(num_threads=options.prefetch, prefetch_buffer_size=options.prefetch)
         self._made: Any = Workers(dataset, count) if count > 1 else iter(dataset.to_iter_dataset(ahead))
@@ -218,11 +157,10 @@ def train_batches(source: Source, *, transform: Transform, seed: int, start_step
         raise ConfigError(f"seed and start_step must be 0 or more (seed < 2^63), got {seed} and {start_step}")
     chosen = Options(**options)
     steps_per_epoch(len(source), chosen.batch_size)
-    images = TrainingImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict, transform, seed)
-    return Batches(images, range(start_step, sys.maxsize), chosen)
+    return Batches(TrainingImages(source, chosen, transform, seed), range(start_step, sys.maxsize))
 
 
-def eval_batches(source: Source, **options: Any) -> Batches:
+def eval_batches(source: Source, *, bad_images: BadImages | None = None, **options: Any) -> Batches:
     """Return an iterator over every image of `source` exactly once, in order, through `eval_transform`.
 
     Every JAX process gets the same number of batches, which collectives require. Rows after the last image, and
@@ -230,6 +168,7 @@ def eval_batches(source: Source, **options: Any) -> Batches:
 
     Args:
       source: the images.
+      bad_images: record of unreadable images; None makes a new one.
       options: fields of `Options`. By default, `processes` is 1, because an evaluation would be over before worker
         processes had started.
 
@@ -243,8 +182,7 @@ def eval_batches(source: Source, **options: Any) -> Batches:
     """
     options.setdefault("processes", 1)
     chosen = Options(**options)
-    images = EvaluationImages(source, chosen.batch_size, chosen.preprocessing, chosen.strict)
-    return Batches(images, range(-(-len(source) // chosen.batch_size)), chosen)
+    return Batches(EvaluationImages(source, chosen), range(-(-len(source) // chosen.batch_size)), bad_images)
 
 
 class Prefetch(Closing[T], Generic[Host, T]):
