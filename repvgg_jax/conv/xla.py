@@ -57,7 +57,7 @@ def merged_groups(kernel: Array, groups: int, together: int) -> Array:
     """
     size, _, inputs, outputs = kernel.shape
     parts = kernel.reshape(size, size, 1, inputs, groups // together, together, outputs // groups)
-    own = jnp.eye(together, dtype=kernel.dtype).reshape(together, 1, 1, together, 1)
+    own = jnp.eye(together, dtype=kernel.dtype).reshape(1, 1, together, 1, 1, together, 1)
     return (parts * own).reshape(size, size, together * inputs, outputs)
 
 
