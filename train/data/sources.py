@@ -5,6 +5,7 @@ A source does not deal with order, augmentation or devices. It is thread-safe an
 
 import os
 from collections import Counter
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+def sample_of(source: Sized) -> list[int]:
+    """Return the indices of 16 examples, or of all if there are fewer, evenly spaced over a source."""
+    return np.unique(np.linspace(0, len(source) - 1, 16).round().astype(int)).tolist()
 
 
 class FolderSource:
