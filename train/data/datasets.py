@@ -270,15 +270,15 @@ def _refuse_splits(request: Request) -> None:
 
 
 def _tfds_splits(directory: Path, request: Request) -> Opened:
-    from . import tfds_source
+    from .tfds_source import TEST_SPLITS, TRAIN_SPLITS, TfdsSource, find_split, shared_images
 
-    test_split = request.test_split or tfds_source.find_split(directory, tfds_source.TEST_SPLITS)
-    test = tfds_source.TfdsSource(directory, test_split)
+    test_split = request.test_split or find_split(directory, TEST_SPLITS)
+    test = TfdsSource(directory, test_split)
     if request.evaluation_only:
         return UnopenedSource(0, test.class_names), test, ()
-    train_split = request.train_split or tfds_source.find_split(directory, tfds_source.TRAIN_SPLITS)
-    train = tfds_source.TfdsSource(directory, train_split)
-    shared = tfds_source.shared_images(directory, train_split, test_split)
+    train_split = request.train_split or find_split(directory, TRAIN_SPLITS)
+    train = TfdsSource(directory, train_split)
+    shared = shared_images(directory, train_split, test_split)
     note = f"{shared} of {len(test)} evaluation images ({test_split}) are also training images ({train_split})"
     return train, test, (note,) if shared else ()
 

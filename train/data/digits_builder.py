@@ -56,9 +56,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in indices.tolist():
-            file = io.BytesIO()
-            Image.fromarray(images[index]).save(file, "PNG")
-            yield index, {"image": file.getvalue(), "label": int(labels[index]), "id": f"digit {index}"}
+            image = Image.fromarray(images[index])  # encoded by TFDS, which needs TensorFlow for NumPy arrays
+            yield index, {"image": image, "label": int(labels[index]), "id": f"digit {index}"}
 
 
 def prepare(data_dir: Path) -> Path:

@@ -6,10 +6,7 @@ import numpy as np
 
 from repvgg_jax.errors import DataError
 
-from .sources import Source
-
-SAMPLE = 16
-"""Number of images in a fingerprint, evenly spaced over the source."""
+from .sources import Source, sample_of
 
 
 def fingerprint(*parts: str | bytes) -> str:
@@ -24,9 +21,9 @@ def fingerprint(*parts: str | bytes) -> str:
 def data_fingerprint(source: Source) -> str:
     """Return a fingerprint of a sample of the source's images and labels, in order; file names do not count."""
     parts: list[bytes] = []
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).round().astype(int)):
+    for index in sample_of(source):
         try:
-            example = source[int(index)]
+            example = source[index]
         except DataError:  # unreadable: reported and skipped when training comes to it
             continue
         parts += [np.ascontiguousarray(example.image).tobytes(), str(example.label).encode()]

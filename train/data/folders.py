@@ -32,12 +32,12 @@ def open_folder(root: Path, evaluation_only: bool = False) -> tuple[Source, Sour
     notes = []
     if len(present) > 1:
         notes.append(f"{root}: evaluation on {present[0]}/, not on {', '.join(f'{name}/' for name in present[1:])}")
-    test = FolderSource(root / present[0], allow_empty=True)
+    test = FolderSource(root / present[0])
     if evaluation_only:
         train = UnopenedSource(0, test.class_names)
         listed, notes = [test], [*notes, *(f"no image of class {name} in {test.root}" for name in test.empty)]
     else:
-        train = FolderSource(root / "train", allow_empty=True)
+        train = FolderSource(root / "train")
         _check_classes(train, test)
         listed = [train, test]
     notes += [f"{split.root}: left out {describe_left_out(split.left_out)}" for split in listed if split.left_out]

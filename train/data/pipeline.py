@@ -7,7 +7,9 @@ import contextlib
 import logging
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -194,7 +196,7 @@ class Prefetch(Closing[T], Generic[Host, T]):
       batches: iterator of batches, used only by the thread.
       put: function that starts the transfer of a batch and returns it as an array on the device, such as
         `functools.partial(jax.device_put, device=sharding)`; called in the thread.
-      ahead: number of batches on the device, or in transfer, that are waiting to be used; 1 is treated as 2.
+      ahead: number of batches on the device, or in transfer, that are waiting to be used.
 
     Raises:
       ConfigError: `ahead` is less than 1.
@@ -203,32 +205,16 @@ class Prefetch(Closing[T], Generic[Host, T]):
     def __init__(self, batches: Iterator[Host], put: Callable[[Host], T], ahead: int = 2) -> None:
         if ahead < 1:
             raise ConfigError(f"need at least 1 batch ahead, got {ahead}")
-        import grain
-
         super().__init__()
-        self._thread = grain.experimental.ThreadPrefetchDatasetIterator(_Put(batches, put), max(1, ahead - 1))
-        self._thread.start_prefetch()
-        self.callback(self._end)
-
-    def _take(self) -> T:
-        return next(self._thread)
-
-    def _end(self) -> None:
-        self._thread.close()
-        del self._thread  # otherwise it would close itself again, at the latest when Python exits
-
-
-class _Put(Iterator[T], Generic[Host, T]):
-    """An iterator with the interface that Grain expects; its state is not saved, because it is the step."""
-
-    def __init__(self, batches: Iterator[Host], put: Callable[[Host], T]) -> None:
         self._batches, self._put = batches, put
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.callback(self._thread.shutdown, cancel_futures=True)
+        self._ahead = deque(self._thread.submit(self._next) for _ in range(ahead))
 
-    def __next__(self) -> T:
+    def _next(self) -> T:
         return self._put(next(self._batches))
 
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        del state
+    def _take(self) -> T:
+        batch = self._ahead.popleft().result()
+        self._ahead.append(self._thread.submit(self._next))
+        return batch

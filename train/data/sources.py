@@ -5,6 +5,7 @@ A source does not deal with order, augmentation or devices. It is thread-safe an
 
 import os
 from collections import Counter
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,11 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
+def sample_of(source: Sized) -> list[int]:
+    """Return the indices of 16 examples, or of all if there are fewer, evenly spaced over a source."""
+    return np.unique(np.linspace(0, len(source) - 1, 16).round().astype(int)).tolist()
+
+
 class FolderSource:
     """The images below `ROOT/CLASS/`, at any depth, in the order of torchvision's `ImageFolder`.
 
@@ -49,17 +55,16 @@ class FolderSource:
 
     Args:
       root: the folder of one split.
-      allow_empty: accept class folders without images, if there is any image at all.
 
     Raises:
-      DataError: the folder does not exist, has no class folders, or has a class folder without images.
+      DataError: the folder does not exist, or has no class folders or no images in them.
 
     Attributes:
       left_out: number of files below the class folders that are not images, by suffix.
       empty: names of the classes without images.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, allow_empty: bool = False) -> None:
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self.class_names = class_folders(self.root)
         self.left_out: Counter[str] = Counter()
@@ -71,7 +76,7 @@ class FolderSource:
             self.left_out += left_out
             counts.append(len(paths))
         self.empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
-        if self.empty and not (allow_empty and self._paths):
+        if not self._paths:
             raise no_images(self.root / self.empty[0])
         self._labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 

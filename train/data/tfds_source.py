@@ -18,13 +18,11 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from repvgg_jax.errors import DataError
 
-from .sources import Example
+from .sources import Example, sample_of
 from .tfrecord import Shard, TFRecordFiles
 
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("validation", "test")
-# Number of examples that are checked for labels.
-_SAMPLE = 16
 # Names of the features that name an image, in TFDS's classification data sets.
 _NAME_FEATURES = ("file_name", "image/filename", "filename", "id")
 
@@ -67,7 +65,7 @@ class TfdsSource:
     def _check_labels(self) -> None:
         """Refuse a split with hidden labels (-1), which many test splits have."""
         labels = []
-        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLE).round().astype(int)).tolist():
+        for index in sample_of(self):
             try:
                 labels.append(self._read(index).label)
             except DataError:  # damaged: reported when its image is read

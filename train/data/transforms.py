@@ -19,6 +19,7 @@ from .pictures import Picture, resized_crop, to_pil
 
 Transform = Callable[[Picture, np.random.Generator, int], np.ndarray]
 
+ASPECT: Final = (3 / 4, 4 / 3)  # random_resized_crop_flip: width divided by height
 # random_affine: enough to hide the difference between two writers, too little to turn one digit into another.
 MAX_ROTATION: Final = math.radians(15)
 SCALE: Final = (0.85, 1.15)
@@ -75,11 +76,7 @@ def pad_and_crop_flip(
 
 
 def random_crop_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    width: int, height: int, rng: np.random.Generator, area: tuple[float, float] = (0.08, 1.0)
 ) -> tuple[int, int, int, int]:
     """Return the crop of torchvision's `RandomResizedCrop`, which needs the image's size but not its pixels.
 
@@ -88,13 +85,12 @@ def random_crop_box(
       height: height of the image.
       rng: source of randomness.
       area: range of the crop's share of the image's area.
-      aspect: range of the crop's aspect ratio, width divided by height.
 
     Returns:
       (left, top, width, height) of a crop inside the image. If ten random crops do not fit, the largest central one
-      with an aspect ratio in the range.
+      with an aspect ratio in `ASPECT`.
     """
-    log_aspect = math.log(aspect[0]), math.log(aspect[1])
+    log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
     for _ in range(10):
         # The numbers of `rng.uniform`, in a third of the time.
         target = width * height * (area[0] + (area[1] - area[0]) * rng.random())
@@ -104,10 +100,10 @@ def random_crop_box(
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             return left, top, w, h
     w, h = width, height
-    if width / height < aspect[0]:
-        h = round(width / aspect[0])
-    elif width / height > aspect[1]:
-        w = round(height * aspect[1])
+    if width / height < ASPECT[0]:
+        h = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        w = round(height * ASPECT[1])
     return (width - w) // 2, (height - h) // 2, w, h
 
 

@@ -20,9 +20,7 @@ def identity(batch: Any) -> Any:
 
 
 def threads() -> list[str]:
-    return [
-        thread.name for thread in threading.enumerate() if thread.name.startswith(("grain-thread-prefetch", "decode"))
-    ]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("prefetch", "decode"))]
 
 
 def until(condition: Any) -> bool:
@@ -53,7 +51,7 @@ def test_training_batches_reach_the_device_unchanged() -> None:
     assert not threads()
 
 
-@pytest.mark.parametrize("ahead", [2, 3])
+@pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_no_more_batches_than_asked_for_are_on_the_device(ahead: int) -> None:
     read: list[int] = []
     put: list[int] = []
@@ -83,7 +81,8 @@ def test_an_exception_is_raised_at_its_batch_and_ends_the_thread(error: Exceptio
             raise error
         return number
 
-    for batches in (Prefetch(failing(), identity, 5), Prefetch(iter(range(9)), failing_put, 5)):
+    for numbers, put in ((failing(), identity), (iter(range(9)), failing_put)):
+        batches = Prefetch(numbers, put, 5)
         assert [next(batches) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(type(error), match=str(error)):
             next(batches)
