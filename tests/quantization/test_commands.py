@@ -158,5 +158,5 @@ def test_a_mistake_is_one_line_and_leaves_no_files(folder):
         assert words in error_of(command("convert.__main__", *arguments))
     assert "which has no training form" in error_of(command("train.evaluate", data, "train", int8))
     error = error_of(command("train.main", "--preset", "digits", "--quantization", "qat"))
-    assert "give its training form with --init" in error
+    assert "pass a file in training form with --init" in error
     assert sorted(folder.iterdir()) == before

@@ -62,7 +62,7 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
     assert rv.load_quantized("~/int8.safetensors").variant == SMALL
     assert convert("~/w.safetensors", "~/out.pth").returncode == 0
     assert "exists already" in error_of(convert("~/w.safetensors", "~/out.pth"))
-    assert "itself" in error_of(convert("~/w.safetensors", tmp_path / "w.safetensors", "--overwrite"))
+    assert "is the same file as" in error_of(convert("~/w.safetensors", tmp_path / "w.safetensors", "--overwrite"))
     names = {"w.safetensors", "timm.safetensors", "timm.safetensors.json", "w.stablehlo", "w.onnx", "int8.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} >= names | {"out.pth"}
     assert not (tmp_path / "~").exists()
