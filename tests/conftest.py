@@ -17,7 +17,12 @@ pytest_plugins = ["tests.helpers.buckets", "tests.helpers.hub", "tests.helpers.r
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up four virtual devices before JAX starts, so that data parallelism is real in every test that trains."""
+    """Set up four virtual devices before JAX starts, so that data parallelism is real in every test that trains.
+
+    Tests that are not slow also get options for processes that live briefly and share few cores.
+    """
     if config.option.markexpr != "slow":
         os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+        # Idle threads of PyTorch sleep: two processes of tests share the cores, and must not wait for them in loops.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["XLA_FLAGS"] = xla_flags(4)
