@@ -1,7 +1,7 @@
 """Inference with the deploy form: fused, planned and compiled ahead of time."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, get_args
 
 import jax
@@ -90,6 +90,14 @@ class Predictor:
         self._batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
         self._compiled, self._params = compile_net(jax.default_backend(), run, net.params, self._batch)
 
+    @classmethod
+    def _fastest(cls, candidates: Sequence["Predictor"]) -> "Predictor":
+        """Return the fastest of predictors of the same input; a single one is not timed."""
+        if len(candidates) == 1:
+            return candidates[0]
+        with jax.disable_jit(False):
+            return candidates[fastest([(one._compiled, one._params) for one in candidates], candidates[0]._batch)]
+
     def __call__(self, images: Any) -> np.ndarray:
         """Return the net's output for any number of images.
 
@@ -131,12 +139,6 @@ class Predictor:
         if len(images) == self.batch_size:  # slicing would be an operation on the device, even for the whole array
             return [(self._run(images), self.batch_size)]
         return [self._piece(images[i : i + self.batch_size]) for i in range(0, len(images), self.batch_size)]
-
-    def fastest_of(self, *others: "Predictor") -> "Predictor":
-        """Return the fastest of this predictor and others of the same input."""
-        predictors = (self, *others)
-        with jax.disable_jit(False):
-            return predictors[fastest([(one._compiled, one._params) for one in predictors], self._batch)]
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -231,7 +233,7 @@ def make_predictor(
             )
             for one, of_one in _computable(model, params)
         ]
-        return candidates[0] if len(candidates) == 1 else candidates[0].fastest_of(*candidates[1:])
+        return Predictor._fastest(candidates)
     image_size = _checked_size(batch_size, net.preprocessing.image_size if image_size is None else image_size)
     _check_channels(net.in_channels, preprocessing)
     return Predictor(net.prepared(batch_size, image_size, output), preprocessing)

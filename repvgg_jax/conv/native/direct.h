@@ -45,18 +45,19 @@ constexpr int64_t COLOURS = 3;  // channels of a photograph
 template <typename Kind>
 struct Runs {
   bool gathered;  // each output pixel has its own copy of all its 3 x 3 pixels: one run
-  int64_t inner, pixel, count, length;
+  // There are `rows` times `count` runs of `length` numbers; a pixel has `pixel` numbers, of which a group's are `inner`.
+  int64_t inner, pixel, rows, count, length;
 
   explicit Runs(const Shape& s) {
     // A run of three pixels would be mostly padding here.
     gathered = Kind::STEP > 1 && s.groups == 1 && s.inputs == COLOURS;
     inner = up_to(s.group_inputs(), Kind::STEP);
     pixel = s.groups * inner;
-    // Per row of the kernel: with one group, the three pixels are contiguous.
-    count = s.groups == 1 ? 1 : 3;
+    rows = gathered ? 1 : 3;
+    count = s.groups == 1 ? 1 : 3;  // with one group, the three pixels of a row are contiguous
     length = gathered ? up_to(9 * COLOURS, Kind::RUN) : 3 / count * inner;
   }
-  int64_t panel() const { return (gathered ? 1 : 3 * count) * up_to(length, Kind::RUN) * LANES; }
+  int64_t panel() const { return rows * count * up_to(length, Kind::RUN) * LANES; }
   int64_t packed(const Shape& s) const { return s.groups * s.panels() * panel(); }
 };
 
@@ -87,13 +88,11 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   const int64_t inner = runs.inner, pixel = runs.pixel;
   const int64_t width = (s.columns() - 1) * s.stride + 3, line = width * pixel;
   const int64_t panels = s.panels(), panel = runs.panel(), threads = thread_count(pool);
-  // What an output row adds to a task's copy of the image.
-  const int64_t row_step = runs.gathered ? s.columns() * runs.length : s.stride * line;
-  const Blocks blocks = runs.gathered ? Blocks(s.images, s.rows(), row_step, 1, 1, BUDGET, threads)
-                                      : Blocks(s.images, s.rows(), line, s.stride, 3, BUDGET, threads);
+  // A task's copy of the image: the length of a row, and how many rows further the next output row is.
+  const int64_t copied = runs.gathered ? s.columns() * runs.length : line, step = runs.gathered ? 1 : s.stride;
+  const Blocks blocks(s.images, s.rows(), copied, step, runs.rows, BUDGET, threads);
   const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, threads), patch = blocks.patch;
-  const Left left = runs.gathered ? Left{runs.length, 1, 0, 1, 0, runs.length}
-                                  : Left{s.stride * pixel, 3, line, runs.count, pixel, runs.length};
+  const Left left{runs.gathered ? runs.length : s.stride * pixel, runs.rows, line, runs.count, pixel, runs.length};
   in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
     const auto [image, images, first, count] = blocks[task / cuts];
     [[maybe_unused]] const typename Kind::Session session{};
@@ -116,7 +115,7 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
         const auto own = ends.from((group * panels + p) * LANES);
         // Rows of all images in the block, in sequence.
         const auto from = [&](int64_t row) {
-          return patches + row / count * patch + row % count * row_step + group * inner;
+          return patches + row / count * patch + row % count * step * copied + group * inner;
         };
         const auto to = [&](int64_t row) {
           return y + ((image + row / count) * s.rows() + first + row % count) * s.columns() * s.outputs + channel;
