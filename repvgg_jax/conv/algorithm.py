@@ -12,6 +12,7 @@ memory besides input, kernel and output:
 | native | as direct | one copy of the input, in the cache |
 | native_winograd2, native_winograd4 | as winograd2, winograd4 | none: tiles stay in the cache |
 | native_bf16 | as direct, in bfloat16 | as native, half as many bytes |
+| native_bf16_winograd2 | as winograd2, in bfloat16, with float32 transforms | none: tiles stay in the cache |
 
 The native algorithms are C++ for CPUs and need a compiler (`native`); the others are XLA operations. Which one is
 fastest depends on layer, batch and machine: `inference.plan` chooses.
@@ -154,17 +155,29 @@ def _native(tile: int) -> Algorithm:
     )
 
 
-def _native_bf16() -> Algorithm:
+def _native_bf16(tile: int) -> Algorithm:
+    def prepare(kernel: np.ndarray, groups: int) -> np.ndarray:
+        if tile:
+            return native.pack_bf16_matrices(_matrices(kernel, groups, tile))
+        return native.pack_bf16_kernel(kernel, groups)
+
+    def takes(shape: LayerShape) -> bool:
+        if tile:  # AMX computes the direct sum faster
+            return native.bf16_available() and not native.bf16_in_tiles()
+        return native.bf16_available() and native.supports_bf16(shape.in_channels, shape.groups)
+
     return Algorithm(
-        name="native_bf16",
-        prepare=lambda kernel, groups: native.pack_bf16_kernel(kernel, groups),
+        name=f"native_bf16_winograd{tile}" if tile else "native_bf16",
+        prepare=prepare,
         compute=lambda x, packed, bias, options: native.convolve_bf16(
-            x, packed, bias, stride=options.stride, groups=options.groups, relu=options.relu
+            x, packed, bias, tile=tile, stride=options.stride, groups=options.groups, relu=options.relu
         ),
-        seconds=lambda shape, portion: native_seconds(shape, 0, portion),
+        seconds=lambda shape, portion: native_seconds(shape, tile, portion),
+        strides=(1,) if tile else (1, 2),
         dtypes=("bfloat16",),
+        tile=tile,
         is_native=True,
-        takes=lambda shape: native.bf16_available() and native.supports_bf16(shape.in_channels, shape.groups),
+        takes=takes,
     )
 
 
@@ -186,7 +199,7 @@ ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
         *(_direct(), _im2col(), _winograd(2), _winograd(4)),
-        *(_native(0), _native(2), _native(4), _native_bf16()),
+        *(_native(0), _native(2), _native(4), _native_bf16(0), _native_bf16(2)),
     )
 }
 """Algorithms by name. If two have the same estimate, the first is chosen."""

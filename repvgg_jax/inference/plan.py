@@ -4,13 +4,16 @@
 XLA's convolution for every layer.
 
 Portions matter on CPUs for two reasons. Intermediate results that stay in a core's cache are cheap to read again, and
-newly allocated memory costs a page fault per 4 KiB, which outweighs the arithmetic of the first layers. So `outer`
-images at a time go through the whole net, and each stage in turn processes them `portion` images at a time.
+newly allocated memory costs a page fault per 4 KiB, which outweighs the arithmetic of the first layers. glibc keeps
+freed blocks of up to 32 MiB for the next call and returns larger ones to the system. So `outer` images at a time go
+through the whole net, and each stage in turn processes them `portion` images at a time.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+
+import jax.numpy as jnp
 
 from ..conv.algorithm import ALGORITHMS, candidates
 from ..conv.cost import LayerShape
@@ -19,6 +22,10 @@ from ..text_table import text_table
 
 OUTER = 16
 """Largest number of images that go through the whole net together: enough rows for late layers' matrix products."""
+
+OUTER_BYTES = 28 << 20
+"""Largest input and output of a layer, in bytes, for the images that go through the whole net together: the block that
+XLA allocates in a call is a little larger, and should be smaller than 32 MiB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +114,15 @@ def default_plan(
     variant: Variant, batch_size: int, image_size: tuple[int, int], in_channels: int = 3, *, dtype: str = "float32"
 ) -> Plan:
     """Return the cost model's plan for a CPU: for each stage, the fastest portion and algorithms by estimate."""
-    outer = outer_portion(batch_size)
+    by_stage = stage_layers(variant, image_size, in_channels)
+    outer = outer_portion(batch_size, [layer.shape for layers in by_stage for layer in layers], dtype)
 
     def best(shape: LayerShape, portion: int) -> tuple[str, float]:
         costs = [(algorithm.name, algorithm.seconds(shape, portion)) for algorithm in candidates(shape, dtype)]
         return min(costs, key=lambda pair: pair[1])
 
     stages = []
-    for layers in stage_layers(variant, image_size, in_channels):
+    for layers in by_stage:
         portions = {p: sum(best(layer.shape, p)[1] for layer in layers) for p in divisors(outer)}
         portion = min(portions, key=lambda p: portions[p])
         chosen = (dataclasses.replace(layer, algorithm=best(layer.shape, portion)[0]) for layer in layers)
@@ -122,9 +130,13 @@ def default_plan(
     return Plan(batch_size, outer, tuple(stages), "cost model")
 
 
-def outer_portion(batch_size: int) -> int:
-    """Return the number of images that go through the net together: equal parts of the batch, at most `OUTER` each."""
-    return math.ceil(batch_size / math.ceil(batch_size / OUTER))
+def outer_portion(batch_size: int, shapes: Sequence[LayerShape], dtype: str) -> int:
+    """Return the number of images that go through the net together: equal parts of the batch, within both limits."""
+    numbers = max(
+        shape.height * shape.width * shape.in_channels + shape.out_pixels * shape.out_channels for shape in shapes
+    )
+    most = min(OUTER, max(1, OUTER_BYTES // (numbers * jnp.dtype(dtype).itemsize)))
+    return math.ceil(batch_size / math.ceil(batch_size / most))
 
 
 def divisors(number: int) -> list[int]:

@@ -73,7 +73,7 @@ def planned_forward(
         return x
 
     def stem_to_output(params: Mapping[str, Any], images: Array) -> Array:
-        x = images
+        x = images.astype(model.dtype)
         for stage in plan.stages:
             x = _in_portions(lambda part, stage=stage: run_stage(params, stage, part), x, stage.portion)
         pooled = global_average_pool(x, model.param_dtype)
@@ -82,7 +82,6 @@ def planned_forward(
         return pooled @ params["linear"]["kernel"] + channelwise(params["linear"]["bias"], pooled.ndim)
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
-        images = images.astype(model.dtype)
         blank = -plan.batch_size % plan.outer
         if blank:
             images = jnp.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))

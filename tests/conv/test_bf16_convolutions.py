@@ -28,10 +28,10 @@ def rounded(array) -> np.ndarray:
     return np.asarray(jnp.asarray(array, jnp.bfloat16).astype(jnp.float32))
 
 
-def compute(x, kernel, bias, stride: int, groups: int, relu: bool) -> np.ndarray:
-    packed = jnp.asarray(prepare_kernel(kernel, "native_bf16", groups=groups), jnp.bfloat16)
+def compute(x, kernel, bias, stride: int, groups: int, relu: bool, algorithm: str = "native_bf16") -> np.ndarray:
+    packed = jnp.asarray(prepare_kernel(kernel, algorithm, groups=groups), jnp.bfloat16)
     half = jnp.asarray(x, jnp.bfloat16)
-    y = convolve(half, packed, jnp.asarray(bias), algorithm="native_bf16", stride=stride, groups=groups, relu=relu)
+    y = convolve(half, packed, jnp.asarray(bias), algorithm=algorithm, stride=stride, groups=groups, relu=relu)
     assert y.dtype == jnp.bfloat16
     return np.asarray(y.astype(jnp.float32))
 
@@ -60,11 +60,45 @@ def test_every_shape(height, width, images, stride, groups, inner, outer, relu, 
     np.testing.assert_allclose(actual, expected, rtol=2**-8, atol=1e-5 * size)
 
 
-def test_it_is_no_candidate_for_a_layer_that_it_cannot_compute():
-    names = [algorithm.name for algorithm in candidates(LayerShape(14, 14, 12, 12, groups=4), "bfloat16")]
-    assert names == ["direct"]  # groups of three channels
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 20),
+    width=st.one_of(st.integers(1, 20), st.integers(21, 70)),
+    images=st.integers(1, 5),
+    groups=st.sampled_from([1, 1, 2, 3]),
+    inner=st.one_of(st.integers(1, 20), st.integers(21, 70)),
+    outer=st.integers(1, 40),
+    relu=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_winograd_of_small_integers_is_exact(height, width, images, groups, inner, outer, relu, seed):
+    """The transforms of these integers are exact in bfloat16, so that only the result is rounded."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-4, 5, (images, height, width, groups * inner)).astype(np.float32)
+    kernel = 4 * rng.integers(-1, 2, (3, 3, inner, groups * outer)).astype(np.float32)
+    bias = rng.integers(-9, 10, groups * outer).astype(np.float32)
+    expected = rounded(direct_sum(x, kernel, bias, 1, groups, relu))
+    actual = compute(x, kernel, bias, 1, groups, relu, "native_bf16_winograd2")
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_winograd_rounds_transformed_pixels_and_kernels_once():
+    """Each of the few roundings adds about half a step of bfloat16, which is 2**-9 of a number."""
+    rng = np.random.default_rng(0)
+    x = rounded(np.maximum(rng.standard_normal((2, 14, 14, 64)), 0))
+    kernel, bias = rng.standard_normal((3, 3, 64, 32)).astype(np.float32), np.zeros(32, np.float32)
+    expected = direct_sum(x, kernel, bias, 1, 1, False)
+    direct = relative_difference(expected, compute(x, rounded(kernel), bias, 1, 1, False))
+    winograd = relative_difference(expected, compute(x, kernel, bias, 1, 1, False, "native_bf16_winograd2"))
+    assert winograd < 2 * direct
+
+
+def test_they_are_candidates_only_for_layers_that_they_can_compute():
+    odd_groups = [algorithm.name for algorithm in candidates(LayerShape(14, 14, 12, 12, groups=4), "bfloat16")]
+    assert odd_groups == ["direct"] + ["native_bf16_winograd2"] * (not native.bf16_in_tiles())
     assert ALGORITHMS["native_bf16"].refusal("float32", 1)
     assert ALGORITHMS["native_bf16"].refusal("bfloat16", 1, dilation=2)
+    assert ALGORITHMS["native_bf16_winograd2"].refusal("bfloat16", 2)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -99,14 +133,17 @@ def test_every_shape_is_without_tiles():
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_every_layer_of_a_bfloat16_net_is_native(images):
+def test_every_layer_of_a_bfloat16_net_is_native(images, monkeypatch):
     import repvgg_jax as rv
+    from repvgg_jax.inference import predictor
     from tests.helpers.random_weights import random_variables
 
+    monkeypatch.setattr(predictor, "fastest", lambda candidates, batch: 0)  # the alternative is float32
     model = rv.create_model("RepVGG-A0", 10)
     variables = random_variables(model)
     pixels = np.random.default_rng(0).standard_normal((images, 64, 64, 3), np.float32)
     predict = rv.make_predictor(model, variables, 2, 64, dtype=jnp.bfloat16)
     assert predict.plan is not None
-    assert set(predict.plan.algorithms().values()) == {"native_bf16"}
+    of_stride_1 = "native_bf16" if native.bf16_in_tiles() else "native_bf16_winograd2"
+    assert set(predict.plan.algorithms().values()) == {"native_bf16", of_stride_1}
     assert 1e-4 < relative_difference(jax.jit(model.apply)(variables, pixels), predict(pixels)) < 2e-2

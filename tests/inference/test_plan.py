@@ -14,20 +14,22 @@ def stages(plan) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "dtype", "expected"),
+    ("batch_size", "dtype", "portion", "expected"),
     [
-        (1, "float32", ["native", *["native, native_winograd4"] * 2, "native, native_winograd2", "native"]),
-        (16, "float32", ["native", *["native, native_winograd4"] * 3, "native"]),
-        (1, "float64", ["direct", "direct", "direct, winograd2", "direct", "direct"]),
-        (16, "float64", ["direct", *["direct, winograd4"] * 2, "im2col, winograd2", "im2col"]),
-        (16, "bfloat16", ["native_bf16"] * 5),
+        (1, "float32", 1, ["native", *["native, native_winograd4"] * 2, "native, native_winograd2", "native"]),
+        (16, "float32", 8, ["native", *["native, native_winograd4"] * 3, "native"]),
+        (1, "float64", 1, ["direct", "direct", "direct, winograd2", "direct", "direct"]),
+        (16, "float64", 4, ["direct", *["direct, winograd4"] * 2, "im2col, winograd2", "im2col"]),
+        (16, "bfloat16", 16, ["native_bf16", *["native_bf16, native_bf16_winograd2"] * 3, "native_bf16"]),
     ],
 )
-def test_the_cost_model_chooses_these_plans(batch_size, dtype, expected):
+def test_the_cost_model_chooses_these_plans(batch_size, dtype, portion, expected):
     if dtype == "float32" and not native.available():
         pytest.skip("no C++ compiler")
     if dtype == "bfloat16" and not native.bf16_available():
         expected = ["direct"] * 5
+    elif dtype == "bfloat16" and native.bf16_in_tiles():
+        expected = ["native_bf16"] * 5
     plan = default_plan(get_variant("RepVGG-A0"), batch_size, (224, 224), dtype=dtype)
     assert stages(plan) == expected
-    assert {stage.portion for stage in plan.stages} == {batch_size}
+    assert {stage.portion for stage in plan.stages} == {portion}

@@ -109,6 +109,18 @@ def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
     return _pack_runs(kernel, groups, 4, _run("int8"))
 
 
+def pack_bf16_matrices(matrices: np.ndarray) -> np.ndarray:
+    """Return `[groups, panels, P, ceil(C_in // groups / 2), lanes, 2]` like `pack_kernel`, with input channels paired.
+
+    Args:
+      matrices: the positions of a Winograd tile, `[groups, P, C_in // groups, C_out // groups]`; dtype unchanged.
+    """
+    matrices = np.pad(matrices, ((0, 0), (0, 0), (0, matrices.shape[2] % 2), (0, 0)))
+    packed = pack_kernel(matrices)
+    split = packed.reshape(*packed.shape[:3], -1, 2, packed.shape[-1])
+    return np.ascontiguousarray(np.moveaxis(split, 4, 5))
+
+
 def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
     """Return a kernel packed for `convolve_bf16` (see `_pack_runs`), dtype unchanged: two input channels side by side.
 
@@ -155,15 +167,16 @@ def supports_bf16(in_channels: int, groups: int) -> bool:
     return groups == 1 or in_channels // groups % 2 == 0
 
 
-def convolve_bf16(x: Array, packed: Array, bias: Array, *, stride: int, groups: int, relu: bool) -> Array:
+def convolve_bf16(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, groups: int, relu: bool) -> Array:
     """Compute a 3x3 convolution in bfloat16 with float32 sums, padding 1, bias and optional ReLU.
 
     With AMX tiles, an infinite or NaN pixel turns its neighbours in the same row into NaN.
 
     Args:
       x: bfloat16 `[N, H, W, C_in]`.
-      packed: from `pack_bf16_kernel`.
+      packed: from `pack_bf16_kernel` or, for Winograd, `pack_bf16_matrices`.
       bias: `[C_out]`.
+      tile: 0 for the direct sum, else Winograd's m, which must be 2 and needs stride 1.
       stride: 1 or 2.
       groups: groups of the convolution.
       relu: whether to apply ReLU.
@@ -175,7 +188,8 @@ def convolve_bf16(x: Array, packed: Array, bias: Array, *, stride: int, groups: 
     shape = (n, -(-height // stride), -(-width // stride), bias.size)
     call = jax.ffi.ffi_call(BF16_TARGET, jax.ShapeDtypeStruct(shape, jnp.bfloat16), vmap_method="sequential")
     padded = pad_channels(bias.astype(jnp.float32), groups)
-    return call(x, packed.astype(jnp.bfloat16), padded, stride=np.int64(stride), groups=np.int64(groups), relu=relu)
+    attributes = {"stride": np.int64(stride), "groups": np.int64(groups), "tile": np.int64(tile), "relu": relu}
+    return call(x, packed.astype(jnp.bfloat16), padded, **attributes)
 
 
 def convolve_int8(

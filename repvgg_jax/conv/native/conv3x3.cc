@@ -54,9 +54,9 @@ void convolve(const Shape& s, int64_t tile, const float* x, const float* packed,
   if (tile == 0)
     direct<Floats>(s, x, packed, ends, 0.0f, y, pool);
   else if (tile == 2)
-    winograd<2>(s, x, packed, ends, y, pool);
+    winograd<2, Floats>(s, x, packed, ends, y, pool);
   else
-    winograd<4>(s, x, packed, ends, y, pool);
+    winograd<4, Floats>(s, x, packed, ends, y, pool);
 }
 
 inline std::optional<ffi::Error> bad_tile(int64_t tile, int64_t stride) {
@@ -81,26 +81,34 @@ ffi::Error convolve_packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
 
 #if defined(__AVX512BF16__)
 template <typename Kind>
-ffi::Error convolve_halves(const Shape& s, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> packed,
+ffi::Error convolve_halves(const Shape& s, int64_t tile, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> packed,
                            const FloatEnds& ends, ffi::ResultBuffer<ffi::BF16> y, ffi::ThreadPool& pool) {
-  if (int64_t(packed.element_count()) != Runs<Kind>(s).packed(s)) return bad_packing();
   const auto* in = reinterpret_cast<const Half*>(x.typed_data());
   const auto* weights = reinterpret_cast<const Half*>(packed.typed_data());
-  if (!s.empty()) direct<Kind>(s, in, weights, ends, Half(0), reinterpret_cast<Half*>(y->typed_data()), pool);
+  auto* out = reinterpret_cast<Half*>(y->typed_data());
+  const int64_t expected = tile ? s.groups * s.panels() * positions(tile) * up_to(s.group_inputs(), 2) * LANES
+                                : Runs<Kind>(s).packed(s);
+  if (int64_t(packed.element_count()) != expected) return bad_packing();
+  if (s.empty()) return ffi::Error::Success();
+  if (tile == 0)
+    direct<Kind>(s, in, weights, ends, Half(0), out, pool);
+  else
+    winograd<2, Halves<float>>(s, in, weights, ends, out, pool);
   return ffi::Error::Success();
 }
 
 ffi::Error convolve_bf16(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> packed,
                          ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::BF16> y, int64_t stride, int64_t groups,
-                         bool relu) {
+                         int64_t tile, bool relu) {
   const std::optional<Shape> s = shape_of(x.dimensions(), y->dimensions(), stride, groups);
-  if (!s || (groups > 1 && s->group_inputs() % 2)) return bad_shapes();
+  if (!s || (groups > 1 && s->group_inputs() % 2 && tile == 0)) return bad_shapes();
+  if (tile != 0 && (tile != 2 || stride != 1)) return ffi::Error::InvalidArgument("there are tiles of 2, for stride 1");
   if (int64_t(bias.element_count()) != groups * s->panels() * LANES) return bad_packing();
   const FloatEnds ends{bias.typed_data(), relu};
 #if defined(REPVGG_TILES)
-  if (tiles_allowed()) return convolve_halves<TiledHalves>(*s, x, packed, ends, y, pool);
+  if (tiles_allowed()) return convolve_halves<TiledHalves>(*s, tile, x, packed, ends, y, pool);
 #endif
-  return convolve_halves<Halves>(*s, x, packed, ends, y, pool);
+  return convolve_halves<Halves<Half>>(*s, tile, x, packed, ends, y, pool);
 }
 #endif
 
@@ -191,7 +199,7 @@ extern "C" int repvgg_bf16_run() {
   if (repvgg::tiles_allowed()) return repvgg::TiledHalves::RUN;
 #endif
 #if defined(__AVX512BF16__)
-  return repvgg::Halves::RUN;
+  return repvgg::Halves<repvgg::Half>::RUN;
 #else
   return 0;
 #endif
@@ -240,6 +248,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3_bf16, repvgg::convolve_bf16,
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()
                                   .Attr<int64_t>("stride")
                                   .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("tile")
                                   .Attr<bool>("relu"));
 #endif
 

@@ -34,10 +34,6 @@ void copy_padded(const Shape& s, const Element* image, int64_t first, int64_t co
   }
 }
 
-constexpr int64_t up_to(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
 constexpr int64_t COLOURS = 3;  // channels of a photograph
 
 // Layout of the numbers that an output pixel is computed from in a task's copy of the image, and of their weights in a

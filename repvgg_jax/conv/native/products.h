@@ -28,6 +28,10 @@ constexpr int64_t CACHE = 1 << 19;    // bytes of a core's cache that a task's i
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 
+constexpr int64_t up_to(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
 inline Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);

@@ -103,11 +103,21 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 
 inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
+struct Range {
+  int64_t first, end;
+};
+
+// Part `part` of `count` things that are divided into `parts` nearly equal parts.
+inline Range share(int64_t count, int64_t part, int64_t parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
 // Division of the work into blocks of some rows of one image, or several whole images: as large as `budget` numbers
-// allow, but enough blocks for all threads. Rows are output rows. Each is computed from `window` rows of `line`
-// numbers, and the windows of successive output rows are `stride` rows apart.
+// allow, of nearly equal size, and, if possible, as many for each thread. Rows are output rows. Each is computed from
+// `window` rows of `line` numbers, and the windows of successive output rows are `stride` rows apart.
 struct Blocks {
-  int64_t rows_of_image, parts, rows, images, together, patch, count;
+  static constexpr int64_t MIN_ROWS = 4;  // with fewer rows, the surplus of one part would outweigh the balance
+  int64_t rows_of_image, parts, rows, images, sets, patch, count;
 
   Blocks(int64_t images, int64_t rows_of_image, int64_t line, int64_t stride, int64_t window, int64_t budget,
          int64_t threads)
@@ -116,10 +126,12 @@ struct Blocks {
     if (images * ((rows_of_image + rows - 1) / rows) < 2 * threads)
       rows = std::max<int64_t>(1, std::min(rows, rows_of_image / 2));
     parts = (rows_of_image + rows - 1) / rows;
+    if (parts > 1 && images % threads && up_to(parts, threads) * MIN_ROWS <= rows_of_image) parts = up_to(parts, threads);
+    rows = (rows_of_image + parts - 1) / parts;
     patch = ((rows - 1) * stride + window) * line;
-    together = parts > 1 ? 1 : std::max<int64_t>(1, budget / patch);
-    together = std::min(together, std::max<int64_t>(1, images / threads));
-    count = parts * ((images + together - 1) / together);
+    const int64_t together = parts > 1 ? 1 : std::max<int64_t>(1, budget / patch);
+    sets = std::min(images, up_to((images + together - 1) / together, threads));
+    count = parts * sets;
   }
 
   struct Block {
@@ -127,8 +139,9 @@ struct Blocks {
   };
 
   Block operator[](int64_t block) const {
-    const int64_t image = block / parts * together, row = block % parts * rows;
-    return {image, std::min(together, images - image), row, std::min(rows, rows_of_image - row)};
+    const auto [image, images_end] = share(images, block / parts, sets);
+    const auto [row, rows_end] = share(rows_of_image, block % parts, parts);
+    return {image, images_end - image, row, rows_end - row};
   }
 };
 
@@ -138,14 +151,11 @@ inline int64_t panel_parts(int64_t tasks, int64_t pairs, int64_t threads) {
   return std::min(pairs, (3 * threads + tasks - 1) / tasks);
 }
 
-struct Range {
-  int64_t first, end;
-};
-
 // The panels of part `part` of `parts`, in whole pairs.
 inline Range panel_range(int64_t panels, int64_t part, int64_t parts) {
   const int64_t pairs = (panels + PANELS - 1) / PANELS;
-  return {pairs * part / parts * PANELS, std::min(panels, pairs * (part + 1) / parts * PANELS)};
+  const auto [first, end] = share(pairs, part, parts);
+  return {first * PANELS, std::min(panels, end * PANELS)};
 }
 
 }  // namespace repvgg

@@ -1,8 +1,9 @@
-// Winograd F(m x m, 3x3), float32: each block of tiles is transformed, multiplied and transformed back in turn.
+// Winograd F(m x m, 3x3): each block of tiles is transformed, multiplied and transformed back in turn. Transforms are
+// float32, products float32 or bfloat16.
 
 #pragma once
 
-#include "products.h"
+#include "halves.h"
 #include "tasks.h"
 
 namespace repvgg {
@@ -66,12 +67,13 @@ inline void transform(const Load& load_at, const Pass& pass, const Store& store_
 }
 
 // B^T d B of the tile whose outputs start at (top, side), for a group whose first channel is at `image`. Position p of
-// channel c is written to `out[p * step + c]`. Pixels outside the image are read from `zeros`.
-template <int TILE>
-void transform_input(const Shape& s, const float* image, int64_t top, int64_t side, const float* zeros, float* out,
-                     int64_t step) {
+// channel c is written to `out[p * step + c]`, with zeros up to channel `padded`. Pixels outside the image are read from
+// `zeros`.
+template <int TILE, typename Element>
+void transform_input(const Shape& s, const Element* image, int64_t top, int64_t side, const Element* zeros, Element* out,
+                     int64_t step, int64_t padded) {
   constexpr int SIZE = TILE + 2;
-  const float* pixels[SIZE * SIZE];
+  const Element* pixels[SIZE * SIZE];
   for (int i = 0; i < SIZE; i++)
     for (int j = 0; j < SIZE; j++) {
       const int64_t r = top + i - 1, c = side + j - 1;
@@ -82,12 +84,12 @@ void transform_input(const Shape& s, const float* image, int64_t top, int64_t si
   for (int64_t c = 0; c < channels; c += LANES)
     transform<SIZE, SIZE>([&](int i, int j) { return load(pixels[i * SIZE + j] + c, channels - c); },
                           [](const auto& d, auto& t) { input_pass(d, t); },
-                          [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step + c, t, channels - c); });
+                          [&](int i, int j, Vec t) { store(out + (i * SIZE + j) * step + c, t, padded - c); });
 }
 
 // A^T m A of one tile for `channels` channels, plus bias; the part inside the image is `height` x `width`.
-template <int TILE>
-void transform_output(const float* products, int64_t step, int64_t channels, FloatEnds ends, float* y, int64_t line,
+template <int TILE, typename Element>
+void transform_output(const float* products, int64_t step, int64_t channels, FloatEnds ends, Element* y, int64_t line,
                       int64_t pixel, int64_t height, int64_t width) {
   constexpr int SIZE = TILE + 2;
   for (; channels > 0; channels -= LANES, products += LANES, ends = ends.from(LANES), y += LANES) {
@@ -102,48 +104,52 @@ void transform_output(const float* products, int64_t step, int64_t channels, Flo
   }
 }
 
-template <int TILE>
-void winograd(const Shape& s, const float* x, const float* packed, const FloatEnds& ends, float* y,
-              ffi::ThreadPool& pool) {
+template <int TILE, typename Kind>
+void winograd(const Shape& s, const typename Kind::Element* x, const typename Kind::Weight* packed,
+              const FloatEnds& ends, typename Kind::Element* y, ffi::ThreadPool& pool) {
+  using Element = typename Kind::Element;
   constexpr int SIZE = TILE + 2, POSITIONS = SIZE * SIZE;
-  const int64_t inner = s.group_inputs(), panels = s.panels(), panel = POSITIONS * inner * LANES;
+  const int64_t inner = up_to(s.group_inputs(), Kind::RUN), panels = s.panels(), panel = POSITIONS * inner * LANES;
   const int64_t down = (s.height + TILE - 1) / TILE, across = (s.width + TILE - 1) / TILE;
   const int64_t tiles = s.images * down * across, threads = thread_count(pool);
-  // A block holds as many tiles as fill whole products, and blocks have nearly equal size.
-  const int64_t fit = CACHE / int64_t(sizeof(float)) / (POSITIONS * inner);
+  // A block holds as many tiles as fill whole products. Blocks have nearly equal size, and each thread gets as many.
+  const int64_t fit = CACHE / int64_t(sizeof(Element)) / (POSITIONS * inner);
   const int64_t most = std::max<int64_t>(1, std::min<int64_t>(fit / MAX_ROWS, 8)) * MAX_ROWS;
-  const int64_t blocks = (tiles + most - 1) / most, longest = (tiles + blocks - 1) / blocks;
+  const int64_t least = (tiles + most - 1) / most, even = up_to(least, threads);
+  const int64_t blocks = even * MAX_ROWS <= tiles ? even : least, longest = (tiles + blocks - 1) / blocks;
   const int64_t cuts = panel_parts(blocks * s.groups, (panels + PANELS - 1) / PANELS, threads);
   const Left left{inner, 1, 0, 1, 0, inner};
   const int64_t step = longest * inner;
   in_parallel(pool, blocks * s.groups * cuts, [&](int64_t task) {
     const int64_t cut = task % cuts, group = task / cuts % s.groups, block = task / cuts / s.groups;
     const int64_t first = tiles * block / blocks, count = tiles * (block + 1) / blocks - first;
-    float* zeros = scratch<float>(inner + POSITIONS * longest * (inner + WIDTH));
-    float *transformed = zeros + inner, *products = transformed + POSITIONS * step;
-    std::memset(zeros, 0, inner * sizeof(float));
+    const int64_t multiplied = POSITIONS * longest * WIDTH;
+    float* products = scratch<float>(multiplied + inner + POSITIONS * step);
+    auto* zeros = reinterpret_cast<Element*>(products + multiplied);
+    Element* transformed = zeros + inner;
+    std::memset(zeros, 0, inner * sizeof(Element));
     for (int64_t t = 0; t < count; t++) {
       const int64_t tile = first + t, image = tile / (down * across);
       const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
-      transform_input<TILE>(s, x + image * s.height * s.width * s.inputs + group * inner, top, side, zeros,
-                            transformed + t * inner, step);
+      transform_input<TILE>(s, x + image * s.height * s.width * s.inputs + group * s.group_inputs(), top, side, zeros,
+                            transformed + t * inner, step, inner);
     }
     const Range range = panel_range(panels, cut, cuts);
     for (int64_t p = range.first; p < range.end; p += PANELS) {
       const int64_t used = std::min<int64_t>(PANELS, range.end - p);
-      const float* weights = packed + (group * panels + p) * panel;
+      const auto* weights = packed + (group * panels + p) * panel;
       for (int64_t position = 0; position < POSITIONS; position++)
         in_rows(count, [&](int64_t t, int64_t height) {
-          TABLE<Floats>.of[height][used](left, transformed + position * step + t * inner,
-                                         weights + position * inner * LANES, panel, FloatEnds{nullptr, false},
-                                         products + (position * longest + t) * WIDTH, WIDTH, WIDTH);
+          TABLE<Kind>.of[height][used](left, transformed + position * step + t * inner,
+                                       weights + position * inner * LANES, panel, FloatEnds{nullptr, false},
+                                       products + (position * longest + t) * WIDTH, WIDTH, WIDTH);
         });
       const int64_t channel = group * s.group_outputs() + p * LANES;
       const int64_t stored = std::min<int64_t>(used * LANES, s.group_outputs() - p * LANES);
       for (int64_t t = 0; t < count; t++) {
         const int64_t tile = first + t, image = tile / (down * across);
         const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
-        float* out = y + ((image * s.height + top) * s.width + side) * s.outputs + channel;
+        Element* out = y + ((image * s.height + top) * s.width + side) * s.outputs + channel;
         transform_output<TILE>(products + t * WIDTH, longest * WIDTH, stored, ends.from((group * panels + p) * LANES),
                                out, s.width * s.outputs, s.outputs, s.height - top, s.width - side);
       }

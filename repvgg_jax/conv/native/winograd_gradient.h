@@ -90,7 +90,7 @@ void winograd_kernel_gradient(const Shape& s, const float* x, const float* gradi
           const int64_t tile = first + t, image = tile / (down * across);
           const int64_t top = tile / across % down * TILE, side = tile % across * TILE;
           transform_input<TILE>(s, x + image * s.height * s.width * s.inputs + group * inner, top, side, zeros,
-                                inputs + t * inner, count * inner);
+                                inputs + t * inner, count * inner, inner);
           const float* y = gradient + ((image * s.height + top) * s.width + side) * s.outputs + channel;
           for (int64_t v = 0; v < s.panels(); v++)
             transform_gradient<TILE>(y + v * LANES, s.width * s.outputs, s.outputs, s.height - top, s.width - side,

@@ -294,22 +294,35 @@ void attack_halves(Case& c, const std::vector<Threads>& ways) {
   Random& r = c.random;
   const Shape& s = c.shape;
   const Packing packing{s, 2, repvgg_bf16_run()};
-  const int64_t lanes = s.groups * s.panels() * LANES;
+  const int64_t tile = c.tile ? 2 : 0, lanes = s.groups * s.panels() * LANES;
+  const int64_t pairs = (s.group_inputs() + 1) / 2, packed_size = tile ? 16 * 2 * pairs * lanes : packing.size();
   const std::vector<int64_t> in{s.images, s.height, s.width, s.inputs},
       out{s.images, rows_of(s), columns_of(s), s.outputs};
   const int64_t in_size = in[0] * in[1] * in[2] * in[3], out_size = out[0] * out[1] * out[2] * out[3];
   const bool first = r.one_in(2), relu = r.one_in(2);
-  Guarded<uint16_t> x(in_size, first), kernel(9 * s.group_inputs() * s.outputs), packed(packing.size(), first, 0);
+  Guarded<uint16_t> x(in_size, first), kernel(9 * s.group_inputs() * s.outputs), packed(packed_size, first, 0);
   Guarded<float> bias(lanes, first, 0);
-  for (int64_t i = 0; i < x.size(); i++) x[i] = rounded(r.number());
-  for (int64_t i = 0; i < kernel.size(); i++) kernel[i] = rounded(r.number());
+  // Winograd's transforms of these small integers are exact in bfloat16.
+  for (int64_t i = 0; i < x.size(); i++) x[i] = rounded(tile ? r.between(-4, 4) : r.number());
+  for (int64_t i = 0; i < kernel.size(); i++) kernel[i] = rounded(tile ? 4 * r.between(-1, 1) : r.number());
   const auto lane = [&](int64_t o) { return o / s.group_outputs() * s.panels() * LANES + o % s.group_outputs(); };
   Sums sums(out_size);
   for (int64_t o = 0; o < s.outputs; o++) {
     bias[lane(o)] = r.number();
-    for (int64_t tap = 0; tap < 9; tap++)
+    for (int64_t tap = 0; tap < 9 && !tile; tap++)
       for (int64_t k = 0; k < s.group_inputs(); k++)
         packed[packing.at(lane(o), tap, k)] = kernel[(tap * s.group_inputs() + k) * s.outputs + o];
+  }
+  if (tile) {
+    std::vector<float> taps(kernel.size());
+    for (int64_t i = 0; i < kernel.size(); i++) taps[i] = number(kernel[i]);
+    ffi::ThreadPool pool(1);
+    const repvgg::Packed matrices(s, taps.data(), repvgg::Use::FORWARD, tile, pool);
+    const float* from = matrices.data();
+    for (int64_t matrix = 0; matrix < s.groups * s.panels() * 16; matrix++)
+      for (int64_t k = 0; k < s.group_inputs(); k++)
+        for (int64_t v = 0; v < LANES; v++)
+          packed[((matrix * pairs + k / 2) * LANES + v) * 2 + k % 2] = rounded(*from++);
   }
   for (int64_t i = 0; i < out_size; i++) sums.add(i, bias[lane(i % s.outputs)]);
   each_product(s, [&](int64_t o, int64_t i, int64_t k) { sums.add(o, double(number(x[i])) * number(kernel[k])); });
@@ -319,8 +332,8 @@ void attack_halves(Case& c, const std::vector<Threads>& ways) {
       using Halves = ffi::Buffer<ffi::BF16>;
       const ffi::Error error = repvgg::convolve_bf16(pool, Halves(x.data(), in), Halves(packed.data(), {packed.size()}),
                                                      ffi::Buffer<ffi::F32>(bias.data(), {lanes}),
-                                                     Halves(y.data(), out), s.stride, s.groups, relu);
-      if (s.groups > 1 && s.group_inputs() % 2) {
+                                                     Halves(y.data(), out), s.stride, s.groups, tile, relu);
+      if (s.groups > 1 && s.group_inputs() % 2 && !tile) {
         if (error.success()) c.failed("groups of odd size are accepted");
         return;
       }
