@@ -44,6 +44,16 @@ def test_a_url_without_a_bucket_is_refused(monkeypatch):
         place("gs://")
 
 
+@pytest.mark.parametrize("content", [b"", b"\r", b"a\r\r", b"a\r\n", b"a\n", b"a\n--==0==--\nb"])
+def test_content_is_kept_to_the_byte(content, bucket, tmp_path):
+    """gcsfs frames small objects by text, and one CRC in 256 ends with a CR."""
+    (bucket / "written").write_bytes(content)
+    (tmp_path / "local").write_bytes(content)
+    (bucket / "uploaded").upload(tmp_path / "local")
+    assert (bucket / "written").read_bytes() == content
+    assert (bucket / "uploaded").read_bytes() == content
+
+
 def test_files_and_folders_are_listed_and_read(bucket):
     file = bucket / "run/a/b.txt"
     assert not file.exists()
