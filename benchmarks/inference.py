@@ -47,6 +47,7 @@ class Case:
     image_size: int
     dtype: str = "float32"
     tf32: bool = False
+    pause: float = 0
 
     def images(self) -> np.ndarray:
         """Return random normalised pixels, float32 `[N, H, W, 3]`."""
@@ -201,11 +202,15 @@ def work(name: str, case: Case) -> None:
     np.save(case.file(f"-{name}.npy"), predict(images))
 
     def run() -> Numbers:
-        calls, start = 0, time.perf_counter()
-        while calls == 0 or time.perf_counter() - start < SECONDS:
+        calls, total = 0, 0.0
+        while calls == 0 or total < SECONDS:
+            if case.pause:
+                time.sleep(case.pause)
+            start = time.perf_counter()
             predict(images)
+            total += time.perf_counter() - start
             calls += 1
-        return {"seconds": (time.perf_counter() - start) / calls}
+        return {"seconds": total / calls}
 
     run()
     serve(run, lambda: {"bytes": peak_resident_bytes(), "before_first_call": baseline})
@@ -261,6 +266,7 @@ def report(case: Case, contestants: dict[str, Contestant], peak: float | None, r
     best = min(peers.values()) if peers else None
     title = f"{case.model}, batch {case.batch_size}, {case.image_size}x{case.image_size}, {case.dtype}"
     title += " (TF32)" if case.tf32 else ""
+    title += f", {case.pause} s between calls" if case.pause else ""
     print(f"\n{title}\n{'':14} {'ms':>9} {'images/s':>9} {'best peer':>10} {'roofline':>9} {'peak MB':>8} {'error':>8}")
     for name, contestant in contestants.items():
         call = seconds(contestant)
@@ -289,7 +295,7 @@ def run_cpu(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_files(Case(folder, model, 1, arguments.image_size), onnx=True)
             for batch_size in arguments.batch_sizes:
-                case = Case(folder, model, batch_size, arguments.image_size, arguments.dtype)
+                case = Case(folder, model, batch_size, arguments.image_size, arguments.dtype, pause=arguments.pause)
                 report(case, contest(case, arguments.contestants, arguments.rounds), peak, reference_logits(case))
 
 
@@ -340,6 +346,12 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", choices=CPU_NAMES, help="on a CPU: what to compare (default: all)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU (default: float32)"
+    )
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=0,
+        help="on a CPU: seconds between calls, as in a service with little to do (default: 0)",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)

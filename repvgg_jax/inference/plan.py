@@ -131,12 +131,16 @@ def default_plan(
 
 
 def outer_portion(batch_size: int, shapes: Sequence[LayerShape], dtype: str) -> int:
-    """Return the number of images that go through the net together: equal parts of the batch, within both limits."""
+    """Return the number of images that go through the net together, within both limits.
+
+    The last group is padded with blank images. A group takes about half an image longer than its images, since it reads
+    the weights again.
+    """
     numbers = max(
         shape.height * shape.width * shape.in_channels + shape.out_pixels * shape.out_channels for shape in shapes
     )
-    most = min(OUTER, max(1, OUTER_BYTES // (numbers * jnp.dtype(dtype).itemsize)))
-    return math.ceil(batch_size / math.ceil(batch_size / most))
+    most = min(OUTER, batch_size, max(1, OUTER_BYTES // (numbers * jnp.dtype(dtype).itemsize)))
+    return min(range(most, 0, -1), key=lambda outer: math.ceil(batch_size / outer) * (outer + 0.5))
 
 
 def divisors(number: int) -> list[int]:

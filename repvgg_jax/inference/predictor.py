@@ -1,14 +1,14 @@
 """Inference with the deploy form: fused, planned and compiled ahead of time."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..conv import native
+from ..conv import bf16
 from ..net.fusion import check_deploy_params, to_deploy
 from ..net.layout import in_channels_of
 from ..net.model import RepVGG, channel_hint, checked_dtype
@@ -16,7 +16,7 @@ from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
 from ..trees import flatten
 from .plan import Plan
-from .planned_net import Output, compile_net, fastest, planned_forward, prepare_params
+from .planned_net import Output, compile_net, planned_forward, prepare_params
 from .tuning import choose_plan
 
 
@@ -89,14 +89,6 @@ class Predictor:
 
         self._batch = jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), self.image_dtype)
         self._compiled, self._params = compile_net(jax.default_backend(), run, net.params, self._batch)
-
-    @classmethod
-    def _fastest(cls, candidates: Sequence["Predictor"]) -> "Predictor":
-        """Return the fastest of predictors of the same input; a single one is not timed."""
-        if len(candidates) == 1:
-            return candidates[0]
-        with jax.disable_jit(False):
-            return candidates[fastest([(one._compiled, one._params) for one in candidates], candidates[0]._batch)]
 
     def __call__(self, images: Any) -> np.ndarray:
         """Return the net's output for any number of images.
@@ -226,14 +218,10 @@ def make_predictor(
         model, params = _deployed(net if dtype is None else net.clone(dtype=checked_dtype("dtype", dtype)), variables)
         channels = in_channels_of(flatten({"params": params}))
         _check_channels(channels, preprocessing)
-        candidates = [
-            Predictor(
-                planned_net(one, of_one, choose_plan(one, batch_size, image_size, channels, tune=tune), output),
-                preprocessing,
-            )
-            for one, of_one in _computable(model, params)
-        ]
-        return Predictor._fastest(candidates)
+        if model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not bf16.pays_on_cpu():
+            model, params = widened(model, params)
+        plan = choose_plan(model, batch_size, image_size, channels, tune=tune)
+        return Predictor(planned_net(model, params, plan, output), preprocessing)
     image_size = _checked_size(batch_size, net.preprocessing.image_size if image_size is None else image_size)
     _check_channels(net.in_channels, preprocessing)
     return Predictor(net.prepared(batch_size, image_size, output), preprocessing)
@@ -257,18 +245,6 @@ def planned_net(model: RepVGG, params: Mapping[str, Any], plan: Plan, output: Ou
         output,
         plan,
     )
-
-
-def _computable(model: RepVGG, params: Mapping[str, Any]) -> list[tuple[RepVGG, Mapping[str, Any]]]:
-    """Return the ways to compute a deploy-form net here: in its dtype or, in bfloat16 on a CPU, also in float32.
-
-    XLA's bfloat16 on CPUs is slow, and products of bfloat16 without AMX are slower than Winograd in float32 on some
-    processors.
-    """
-    if model.dtype != jnp.bfloat16 or jax.default_backend() != "cpu" or native.bf16_in_tiles():
-        return [(model, params)]
-    wide = widened(model, params)
-    return [(model, params), wide] if native.bf16_available() else [wide]
 
 
 def widened(model: RepVGG, params: Mapping[str, Any]) -> tuple[RepVGG, Mapping[str, Any]]:

@@ -111,6 +111,12 @@ def test_nan_and_infinity_never_become_finite(value):
     assert np.isfinite(actual[0, 6:]).all()
     assert np.isfinite(actual[0, :, 22:]).all()
     assert np.isfinite(actual[0, :, :17]).all()  # tiles read up to two pixels too many of these sixteen channels
+    actual = compute(
+        x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, False, "native_bf16_winograd2"
+    )
+    spread = np.zeros((9, 40, 16), bool)
+    spread[2:6, 18:22] = True  # Winograd's four tiles of 2 x 2 pixels
+    np.testing.assert_array_equal(np.isfinite(actual[0]), ~spread)
 
 
 @pytest.mark.slow
@@ -135,10 +141,10 @@ def test_every_shape_is_without_tiles():
 @pytest.mark.parametrize("images", [1, 3])
 def test_every_layer_of_a_bfloat16_net_is_native(images, monkeypatch):
     import repvgg_jax as rv
-    from repvgg_jax.inference import predictor
+    from repvgg_jax.conv import bf16
     from tests.helpers.random_weights import random_variables
 
-    monkeypatch.setattr(predictor, "fastest", lambda candidates, batch: 0)  # the alternative is float32
+    monkeypatch.setattr(bf16, "pays_on_cpu", lambda: True)  # the alternative is float32
     model = rv.create_model("RepVGG-A0", 10)
     variables = random_variables(model)
     pixels = np.random.default_rng(0).standard_normal((images, 64, 64, 3), np.float32)

@@ -33,3 +33,12 @@ def test_the_cost_model_chooses_these_plans(batch_size, dtype, portion, expected
     plan = default_plan(get_variant("RepVGG-A0"), batch_size, (224, 224), dtype=dtype)
     assert stages(plan) == expected
     assert {stage.portion for stage in plan.stages} == {portion}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "image_size", "outer"),
+    [(1, 224, 1), (8, 224, 8), (10, 224, 5), (16, 224, 8), (17, 224, 9), (64, 224, 8), (3, 448, 1)],
+)
+def test_groups_of_images_fit_their_memory_and_waste_little(batch_size, image_size, outer):
+    plan = default_plan(get_variant("RepVGG-A0"), batch_size, (image_size, image_size))
+    assert plan.outer == outer

@@ -170,7 +170,7 @@ def supports_bf16(in_channels: int, groups: int) -> bool:
 def convolve_bf16(x: Array, packed: Array, bias: Array, *, tile: int, stride: int, groups: int, relu: bool) -> Array:
     """Compute a 3x3 convolution in bfloat16 with float32 sums, padding 1, bias and optional ReLU.
 
-    With AMX tiles, an infinite or NaN pixel turns its neighbours in the same row into NaN.
+    With AMX tiles, an infinite or NaN pixel turns its neighbours in the same row into NaN; with Winograd, its tile.
 
     Args:
       x: bfloat16 `[N, H, W, C_in]`.
