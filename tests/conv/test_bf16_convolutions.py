@@ -114,9 +114,10 @@ def test_nan_and_infinity_never_become_finite(value):
     actual = compute(
         x, np.ones((3, 3, 16, 16), np.float32), np.zeros(16, np.float32), 1, 1, False, "native_bf16_winograd2"
     )
-    spread = np.zeros((9, 40, 16), bool)
-    spread[2:6, 18:22] = True  # Winograd's four tiles of 2 x 2 pixels
-    np.testing.assert_array_equal(np.isfinite(actual[0]), ~spread)
+    finite = np.isfinite(actual[0])
+    assert not finite[3:6, 19:22].any()
+    finite[2:6, 18:22] = True  # Winograd's four tiles of 2 x 2 pixels
+    assert finite.all()
 
 
 @pytest.mark.slow
