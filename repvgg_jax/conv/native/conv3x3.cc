@@ -86,8 +86,8 @@ ffi::Error convolve_halves(const Shape& s, int64_t tile, ffi::Buffer<ffi::BF16> 
   const auto* in = reinterpret_cast<const Half*>(x.typed_data());
   const auto* weights = reinterpret_cast<const Half*>(packed.typed_data());
   auto* out = reinterpret_cast<Half*>(y->typed_data());
-  const int64_t expected = tile ? s.groups * s.panels() * positions(tile) * up_to(s.group_inputs(), 2) * LANES
-                                : Runs<Kind>(s).packed(s);
+  const int64_t transformed = positions(tile) * up_to(s.group_inputs(), Halves<float>::RUN) * LANES;
+  const int64_t expected = tile ? s.groups * s.panels() * transformed : Runs<Kind>(s).packed(s);
   if (int64_t(packed.element_count()) != expected) return bad_packing();
   if (s.empty()) return ffi::Error::Success();
   if (tile == 0)

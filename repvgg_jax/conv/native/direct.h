@@ -90,7 +90,9 @@ void direct(const Shape& s, const typename Kind::Element* x, const typename Kind
   const int64_t cuts = panel_parts(blocks.count, (panels + PANELS - 1) / PANELS, threads), patch = blocks.patch;
   const Left left{runs.gathered ? runs.length : s.stride * pixel, runs.rows, line, runs.count, pixel, runs.length};
   in_parallel(pool, blocks.count * cuts, [&](int64_t task) {
-    const auto [image, images, first, count] = blocks[task / cuts];
+    // Not a structured binding: older versions of Clang cannot capture those.
+    const Blocks::Block block = blocks[task / cuts];
+    const int64_t image = block.image, images = block.images, first = block.row, count = block.rows;
     [[maybe_unused]] const typename Kind::Session session{};
     Element* patches = scratch<Element>(images * patch + Kind::RUN + (runs.gathered ? 3 * line : 0));
     Element* after = patches + images * patch;

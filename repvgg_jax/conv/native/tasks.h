@@ -126,7 +126,8 @@ struct Blocks {
     if (images * ((rows_of_image + rows - 1) / rows) < 2 * threads)
       rows = std::max<int64_t>(1, std::min(rows, rows_of_image / 2));
     parts = (rows_of_image + rows - 1) / rows;
-    if (parts > 1 && images % threads && up_to(parts, threads) * MIN_ROWS <= rows_of_image) parts = up_to(parts, threads);
+    const int64_t even = up_to(parts, threads);
+    if (parts > 1 && images % threads && even * MIN_ROWS <= rows_of_image) parts = even;
     rows = (rows_of_image + parts - 1) / parts;
     patch = ((rows - 1) * stride + window) * line;
     const int64_t together = parts > 1 ? 1 : std::max<int64_t>(1, budget / patch);

@@ -67,11 +67,11 @@ inline void transform(const Load& load_at, const Pass& pass, const Store& store_
 }
 
 // B^T d B of the tile whose outputs start at (top, side), for a group whose first channel is at `image`. Position p of
-// channel c is written to `out[p * step + c]`, with zeros up to channel `padded`. Pixels outside the image are read from
+// channel c is written to `out[p * step + c]`, with zeros up to channel `padded`. Pixels outside the image come from
 // `zeros`.
 template <int TILE, typename Element>
-void transform_input(const Shape& s, const Element* image, int64_t top, int64_t side, const Element* zeros, Element* out,
-                     int64_t step, int64_t padded) {
+void transform_input(const Shape& s, const Element* image, int64_t top, int64_t side, const Element* zeros,
+                     Element* out, int64_t step, int64_t padded) {
   constexpr int SIZE = TILE + 2;
   const Element* pixels[SIZE * SIZE];
   for (int i = 0; i < SIZE; i++)
