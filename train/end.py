@@ -52,7 +52,7 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
 
     def record(name: str, evaluation: Evaluation) -> None:
         evaluations[name] = evaluation
-        record_evaluation(evaluation, name, run.total_steps, float(run.recipe.optimizer.epochs), watchers)
+        record_evaluation(run, evaluation, name, run.total_steps, watchers)
 
     def note_files(*names: str) -> None:
         files = (f"{weights[name]} ({FORMS[name].kind})" for name in names)
