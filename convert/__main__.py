@@ -32,13 +32,14 @@ from repvgg_jax.weights.architecture import expected_variant
 from repvgg_jax.weights.argument import weights_path
 from repvgg_jax.weights.info import describe
 from repvgg_jax.weights.key_maps import FAMILIES
+from repvgg_jax.weights.loading import check_float
 from repvgg_jax.weights.options import WeightsOptions
 from repvgg_jax.weights.saving import NATIVE, WRITABLE, check_writable
 
 from .compare import logits_of, relative_difference
 from .exports import FORMATS, ONNX, Format, check_batches, choose_format, write_export
 from .output import check_output
-from .quantization import Int8Options, check_options, quantize_and_write
+from .quantization import Int8Options, check_options, quantize_and_write, read_images
 
 TOLERANCE = 1e-4
 """Largest relative difference between the two forms' logits that float32 rounding causes, even in the deepest nets."""
@@ -114,7 +115,8 @@ def convert(arguments: Arguments) -> str:
       WeightsError: the input cannot be read, the output cannot be written, or the fused net differs from the training
         form.
       ExportError: a library is missing, or the export differs from JAX.
-      DataError: the images for the check cannot be read.
+      DataError: the images for the check or for the calibration cannot be read.
+      QuantizationError: the net cannot be quantised, or there are too few images.
       FusionError: `keep_training_form` is set, and the input is in deploy form.
       ConfigError: the input or output is missing, the output is the input or exists already, or an option does not
         apply to this output.
@@ -131,19 +133,22 @@ def convert(arguments: Arguments) -> str:
     expected = expected_variant("--arch", arguments.arch)
     info = inspect_weights(arguments.input, expected, **options)
     info = arguments.weights.apply(info, arguments.num_classes)
+    check_float(arguments.input, info)
+    if arguments.keep_training_form and info.deploy:
+        raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
     int8 = arguments.quantization
     check_options(int8, arguments.output)
     if int8.int8:
         _check_int8_arguments(arguments, arguments.output)
     described: dict[str, Any] = dict(preprocessing=info.preprocessing, class_names=info.class_names)
-    batches = []
-    if export is not None:
+    batches, calibration = [], None
+    if int8.int8:
+        calibration = read_images(int8, info)
+    elif export is not None:
         export.check(arguments.output, overwrite=arguments.overwrite)
         batches = check_batches(arguments.check_images, info.preprocessing, info.in_channels, arguments.free_size)
-    elif not int8.int8:
+    else:
         check_writable(arguments.output, info.variant, not arguments.keep_training_form, arguments.to, **described)
-    if arguments.keep_training_form and info.deploy:
-        raise FusionError(f"{arguments.input} is in deploy form, which has no training form")
     model, variables = rv.load_weights(arguments.input, expected, arguments.num_classes, **options)
     done = "already in deploy form" if model.deploy else "training form kept"
     if not arguments.keep_training_form and not model.deploy:
@@ -156,9 +161,9 @@ def convert(arguments: Arguments) -> str:
                 "Float32 is not precise enough for these weights. Are they from a finished training run?"
             )
         model, variables, done = fused_model, fused, f"fused, relative difference {difference:.1e} on a random batch"
-    if int8.int8:
+    if calibration is not None:
         onnx_options = {"input_layout": arguments.input_layout or ONNX.layout, "dynamic_size": arguments.free_size}
-        done = quantize_and_write(int8, arguments.output, model, variables, info, **onnx_options)
+        done = quantize_and_write(int8, arguments.output, model, variables, info, calibration, **onnx_options)
     elif export is None:
         tracked = info.num_batches_tracked
         save_weights(arguments.output, model, variables, family=arguments.to, num_batches_tracked=tracked, **described)

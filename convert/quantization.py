@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 import repvgg_jax as rv
@@ -13,7 +14,8 @@ from repvgg_jax.export.onnx_file import OnnxTarget, check_onnx_installed
 from repvgg_jax.files import check_target
 from repvgg_jax.quantization.adaround import require_optax
 from repvgg_jax.quantization.calibration import Calibration
-from repvgg_jax.quantization.methods import choose_method
+from repvgg_jax.quantization.methods import check_images, choose_method
+from repvgg_jax.quantization.stack import check_relu
 from repvgg_jax.weights import WeightsInfo
 
 
@@ -72,8 +74,35 @@ def check_options(options: Int8Options, output: str) -> None:
     check_target(output)
 
 
+def read_images(options: Int8Options, info: WeightsInfo) -> np.ndarray:
+    """Read the calibration images, and check before the net is loaded and fused that it can be quantised with them.
+
+    Args:
+      options: options of the command.
+      info: description of the input file.
+
+    Returns:
+      uint8 `[N, image_size, image_size, C]`.
+
+    Raises:
+      DataError: the images cannot be read.
+      QuantizationError: the net cannot be quantised, or there are too few images.
+    """
+    assert options.calibration is not None
+    check_relu(info.variant)
+    images = calibration_images(options.calibration, info.preprocessing, options.calibration_images)
+    check_images(images, info.in_channels, info.preprocessing)
+    return images
+
+
 def quantize_and_write(
-    options: Int8Options, output: str, model: rv.RepVGG, variables: Any, info: WeightsInfo, **onnx_options: Any
+    options: Int8Options,
+    output: str,
+    model: rv.RepVGG,
+    variables: Any,
+    info: WeightsInfo,
+    images: np.ndarray,
+    **onnx_options: Any,
 ) -> str:
     """Calibrate, quantise and write the output; return a summary.
 
@@ -83,15 +112,12 @@ def quantize_and_write(
       model: model in deploy form.
       variables: variables of `model`.
       info: description of the input file.
+      images: images of `read_images`.
       **onnx_options: options of `export_quantized_onnx`; used if `output` is an .onnx.
 
     Raises:
-      DataError: the calibration images cannot be read.
-      QuantizationError: there are too few calibration images.
       RepVGGError: the output cannot be written.
     """
-    assert options.calibration is not None
-    images = calibration_images(options.calibration, info.preprocessing, options.calibration_images)
     net = rv.quantize(
         model,
         variables,

@@ -28,10 +28,10 @@ class Result:
     weights: dict[str, Place]
 
     def summary(self) -> dict[str, float]:
-        """Return the test accuracies by form; under the names of version 0.1 too, until the next version."""
+        """Return the test accuracies by form; until 0.3, under the names of version 0.1 too: `FORM_top1`."""
         top1 = {name: evaluation.top1 for name, evaluation in self.evaluations.items()}
-        old = {f"test_top1_{FORMS[name].old_result}": value for name, value in top1.items()}
-        return old | {f"{name}_top1": value for name, value in top1.items()}
+        deprecated = {f"{name}_top1": value for name, value in top1.items()}
+        return {f"test_top1_{FORMS[name].result}": value for name, value in top1.items()} | deprecated
 
 
 def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
@@ -52,7 +52,7 @@ def finish(run: Run, state: TrainState, watchers: Watchers) -> Result:
 
     def record(name: str, evaluation: Evaluation) -> None:
         evaluations[name] = evaluation
-        record_evaluation(evaluation, name, run.total_steps, float(run.recipe.optimizer.epochs), watchers)
+        record_evaluation(run, evaluation, name, run.total_steps, watchers)
 
     def note_files(*names: str) -> None:
         files = (f"{weights[name]} ({FORMS[name].kind})" for name in names)

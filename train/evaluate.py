@@ -195,22 +195,18 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
     if report is not None:
         check_report_folder(report)
     arguments = dataclasses.replace(arguments, weights=weights_path("WEIGHTS", arguments.weights))
-    described = inspect_weights(arguments.weights, **arguments.options.reading)
+    expected = expected_variant("--arch", arguments.arch)
+    described = inspect_weights(arguments.weights, expected, **arguments.options.reading)
     info = arguments.options.apply(described)
     if info.in_channels != info.preprocessing.channels:
         raise WeightsError(f"{arguments.weights} takes {info.in_channels} channels; image files have 1 or 3")
-    model, variables = _load(arguments, info)
+    if arguments.form == "train" and info.deploy:
+        raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
     preprocessing = info.preprocessing
     if arguments.resolution is not None:
         preprocessing = preprocessing.at_size(arguments.resolution)
     if arguments.options.crop_fraction is not None:
         preprocessing = dataclasses.replace(preprocessing, crop_fraction=arguments.options.crop_fraction)
-    if preprocessing != described.preprocessing:
-        print(
-            f"evaluating at {preprocessing.image_size} pixels, cropped from images resized to "
-            f"{preprocessing.resize_size} on the shorter side",
-            file=sys.stderr,
-        )
     dataset = data.open_dataset(
         arguments.data,
         image_size=preprocessing.image_size,
@@ -218,13 +214,20 @@ def evaluate_file(arguments: Arguments) -> Evaluation:
         evaluation_only=True,
         test_split=arguments.test_split,
     )
-    if dataset.num_classes != model.num_classes:
+    if dataset.num_classes != info.num_classes:
         raise WeightsError(
-            f"{arguments.weights} has {model.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
+            f"{arguments.weights} has {info.num_classes} classes, but {arguments.data} has {dataset.num_classes}"
         )
-    for note in dataset.notes:
-        print(note, file=sys.stderr)
     source, note = matched_source(dataset, info, arguments.weights, ignore=arguments.ignore_class_names)
+    model, variables = _load(arguments, info, expected)
+    if preprocessing != described.preprocessing:
+        print(
+            f"evaluating at {preprocessing.image_size} pixels, cropped from images resized to "
+            f"{preprocessing.resize_size} on the shorter side",
+            file=sys.stderr,
+        )
+    for line in dataset.notes:
+        print(line, file=sys.stderr)
     if note:
         print(note, file=sys.stderr)
     evaluated, placed = model, {}
@@ -258,11 +261,10 @@ def _predictor(
     return rv.make_predictor(model, variables, batch_size, size, preprocessing=preprocessing)
 
 
-def _load(arguments: Arguments, info: rv.WeightsInfo) -> tuple[rv.RepVGG | rv.QuantizedNet, Mapping[str, Any]]:
+def _load(
+    arguments: Arguments, info: rv.WeightsInfo, expected: str | rv.Variant | None
+) -> tuple[rv.RepVGG | rv.QuantizedNet, Mapping[str, Any]]:
     """Return the net and its variables in the requested form."""
-    if arguments.form == "train" and info.deploy:
-        raise WeightsError(f"{arguments.weights} is in deploy form, which has no training form: evaluate it as deploy")
-    expected = expected_variant("--arch", arguments.arch)
     if info.quantized:
         net = rv.load_quantized(arguments.weights, expected)
         return net, net.variables

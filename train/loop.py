@@ -68,6 +68,7 @@ def run_steps(
     window = make_window(run)
     log_every = min(options.log_every, run.steps_per_epoch)
     trace = Trace(run.workdir / "profile", start_step) if options.profile else None
+    evaluated = False
     for step in range(start_step + 1, total_steps + 1):
         batch = window.next(batches)
         state, metrics = step_function(state, batch)
@@ -94,6 +95,9 @@ def run_steps(
             watchers.log.flush()  # before the checkpoint, because steps after it are repeated, but not those before
             watchers.checkpoints.save(state, run.facts, top1)
             window.restart()
+        if top1 is not None and not evaluated:  # the first evaluation compiles
+            watchers.progress.time_from(step)
+            evaluated = True
         if stop:
             watchers.checkpoints.wait()
             return state, step
@@ -137,19 +141,23 @@ def evaluate(run: Run, state: TrainState, step: int, watchers: Watchers) -> floa
     """Evaluate the trained weights and their moving average, and return the better top-1."""
     results = {form: watchers.evaluator(variables) for form, variables in trained_forms(state).items()}
     for form, result in results.items():
-        record_evaluation(result, form, step, step / run.steps_per_epoch, watchers)
+        record_evaluation(run, result, form, step, watchers)
     return max(result.top1 for result in results.values())
 
 
-def record_evaluation(result: Evaluation, form: str, step: int, epoch: float, watchers: Watchers) -> None:
+def record_evaluation(run: Run, result: Evaluation, form: str, step: int, watchers: Watchers) -> None:
     """Write an evaluation as one row to the log and as one line to the screen."""
+    epoch = step / run.steps_per_epoch
     row = {"step": step, "epoch": epoch, "form": form}
     row |= {name: getattr(result, name) for name in ("top1", "top5", "loss", "images")}
     watchers.write(row, f"test_{form}")
-    watchers.progress.note(
-        f"epoch {epoch:g}: {FORMS[form].title}, top-1 {100 * result.top1:.2f} %, top-5 {100 * result.top5:.2f} %, "
-        f"loss {result.loss:.4f}, {result.images} test images"
-    )
+    watchers.progress.note(f"epoch {epoch:g}: {FORMS[form].title}, {evaluation_text(result, run.dataset.num_classes)}")
+
+
+def evaluation_text(result: Evaluation, num_classes: int) -> str:
+    """Return an evaluation's numbers in words, without top-5 where it is always 100 %."""
+    top5 = f", top-5 {100 * result.top5:.2f} %" if num_classes > 5 else ""
+    return f"top-1 {100 * result.top1:.2f} %{top5}, loss {result.loss:.4f}, {result.images} test images"
 
 
 class Trace:

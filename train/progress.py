@@ -13,7 +13,7 @@ from repvgg_jax.interrupts import on_exit, requested
 
 
 class RunProgress:
-    """A context manager that shows step, loss, accuracy, images/s and time left.
+    """A context manager that shows step, loss, accuracy, images/s and, once a step has been timed, the time left.
 
     Args:
       total_steps: last step of the run.
@@ -25,7 +25,7 @@ class RunProgress:
         self._console = _Console(soft_wrap=True, highlight=False, quiet=not shown)
         self._live = self._console.is_terminal and shown
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._start_step, self._start_time = 0, time.monotonic()
+        self._timed_from: tuple[int, float] | None = None
         self._on_exit = contextlib.ExitStack()
         self._bar = Progress(
             SpinnerColumn(),
@@ -41,7 +41,7 @@ class RunProgress:
 
     def start(self, step: int) -> None:
         """Begin at `step`, where the run starts or resumes."""
-        self._start_step, self._start_time = step, time.monotonic()
+        self._timed_from = None
         self._bar.reset(self._task, total=self._total, completed=step, epoch=0, text="compiling …")
 
     def __enter__(self) -> Self:
@@ -55,9 +55,15 @@ class RunProgress:
         self._on_exit.close()
 
     def advance(self, step: int) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done. The first one compiles, so it does not count for the time left."""
+        if self._timed_from is None:
+            self.time_from(step)
         epoch = (step - 1) // self._steps_per_epoch + 1
         self._bar.update(self._task, completed=step, epoch=epoch)
+
+    def time_from(self, step: int) -> None:
+        """Estimate the time left from the steps after `step`: what came before it included a compilation."""
+        self._timed_from = step, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of training metrics."""
@@ -68,15 +74,22 @@ class RunProgress:
             text += f" ({100 * row['data_wait']:.0f} % waiting for data)"
         self._bar.update(self._task, text=text)
         if not self._live:
-            done = row["step"] - self._start_step
-            left = (time.monotonic() - self._start_time) / max(done, 1) * (self._total - row["step"])
-            self.note(f"epoch {row['epoch']:.1f}  step {row['step']}/{self._total}  {text}  {duration(left)} left")
+            line = f"epoch {row['epoch']:.1f}  step {row['step']}/{self._total}  {text}"
+            left = self._seconds_left(row["step"])
+            self.note(line if left is None else f"{line}  {duration(left)} left")
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, markup=False)
         if sys.stdout is not None:  # closed by the shell
             sys.stdout.flush()
+
+    def _seconds_left(self, step: int) -> float | None:
+        """Return the estimated time of the steps after `step`; None if no step has been timed."""
+        if self._timed_from is None:
+            return None
+        first, start = self._timed_from
+        return None if step <= first else (time.monotonic() - start) / (step - first) * (self._total - step)
 
 
 def duration(seconds: float) -> str:

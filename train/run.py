@@ -43,18 +43,18 @@ class Form:
     """A form of a run's weights that is evaluated and, at the end, written.
 
     Attributes:
-      name: name in metrics.jsonl and in the result `NAME_top1`.
+      name: name in metrics.jsonl, and in the deprecated result `NAME_top1`.
       file: name of the weight file, without its suffix.
       title: name in the messages of the run.
       kind: kind of the weight file, for its line at the end.
-      old_result: name in the result `test_top1_NAME` of version 0.1.
+      result: name in the result `test_top1_NAME`.
     """
 
     name: str
     file: str
     title: str
     kind: str
-    old_result: str
+    result: str
 
 
 FORMS = {

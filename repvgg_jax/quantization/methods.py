@@ -95,7 +95,11 @@ def quantize(
         model, variables = to_deploy(model, variables)
     check_relu(model.variant)
     channels = check_variables(flatten(variables), model.variant, True, model.num_classes)
-    images = check_images(calibration_images, channels, preprocessing)
+    images = np.asarray(calibration_images)
+    check_images(images, channels, preprocessing)
+    if preprocessing is not None and images.dtype == np.uint8:
+        images = normalize(images, preprocessing)
+    images = images.astype(np.float32, copy=False)
 
     variant, before = model.variant, layers_of(variables["params"])
     layers = before
@@ -132,13 +136,12 @@ def choose_method(
     return dataclasses.replace(method, **{name: value for name, value in changes.items() if value is not None})
 
 
-def check_images(images: Any, channels: int, preprocessing: Preprocessing | None) -> np.ndarray:
-    """Return calibration images, checked and normalised.
+def check_images(images: np.ndarray, channels: int, preprocessing: Preprocessing | None) -> None:
+    """Check calibration images: normalised ones, or uint8 ones that `preprocessing` normalises.
 
     Raises:
       QuantizationError: the images are unsuitable; the message says why, and which image.
     """
-    images = np.asarray(images)
     size = "H, W" if preprocessing is None else f"{preprocessing.image_size}, {preprocessing.image_size}"
     fits = images.ndim == 4 and images.shape[-1] == channels
     if not fits or (preprocessing is not None and images.shape[1:3] != (preprocessing.image_size,) * 2):
@@ -151,8 +154,7 @@ def check_images(images: Any, channels: int, preprocessing: Preprocessing | None
     if images.dtype == np.uint8:
         if preprocessing is None:
             raise QuantizationError("calibration images are uint8: normalise them, or give the preprocessing")
-        return normalize(images, preprocessing)
+        return
     broken = np.flatnonzero(~np.isfinite(images).all((1, 2, 3)))
     if len(broken):
         raise QuantizationError(f"calibration image {broken[0]} has NaN or infinite values ({len(broken)} have)")
-    return images.astype(np.float32)

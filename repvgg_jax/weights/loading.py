@@ -115,11 +115,7 @@ def load_with_info(
     check_not_forked()
     with open_weights(path, name, num_classes, **options) as contents:
         info, file = contents.info, contents.file
-        if info.quantized:
-            raise WeightsError(
-                f"{path} holds a quantised net (INT8), and float weights are needed here: rounded ones cannot be "
-                "trained, fused or rewritten; take the file that it was made from"
-            )
+        check_float(path, info)
         wanted = num_classes or info.num_classes
         fresh = wanted != info.num_classes
 
@@ -140,6 +136,15 @@ def load_with_info(
         message = f"{path} has {had}, not {wanted}: the classifier is newly initialised, everything else is loaded"
         warnings.warn(message, WeightsWarning, stacklevel=stacklevel)
     return RepVGG(info.variant, wanted, info.deploy), unflatten(leaves), info
+
+
+def check_float(path: str | os.PathLike, info: WeightsInfo) -> None:
+    """Raise WeightsError if `path`, described by `info`, holds a quantised net."""
+    if info.quantized:
+        raise WeightsError(
+            f"{path} holds a quantised net (INT8), and float weights are needed here: rounded ones cannot be "
+            "trained, fused or rewritten; take the file that it was made from"
+        )
 
 
 def inspect_weights(

@@ -1,6 +1,7 @@
 """Claim: `python -m convert --int8` writes a quantised file that every other command accepts, or says why not."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -137,6 +138,9 @@ def test_a_mistake_is_one_line_and_leaves_no_files(folder):
     (folder / "broken").mkdir()
     (folder / "broken" / "a.png").write_bytes(b"no image")
     (folder / "empty").mkdir()
+    gelu = folder / "gelu.safetensors"
+    other = rv.create_model(SMALL, 2, activation="gelu")
+    rv.save_weights(gelu, other, random_variables(other), preprocessing=PREPROCESSING)
     before = sorted(folder.iterdir())
     out, int8 = folder / "out.safetensors", folder / "int8.safetensors"
     quantize = ("--int8", "--calibration", data)
@@ -153,9 +157,11 @@ def test_a_mistake_is_one_line_and_leaves_no_files(folder):
         ((source, out, "--int8", "--calibration", folder / "nowhere"), "is not a folder"),
         ((source, out, "--int8", "--calibration", folder / "broken"), "a.png: cannot be read as an image"),
         ((int8, out, *quantize), "holds a quantised net (INT8), and float weights are needed here"),
+        ((gelu, out, *quantize), "only nets with ReLU are quantised"),
         ((int8, folder / "out.pth"), "holds a quantised net (INT8), and float weights are needed here"),
     ):
-        assert words in error_of(command("convert.__main__", *arguments))
+        with mock.patch("repvgg_jax.load_weights", side_effect=AssertionError):  # before anything is computed
+            assert words in error_of(command("convert.__main__", *arguments))
     assert "which has no training form" in error_of(command("train.evaluate", data, "train", int8))
     error = error_of(command("train.main", "--preset", "digits", "--quantization", "qat"))
     assert "pass a file in training form with --init" in error

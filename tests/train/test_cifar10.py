@@ -56,6 +56,7 @@ def test_the_preprocessing_is_stored_in_and_read_from_the_weight_files(photos: P
     words = ("--preset", "cifar10", "--data", photos, *TINY, "--batch-size", 4, "--epochs", 2, "--warmup-epochs", 1)
     trained = command("train.main", *words, "--mean", 0.1, 0.2, 0.3, "--workdir", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
+    assert "top-5" not in trained.stdout, "there are only two classes"
     weights = tmp_path / "run" / "deploy.safetensors"
     info = rv.inspect_weights(weights)
     assert info.preprocessing == Preprocessing(32, 1.0, (0.1, 0.2, 0.3), USUAL.std)

@@ -234,7 +234,7 @@ def test_a_finished_run_started_again_changes_nothing(runs, uninterrupted, tmp_p
     same_result(workdir, uninterrupted)
     printed = json.loads(done.stdout.splitlines()[-1])
     assert printed["test_top1_train_form"] > 0.2
-    assert printed["test_top1_train_form"] == printed["train_top1"], "the names of version 0.1, for one release"
+    assert printed["test_top1_train_form"] == printed["train_top1"], "the name in 0.1, until 0.3"
     assert "both computed in float32" in " ".join(done.stdout.split())
 
 
