@@ -100,6 +100,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train.plot": _tyro("train.plot"),
     "convert": _tyro("convert.__main__"),
     "repvgg_jax": _library,
+    "benchmarks.cifar10_pytorch": _tyro("benchmarks.cifar10_pytorch"),
     "examples.cifar10": _tyro("examples.cifar10"),
     "examples.digits": _tyro("examples.digits"),
     "examples.finetune.split": _tyro("examples.finetune.split"),
