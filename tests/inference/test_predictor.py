@@ -133,6 +133,11 @@ def test_without_tiles_the_faster_of_bfloat16_and_float32_computes_a_bfloat16_ne
     assert tuning.bfloat16_pays.__wrapped__() == (faster == "native_bf16_winograd2")
 
 
+def test_a_layer_is_measured_with_jit_disabled():
+    with jax.disable_jit():
+        assert tuning.measure_layer(LayerShape(6, 6, 4, 4), "direct", 1, 2) > 0
+
+
 def test_a_bfloat16_net_is_computed_as_the_timed_layer_was_faster():
     model, variables, _ = case(SMALL, 1)
     predict = rv.make_predictor(model, variables, 1, 40, dtype=jnp.bfloat16)
