@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..conv import bf16
 from ..net.fusion import check_deploy_params, to_deploy
 from ..net.layout import in_channels_of
 from ..net.model import RepVGG, channel_hint, checked_dtype
 from ..preprocess import Preprocessing, height_and_width, normalize
 from ..processes import check_not_forked
 from ..trees import flatten
-from . import tuning
 from .plan import Plan
 from .planned_net import Output, compile_net, planned_forward, prepare_params
+from .tuning import choose_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +218,9 @@ def make_predictor(
         model, params = _deployed(net if dtype is None else net.clone(dtype=checked_dtype("dtype", dtype)), variables)
         channels = in_channels_of(flatten({"params": params}))
         _check_channels(channels, preprocessing)
-        if model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not tuning.bfloat16_pays():
+        if model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not bf16.pays_on_cpu():
             model, params = widened(model, params)
-        plan = tuning.choose_plan(model, batch_size, image_size, channels, tune=tune)
+        plan = choose_plan(model, batch_size, image_size, channels, tune=tune)
         return Predictor(planned_net(model, params, plan, output), preprocessing)
     image_size = _checked_size(batch_size, net.preprocessing.image_size if image_size is None else image_size)
     _check_channels(net.in_channels, preprocessing)

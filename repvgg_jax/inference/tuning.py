@@ -1,7 +1,6 @@
 """Choice of a net's plan: XLA's, the cost model's, or the algorithms measured as fastest on this machine."""
 
 import dataclasses
-import functools
 import time
 from statistics import median
 
@@ -10,7 +9,6 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from ..conv import native
 from ..conv.algorithm import candidates
 from ..conv.cost import LayerShape
 from ..conv.deploy import convolve, prepare_kernel
@@ -20,10 +18,7 @@ from .plan import Plan, StagePlan, default_plan, portion_choices, stage_layers, 
 from .planned_net import compile_for_cpu
 
 DTYPE = "float32"
-"""Dtype of the measurements for plans."""
-
-TYPICAL = LayerShape(14, 14, 192, 192)
-"""A layer of RepVGG-A0's longest stage."""
+"""Dtype of the measurements."""
 
 RUNS = 5
 HOPELESS = 4.0
@@ -81,22 +76,8 @@ def measured_plan(plan: Plan) -> Plan:
     return dataclasses.replace(plan, stages=tuple(stages), source="measured")
 
 
-@functools.cache
-def bfloat16_pays() -> bool:
-    """Return whether the native convolutions are faster in bfloat16 than in float32 on this CPU.
-
-    Without AMX this depends on the processor: some multiply as many numbers per second in either, and in float32
-    Winograd may use larger tiles. So one layer is timed in both, once per process.
-    """
-    if not native.bf16_available():
-        return False
-    return native.bf16_in_tiles() or measure_layer(TYPICAL, "native_bf16_winograd2", 1, 8, "bfloat16") < measure_layer(
-        TYPICAL, "native_winograd4", 1, 8
-    )
-
-
-def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int, dtype: str = DTYPE) -> float:
-    """Return the seconds per image that one layer takes to process `images` images, `portion` at a time.
+def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int) -> float:
+    """Return the seconds per image that one layer takes to process `images` images, `portion` at a time, in float32.
 
     The layer's output does not leave the loop, as inside a net. The result is only one maximum per channel, so the
     measurement does not include page faults for a large result.
@@ -104,7 +85,7 @@ def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int, 
     rng = np.random.default_rng(0)
     scale = (9 * shape.in_channels / shape.groups) ** -0.5
     kernel = rng.normal(0, scale, (3, 3, shape.in_channels // shape.groups, shape.out_channels)).astype(np.float32)
-    prepared = jnp.asarray(prepare_kernel(kernel, algorithm, groups=shape.groups), dtype)
+    prepared = jnp.asarray(prepare_kernel(kernel, algorithm, groups=shape.groups))
     bias = jnp.zeros(shape.out_channels)
     steps = max(images // portion, 2)
     batches = rng.normal(0, 1, (steps, portion, shape.height, shape.width, shape.in_channels)).astype(np.float32)
@@ -125,7 +106,7 @@ def measure_layer(shape: LayerShape, algorithm: str, portion: int, images: int, 
 
         return lax.map(step, batches)
 
-    arguments = (jnp.asarray(batches, dtype), prepared, bias)
+    arguments = (jnp.asarray(batches), prepared, bias)
     compiled = compile_for_cpu(run, *arguments)
     times = []
     with jax.disable_jit(False):  # compiled code cannot be called with jit disabled

@@ -142,10 +142,10 @@ def test_every_shape_is_without_tiles():
 @pytest.mark.parametrize("images", [1, 3])
 def test_every_layer_of_a_bfloat16_net_is_native(images, monkeypatch):
     import repvgg_jax as rv
-    from repvgg_jax.inference import tuning
+    from repvgg_jax.conv import bf16
     from tests.helpers.random_weights import random_variables
 
-    monkeypatch.setattr(tuning, "bfloat16_pays", lambda: True)  # the alternative is float32
+    monkeypatch.setattr(bf16, "pays_on_cpu", lambda: True)  # the alternative is float32
     model = rv.create_model("RepVGG-A0", 10)
     variables = random_variables(model)
     pixels = np.random.default_rng(0).standard_normal((images, 64, 64, 3), np.float32)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax.conv import native
+from repvgg_jax.conv import bf16, native
 from repvgg_jax.conv.algorithm import ALGORITHMS
 from repvgg_jax.conv.cost import LayerShape
-from repvgg_jax.inference import plan_cache, tuning
+from repvgg_jax.inference import plan_cache
 from repvgg_jax.inference.plan import Plan, StagePlan, default_plan
 from repvgg_jax.inference.planned_net import compile_net, fastest
 from repvgg_jax.inference.predictor import Predictor, planned_net
@@ -111,7 +111,7 @@ def test_bfloat16_is_close_and_logits_stay_float32():
 def test_without_bfloat16_products_it_is_float32_with_rounded_weights(monkeypatch):
     model, variables, images = case(SMALL, 2)
     model, variables = rv.to_deploy(model, variables)
-    monkeypatch.setattr(tuning, "bfloat16_pays", lambda: False)
+    monkeypatch.setattr(bf16, "pays_on_cpu", lambda: False)
     predict = rv.make_predictor(model, variables, 2, 40, dtype=jnp.bfloat16)
 
     def rounded(leaf):
@@ -129,13 +129,8 @@ def test_without_bfloat16_products_it_is_float32_with_rounded_weights(monkeypatc
 def test_without_tiles_the_faster_of_bfloat16_and_float32_computes_a_bfloat16_net(faster, monkeypatch):
     monkeypatch.setattr(native, "bf16_available", lambda: True)
     monkeypatch.setattr(native, "bf16_in_tiles", lambda: False)
-    monkeypatch.setattr(tuning, "measure_layer", lambda shape, name, *_: 1.0 if name == faster else 2.0)
-    assert tuning.bfloat16_pays.__wrapped__() == (faster == "native_bf16_winograd2")
-
-
-def test_a_layer_is_measured_with_jit_disabled():
-    with jax.disable_jit():
-        assert tuning.measure_layer(LayerShape(6, 6, 4, 4), "direct", 1, 2) > 0
+    monkeypatch.setattr(bf16, "_seconds", lambda name: 1.0 if name == faster else 2.0)
+    assert bf16.pays_on_cpu.__wrapped__() == (faster == "native_bf16_winograd2")
 
 
 def test_a_bfloat16_net_is_computed_as_the_timed_layer_was_faster():
@@ -143,7 +138,7 @@ def test_a_bfloat16_net_is_computed_as_the_timed_layer_was_faster():
     predict = rv.make_predictor(model, variables, 1, 40, dtype=jnp.bfloat16)
     assert predict.plan is not None
     in_bfloat16 = [name.startswith("native_bf16") for name in predict.plan.algorithms().values()]
-    assert set(in_bfloat16) == {tuning.bfloat16_pays()}
+    assert set(in_bfloat16) == {bf16.pays_on_cpu()}
 
 
 def test_threads_share_a_predictor():
