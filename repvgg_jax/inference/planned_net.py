@@ -14,6 +14,7 @@ from jax.experimental.layout import Format, Layout
 from ..broadcasting import channelwise
 from ..conv.algorithm import ALGORITHMS
 from ..conv.deploy import convolve, prepare_kernel
+from ..conv.native import ends
 from ..net.activations import activation_function
 from ..net.blocks import SqueezeExcite
 from ..net.model import RepVGG, global_average_pool
@@ -45,7 +46,10 @@ def prepare_params(params: Mapping[str, Any], plan: Plan, dtype: Any) -> dict[st
       plan: plan that chooses each block's algorithm.
       dtype: computation dtype of the body; head parameters keep theirs.
     """
-    ready: dict[str, Any] = {"linear": jax.tree.map(jnp.asarray, params["linear"])}
+    linear = params["linear"]
+    if _ends_natively(plan) and linear["kernel"].dtype == jnp.float32:
+        linear = ends.pack_classifier(np.asarray(linear["kernel"]), np.asarray(linear["bias"]))
+    ready: dict[str, Any] = {"linear": jax.tree.map(jnp.asarray, linear)}
     for stage in plan.stages:
         for layer in stage.layers:
             block = params[layer.name]
@@ -76,10 +80,16 @@ def planned_forward(
         x = images.astype(model.dtype)
         for stage in plan.stages:
             x = _in_portions(lambda part, stage=stage: run_stage(params, stage, part), x, stage.portion)
-        pooled = global_average_pool(x, model.param_dtype)
+        if _ends_natively(plan) and model.param_dtype == jnp.float32:
+            pooled = ends.average(x)
+        else:
+            pooled = global_average_pool(x, model.param_dtype)
         if output == "embedding":
             return pooled
-        return pooled @ params["linear"]["kernel"] + channelwise(params["linear"]["bias"], pooled.ndim)
+        linear = params["linear"]
+        if "packed" in linear:
+            return ends.classify(pooled, linear["packed"], linear["padded_bias"], model.num_classes)
+        return pooled @ linear["kernel"] + channelwise(linear["bias"], pooled.ndim)
 
     def forward(params: Mapping[str, Any], images: Array) -> Array:
         blank = -plan.batch_size % plan.outer
@@ -88,6 +98,11 @@ def planned_forward(
         return _in_portions(lambda part: stem_to_output(params, part), images, plan.outer)[: plan.batch_size]
 
     return forward
+
+
+def _ends_natively(plan: Plan) -> bool:
+    """Return whether the last convolution is native, so that what follows it can be, too."""
+    return ALGORITHMS[plan.stages[-1].layers[-1].algorithm].is_native
 
 
 def _in_portions(function: Callable[[Array], Array], x: Array, portion: int) -> Array:

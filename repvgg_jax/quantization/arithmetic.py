@@ -1,18 +1,20 @@
-"""Arithmetic of quantised layers: by XLA, or by native convolutions with packed kernels."""
+"""Arithmetic of quantised nets: by XLA, or by native code with packed kernels."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
 from ..broadcasting import channelwise
 from ..conv import native
+from ..conv.native import ends
 from ..conv.xla import DIMENSION_NUMBERS
 from ..net.variants import BlockSpec, Variant
+from .calibration import input_dtype
+from .quantizer import SIGNED, to_integers
 from .stack import LINEAR, geometry, linear_map, with_readers
 
 SHIFT = 128
@@ -25,7 +27,19 @@ def is_quantized(layer: Mapping[str, Any]) -> bool:
 
 
 class Arithmetic(Protocol):
-    """Implementation of the body's quantised layers. All implementations give the same integers."""
+    """Implementation of a quantised net's operations. All implementations give the same integers."""
+
+    def to_integers(self, x: Array, scale: Array, dtype: Any) -> Array:
+        """Return the integers of a layer's input, as `totals` and `rounded` take them."""
+        ...
+
+    def mean(self, x: Array, scale: Array) -> Array:
+        """Return the real-valued spatial means `[N, C]` of integers, from an exact sum."""
+        ...
+
+    def logits(self, x: Array, layer: Mapping[str, Any]) -> Array:
+        """Return the real-valued result of the quantised classifier on uint8 `[N, C]`."""
+        ...
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
         """Return the accumulators, including the bias, of uint8 or int8 `x`: int32, or the same integers in float32."""
@@ -41,6 +55,19 @@ class InXla:
     """XLA's convolutions, in integers or in floats that hold the integers."""
 
     integer: bool
+
+    def to_integers(self, x: Array, scale: Array, dtype: Any) -> Array:
+        """Return `x / scale` in integers; see `quantizer.to_integers`."""
+        return to_integers(x, scale, dtype)
+
+    def mean(self, x: Array, scale: Array) -> Array:
+        """Return the means of integers, summed in float32, which holds them."""
+        return x.astype(jnp.float32).sum((1, 2)) * (scale / (x.shape[1] * x.shape[2]))
+
+    def logits(self, x: Array, layer: Mapping[str, Any]) -> Array:
+        """Return the rescaled accumulators; see `accumulate`."""
+        total = accumulate(None, x, layer, self.integer).astype(jnp.float32)
+        return total * channelwise(layer["input_scale"] * layer["kernel_scale"], total.ndim)
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
         """Return the accumulators; see `accumulate`."""
@@ -108,18 +135,31 @@ def _saturate(x: Array) -> Array:
 
 
 def pack_layers(variant: Variant, params: Mapping[str, Any], in_channels: int) -> dict[str, Any]:
-    """Return `QuantizedNet.params` with packed kernels in the layers that the native convolution supports.
+    """Return `QuantizedNet.params` with packed kernels in the layers that the native code supports.
 
-    The classifier's kernel becomes float32, the dtype in which its product is computed.
+    The kernel of another quantised classifier becomes float32, the dtype in which XLA computes its product.
     """
     packed = dict(params)
     for spec, following in with_readers(variant.blocks(in_channels)):
         takes = spec.dilation == 1 and native.supports_int8(spec.in_channels, spec.groups)
         if takes and is_quantized(params[spec.name]):
             packed[spec.name] = pack_layer(spec, params[spec.name], params.get(following, {}).get("input_scale", 1))
-    if is_quantized(packed[LINEAR]):
-        packed[LINEAR] = packed[LINEAR] | {"kernel": np.asarray(packed[LINEAR]["kernel"], np.float32)}
+    if is_quantized(params[LINEAR]):
+        packed[LINEAR] = _pack_classifier(params[LINEAR])
     return packed
+
+
+def _pack_classifier(layer: Mapping[str, Any]) -> dict[str, Any]:
+    kernel, scale = np.asarray(layer["kernel"]), np.asarray(layer["kernel_scale"], np.float32)
+    if len(kernel) % ends.INT8_INPUTS:
+        return dict(layer) | {"kernel": kernel.astype(np.float32)}
+    return {
+        "input_scale": layer["input_scale"],
+        "kernel_scale": scale,
+        "packed": ends.pack_int8_classifier(kernel),
+        "padded_bias": native.pad_channels(np.asarray(layer["bias"]), 1),
+        "padded_factor": native.pad_channels(np.float32(layer["input_scale"]) * scale, 1),
+    }
 
 
 def pack_layer(spec: BlockSpec, layer: Mapping[str, Any], next_scale: Any) -> dict[str, Any]:
@@ -136,9 +176,27 @@ def pack_layer(spec: BlockSpec, layer: Mapping[str, Any], next_scale: Any) -> di
 
 
 class NativeIntegers:
-    """`Arithmetic` by `native.convolve_int8`, on parameters from `pack_layers`; unpacked layers run on XLA."""
+    """`Arithmetic` in C++, on parameters from `pack_layers`; unpacked layers run on XLA.
+
+    int8 is shifted to uint8 as soon as it is rounded, since the products take unsigned pixels.
+    """
 
     _other = InXla(integer=False)
+
+    def to_integers(self, x: Array, scale: Array, dtype: Any) -> Array:
+        """Return `x / scale` in integers, shifted to uint8."""
+        return ends.round_to_bytes(x, 1 / scale, SHIFT if dtype == SIGNED else 0)
+
+    def mean(self, x: Array, scale: Array) -> Array:
+        """Return the means of uint8."""
+        return ends.average(x, scale)
+
+    def logits(self, x: Array, layer: Mapping[str, Any]) -> Array:
+        """Return the logits; from exact sums if the layer is packed."""
+        if "packed" not in layer:
+            return self._other.logits(x, layer)
+        classes = len(layer["kernel_scale"])
+        return ends.classify_int8(x, layer["packed"], layer["padded_bias"], layer["padded_factor"], classes)
 
     def totals(self, spec: BlockSpec, x: Array, layer: Mapping[str, Any]) -> Array:
         """Return the accumulators; int32 from packed layers."""
@@ -152,9 +210,6 @@ class NativeIntegers:
 
 
 def _convolve(spec: BlockSpec, x: Array, layer: Mapping[str, Any], dtype: Any) -> Array:
-    zero = 0
-    if x.dtype == jnp.int8:
-        zero, x = SHIFT, jax.lax.bitcast_convert_type(x ^ jnp.int8(-SHIFT), jnp.uint8)
     return native.convolve_int8(
         x,
         layer["packed"],
@@ -163,6 +218,6 @@ def _convolve(spec: BlockSpec, x: Array, layer: Mapping[str, Any], dtype: Any) -
         outputs=spec.out_channels,
         stride=spec.stride,
         groups=spec.groups,
-        zero=zero,
+        zero=SHIFT if input_dtype(spec.name) == SIGNED else 0,
         dtype=dtype,
     )

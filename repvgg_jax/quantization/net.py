@@ -17,9 +17,9 @@ from ..inference.predictor import PreparedNet
 from ..net.variants import BlockSpec, Variant
 from ..net.walk import walk
 from ..preprocess import Preprocessing
-from .arithmetic import Arithmetic, InXla, NativeIntegers, accumulate, is_quantized, pack_layers
+from .arithmetic import Arithmetic, InXla, NativeIntegers, is_quantized, pack_layers
 from .calibration import input_dtype
-from .quantizer import WEIGHT_LEVELS, to_integers
+from .quantizer import WEIGHT_LEVELS
 from .stack import LINEAR, POOL, FloatOperations, with_readers
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 LARGEST_BIAS = 2**30
 """Maximum magnitude of an int32 bias; the rest of the range is for the sum of the products."""
+
+LOGITS: Output = "logits"
+EMBEDDING: Output = "embedding"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,24 +91,22 @@ class QuantizedNet:
         del train
         if method not in (None, "embed"):
             raise ValueError(f'method must be "embed" or None, not {method!r}')
-        outputs = forward(self.variant, variables["params"], images, integer=integer)
-        return embedding(variables["params"], outputs) if method else outputs["logits"]
+        outputs = forward(self.variant, variables["params"], images, InXla(integer))
+        return outputs[EMBEDDING if method else LOGITS]
 
     def prepared(self, batch_size: int, image_size: tuple[int, int], output: Output) -> PreparedNet:
         """Return the net prepared for `make_predictor`.
 
-        On a CPU with AVX-512 VNNI the body runs on native integer convolutions. Elsewhere its integers are held exactly
+        On a CPU with AVX-512 VNNI the net runs on native integer products. Elsewhere its integers are held exactly
         in float32, since XLA has no fast integer convolution on CPUs. For faster 8-bit inference there, export the net
         (`export_quantized_onnx`) for a runtime with integer kernels.
         """
         integer = jax.default_backend() == "cpu" and native.int8_available()
-        params, arithmetic = self.params, None
-        if integer:
-            params, arithmetic = pack_layers(self.variant, params, self.in_channels), NativeIntegers()
+        params: Mapping[str, Any] = pack_layers(self.variant, self.params, self.in_channels) if integer else self.params
+        arithmetic = NativeIntegers() if integer else InXla(integer=False)
 
         def run(params: Mapping[str, Any], images: Array) -> Array:
-            outputs = forward(self.variant, params, images, integer=False, arithmetic=arithmetic)
-            return outputs["logits"] if output == "logits" else embedding(params, outputs)
+            return forward(self.variant, params, images, arithmetic)[output]
 
         shape = (*image_size, self.in_channels)
         return PreparedNet(jax.tree.map(jnp.asarray, dict(params)), run, batch_size, shape, output, integer=integer)
@@ -151,38 +152,35 @@ def safe_weight_scale(scale: np.ndarray, bias: np.ndarray, input_scale: Any) -> 
     return np.maximum(scale, least).astype(np.float32)
 
 
-def forward(
-    variant: Variant, params: Mapping[str, Any], images: Array, *, integer: bool, arithmetic: Arithmetic | None = None
-) -> dict[str, Array]:
-    """Return the inputs of a quantised net's layers, and its logits.
+def forward(variant: Variant, params: Mapping[str, Any], images: Array, arithmetic: Arithmetic) -> dict[str, Array]:
+    """Return the inputs of a quantised net's layers, its logits and its embeddings.
 
     The next layer's input is `round(accumulator * (input_scale * kernel_scale / next_scale))` in float32, ties to even,
     saturated to 0..255 (which is the ReLU). ONNX Runtime's QLinearConv computes the same.
 
     Args:
       variant: the architecture.
-      params: `QuantizedNet.params`, with the body's kernels in the form that `arithmetic` requires.
+      params: `QuantizedNet.params`, with the kernels in the form that `arithmetic` requires.
       images: `[N, H, W, C]` float, normalised.
-      integer: compute in integers instead of in floats that hold them.
-      arithmetic: implementation of the body's quantised layers; XLA if None.
+      arithmetic: implementation of the operations.
 
     Returns:
-      Each layer's input by name, in integers where the layer is quantised, and `logits`.
+      Each layer's input by name, in integers where the layer is quantised, `logits`, and `embedding`, the pooled
+      features before they are quantised for the classifier.
     """
-    operations = IntegerOperations(variant, params, arithmetic or InXla(integer), integer)
+    operations = IntegerOperations(variant, params, arithmetic)
     logits = walk(variant, operations, images.astype(jnp.float32))
-    return operations.inputs | {"logits": logits}
+    return operations.inputs | {LOGITS: logits}
 
 
 @dataclasses.dataclass
 class IntegerOperations(FloatOperations):
     """Operations of a quantised net. Integers are passed between layers with nothing but a ReLU between them.
 
-    `arithmetic` computes the body's quantised layers; `integer` selects the classifier's arithmetic (`accumulate`).
+    `arithmetic` computes what is quantised. `inputs` also records the embedding, under its name.
     """
 
     arithmetic: Arithmetic
-    integer: bool
 
     @functools.cached_property
     def _reader_of(self) -> dict[str, str]:
@@ -193,7 +191,7 @@ class IntegerOperations(FloatOperations):
         """Return the layer's input in integers, or in real numbers if the layer is float."""
         layer = self.layers[name]
         if "input_scale" in layer and not jnp.issubdtype(x.dtype, jnp.integer):
-            x = to_integers(x, layer["input_scale"], input_dtype(name))
+            x = self.arithmetic.to_integers(x, layer["input_scale"], input_dtype(name))
         return super().read(name, x)
 
     def conv(self, block: BlockSpec, x: Array, *, activate: bool) -> Array:
@@ -211,23 +209,10 @@ class IntegerOperations(FloatOperations):
 
     def pool(self, x: Array) -> Array:
         """Return the real-valued mean of the integers."""
-        return _mean(self.read(POOL, x), self.layers[POOL]["input_scale"])
+        mean = self.arithmetic.mean(self.read(POOL, x), self.layers[POOL]["input_scale"])
+        return super().read(EMBEDDING, mean)
 
     def linear(self, x: Array) -> Array:
         """Compute the classifier's logits from integers."""
         layer = self.layers[LINEAR]
-        if not is_quantized(layer):
-            return super().linear(x)
-        total = accumulate(None, self.read(LINEAR, x), layer, self.integer)
-        unit = layer["input_scale"] * layer["kernel_scale"]
-        return total.astype(jnp.float32) * channelwise(unit, total.ndim)
-
-
-def embedding(params: Mapping[str, Any], outputs: Mapping[str, Array]) -> Array:
-    """Return the pooled features `[N, C]`, in real numbers, from the outputs of `forward`."""
-    return _mean(outputs[POOL], params[POOL]["input_scale"])
-
-
-def _mean(x: Array, scale: Array) -> Array:
-    """Return the real-valued spatial means `[N, C]` of integers, from an exact sum."""
-    return x.astype(jnp.float32).sum((1, 2)) * (scale / (x.shape[1] * x.shape[2]))
+        return self.arithmetic.logits(self.read(LINEAR, x), layer) if is_quantized(layer) else super().linear(x)

@@ -11,7 +11,7 @@ import repvgg_jax as rv
 from repvgg_jax import compiler
 from repvgg_jax.conv import native
 from repvgg_jax.net.variants import BlockSpec
-from repvgg_jax.quantization.arithmetic import InXla, NativeIntegers, pack_layer, pack_layers
+from repvgg_jax.quantization.arithmetic import SHIFT, InXla, NativeIntegers, pack_layer, pack_layers
 from repvgg_jax.quantization.net import forward
 from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
 from tests.helpers.random_weights import random_variables
@@ -48,9 +48,10 @@ def test_every_shape_gives_the_references_integers(signed, images, height, width
     factor = jnp.asarray(layer["kernel_scale"])
     packed = pack_layer(spec, layer, 1)
     reference, native_layers = InXla(integer=True), NativeIntegers()
-    np.testing.assert_array_equal(reference.totals(spec, x, layer), native_layers.totals(spec, x, packed))
+    unsigned = jnp.asarray(x.astype(jnp.int32) + SHIFT * signed, jnp.uint8)
+    np.testing.assert_array_equal(reference.totals(spec, x, layer), native_layers.totals(spec, unsigned, packed))
     np.testing.assert_array_equal(
-        reference.rounded(spec, x, layer, factor), native_layers.rounded(spec, x, packed, factor)
+        reference.rounded(spec, x, layer, factor), native_layers.rounded(spec, unsigned, packed, factor)
     )
 
 
@@ -62,9 +63,10 @@ def test_every_layer_of_a_net_reads_the_references_integers(name):
     for spec in net.variant.blocks():
         assert ("packed" in params[spec.name]) == (spec.groups == 1 or spec.in_channels % 16 == 0)
     x = images(4, seed=1)
-    run = jax.jit(forward, static_argnums=0, static_argnames=("integer", "arithmetic"))
-    expected = run(net.variant, net.params, x, integer=True)
-    actual = run(net.variant, params, x, integer=False, arithmetic=NativeIntegers())
+    run = jax.jit(forward, static_argnums=(0, 3))
+    expected = run(net.variant, net.params, x, InXla(integer=True))
+    actual = run(net.variant, params, x, NativeIntegers())
+    actual["stage0"] = actual["stage0"].astype(np.int32) - SHIFT
     for layer in expected:
         np.testing.assert_array_equal(expected[layer], actual[layer], err_msg=layer)
 

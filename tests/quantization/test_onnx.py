@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 
 import repvgg_jax as rv
+from repvgg_jax.quantization.arithmetic import InXla
 from repvgg_jax.quantization.net import forward
 from tests.helpers.onnx_runtimes import in_onnxruntime, in_openvino, nchw
 from tests.helpers.outlier_nets import VARIANTS, deploy_net, images
@@ -46,7 +47,7 @@ def test_onnxruntimes_integer_convolutions_give_the_same_integers(tmp_path):
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     x = images(16, seed=1)
     actual = np.asarray(session.run([last], {"images": nchw(x)})[0]).transpose(0, 2, 3, 1)
-    integers = jax.jit(forward, static_argnums=0, static_argnames="integer")(net.variant, net.params, x, integer=True)
+    integers = jax.jit(forward, static_argnums=(0, 3))(net.variant, net.params, x, InXla(integer=True))
     np.testing.assert_array_equal(np.rint(actual / net.params["pool"]["input_scale"]), integers["pool"])
 
 

@@ -10,6 +10,7 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax.quantization import AdaRoundOptions, Method
 from repvgg_jax.quantization.adaround import learn_rounding
+from repvgg_jax.quantization.arithmetic import InXla
 from repvgg_jax.quantization.methods import METHODS, MIN_IMAGES
 from repvgg_jax.quantization.net import LARGEST_BIAS, forward
 from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS, fake_quantize_activations, fake_quantize_weights
@@ -28,14 +29,14 @@ def sqnr(net: rv.QuantizedNet, model: rv.RepVGG, variables, x: np.ndarray) -> fl
 def test_integer_and_float_arithmetic_agree_in_every_layer(name):
     model, variables = deploy_net(name)
     net = rv.quantize(model, variables, images(), "per-channel")
-    run = jax.jit(forward, static_argnums=0, static_argnames="integer")
-    whole = run(net.variant, net.params, images(4, seed=1), integer=True)
-    floats = run(net.variant, net.params, images(4, seed=1), integer=False)
-    assert set(whole) == {*net.params, "logits"}
-    for layer in whole.keys() - {"logits"}:
-        assert whole[layer].dtype == (jnp.int8 if layer == "stage0" else jnp.uint8)
-        np.testing.assert_array_equal(whole[layer], floats[layer], err_msg=layer)
-    np.testing.assert_array_equal(whole["logits"], floats["logits"])
+    run = jax.jit(forward, static_argnums=(0, 3))
+    whole = run(net.variant, net.params, images(4, seed=1), InXla(integer=True))
+    floats = run(net.variant, net.params, images(4, seed=1), InXla(integer=False))
+    assert set(whole) == {*net.params, "logits", "embedding"}
+    for name in whole:
+        if name in net.params:
+            assert whole[name].dtype == (jnp.int8 if name == "stage0" else jnp.uint8)
+        np.testing.assert_array_equal(whole[name], floats[name], err_msg=name)
 
 
 def test_fake_quantised_layers_agree_with_the_integers_within_one_unit():
@@ -43,7 +44,7 @@ def test_fake_quantised_layers_agree_with_the_integers_within_one_unit():
     # rounding, which can now and then change how a value is rounded to an integer.
     model, variables = deploy_net()
     net = rv.quantize(model, variables, images(), "per-channel")
-    seen = forward(net.variant, net.params, jnp.asarray(images(4, seed=1)), integer=True)
+    seen = forward(net.variant, net.params, jnp.asarray(images(4, seed=1)), InXla(integer=True))
     units = {name: net.params[name]["input_scale"] for name in net.params}
     equal = total = 0
     for spec, reader in with_readers(net.variant.blocks()):

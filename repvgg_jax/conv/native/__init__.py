@@ -1,7 +1,8 @@
 """3x3 convolutions in C++ (`conv3x3.cc`), called by XLA: those compiled in the wheel, or compiled here on first use.
 
 Compiling needs a C++ compiler (`compiler.py`) and the headers that JAX installs. If there is no library, `available`
-returns False and XLA's operations are used instead. The convolutions for training are in `training.py`.
+returns False and XLA's operations are used instead. The convolutions for training are in `training.py`, and a net's
+operations before and after its convolutions in `ends.py`.
 """
 
 import ctypes
@@ -26,6 +27,8 @@ TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT = (
     "repvgg_input_gradient",
     "repvgg_kernel_gradient",
 )
+POOL, CLASSIFY = "repvgg_pool", "repvgg_classify"
+CLASSIFY_INT8, TO_BYTES = "repvgg_classify_int8", "repvgg_to_bytes"
 COLOURS = 3
 """Channels of a photograph, for which 8- and 16-bit kernels are packed in a way of their own."""
 
@@ -109,16 +112,26 @@ def pack_int8_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
     return _pack_runs(kernel, groups, 4, _run("int8"))
 
 
-def pack_bf16_matrices(matrices: np.ndarray) -> np.ndarray:
-    """Return `[groups, panels, P, ceil(C_in // groups / 2), lanes, 2]` like `pack_kernel`, with input channels paired.
+def pack_together(matrices: np.ndarray, together: int) -> np.ndarray:
+    """Return `[groups, panels, P, ceil(C_in // groups / together), lanes, together]`, like `pack_kernel`.
 
     Args:
-      matrices: the positions of a Winograd tile, `[groups, P, C_in // groups, C_out // groups]`; dtype unchanged.
+      matrices: `[groups, P, C_in // groups, C_out // groups]`; dtype unchanged.
+      together: number of input channels side by side.
     """
-    matrices = np.pad(matrices, ((0, 0), (0, 0), (0, matrices.shape[2] % 2), (0, 0)))
+    matrices = np.pad(matrices, ((0, 0), (0, 0), (0, -matrices.shape[2] % together), (0, 0)))
     packed = pack_kernel(matrices)
-    split = packed.reshape(*packed.shape[:3], -1, 2, packed.shape[-1])
+    split = packed.reshape(*packed.shape[:3], -1, together, packed.shape[-1])
     return np.ascontiguousarray(np.moveaxis(split, 4, 5))
+
+
+def pack_bf16_matrices(matrices: np.ndarray) -> np.ndarray:
+    """Return the positions of a Winograd tile packed for `convolve_bf16`, dtype unchanged: channels in pairs.
+
+    Args:
+      matrices: `[groups, P, C_in // groups, C_out // groups]`.
+    """
+    return pack_together(matrices, 2)
 
 
 def pack_bf16_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
@@ -251,7 +264,10 @@ def _library() -> ctypes.CDLL | None:
 
 def _register(library: ctypes.CDLL) -> None:
     """Register the library's functions with XLA."""
-    targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT]
-    targets += [INT8_TARGET] * (library.repvgg_int8_run() > 0) + [BF16_TARGET] * (library.repvgg_bf16_run() > 0)
+    targets = [TARGET, TRAINING, INPUT_GRADIENT, KERNEL_GRADIENT, POOL, CLASSIFY]
+    if library.repvgg_int8_run():
+        targets += [INT8_TARGET, CLASSIFY_INT8, TO_BYTES]
+    if library.repvgg_bf16_run():
+        targets.append(BF16_TARGET)
     for target in targets:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")

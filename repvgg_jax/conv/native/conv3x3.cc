@@ -11,8 +11,10 @@
 //
 // Both use the same product: up to MAX_ROWS rows of the left matrix, each number broadcast, times two vectors of output
 // channels, with all accumulators in registers. The kernel is packed in panels of one vector of channels
-// (`native.pack_kernel`), and the last vector is padded with zeros. The threads are XLA's: they and the caller take
-// tasks from a counter, so a busy pool makes a call slower but never blocks it.
+// (`native.pack_kernel`), and the last vector is padded with zeros. The caller and `Helpers`, or XLA's threads if those
+// work for another caller, take tasks from a counter, so that busy threads make a call slower but never block it.
+//
+// The operations before and after a net's convolutions are here, too (`ends.h`).
 //
 // The calls for training pack the kernel inside the call, since it changes at every step, and include both gradients
 // (`gradients.h`, `winograd_gradient.h`), in float32.
@@ -22,6 +24,7 @@
 #include <optional>
 
 #include "direct.h"
+#include "ends.h"
 #include "gradients.h"
 #include "products.h"
 #include "tasks.h"
@@ -140,6 +143,67 @@ ffi::Error convolve_int8(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> x, ffi::Buff
   if (tiles_allowed()) return convolve_bytes<TiledBytes>(*s, x.typed_data(), packed, ends, uint8_t(zero), y, pool);
 #endif
   return convolve_bytes<Bytes>(*s, x.typed_data(), packed, ends, uint8_t(zero), y, pool);
+}
+#endif
+
+// Averages over height and width; each sum is multiplied by `factor`.
+ffi::Error average(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> factor,
+                   ffi::ResultBuffer<ffi::F32> y) {
+  const auto from = x.dimensions(), to = y->dimensions();
+  if (from.size() != 4 || to.size() != 2 || from[0] != to[0] || from[3] != to[1] || factor.element_count() != 1)
+    return bad_shapes();
+  if (!y->element_count()) return ffi::Error::Success();
+  const auto run = [&](const auto* pixels) {
+    pool(from[0], from[1] * from[2], from[3], pixels, *factor.typed_data(), y->typed_data(), threads);
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32) return run(x.typed_data<float>());
+#if defined(__AVX512BF16__)
+  if (x.element_type() == ffi::BF16) return run(reinterpret_cast<const Half*>(x.untyped_data()));
+#endif
+#if defined(__AVX512VNNI__)
+  if (x.element_type() == ffi::U8) return run(x.typed_data<uint8_t>());
+#endif
+  return ffi::Error::InvalidArgument("no processor instructions for pixels of this type");
+}
+
+// The error in a classifier's arguments, if there is one; `run` inputs are multiplied at a time.
+template <typename Dimensions>
+std::optional<ffi::Error> bad_classifier(Dimensions from, Dimensions to, size_t packed, size_t lanes, int64_t run) {
+  if (from.size() != 2 || to.size() != 2 || from[0] != to[0] || from[1] % run) return bad_shapes();
+  const int64_t padded = up_to(to[1], LANES);
+  if (int64_t(packed) != from[1] * padded || int64_t(lanes) != padded) return bad_packing();
+  return std::nullopt;
+}
+
+ffi::Error classify_floats(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
+                           ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y) {
+  const auto from = x.dimensions(), to = y->dimensions();
+  if (const auto error = bad_classifier(from, to, packed.element_count(), bias.element_count(), Floats::RUN))
+    return *error;
+  classify<Floats>(from[0], from[1], to[1], x.typed_data(), packed.typed_data(), {bias.typed_data(), false},
+                   y->typed_data(), threads);
+  return ffi::Error::Success();
+}
+
+#if defined(__AVX512VNNI__)
+ffi::Error classify_int8(ffi::ThreadPool threads, ffi::Buffer<ffi::U8> x, ffi::Buffer<ffi::S8> packed,
+                         ffi::Buffer<ffi::S32> bias, ffi::Buffer<ffi::F32> factor, ffi::ResultBuffer<ffi::F32> y) {
+  const auto from = x.dimensions(), to = y->dimensions();
+  if (const auto error = bad_classifier(from, to, packed.element_count(), bias.element_count(), Bytes<float>::RUN))
+    return *error;
+  if (factor.element_count() != bias.element_count()) return bad_packing();
+  classify<Bytes<float>>(from[0], from[1], to[1], x.typed_data(), packed.typed_data(),
+                         {bias.typed_data(), factor.typed_data()}, y->typed_data(), threads);
+  return ffi::Error::Success();
+}
+
+ffi::Error to_bytes(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> factor,
+                    ffi::ResultBuffer<ffi::U8> y, int64_t zero) {
+  if (x.element_count() != y->element_count() || factor.element_count() != 1) return bad_shapes();
+  if (zero < 0 || zero > 255) return ffi::Error::InvalidArgument("zero is an integer of uint8");
+  round_to_bytes(x.element_count(), x.typed_data(), *factor.typed_data(), zero, y->typed_data(), threads);
+  return ffi::Error::Success();
 }
 #endif
 
@@ -263,6 +327,40 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_conv3x3, repvgg::convolve_packed,
                                   .Attr<int64_t>("groups")
                                   .Attr<int64_t>("tile")
                                   .Attr<bool>("relu"));
+
+#if defined(__AVX512VNNI__)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_classify_int8, repvgg::classify_int8,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_to_bytes, repvgg::to_bytes,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Attr<int64_t>("zero"));
+#endif
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_pool, repvgg::average,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(repvgg_classify, repvgg::classify_floats,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
 
 // Binding with two arrays and one result.
 #define BILINEAR                           \

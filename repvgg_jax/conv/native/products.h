@@ -137,7 +137,7 @@ struct Floats {
 // The compiler keeps arrays of these in registers, unlike arrays of __m512i, whose pointers may alias anything.
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-// Initial value of an integer product (an int32 bias), and the factor that converts a sum to uint8.
+// Initial value of an integer product (an int32 bias), and the factor that converts a sum to uint8 or float32.
 struct IntegerEnds {
   const int32_t* bias;
   const float* factor;
@@ -150,6 +150,10 @@ inline __mmask16 first_lanes(int64_t count) {
 
 inline void finish(__m512i sum, __m512, int32_t* out, __mmask16 mask) {
   _mm512_mask_storeu_epi32(out, mask, sum);
+}
+
+inline void finish(__m512i sum, __m512 factor, float* out, __mmask16 mask) {
+  _mm512_mask_storeu_ps(out, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor));
 }
 
 // Rounds to nearest, ties to even, and saturates, like `QuantizedNet`.
@@ -199,7 +203,7 @@ void multiply_bytes(const Left& left, const uint8_t* a, const int8_t* b, int64_t
     }
 }
 
-// uint8 times int8, with int32 results, or results rounded to uint8.
+// uint8 times int8, with int32 results, or results multiplied by a factor: float32, or rounded to uint8.
 template <typename Result>
 struct Bytes {
   using Element = uint8_t;

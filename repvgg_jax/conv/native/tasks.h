@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "helpers.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -72,7 +73,7 @@ class Borrowed {
 
 // Runs tasks 0 … count - 1 on the pool's threads and the caller.
 template <typename Task>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
+void in_pool(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
@@ -99,6 +100,20 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   }
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == count; });
+}
+
+// Runs tasks 0 … count - 1 on as many threads as the pool has.
+template <typename Task>
+void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  };
+  const int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  if (helpers < 1)
+    work();
+  else if (!Helpers::all().run(helpers, work))
+    in_pool(pool, count, task);
 }
 
 inline int64_t thread_count(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }

@@ -69,6 +69,7 @@ class AnyBuffer {
   T* typed_data() const {
     return static_cast<T*>(data_);
   }
+  void* untyped_data() const { return data_; }
 
  private:
   DataType type_;
