@@ -105,14 +105,10 @@ void in_pool(ffi::ThreadPool& pool, int64_t count, const Task& task) {
 // Runs tasks 0 … count - 1 on as many threads as the pool has.
 template <typename Task>
 void in_parallel(ffi::ThreadPool& pool, int64_t count, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-  };
   const int64_t helpers = std::min(pool.num_threads(), count) - 1;
   if (helpers < 1)
-    work();
-  else if (!Helpers::all().run(helpers, work))
+    for (int64_t i = 0; i < count; i++) task(i);
+  else if (!Helpers::all().run(helpers, count, task))
     in_pool(pool, count, task);
 }
 
