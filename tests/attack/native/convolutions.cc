@@ -405,6 +405,100 @@ void attack_bytes(Case& c, const std::vector<Threads>& ways) {
 }
 #endif
 
+// The operations before and after the convolutions: the case's image is pooled, and `outputs` are the classes.
+void attack_ends(Case& c, const std::vector<Threads>& ways) {
+  Random& r = c.random;
+  const Shape& s = c.shape;
+  const bool first = r.one_in(2);
+  const int64_t pixels = s.height * s.width, inputs = s.inputs, classes = s.outputs;
+  const int64_t lanes = repvgg::up_to(classes, LANES);
+  using Floats = ffi::Buffer<ffi::F32>;
+  using Sizes = std::vector<int64_t>;
+  Guarded<float> x(s.images * pixels * inputs, first), kernel(inputs * lanes, first, 0), bias(lanes, first, 0),
+      factor(1, first);
+  for (int64_t i = 0; i < x.size(); i++) x[i] = r.number();
+  factor[0] = std::exp(r.number());
+  for (int64_t o = 0; o < classes; o++) {
+    bias[o] = r.number();
+    for (int64_t k = 0; k < inputs; k++) kernel[(o / LANES * inputs + k) * LANES + o % LANES] = r.number();
+  }
+  const Sizes image{s.images, s.height, s.width, inputs}, features{s.images, inputs}, logits{s.images, classes};
+  Sums means(s.images * inputs), products(s.images * classes);
+  for (int64_t i = 0; i < x.size(); i++)
+    means.add(i / (pixels * inputs) * inputs + i % inputs, double(x[i]) * factor[0]);
+  for (const Threads& way : ways) {
+    Guarded<float> pooled(s.images * inputs, first), y(s.images * classes, first);
+    way([&](ffi::ThreadPool& pool) {
+      succeeded(c, "pool",
+                repvgg::average(pool, ffi::AnyBuffer(ffi::F32, x.data(), image), Floats(factor.data(), {1}),
+                                Floats(pooled.data(), features)));
+    });
+    compare(c, "pool", means, pooled);
+    products = Sums(s.images * classes);
+    for (int64_t i = 0; i < y.size(); i++) {
+      products.add(i, bias[i % classes]);
+      for (int64_t k = 0; k < inputs; k++)
+        products.add(i, double(pooled[i / classes * inputs + k]) *
+                            kernel[(i % classes / LANES * inputs + k) * LANES + i % classes % LANES]);
+    }
+    way([&](ffi::ThreadPool& pool) {
+      succeeded(c, "classify",
+                repvgg::classify_floats(pool, Floats(pooled.data(), features), Floats(kernel.data(), {kernel.size()}),
+                                        Floats(bias.data(), {lanes}), Floats(y.data(), logits)));
+    });
+    compare(c, "classify", products, y);
+  }
+#if defined(__AVX512VNNI__)
+  const uint8_t zero = r.one_in(2) ? 0 : 128;
+  const int64_t fours = repvgg::up_to(inputs, 4);
+  Guarded<int8_t> weights(fours * lanes, first, 0);
+  Guarded<int32_t> start(lanes, first, 0);
+  Guarded<float> factors(lanes, first, 0);
+  Guarded<uint8_t> bytes(x.size(), first), rows(s.images * fours, first);
+  for (int64_t o = 0; o < classes; o++) {
+    start[o] = r.below(100001) - 50000, factors[o] = std::exp(r.number() - 6);
+    for (int64_t k = 0; k < fours; k++)
+      weights[((o / LANES * fours + k) / 4 * LANES + o % LANES) * 4 + k % 4] = r.below(255) - 127;
+  }
+  for (int64_t i = 0; i < rows.size(); i++) rows[i] = r.below(256);
+  for (const Threads& way : ways) {
+    way([&](ffi::ThreadPool& pool) {
+      succeeded(c, "to bytes",
+                repvgg::to_bytes(pool, Floats(x.data(), image), Floats(factor.data(), {1}),
+                                 ffi::Buffer<ffi::U8>(bytes.data(), image), zero));
+    });
+    for (int64_t i = 0; i < x.size(); i++) {
+      const float real = std::min(std::max(x[i] * factor[0], float(-zero)), float(255 - zero));
+      if (bytes[i] != std::nearbyintf(real) + zero) return c.failed("bytes are wrong at " + std::to_string(i));
+    }
+    Guarded<float> sums(s.images * inputs, first), y(s.images * classes, first);
+    factor[0] = 1;
+    way([&](ffi::ThreadPool& pool) {
+      succeeded(c, "pool of bytes",
+                repvgg::average(pool, ffi::AnyBuffer(ffi::U8, bytes.data(), image), Floats(factor.data(), {1}),
+                                Floats(sums.data(), features)));
+      succeeded(c, "classify bytes",
+                repvgg::classify_int8(pool, ffi::Buffer<ffi::U8>(rows.data(), {s.images, fours}),
+                                      ffi::Buffer<ffi::S8>(weights.data(), {weights.size()}),
+                                      ffi::Buffer<ffi::S32>(start.data(), {lanes}), Floats(factors.data(), {lanes}),
+                                      Floats(y.data(), logits)));
+    });
+    std::vector<int64_t> exact(sums.size());
+    for (int64_t i = 0; i < bytes.size(); i++) exact[i / (pixels * inputs) * inputs + i % inputs] += bytes[i];
+    for (int64_t i = 0; i < sums.size(); i++)
+      if (sums[i] != float(exact[i])) return c.failed("sums of bytes are wrong at " + std::to_string(i));
+    for (int64_t i = 0; i < y.size(); i++) {
+      const int64_t o = i % classes;
+      int32_t sum = start[o];
+      for (int64_t k = 0; k < fours; k++)
+        sum += rows[i / classes * fours + k] *
+               weights[((o / LANES * fours + k) / 4 * LANES + o % LANES) * 4 + k % 4];
+      if (y[i] != float(sum) * factors[o]) return c.failed("classes of bytes are wrong at " + std::to_string(i));
+    }
+  }
+#endif
+}
+
 void attack(int64_t seed, int64_t most_work, ffi::ThreadPool* shared) {
   {
     const std::lock_guard<std::mutex> lock(printing);
@@ -414,7 +508,10 @@ void attack(int64_t seed, int64_t most_work, ffi::ThreadPool* shared) {
   Case c = make_case(seed, most_work);
   std::vector<Threads> ways{{int(c.random.between(1, 4)), shared}};
   if (!shared) ways.push_back({0, nullptr});
-  switch (c.random.below(8)) {
+  switch (c.random.below(9)) {
+    case 8:
+      attack_ends(c, ways);
+      break;
     case 0: {
       ffi::ThreadPool pool(1);
       attack_arguments(c, pool);
