@@ -259,8 +259,6 @@ def cifar10(settings: Settings, clock: Clock) -> list[str]:
     if run.returncode:
         raise SystemExit("the training on CIFAR-10 failed")
     minutes, result = (time.monotonic() - begin) / 60, json.loads(run.stdout.splitlines()[-1])
-    phrase = (
-        f"CIFAR-10 ({' '.join(settings.cifar10)}): top-1 {100 * result['deploy_top1']:.2f} % in {minutes:.1f} minutes"
-    )
+    phrase = f"CIFAR-10 ({' '.join(settings.cifar10)}): top-1 {100 * result['test_top1_deploy_form']:.2f} % in {minutes:.1f} minutes"
     print(phrase, flush=True)
     return [phrase]

@@ -97,7 +97,7 @@ def interrupt(runs: Runs, workdir: Path, wait: Wait, after: float) -> Interrupte
         out, err = process.communicate()
         fault = f"still running after {SECONDS_TO_STOP} s"
     seconds = time.monotonic() - sent
-    finished = '"deploy_top1"' in out
+    finished = '"test_top1_deploy_form"' in out
     expected = (0, 130) if finished else (130,)
     if process.returncode not in expected:
         fault = fault or f"status {process.returncode}"

@@ -111,7 +111,7 @@ def test_a_custom_net_is_trained_and_evaluated(tmp_path: Path) -> None:
         info = rv.inspect_weights(tmp_path / "run" / f"{name}.safetensors")
         assert info.variant == SMALL
         assert info.preprocessing == rv.Preprocessing(32, 0.9, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
-    top1 = json.loads(done.stdout.splitlines()[-1])["deploy_top1"]
+    top1 = json.loads(done.stdout.splitlines()[-1])["test_top1_deploy_form"]
     evaluate = ("train.evaluate", tmp_path / "photos", "deploy", tmp_path / "run" / "final.safetensors", "-a")
     assert json.loads(command(*evaluate, net).stdout)["top1"] == top1
     convert = ("convert.__main__", tmp_path / "run" / "final.safetensors", tmp_path / "fused.safetensors", "-a")

@@ -64,7 +64,7 @@ def test_the_preprocessing_is_stored_in_and_read_from_the_weight_files(photos: P
     evaluated = command("train.evaluate", photos, "deploy", weights)
     assert evaluated.returncode == 0, evaluated.stderr
     summary = json.loads(trained.stdout.splitlines()[-1])
-    assert json.loads(evaluated.stdout.splitlines()[-1])["top1"] == summary["deploy_top1"]
+    assert json.loads(evaluated.stdout.splitlines()[-1])["top1"] == summary["test_top1_deploy_form"]
     predicted = command("repvgg_jax.__main__", "predict", weights, photos / "val", "--format", "json").stdout
     assert {guess["name"] for line in predicted.splitlines() for guess in json.loads(line)["predictions"]} == {
         "garden",
@@ -106,6 +106,6 @@ def test_a_minute_of_training_learns_real_photographs(cifar10: Path, tmp_path: P
         [sys.executable, "-m", "train.main", *words], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["deploy_top1"] >= 0.32
+    assert json.loads(done.stdout.splitlines()[-1])["test_top1_deploy_form"] >= 0.32
     assert "predict the same class for 1000 of 1000 test images" in done.stdout
     assert rv.inspect_weights(tmp_path / "run" / "deploy.safetensors").class_names == CLASSES

@@ -112,7 +112,7 @@ def test_a_runs_files_record_its_evaluation_preprocessing(photos: Path) -> None:
         described = rv.inspect_weights(workdir / f"{name}.safetensors").preprocessing
         assert (described.image_size, described.crop_fraction) == (48, 1.0)
     done = command("train.evaluate", photos, "deploy", workdir / "final.safetensors")
-    assert json.loads(done.stdout)["top1"] == top1["deploy_top1"]
+    assert json.loads(done.stdout)["top1"] == top1["test_top1_deploy_form"]
     assert "evaluating at" not in done.stderr
 
 

@@ -201,7 +201,7 @@ def test_the_real_package_has_every_row_of_a_run_interrupted_and_resumed(runs, t
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout
     assert "Weights & Biases" not in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1])["train_top1"] > 0
+    assert json.loads(done.stdout.splitlines()[-1])["test_top1_train_form"] > 0
 
     name = json.loads((workdir / "wandb.json").read_text(encoding="utf-8"))["id"]
     files = sorted((workdir / "wandb").glob("offline-run-*/*.wandb"))
