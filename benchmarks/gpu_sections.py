@@ -258,7 +258,8 @@ def cifar10(settings: Settings, clock: Clock) -> list[str]:
             return []
     if run.returncode:
         raise SystemExit("the training on CIFAR-10 failed")
-    minutes, result = (time.monotonic() - begin) / 60, json.loads(run.stdout.splitlines()[-1])
-    phrase = f"CIFAR-10 ({' '.join(settings.cifar10)}): top-1 {100 * result['test_top1_deploy_form']:.2f} % in {minutes:.1f} minutes"
+    minutes = (time.monotonic() - begin) / 60
+    top1 = json.loads(run.stdout.splitlines()[-1])["test_top1_deploy_form"]
+    phrase = f"CIFAR-10 ({' '.join(settings.cifar10)}): top-1 {100 * top1:.2f} % in {minutes:.1f} minutes"
     print(phrase, flush=True)
     return [phrase]
