@@ -29,7 +29,7 @@ def test_integers_are_those_of_the_quantizer(count, seed, signed):
     x = np.concatenate([rng.normal(0, 100 * scale, count), scale * (rng.integers(-300, 300, 64) + 0.5)])
     x = jnp.asarray(x, jnp.float32)
     dtype, zero = (np.int8, 128) if signed else (np.uint8, 0)
-    expected = np.asarray(to_integers(x, scale, dtype)).astype(np.int32) + zero
+    expected = np.asarray(to_integers(x, jnp.float32(scale), dtype)).astype(np.int32) + zero
     np.testing.assert_array_equal(ends.round_to_bytes(x, jnp.float32(1 / scale), zero), expected)
 
 
@@ -69,7 +69,7 @@ def test_averages_of_bytes_are_exact_sums(images, height, channels):
 def test_the_classifier_is_a_matrix_product(images, inputs, classes):
     rng = np.random.default_rng(inputs)
     x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((images, inputs), (inputs, classes), classes))
-    packed = ends.pack_classifier(kernel, bias)
+    packed = jax.tree.map(jnp.asarray, ends.pack_classifier(kernel, bias))
     actual = ends.classify(jnp.asarray(x), packed["packed"], packed["padded_bias"], classes)
     assert actual.shape == (images, classes)
     np.testing.assert_allclose(actual, x.astype(np.float64) @ kernel + bias, rtol=1e-5, atol=1e-4)
@@ -84,10 +84,9 @@ def test_the_integer_classifier_is_exact(images, fours, classes):
     kernel = rng.integers(-127, 128, (4 * fours, classes)).astype(np.int8)
     bias = rng.integers(-100_000, 100_000, classes).astype(np.int32)
     factor = rng.uniform(1e-5, 1e-2, classes).astype(np.float32)
-    padded_bias, padded_factor = native.pad_channels(bias, 1), native.pad_channels(factor, 1)
-    actual = ends.classify_int8(
-        jnp.asarray(x), ends.pack_int8_classifier(kernel), jnp.asarray(padded_bias), jnp.asarray(padded_factor), classes
-    )
+    packed = jnp.asarray(ends.pack_int8_classifier(kernel))
+    per_class = [jnp.asarray(native.pad_channels(values, 1)) for values in (bias, factor)]
+    actual = ends.classify_int8(jnp.asarray(x), packed, *per_class, classes)
     sums = x.astype(np.int64) @ kernel.astype(np.int64) + bias
     np.testing.assert_array_equal(actual, sums.astype(np.float32) * factor)
 
@@ -103,10 +102,11 @@ def test_a_native_predictor_leaves_nothing_to_xlas_threads():
     model = rv.create_model("RepVGG-A0", num_classes=7, deploy=True)
     variables = random_variables(model)
     predict = rv.make_predictor(model, variables, batch_size=2, image_size=64)
+    assert predict.plan is not None
     if any("native" not in layer.algorithm for stage in predict.plan.stages for layer in stage.layers):
         pytest.skip("this machine's plan is not native")
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     assert relative_difference(predict(x), model.apply(variables, x)) < 1e-5
-    instructions = predict._compiled.as_text()
+    instructions = predict._compiled.as_text() or ""
     assert " dot(" not in instructions
     assert " reduce(" not in instructions
