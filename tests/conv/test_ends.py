@@ -85,8 +85,8 @@ def test_the_integer_classifier_is_exact(images, fours, classes):
     bias = rng.integers(-100_000, 100_000, classes).astype(np.int32)
     factor = rng.uniform(1e-5, 1e-2, classes).astype(np.float32)
     packed = jnp.asarray(ends.pack_int8_classifier(kernel))
-    per_class = [jnp.asarray(native.pad_channels(values, 1)) for values in (bias, factor)]
-    actual = ends.classify_int8(jnp.asarray(x), packed, *per_class, classes)
+    padded_bias, padded_factor = (jnp.asarray(native.pad_channels(values, 1)) for values in (bias, factor))
+    actual = ends.classify_int8(jnp.asarray(x), packed, padded_bias, padded_factor, classes)
     sums = x.astype(np.int64) @ kernel.astype(np.int64) + bias
     np.testing.assert_array_equal(actual, sums.astype(np.float32) * factor)
 
