@@ -58,7 +58,7 @@ struct Runs {
 };
 
 // Copies the 3 x 3 pixels of each of output rows `first` ... `first + count - 1` side by side: `length` elements per
-// output pixel, the surplus filled with zeros. `lines` has room for three padded rows.
+// output pixel. `lines` has room for three padded rows.
 template <typename Element>
 void gather(const Shape& s, const Element* image, int64_t first, int64_t count, int64_t length, Element zero,
             Element* lines, Element* to) {
@@ -69,7 +69,8 @@ void gather(const Shape& s, const Element* image, int64_t first, int64_t count, 
     for (int64_t c = 0; c < s.columns(); c++, to += length) {
       const Element* from = lines + c * s.stride * COLOURS;
       for (int64_t r = 0; r < 3; r++) std::memcpy(to + r * THREE, from + r * line, THREE * sizeof(Element));
-      std::fill(to + 3 * THREE, to + length, Element(0));
+      // The surplus has weights of zero: any byte will do, but of bfloat16 not NaN.
+      if (sizeof(Element) > 1) std::fill(to + 3 * THREE, to + length, Element(0));
     }
   }
 }
