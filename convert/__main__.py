@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, FusionError, WeightsError
 from repvgg_jax.net.layout import in_channels_of
@@ -227,7 +228,8 @@ def _check_no_export_options(arguments: Arguments) -> None:
 
 def main() -> None:
     """Run the command."""
-    arguments = tyro.cli(Arguments, prog="python -m convert", registry=plain_help())
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m convert", registry=plain_help())
     if arguments.inspect is not None:
         if arguments.input is not None:
             raise ConfigError("--inspect FILE does not convert: remove IN and OUT")

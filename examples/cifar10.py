@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import tyro
 from matplotlib.figure import Figure
 
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
@@ -208,4 +209,6 @@ def run(arguments: Arguments) -> list[Outcome]:
 
 def main() -> None:
     """Run the command."""
-    run(tyro.cli(Arguments, prog="python -m examples.cifar10", registry=plain_help()))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m examples.cifar10", registry=plain_help())
+    run(arguments)

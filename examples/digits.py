@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import repvgg_jax as rv
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.files import atomic_path
 from repvgg_jax.predict import softmax
@@ -128,4 +129,6 @@ def compare(arguments: Arguments) -> None:
 
 def main() -> None:
     """Run the command."""
-    compare(tyro.cli(Arguments, prog="python -m examples.digits", registry=plain_help()))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m examples.digits", registry=plain_help())
+    compare(arguments)

@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 import repvgg_jax as rv
 from repvgg_jax import digits
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.errors import ConfigError
 
 SMALL = rv.Variant(num_blocks=(1, 1, 1, 1), widths=(16, 16, 32, 64, 128))
@@ -168,4 +169,6 @@ def run(arguments: Arguments) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Run the command."""
-    run(tyro.cli(Arguments, prog="python -m examples.nnx_backbone"))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m examples.nnx_backbone")
+    run(arguments)

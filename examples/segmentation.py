@@ -27,6 +27,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import repvgg_jax as rv
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.errors import ConfigError
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.layers import ConvBN
@@ -204,4 +205,6 @@ def run(arguments: Arguments) -> tuple[float, float]:
 
 def main() -> None:
     """Run the command."""
-    run(tyro.cli(Arguments, prog="python -m examples.segmentation"))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m examples.segmentation")
+    run(arguments)

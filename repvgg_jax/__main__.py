@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from .command_errors import one_line_errors
 from .command_help import plain_help
 from .errors import UnknownModelError
 from .net.summary import summary_table
@@ -72,13 +73,14 @@ def _is_weight_file(name: str) -> bool:
 
 def main() -> None:
     """Run the command. Exit status: 0, 1 if an image could not be read, 2 for any other error."""
-    arguments = tyro.extras.subcommand_cli_from_dict(
-        {"summary": Summary, "predict": Predict, "show": Show},
-        prog="python -m repvgg_jax",
-        description="RepVGG for JAX: classify images, and inspect weight files. --version, alone, prints the version.",
-        args=sys.argv[1:],
-        registry=plain_help(),
-    )
+    with one_line_errors():
+        arguments = tyro.extras.subcommand_cli_from_dict(
+            {"summary": Summary, "predict": Predict, "show": Show},
+            prog="python -m repvgg_jax",
+            description="Classify images, and inspect weight files. `--version` alone prints the version.",
+            args=sys.argv[1:],
+            registry=plain_help(),
+        )
     if isinstance(arguments, Summary):
         summary(arguments)
     elif show(arguments) if isinstance(arguments, Show) else predict(arguments):

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 import repvgg_jax as rv
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, WeightsError
 from repvgg_jax.inference.predictor import Predictor
@@ -281,7 +282,8 @@ def skipped_line(count: int) -> str:
 
 def main() -> None:
     """Run the command; the last line on stdout is one JSON object."""
-    arguments = tyro.cli(Arguments, prog="python -m train.evaluate", registry=plain_help())
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m train.evaluate", registry=plain_help())
     result = evaluate_file(arguments)
     if result.skipped:
         print(skipped_line(result.skipped), file=sys.stderr)

@@ -147,10 +147,11 @@ def opening_line(run: Run, start_step: int) -> str:
     if start_step == run.total_steps:
         begin = f"all {run.total_steps} steps are done already: evaluating, and writing the weight files again"
     machines = f" in {processes} processes" if processes > 1 else ""
+    kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     return (
         f"{run.model.variant.name} on {run.recipe.input.data}: {len(run.dataset.train)} training and "
         f"{len(run.dataset.test)} test images, {run.dataset.num_classes} classes; "
-        f"{len(devices)} {devices[0].device_kind} device(s){machines}; {begin}; {run.workdir}"
+        f"{len(devices)} {kind} device{'s' * (len(devices) > 1)}{machines}; {begin}; {run.workdir}"
     )
 
 

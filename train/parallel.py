@@ -98,6 +98,7 @@ def per_device_batch(batch_size: int, accumulate: int = 1, devices: int | None =
     parts = devices * accumulate
     if batch_size % parts:
         near = max(batch_size // parts, 1) * parts
-        portions = f" in {accumulate} portions each" if accumulate > 1 else ""
-        raise ConfigError(f"--batch-size {batch_size} cannot be shared by {devices} devices{portions}; {near} could")
+        divisor = "1 device" if devices == 1 else f"{devices} devices"
+        divisor += f" x --accumulate {accumulate}" if accumulate > 1 else ""
+        raise ConfigError(f"--batch-size {batch_size} is not a multiple of {divisor}; {near} is")
     return batch_size // parts

@@ -14,6 +14,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.errors import ConfigError, DataError, system_errors
 from repvgg_jax.files import atomic_path, check_target
@@ -141,7 +142,8 @@ class Arguments:
 
 def main() -> None:
     """Run the command."""
-    arguments = tyro.cli(Arguments, prog="python -m train.plot", registry=plain_help())
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m train.plot", registry=plain_help())
     if not arguments.runs:
         raise DataError("no run given; name the folder of a training run")
     runs = [option_place("RUN", run) for run in arguments.runs]

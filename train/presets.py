@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     """
     import tyro  # here, so that recipes can be read where only JAX is installed
 
+    from repvgg_jax.command_errors import one_line_errors
     from repvgg_jax.command_help import plain_help
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -115,18 +116,19 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
             model=dataclasses.replace(base.model, num_blocks=None, widths=None),
             fine_tune=dataclasses.replace(base.fine_tune, whiten_stem=False),
         )
-    chosen = tyro.cli(
-        CommandLine,
-        prog="python -m train.main",
-        description=(
-            "Train a RepVGG net, evaluate its training and deploy forms, and write them to final.safetensors and "
-            "deploy.safetensors. Run the same command again to resume an interrupted run."
-        ),
-        default=CommandLine(preset or tyro.MISSING, base),
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=plain_help(),
-    )
+    with one_line_errors():
+        chosen = tyro.cli(
+            CommandLine,
+            prog="python -m train.main",
+            description=(
+                "Train a RepVGG net, evaluate its training and deploy forms, and write them to final.safetensors and "
+                "deploy.safetensors. Run the same command again to resume an interrupted run."
+            ),
+            default=CommandLine(preset or tyro.MISSING, base),
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=plain_help(),
+        )
     recipe = chosen.recipe
     if not recipe.run.workdir:
         workdir = str(Path("runs") / f"{preset}{_suffix(recipe.model, base.model)}")

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import tyro
 
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.errors import ConfigError, DataError
 from repvgg_jax.files import scratch_folder
 from repvgg_jax.image_files import describe_left_out, image_files
@@ -113,4 +114,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    print(split(tyro.cli(Arguments, prog="python -m examples.finetune.split")))
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m examples.finetune.split")
+    print(split(arguments))

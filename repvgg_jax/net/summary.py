@@ -154,9 +154,10 @@ def summary_table(
         )
     lines = text_table(rows)
     note = (
-        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes, multiply-adds; parameters\n"
-        "truncated, not rounded, to two decimals, as in the paper. [Published: at 224x224, 1000 classes;\n"
-        "top-1 of D2se and RepVGGplus at 320x320.]"
+        f"Deploy form, one {image_size}x{image_size} image, {num_classes} classes; "
+        "(train) counts the training form's parameters.\n"
+        "FLOPs are multiply-adds. Parameters are truncated, not rounded, to two decimals, as in the paper.\n"
+        "[Published figures, at 224x224 with 1000 classes; top-1 of D2se and RepVGGplus at 320x320.]"
     )
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", note])
 

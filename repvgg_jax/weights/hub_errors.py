@@ -66,7 +66,8 @@ def reason(error: BaseException, repository: str) -> str:
             return f"HF_HUB_OFFLINE is set, and the cache ({constants.HF_HUB_CACHE}) does not have it"
         why = shown(reason_of(error.__cause__))
         missing = f"{endpoint} cannot be reached ({why}), and the cache ({constants.HF_HUB_CACHE}) does not have it"
-        return f"{missing}; download the file where there is a network, and give its path instead"
+        place = f"{endpoint}/{repository}"
+        return f"{missing}; download the file from {place} on a machine with internet access, and give its path instead"
     if isinstance(error, OSError) and error.errno is not None:
         what = f"the cache ({constants.HF_HUB_CACHE}) cannot be written: {reason_of(error)}"
         return f"{what}; HF_HUB_CACHE names another folder" if error.errno == errno.ENOSPC else what

@@ -78,7 +78,7 @@ def find_pretrained(name: str) -> Pretrained:
     name = get_variant(name).name
     if name not in PRETRAINED:
         raise WeightsError(
-            f"timm has no weights of {name} on the Hugging Face hub: look among the authors' files, linked from "
-            f"{AUTHORS_PAGE}; rv.load_weights and every command read what is downloaded there"
+            f"timm has no weights of {name} on the Hugging Face hub; the authors' files are linked from "
+            f"{AUTHORS_PAGE}: download one, and give its path instead"
         )
     return PRETRAINED[name]

@@ -82,8 +82,8 @@ def deployed(weights: Path) -> Path:
         (("--learning-rate", "nan"), "--learning-rate must be at least 0, not nan"),
         (("--momentum", 1), "--momentum must be below 1, not 1.0"),
         (("--epochs", 3, "--warmup-epochs", 3), "--warmup-epochs must be less than --epochs, 3, not 3"),
-        (("--batch-size", 6), "--batch-size 6 cannot be shared by 4 devices; 4 could"),
-        (("--batch-size", 64, "--accumulate", 3), "4 devices in 3 portions each; 60 could"),
+        (("--batch-size", 6), "--batch-size 6 is not a multiple of 4 devices; 4 is"),
+        (("--batch-size", 64, "--accumulate", 3), "is not a multiple of 4 devices x --accumulate 3; 60 is"),
         (("--process-id", 0), "--coordinator-address, --num-processes and --process-id go together"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
@@ -359,7 +359,7 @@ def test_a_mistake_in_a_real_process_is_one_line():
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: --batch-size 6 cannot be shared by 4 devices; 4 could\n"
+    assert done.stderr == "error: --batch-size 6 is not a multiple of 4 devices; 4 is\n"
 
 
 @pytest.mark.parametrize(

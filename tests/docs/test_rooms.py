@@ -1,4 +1,4 @@
-"""Claim: CONTRIBUTING.md's table of rooms lists every module, and imports go only up the table, never in a circle."""
+"""Claim: CONTRIBUTING.md lists every module in a table, and imports go only up the table, never in a circle."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ PACKAGE = ROOT / "repvgg_jax"
 
 
 def rows() -> list[list[str]]:
-    """Return the rooms of `repvgg_jax` row by row: names of modules and subpackages."""
+    """Return the modules and subpackages (here: rooms) of `repvgg_jax`, row by row."""
     table = re.findall(r"^\| (`repvgg_jax/[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
     return [[Path(name).stem for name in re.findall(r"`([^`]+)`", cell)] for cell in table]
 

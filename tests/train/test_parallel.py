@@ -201,7 +201,7 @@ def test_padding_is_masked_on_every_device(length):
 def test_an_indivisible_batch_size_is_refused_with_a_divisible_one():
     assert per_device_batch(8) == 2
     for size in (1, 3, 6, 7, 255, 257):
-        with pytest.raises(rv.ConfigError, match=rf"--batch-size {size} .* {DEVICES} devices; (\d+) could$") as caught:
+        with pytest.raises(rv.ConfigError, match=rf"--batch-size {size} .* {DEVICES} devices; (\d+) is$") as caught:
             per_device_batch(size)
         named = int(str(caught.value).split()[-2])
         assert per_device_batch(named) >= 1

@@ -440,7 +440,7 @@ def test_a_mistake_is_one_line(options, says, tmp_path, monkeypatch):
 
 def test_a_batch_that_the_chips_cannot_share_is_refused(here):
     error = error_of(command("train.main", *SMALL, "--batch-size", "30", "--preflight", "cpu:4"))
-    assert "--batch-size 30 cannot be shared by 4 devices; 28 could" in error
+    assert "--batch-size 30 is not a multiple of 4 devices; 28 is" in error
 
 
 def test_an_invalid_share_of_memory_is_refused(here, monkeypatch):

@@ -31,7 +31,7 @@ def test_two_processes_of_two_devices_train_as_one_process_of_four(runs, tmp_pat
     processes = start_two(runs, tmp_path / "two")
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "4 cpu device(s) in 2 processes" in " ".join(outputs[0][0].split())
+    assert "4 CPU devices in 2 processes" in " ".join(outputs[0][0].split())
     spoken = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
     assert spoken == [], "only the first process prints"
     assert runs.finish(tmp_path / "one", 4).returncode == 0

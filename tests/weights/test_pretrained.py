@@ -131,7 +131,7 @@ def test_a_variant_without_weights_on_the_hub_points_to_the_authors(fake_hub):
     for name in set(rv.list_models()) - set(PRETRAINED):
         message = refused(name)
         assert f"no weights of {name} on the Hugging Face hub" in message
-        assert "https://github.com/DingXiaoH/RepVGG; rv.load_weights" in message
+        assert "linked from https://github.com/DingXiaoH/RepVGG: download one" in message
     assert not fake_hub.requests
     with pytest.raises(rv.UnknownModelError, match="did you mean RepVGG-A0"):
         rv.load_pretrained("RepVGG-A00")
@@ -176,7 +176,8 @@ def test_an_unreachable_hub_says_so_once(fake_hub, tmp_path, monkeypatch, caplog
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # no waiting between huggingface_hub's attempts
     message = refused()
     assert "http://127.0.0.1:9 cannot be reached (" in message
-    assert f"and the cache ({tmp_path / 'hub-cache'}) does not have it; download the file" in message
+    assert f"and the cache ({tmp_path / 'hub-cache'}) does not have it; download the file from " in message
+    assert "from http://127.0.0.1:9/timm/repvgg_a0.rvgg_in1k on a machine with internet access" in message
     assert caplog.records == []
 
 

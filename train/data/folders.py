@@ -48,12 +48,14 @@ def _missing(root: Path, wanted: list[str], missing: list[str]) -> DataError:
     expected = " and ".join(str(root / name / "CLASS" / "IMAGE") for name in wanted)
     message = f"{root} holds no {' and no '.join(f'{name}/' for name in missing)}; expected {expected}"
     if missing == ["train", "val"] and _is_unsplit(root):
-        message += f"; to divide its class folders: python -m examples.finetune.split {root} OUT"
+        message += f"; to split its class folders: python -m examples.finetune.split {root} OUT"
+    if wanted == ["train", "val"] and missing == ["val"] and _is_unsplit(root / "train"):
+        message += f"; to split train/ into both: python -m examples.finetune.split {root / 'train'} OUT"
     return DataError(message)
 
 
 def _is_unsplit(root: Path) -> bool:
-    """Return whether `root` itself holds class folders with images."""
+    """Return whether `root` holds class folders with images."""
     try:
         return any(image_files(root / name).paths for name in class_folders(root))
     except DataError:

@@ -141,7 +141,7 @@ def test_of_several_evaluation_splits_the_first_is_used_and_named(photos: Path) 
 
 def test_an_unsplit_folder_gets_the_command_that_splits_it(photos: Path, tmp_path: Path) -> None:
     (photos / "train").rename(tmp_path / "unsplit")
-    command_line = f"; to divide its class folders: python -m examples.finetune.split {tmp_path / 'unsplit'} OUT"
+    command_line = f"; to split its class folders: python -m examples.finetune.split {tmp_path / 'unsplit'} OUT"
     with pytest.raises(DataError) as caught:
         open_dataset(str(tmp_path / "unsplit"))
     assert str(caught.value).endswith(command_line)

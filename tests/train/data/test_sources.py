@@ -276,7 +276,7 @@ def broken_folders(root: Path) -> Iterator[tuple[str, str]]:
     remove(root / "val" / "temple")
     yield str(root), r"val holds no class folders; expected .*val.CLASS.IMAGE\.jpg"
     remove(root / "val")
-    yield str(root), r"photos holds no val/; expected "
+    yield str(root), r"photos holds no val/; expected .*; to split train/ into both: .*split \S+photos.train OUT$"
 
 
 def test_every_flaw_of_a_folder_is_reported(photos: Path) -> None:
