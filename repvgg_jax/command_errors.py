@@ -33,6 +33,8 @@ def one_line(box: str) -> str:
     """Return the sentence that one of tyro's boxes stands for; a box of an unknown kind gives its first section."""
     sections = _sections(box)
     first = _joined(sections[0])
+    if not first:  # another version of tyro: whatever it says
+        return _joined(box.splitlines())
     usage = re.search(
         r"For full helptext, (?:run|see):? (.+? --help)", _joined([line for section in sections for line in section])
     )

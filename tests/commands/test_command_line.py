@@ -58,3 +58,4 @@ def test_the_line_does_not_depend_on_the_terminal_s_width(columns, monkeypatch):
 def test_a_box_of_another_kind_keeps_its_words():
     box = "╭─ Some error ─╮\n│ It went      │\n│ wrong.       │\n│ ──────────── │\n│ More.        │\n╰──────────────╯\n"
     assert one_line(box) == "It went wrong."
+    assert one_line("error: no box\n  at all\n") == "error: no box at all"
