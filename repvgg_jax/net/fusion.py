@@ -186,4 +186,4 @@ def check_deploy_params(model: RepVGG, params: Tree) -> None:
     actual = {f"params/{name}": tuple(leaf.shape) for name, leaf in flatten(params).items()}
     channels = in_channels_of(flatten({"params": params}))
     expected = expected_shapes(model.variant, True, model.num_classes, channels)
-    check_shapes(actual, expected, "variables", f"the deploy form of {model.variant.name}")
+    check_shapes(actual, expected, "the variable tree", f"the deploy form of {model.variant.name}")

@@ -102,7 +102,7 @@ def check_variables(arrays: FlatArrays, variant: Variant, deploy: bool, num_clas
       WeightsError: a name or shape differs (see `check_shapes`), or an entry has NaN or infinite values.
     """
     channels, shapes = in_channels_of(arrays), {name: tuple(array.shape) for name, array in arrays.items()}
-    check_shapes(shapes, expected_shapes(variant, deploy, num_classes, channels), "variables", "the model")
+    check_shapes(shapes, expected_shapes(variant, deploy, num_classes, channels), "the variable tree", "the model")
     for name, array in arrays.items():
         check_finite(np.asarray(array), name, "variables")
     return channels

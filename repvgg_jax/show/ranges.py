@@ -156,7 +156,7 @@ def record_quantized(net: QuantizedNet, images: np.ndarray, recorder: Recorder) 
     params: Mapping[str, Any] = jax.tree.map(jnp.asarray, dict(net.params))
 
     def logits(image: np.ndarray) -> np.ndarray:
-        operations = _IntegerRecording(net.variant, params, InXla(integer=False), False, recorder)
+        operations = _IntegerRecording(net.variant, params, InXla(integer=False), recorder)
         return np.asarray(walk(net.variant, operations, jnp.asarray(image[None])))
 
     return np.concatenate([logits(image) for image in images])
