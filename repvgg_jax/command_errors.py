@@ -52,8 +52,10 @@ def _sentence(first: str, sections: list[list[str]]) -> str:
         return f"{name} needs {'a value' if count == '1' else f'{count} values' if count.isdigit() else 'values'}"
     if match := re.fullmatch(r"invalid choice '(.*)' for argument '(.+)'\. Expected one of \((.*)\)\.", first):
         name = _long(match[2])
-        choices = ", ".join(choice for choice in re.findall(r"'([^']*)'", match[3]) if choice != "None")
-        return f"{name if name.startswith('-') else name.upper()} must be one of {choices}, not {match[1]}"
+        choices = re.findall(r"'([^']*)'", match[3])
+        if "None" in choices:  # then tyro's order changes from run to run
+            choices = sorted(set(choices) - {"None"})
+        return f"{name if name.startswith('-') else name.upper()} must be one of {', '.join(choices)}, not {match[1]}"
     if match := re.match(r"Error parsing ([^ :]+): .*?(?:instantiated from \[(.*?)\]|: '([^']*)'$)", first):
         name = _long(match[1])
         value = match[3] if match[2] is None else match[2].replace("', '", " ").strip("'")

@@ -37,7 +37,7 @@ TRAIN = ("train.main", "--preset", "digits")
         ((*TRAIN, "--crop-area", "0.1"), "--crop-area needs 2 values"),
         (
             ("convert.__main__", "a", "b", "--input-layout", "CHW"),
-            "--input-layout must be one of NHWC, NCHW, not CHW",
+            "--input-layout must be one of NCHW, NHWC, not CHW",
         ),
     ],
 )
