@@ -40,11 +40,13 @@ SMALL: dict[str, tuple[rv.Variant, torch_oracle.Variant]] = {
 def make_oracle(name: str, num_classes: int = 10, in_channels: int = 3, seed: int | None = 0) -> torch_oracle.RepVGG:
     """Return the oracle for a published or small variant, with random weights, none of them at its initial value.
 
-    With `seed=None` it has PyTorch's default initialisation.
+    With `seed=None` it has PyTorch's default initialisation, the same in every process.
     """
     blocks, widths, groups, se, plus = SMALL[name][1] if name in SMALL else torch_oracle.VARIANTS[name]
     kind = torch_oracle.RepVGGplus if plus else torch_oracle.RepVGG
-    model = kind(blocks, widths, groups, num_classes, False, se, in_channels)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(blocks, widths, groups, num_classes, False, se, in_channels)
     return model if seed is None else torch_oracle.randomize(model, seed)
 
 
