@@ -12,22 +12,15 @@
 
 namespace repvgg {
 
-inline Vec widened(const float* p, int64_t count) { return load(p, count); }
-
-#if defined(__AVX512BF16__)
-inline Vec widened(const Half* p, int64_t count) { return load(p, count); }
-#endif
-
-#if defined(__AVX512VNNI__)
-inline Ints widened(const uint8_t* p, int64_t count) {
-  return Ints(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), p)));
-}
-#endif
-
 inline Vec as_floats(Vec v) { return v; }
 
 #if defined(__AVX512VNNI__)
 inline Vec as_floats(Ints v) { return Vec(_mm512_cvtepi32_ps(__m512i(v))); }
+
+// Loads `count` numbers, followed by zeros.
+inline Ints load(const uint8_t* p, int64_t count) {
+  return Ints(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), p)));
+}
 #endif
 
 // Averages `[images, pixels, channels]` over the pixels: sums, integers exactly, times `factor`.
@@ -39,12 +32,12 @@ void pool(int64_t images, int64_t pixels, int64_t channels, const Element* x, fl
   in_parallel(threads, images * parts, [&](int64_t task) {
     const int64_t image = task / parts, first = task % parts * VECTORS * LANES;
     const int64_t count = std::min(VECTORS * LANES, channels - first);
-    decltype(widened(x, 0)) sums[VECTORS] = {};
+    decltype(load(x, 0)) sums[VECTORS] = {};
     for (int64_t pixel = 0; pixel < pixels; pixel++) {
       const Element* from = x + (image * pixels + pixel) * channels + first;
 #pragma GCC unroll 8
       for (int64_t v = 0; v < VECTORS; v++)
-        if (v * LANES < count) sums[v] += widened(from + v * LANES, count - v * LANES);
+        if (v * LANES < count) sums[v] += load(from + v * LANES, count - v * LANES);
     }
     for (int64_t v = 0; v * LANES < count; v++)
       store(y + image * channels + first + v * LANES, as_floats(sums[v]) * factor, count - v * LANES);
