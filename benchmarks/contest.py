@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from repvgg_jax.errors import RepVGGError
+
 Numbers = dict[str, float]
 
 
-class ContestantDiedError(RuntimeError):
+class ContestantDiedError(RepVGGError):
     """A worker process ended before it was asked to."""
 
 

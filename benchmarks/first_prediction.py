@@ -14,6 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_int
 from .inference import Case, make_ours, make_torch, write_files
 
 
@@ -38,11 +41,11 @@ def seconds(which: str, folder: str, model: str, caches: Path) -> float:
 
 def main() -> None:
     """Measure, and print the results."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.first_prediction", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser("python -m benchmarks.first_prediction", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
-    parser.add_argument("--rounds", type=int, default=7, help="number of processes to measure per library (default: 7)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=7, help="number of processes to measure per library (default: 7)"
+    )
     parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

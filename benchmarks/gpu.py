@@ -27,7 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from repvgg_jax.cli import run_command
+
 from . import gpu_sections
+from .arguments import Parser, positive_float, positive_int
 from .gpu_budget import DRY, FULL, PRECISIONS, Clock, environment
 
 SECTIONS = ("correctness", "headlines", "profile", "inference", "training", "cifar10")
@@ -71,16 +74,16 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, print the results and record them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run (default: all)"
     )
-    parser.add_argument("--minutes", type=float, help="time limit for all sections together")
+    parser.add_argument("--minutes", type=positive_float, help="time limit for all sections together")
     parser.add_argument("--training-models", nargs="+", help="models whose train step is measured")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), help="precisions of `inference`")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="batch sizes of `inference`")
+    parser.add_argument("--batch-sizes", nargs="+", type=positive_int, help="batch sizes of `inference`")
     parser.add_argument("--cifar10", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).with_name("RESULTS.md"), help="table to add a row to"
@@ -90,9 +93,9 @@ def main() -> None:
     )
     for internal in ("--worker", "--models", "--torch-mode"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--image-size", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=positive_float, help=argparse.SUPPRESS)
+    parser.add_argument("--image-size", type=positive_int, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=positive_int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
         serve(arguments)
@@ -119,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

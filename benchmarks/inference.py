@@ -23,6 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_int
 from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
 
 CPU_NAMES = ("ours", "ours tuned", "plain jit", "torch", "torch.compile", "onnxruntime", "openvino")
@@ -334,15 +337,21 @@ def report_headlines(batch_size: int, image_size: int, dtype: str, rounds: int) 
 
 def main() -> None:
     """Measure, and print the results."""
-    parser = argparse.ArgumentParser("python -m benchmarks.inference", description=__doc__)
+    parser = Parser("python -m benchmarks.inference", description=__doc__)
     parser.add_argument(
         "--models", nargs="+", default=["RepVGG-A0", "RepVGG-A2", "RepVGG-B1"], help="names of variants"
     )
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="default: 1 16 64 on a CPU, 1 128 1024 on a GPU")
-    parser.add_argument("--image-size", type=int, default=224, help="height and width in pixels (default: 224)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contestant (default: 7)")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=positive_int, help="default: 1 16 64 on a CPU, 1 128 1024 on a GPU"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, default=224, help="height and width in pixels (default: 224)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=7, help="measurements of each contestant (default: 7)")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
-    parser.add_argument("--headline-batch", type=int, default=128, help="batch of the paper's pairs (default: 128)")
+    parser.add_argument(
+        "--headline-batch", type=positive_int, default=128, help="batch of the paper's pairs (default: 128)"
+    )
     parser.add_argument("--contestants", nargs="+", choices=CPU_NAMES, help="on a CPU: what to compare (default: all)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU (default: float32)"
@@ -368,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,6 @@ Run `python -m benchmarks.input`. It needs torch, torchvision and scikit-image i
 (`--alone` omits PyTorch and the augmentations.)
 """
 
-import argparse
 import contextlib
 import functools
 import os
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from repvgg_jax.cli import run_command
 from repvgg_jax.machine import cores
 from repvgg_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, decode_image
 from train.data.augmentation import Augmentation, make_transform
@@ -35,6 +35,8 @@ from train.data.pipeline import train_batches
 from train.data.resize import resize
 from train.data.sources import FolderSource
 from train.data.transforms import Transform, random_crop_box
+
+from .arguments import Parser, positive_float, positive_int
 
 SIZE, BATCH = 224, 64
 # Batches taken before the clock starts, so that no batch prepared before it is counted.
@@ -232,18 +234,20 @@ def _bytes(image: bytes | np.ndarray) -> bytes:
 
 def main() -> None:
     """Measure, and print the results."""
-    parser = argparse.ArgumentParser("python -m benchmarks.input", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contestant (default: 7)")
-    parser.add_argument("--seconds", type=float, default=3, help="duration of a measurement in seconds (default: 3)")
+    parser = Parser("python -m benchmarks.input", description=__doc__)
+    parser.add_argument("--rounds", type=positive_int, default=7, help="measurements of each contestant (default: 7)")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=3, help="duration of a measurement in seconds (default: 3)"
+    )
     parser.add_argument(
         "--images",
-        type=int,
+        type=positive_int,
         default=3072,
         help="number of files; must be more than a measurement reads (default: 3072)",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive_int,
         default=cores(),
         help="number of decoding workers of each contestant (default: one per core)",
     )
@@ -285,4 +289,4 @@ def print_contest(folder: Path, workers: int, seconds: float, rounds: int) -> No
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_int
 from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve, versions
 
 SECONDS = 1.0
@@ -89,11 +92,13 @@ def work(contestant: str, folder: Path, batch_size: int, image_size: int) -> Non
 
 def main() -> None:
     """Measure, and print a Markdown table."""
-    parser = argparse.ArgumentParser("python -m benchmarks.int8", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("python -m benchmarks.int8", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
-    parser.add_argument("--batch-size", type=int, default=1, help="images per call (default: 1)")
-    parser.add_argument("--image-size", type=int, default=224, help="height and width in pixels (default: 224)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contestant (default: 7)")
+    parser.add_argument("--batch-size", type=positive_int, default=1, help="images per call (default: 1)")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=224, help="height and width in pixels (default: 224)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=7, help="measurements of each contestant (default: 7)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -123,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 import repvgg_jax as rv
+from repvgg_jax.cli import run_command
 from repvgg_jax.net.layout import expected_shapes
 from repvgg_jax.weights.key_maps import AUTHORS
 from repvgg_jax.weights.state_dict import state_dict
 
+from .arguments import Parser
 from .contest import resident_bytes
 
 RUNS = 7
@@ -81,7 +83,7 @@ def least(runs: list[dict[str, float]]) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, and print both measurements and their ratios."""
-    parser = argparse.ArgumentParser("python -m benchmarks.load_weights", description=__doc__)
+    parser = Parser("python -m benchmarks.load_weights", description=__doc__)
     parser.add_argument("--model", default="RepVGG-B3", help="name of a variant (default: RepVGG-B3)")
     parser.add_argument("--measure", choices=("ours", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
@@ -102,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,7 +5,6 @@ are split into virtual devices), it is with `jit` and a batch that is sharded ov
 the whole batch, which takes more communication and less memory per device. Runs alternate in one process.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -14,15 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_int
+
 
 def main() -> None:
     """Measure both, and print them and their ratio."""
-    parser = argparse.ArgumentParser("python -m benchmarks.pmap_cost", description=__doc__)
-    parser.add_argument("--devices", type=int, default=1, help="number of devices (default: 1)")
+    parser = Parser("python -m benchmarks.pmap_cost", description=__doc__)
+    parser.add_argument("--devices", type=positive_int, default=1, help="number of devices (default: 1)")
     parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
-    parser.add_argument("--batch-size", type=int, default=32, help="global batch size (default: 32)")
-    parser.add_argument("--image-size", type=int, default=96, help="height and width in pixels (default: 96)")
-    parser.add_argument("--rounds", type=int, default=20, help="measurements of each (default: 20)")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="global batch size (default: 32)")
+    parser.add_argument("--image-size", type=positive_int, default=96, help="height and width in pixels (default: 96)")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="measurements of each (default: 20)")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={arguments.devices}")
 
@@ -79,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,7 +6,6 @@ with the three most likely classes, as in the example of docs/deployment.md. The
 alternately, in several rounds, and the figures are medians.
 """
 
-import argparse
 import http.client
 import io
 import json
@@ -25,6 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_float, positive_int
 
 WAYS = {
     "1 process, 1 thread": (1, 1, 1),
@@ -172,11 +175,15 @@ def measure(way: tuple[int, int, int], weights: Path, clients: int, seconds: flo
 
 def main() -> None:
     """Measure every way in turn, and print a table."""
-    parser = argparse.ArgumentParser("python -m benchmarks.serving", description=__doc__)
+    parser = Parser("python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--model", default="RepVGG-A0", help="name of a variant (default: RepVGG-A0)")
-    parser.add_argument("--clients", type=int, default=8, help="number of concurrent clients (default: 8)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of a measurement in seconds (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each configuration (default: 3)")
+    parser.add_argument("--clients", type=positive_int, default=8, help="number of concurrent clients (default: 8)")
+    parser.add_argument(
+        "--seconds", type=positive_float, default=5.0, help="length of a measurement in seconds (default: 5)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=3, help="measurements of each configuration (default: 3)"
+    )
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     taken: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -195,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,15 +5,16 @@ size; each runs in a separate process, in turn. Accuracies are the published one
 authors' repository), because speed does not depend on the weights' values.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import repvgg_jax as rv
+from repvgg_jax.cli import run_command
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.variants import get_variant
 
+from .arguments import Parser, positive_int
 from .inference import Case, contest, seconds, write_files
 
 
@@ -61,11 +62,11 @@ def draw(rows: list[dict[str, Any]], peer: str, title: str, path: Path) -> None:
 
 def main() -> None:
     """Measure, print a table, and draw the picture."""
-    parser = argparse.ArgumentParser("python -m benchmarks.throughput", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("python -m benchmarks.throughput", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, help="picture to write")
     parser.add_argument("--models", nargs="+", default=rv.list_models(), help="names of variants (default: all)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant (default: 3)")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="measurements of each variant (default: 3)")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
     parser.add_argument("--title", default="", help="title of the picture")
     arguments = parser.parse_args()
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

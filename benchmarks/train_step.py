@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.cli import run_command
+
+from .arguments import Parser, positive_int
 from .contest import Contestant, Numbers, alternate, peak_resident_bytes, serve
 
 CLASSES = 1000
@@ -134,13 +137,15 @@ def serve_torch(arguments: argparse.Namespace, compiled: bool) -> None:
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser("python -m benchmarks.train_step", description=__doc__)
+    parser = Parser("python -m benchmarks.train_step", description=__doc__)
     parser.add_argument(
         "--models", nargs="+", default=["RepVGG-A0", "RepVGG-B1", "RepVGG-D2se"], help="names of variants"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: 32)")
-    parser.add_argument("--image-size", type=int, default=224, help="height and width in pixels (default: 224)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each contestant (default: 5)")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images per step (default: 32)")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=224, help="height and width in pixels (default: 224)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="measurements of each contestant (default: 5)")
     parser.add_argument("--compile", action="store_true", help="also measure PyTorch with torch.compile")
     parser.add_argument(
         "--memory-format",
@@ -158,6 +163,10 @@ def main() -> None:
         serve_torch(arguments, compiled=arguments.worker == "torch.compile")
         return
 
+    from repvgg_jax.net.variants import get_variant  # here, as JAX would count in the memory of PyTorch's process
+
+    for model in arguments.models:
+        get_variant(model)  # raises an error before the workers start
     names = ["ours", "torch"] + (["torch.compile"] if arguments.compile else [])
     print(f"{'model':16} {'':14} {'ms/step':>9} {'images/s':>9} {'peak GB':>8} {'speed of ours':>14}")
     for model in arguments.models:
@@ -180,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
