@@ -93,7 +93,7 @@ def main() -> None:
     )
     for internal in ("--worker", "--models", "--torch-mode"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=positive_float, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--image-size", type=positive_int, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=positive_int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
