@@ -96,9 +96,8 @@ def cifar10(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.slow
 def test_a_minute_of_training_learns_real_photographs(cifar10: Path, tmp_path: Path) -> None:
-    """2000 photographs are enough for the preset to be right four times as often as chance."""
+    """2000 photographs are enough for the preset to be right four times as often as chance (48 % with two seeds)."""
     words = ["--preset", "cifar10", "--data", str(cifar10), "--batch-size", "64", "--epochs", "5"]
     words += ["--evaluate-every", "5", "--workdir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -106,6 +105,6 @@ def test_a_minute_of_training_learns_real_photographs(cifar10: Path, tmp_path: P
         [sys.executable, "-m", "train.main", *words], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["test_top1_deploy_form"] >= 0.32
+    assert json.loads(done.stdout.splitlines()[-1])["test_top1_deploy_form"] >= 0.42
     assert "predict the same class for 1000 of 1000 test images" in done.stdout
     assert rv.inspect_weights(tmp_path / "run" / "deploy.safetensors").class_names == CLASSES
