@@ -10,7 +10,7 @@ from repvgg_jax.command_help import plain_help
 from tests.helpers.commands import command
 from train.evaluate import Arguments as Evaluate
 from train.plot import Arguments as Plot
-from train.presets import parse
+from train.presets import PRESETS, parse
 
 COMMANDS = [
     ("train.main",),
@@ -39,7 +39,8 @@ def test_metavars_name_one_value_or_several():
     done = command("train.main", "--preset", "cifar10", "--help")
     for shown in ("--image-size INT", "--mean FLOAT [FLOAT ...]", "--block {repvgg,qarepvgg}", "--data-dir STR"):
         assert shown in done.stdout, shown
-    assert "(default: 3 4 2 1)" in " ".join(done.stdout.replace("│", " ").split())  # what the preset sets is shown
+    blocks = " ".join(map(str, PRESETS["cifar10"].model.num_blocks or ()))
+    assert f"(default: {blocks})" in " ".join(done.stdout.replace("│", " ").split())  # what the preset sets is shown
 
 
 @pytest.mark.parametrize(
