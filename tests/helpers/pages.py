@@ -101,6 +101,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "convert": _tyro("convert.__main__"),
     "repvgg_jax": _library,
     "benchmarks.cifar10_pytorch": _tyro("benchmarks.cifar10_pytorch"),
+    "benchmarks.int8_accuracy": _tyro("benchmarks.int8_accuracy"),
     "examples.cifar10": _tyro("examples.cifar10"),
     "examples.digits": _tyro("examples.digits"),
     "examples.finetune.split": _tyro("examples.finetune.split"),
