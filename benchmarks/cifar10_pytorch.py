@@ -60,6 +60,7 @@ def prepared_run(arguments: Arguments, seed: int) -> Run:
     words = ["--data", arguments.data, "--epochs", str(arguments.epochs), "--seed", str(seed)]
     for option, numbers in (("--num-blocks", BLOCKS), ("--widths", WIDTHS), ("--strides", STRIDES)):
         words += [option, *map(str, numbers)]
+    words += ["--auto-augment", "none", "--random-erasing", "0"]
     words += ["--no-whiten-stem", "--warmup-epochs", "0", "--workdir", tempfile.gettempdir()]
     return set_up(parse(["--preset", "cifar10", *words]))
 
