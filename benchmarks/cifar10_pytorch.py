@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import repvgg_jax as rv
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.files import atomic_path
 from repvgg_jax.preprocess import Preprocessing, normalize
 from tests.helpers import torch_oracle
@@ -157,7 +158,8 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
 
 def main() -> None:
     """Run the command; the last line on stdout is one JSON object."""
-    arguments = tyro.cli(Arguments, prog="python -m benchmarks.cifar10_pytorch")
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m benchmarks.cifar10_pytorch")
     curves, top1 = {}, {}
     for seed in range(arguments.seeds):
         run = prepared_run(arguments, seed)

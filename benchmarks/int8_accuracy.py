@@ -31,6 +31,7 @@ import tyro
 import repvgg_jax as rv
 from convert.calibration_images import calibration_images
 from repvgg_jax.cli import run_command
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.command_help import plain_help
 from repvgg_jax.files import atomic_path
 from repvgg_jax.net.branches import BlockKind
@@ -250,7 +251,8 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command, which prints rows of a table as they are measured."""
-    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy", registry=plain_help())
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_accuracy", registry=plain_help())
     rows = measure(arguments)
     with atomic_path(Path(arguments.workdir) / "int8_accuracy.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import tyro
 
 import repvgg_jax as rv
 from repvgg_jax.cli import run_command
+from repvgg_jax.command_errors import one_line_errors
 from repvgg_jax.files import atomic_path
 from repvgg_jax.quantization.equalize import equalize_weights, output_ranges
 from repvgg_jax.quantization.quantizer import WEIGHT_LEVELS
@@ -53,7 +54,8 @@ def draw(before: Layers, after: Layers, path: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_weights")
+    with one_line_errors():
+        arguments = tyro.cli(Arguments, prog="python -m benchmarks.int8_weights")
     model, variables = rv.load_weights(arguments.weights)
     if not model.deploy:
         model, variables = rv.to_deploy(model, variables)

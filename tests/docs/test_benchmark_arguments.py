@@ -20,6 +20,9 @@ from repvgg_jax.errors import ConfigError, RepVGGError, UnknownModelError
         ("throughput", "", "the following arguments are required: output"),
         ("train_step", "--image-size 1.5", "--image-size: must be a positive whole number, not 1.5"),
         ("gpu", "--sections speed", "--sections: invalid choice: 'speed'"),
+        ("cifar10_pytorch", "photos --seeds x", "--seeds takes"),
+        ("int8_accuracy", "runs --epochs x", "--epochs takes an integer, not x"),
+        ("int8_weights", "w.pth o.png --width 3", "unknown option --width"),
     ],
 )
 def test_a_wrong_option_is_named(name: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
